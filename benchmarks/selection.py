@@ -1,0 +1,284 @@
+"""What the choice is worth: accuracy and stability of every way to choose K adapters.
+
+    python benchmarks/selection.py minilm     # accuracy, K = 5 and n/2, five seeds, learning rate tuned per method
+    python benchmarks/selection.py smollm2    # which sites an LLM's plans keep, and how alike they are
+    python benchmarks/selection.py table      # the tables of docs/selection.md from the stored records
+
+Both studies append JSON lines to ``benchmarks/results/`` and go on where they were stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import statistics
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weightlora.bench.records import append_record, read_records
+from weightlora.budget import Keep, read_budget
+from weightlora.methods.base import ChoosingMethod, Method
+from weightlora.methods import make_method
+from weightlora.plan import AdapterPlan, make_plan
+from weightlora.sites import find_sites
+
+RESULTS = Path(__file__).parent / "results"
+LEARNING_RATES = (6e-4, 1.5e-3, 4e-3)
+TUNING_SEED = 100  # no seed that is reported on
+SEEDS = (0, 1, 2, 3, 4)
+KEEPS = (5, 18)
+MAX_LENGTH = 32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with its options, under the name it has in the table."""
+
+    label: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CHOICES = (
+    Variant("random", "random"),
+    Variant("nearest the output", "nearest"),
+    *(
+        Variant(f"{rule}, head_steps={head}", "weightlora", {**options, "head_steps": head})
+        for rule, options in {
+            "first_order": {"rule": "first_order"},
+            "stoiht, every step": {"rule": "stoiht", "threshold_every": 1},
+            "stoiht, once at T": {"rule": "stoiht", "threshold_every": 20},
+        }.items()
+        for head in (0, 20)
+    ),
+)
+
+
+def main() -> None:
+    """Run the study named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=("minilm", "smollm2", "table"))
+    study = parser.parse_args().study
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    {"minilm": run_minilm, "smollm2": run_smollm2, "table": print_tables}[study]()
+
+
+# --- MiniLM on film reviews --------------------------------------------------------------------------------------
+
+
+def run_minilm() -> None:
+    """Tune each method's learning rate on the validation split, then measure it with five seeds on the test split."""
+    path = RESULTS / "selection-minilm.jsonl"
+    run = MiniLm(path)
+    grid = [(v, k) for k in KEEPS for v in CHOICES]
+    everything = [(Variant("lora", "lora"), 36), *grid]
+    for (variant, keep), lr in itertools.product(everything, LEARNING_RATES):
+        run(variant, keep, lr, TUNING_SEED, "validation")
+    for seed, (variant, keep) in itertools.product(SEEDS, everything):
+        run(variant, keep, best_rate(read_records(path), variant.label, keep), seed, "test")
+    for keep in KEEPS:
+        plus = plus_of_best(read_records(path), keep)
+        for lr in LEARNING_RATES:
+            run(plus, keep, lr, TUNING_SEED, "validation")
+        for seed in SEEDS:
+            run(plus, keep, best_rate(read_records(path), plus.label, keep), seed, "test")
+
+
+class MiniLm:
+    """Runs one point of the study, unless its record is there already."""
+
+    def __init__(self, path: Path) -> None:
+        from transformers import AutoTokenizer
+        from transformers.utils import logging
+
+        from weightlora.tasks.classification import encode
+        from weightlora.tasks.embedded import minilm, rotten_tomatoes
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self.path, self.model = path, minilm()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
+        data = rotten_tomatoes(train=2000, validation=1000, test=2000)
+        self.rows = {
+            name: encode(self.tokenizer, getattr(data, name), max_length=MAX_LENGTH)
+            for name in ("train", "validation", "test")
+        }
+
+    def __call__(self, variant: Variant, keep: int, lr: float, seed: int, split: str) -> None:
+        """Train and measure one point."""
+        from peft import LoraConfig
+
+        from weightlora.errors import SelectionError
+        from weightlora.train import Settings, train_classifier
+
+        key = {"method": variant.label, "keep": keep, "lr": lr, "seed": seed, "split": split}
+        if any(all(record[k] == v for k, v in key.items()) for record in read_records(self.path)):
+            return
+        lora = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.0, task_type="SEQ_CLS")
+        method = build(variant, keep=keep, seed=seed, lr=lr)
+        settings = Settings(self.model, lr=lr, seed=seed)
+        try:
+            outcome = train_classifier(
+                settings, method, lora, self.tokenizer, self.rows["train"], self.rows[split]
+            )
+        except SelectionError as error:
+            append_record(self.path, {**key, "accuracy": None, "error": str(error)})
+            return
+        append_record(
+            self.path,
+            {
+                **key,
+                "accuracy": outcome.accuracy,
+                "kept": outcome.plan.names,
+                "adapter_parameters": outcome.plan.parameters,
+                "selection_seconds": round(outcome.selection_seconds, 2),
+                "training_seconds": round(outcome.training_seconds, 2),
+                "settings": {"train": 2000, "epochs": 1, "batch_size": 32, "max_length": MAX_LENGTH, "lora": "r=8 a=32"},
+            },
+        )
+
+
+def build(variant: Variant, *, keep: int, seed: int, lr: float) -> Method:
+    """The method of a variant, with the options that it has."""
+    if variant.method == "lora":
+        return make_method("lora")
+    if variant.method == "random":
+        return make_method("random", keep=keep, seed=seed)
+    if variant.method == "nearest":
+        return ChoosingMethod(lambda model, lora, _batches, _steps: nearest_the_output(model, lora, keep))
+    return make_method(variant.method, keep=keep, seed=seed, lr=lr, progress=False, **variant.options)
+
+
+def nearest_the_output(model: Any, lora: Any, keep: Keep) -> AdapterPlan:
+    """Keep the sites that the model defines last."""
+    sites = find_sites(model, lora).sites
+    defined = [name for name, _ in model.named_modules()]
+    budget = read_budget(keep, [site.parameters(lora.r) for site in sites])
+    kept = budget.choose([defined.index(site.name) for site in sites])
+    return make_plan(sites, lora, [sites[i].name for i in kept], rule="nearest")
+
+
+def best_rate(records: Iterable[dict[str, Any]], label: str, keep: int) -> float:
+    """The learning rate with the highest validation accuracy; the lower one where two are equal."""
+    tuned = [r for r in records if (r["method"], r["keep"], r["split"]) == (label, keep, "validation")]
+    return max(tuned, key=lambda r: (r["accuracy"] or 0.0, -r["lr"]))["lr"]
+
+
+def plus_of_best(records: Iterable[dict[str, Any]], keep: int) -> Variant:
+    """WeightLoRA+ on the rule with the highest validation accuracy at K."""
+    rules = {v.label: v for v in CHOICES if v.method == "weightlora"}
+    tuned = [r for r in records if r["method"] in rules and r["keep"] == keep and r["split"] == "validation"]
+    best = rules[max(tuned, key=lambda r: r["accuracy"] or 0.0)["method"]]
+    return Variant(f"WeightLoRA+ ({best.label})", "weightlora_plus", best.options)
+
+
+# --- SmolLM2 on sums ---------------------------------------------------------------------------------------------
+
+
+def run_smollm2() -> None:
+    """Store the plans of each rule for five seeds: other batches and another A each time."""
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from weightlora.selection import select
+    from weightlora.tasks.embedded import smollm2
+
+    path, file = RESULTS / "selection-smollm2.jsonl", smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    lora = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")
+    rules = {
+        "first_order": {"rule": "first_order"},
+        "stoiht, every step": {"rule": "stoiht", "threshold_every": 1},
+        "stoiht, once at T": {"rule": "stoiht", "threshold_every": 20},
+    }
+    for seed, (label, options) in itertools.product(SEEDS, rules.items()):
+        if any((r["method"], r["seed"]) == (label, seed) for r in read_records(path)):
+            continue
+        batches = list(itertools.islice(sum_batches(tokenizer, seed), 20))
+        plan = select(model, batches, lora=lora, keep=105, steps=20, seed=seed, lr=5e-4, **options)
+        append_record(path, {"method": label, "keep": 105, "seed": seed, "kept": plan.names})
+
+
+def sum_batches(tokenizer: Any, seed: int, batch_size: int = 8) -> Iterator[dict[str, Any]]:
+    """Batches of ``chain_sum`` problems; only the answer's tokens have a label."""
+    import reasoning_gym
+    import torch
+
+    problems = reasoning_gym.create_dataset("chain_sum", size=1000, seed=seed)
+    order = random.Random(seed).sample(range(1000), 1000)
+    for start in range(0, 1000, batch_size):
+        rows: list[tuple[list[int], list[int]]] = []
+        for i in order[start : start + batch_size]:
+            chat = [{"role": "user", "content": problems[i]["question"]}]
+            prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            question = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            answer = tokenizer(problems[i]["answer"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+            rows.append((question, answer))
+        longest = max(len(q) + len(a) for q, a in rows)
+        pad = [longest - len(q) - len(a) for q, a in rows]
+        yield {
+            "input_ids": torch.tensor([q + a + [0] * p for (q, a), p in zip(rows, pad, strict=True)]),
+            "attention_mask": torch.tensor([[1] * (longest - p) + [0] * p for p in pad]),
+            "labels": torch.tensor([[-100] * len(q) + a + [-100] * p for (q, a), p in zip(rows, pad, strict=True)]),
+        }
+
+
+# --- Tables ------------------------------------------------------------------------------------------------------
+
+
+def print_tables() -> None:
+    """Print both studies as Markdown."""
+    records = read_records(RESULTS / "selection-minilm.jsonl")
+    tested = [r for r in records if r["split"] == "test"]
+    print("| K | method | lr | adapter parameters | accuracy, mean ± s.e. | runs | mean Jaccard |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for keep, label in dict.fromkeys((r["keep"], r["method"]) for r in sorted(tested, key=lambda r: -r["keep"])):
+        group = [r for r in tested if (r["keep"], r["method"]) == (keep, label)]
+        values = [r["accuracy"] for r in group if r["accuracy"] is not None]
+        done = [r for r in group if r["accuracy"] is not None]
+        rates = "/".join(sorted({f"{r['lr']:g}" for r in group}))
+        parameters = round(statistics.mean(r["adapter_parameters"] for r in done)) if done else 0
+        print(f"| {keep} | {label} | {rates} | {parameters:,} | {mean_error(values)} | {len(values)} | {likeness(done)} |")
+    print()
+    for keep, label in dict.fromkeys((r["keep"], r["method"]) for r in tested):
+        print_places(f"{label}, K={keep}", [r for r in tested if (r["keep"], r["method"]) == (keep, label)])
+    plans = read_records(RESULTS / "selection-smollm2.jsonl")
+    for label in dict.fromkeys(r["method"] for r in plans):
+        group = [r for r in plans if r["method"] == label]
+        print(f"\nSmolLM2, {label}: mean Jaccard {likeness(group)} over {len(group)} seeds")
+        print_places(label, group)
+
+
+def mean_error(values: list[float]) -> str:
+    """Mean ± standard error of the mean."""
+    if len(values) < 2:
+        return ", ".join(f"{value:.4f}" for value in values)
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) / len(values) ** 0.5:.4f}"
+
+
+def likeness(group: list[dict[str, Any]]) -> str:
+    """Mean and least Jaccard similarity over all pairs of seeds."""
+    sets = [set(r["kept"]) for r in group]
+    pairs = [len(a & b) / len(a | b) for a, b in itertools.combinations(sets, 2)]
+    return f"{statistics.mean(pairs):.2f} (least {min(pairs):.2f})" if pairs else "–"
+
+
+def print_places(label: str, group: list[dict[str, Any]]) -> None:
+    """Print how often each projection and each layer is kept, as a share of its sites."""
+    import re
+
+    names = [name for r in group if r.get("kept") for name in r["kept"]]
+    projections = Counter(re.sub(r"^.*?\.\d+\.", "", name) for name in names)
+    layers = Counter(int(match.group(1)) for name in names if (match := re.search(r"\.(\d+)\.", name)))
+    print(f"{label}: " + ", ".join(f"{p} {n}" for p, n in projections.most_common()), end="; layers ")
+    print(" ".join(f"{layer}:{layers[layer]}" for layer in sorted(layers)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Measurements: runs → records (one JSON line each) → tables."""

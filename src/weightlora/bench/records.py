@@ -1,0 +1,68 @@
+"""Records: one JSON line a run, with where it came from; a sweep that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from weightlora.plan import library_versions
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """Return the records of a file; a last line that a stopped run cut off is passed over."""
+    path = Path(path)
+    records: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Append ``record`` and its provenance as one line, on disk before this returns."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({**record, "provenance": provenance()}, ensure_ascii=False) + "\n"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, hardware, time and git revision of this moment."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {**library_versions(), "python": platform.python_version()},
+        "hardware": {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "git": _git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", "src")),
+    }
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of a git command in the package's checkout; None where there is none."""
+    try:
+        folder = Path(__file__).parent
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,90 @@
+"""Write files and folders so that they are either whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from weightlora.errors import OutputError
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its place when the block ends without an error.
+
+    Args:
+        path: The file to write; its folder is made when it does not exist.
+
+    Raises:
+        OutputError: The folder cannot be made or written, or the disk is full.
+
+    Example:
+        >>> with whole_file(tmp_path / "a.txt") as draft:
+        ...     _ = draft.write_text("all or nothing")
+        >>> (tmp_path / "a.txt").read_text()
+        'all or nothing'
+    """
+    path = Path(path)
+    draft: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The suffix stays: savers such as matplotlib choose the format by it.
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        os.close(descriptor)
+        draft = Path(name)
+        draft.chmod(0o666 & ~_umask())  # mkstemp makes private files; a result is as readable as any other
+        yield draft
+        draft.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another output folder") from error
+    finally:
+        if draft is not None:
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path`` that replaces it when the block ends without an error.
+
+    Raises:
+        OutputError: The parent folder cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    draft: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        draft.chmod(0o777 & ~_umask())
+        yield draft
+        if path.exists():
+            shutil.rmtree(path)
+        draft.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another output folder") from error
+    finally:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_json(path: str | Path, value: Any, *, default: Callable[[Any], Any] | None = None) -> None:
+    """Write ``value`` as JSON, whole or not at all.
+
+    Raises:
+        OutputError: See :func:`whole_file`.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=default)
+    with whole_file(path) as draft:
+        draft.write_text(text + "\n", encoding="utf-8")
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

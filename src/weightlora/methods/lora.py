@@ -1,0 +1,24 @@
+"""Plain LoRA on every candidate site (Hu et al. 2021): the budget that all others are measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from weightlora.methods.base import ChoosingMethod, Method
+from weightlora.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.sites import find_sites
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
+
+
+def build() -> Method:
+    """Return the method; it has no options."""
+    return ChoosingMethod(_choose)
+
+
+def _choose(model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int) -> AdapterPlan:
+    sites = find_sites(model, lora).sites
+    return make_plan(sites, lora, [site.name for site in sites], rule="lora", base_model=base_model_name(model))

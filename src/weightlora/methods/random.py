@@ -1,0 +1,42 @@
+"""K sites drawn at random (the paper's RLoRA, Table 7): the control that every selection has to beat."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from weightlora.budget import Keep, read_budget
+from weightlora.methods.base import ChoosingMethod, Method
+from weightlora.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.sites import find_sites
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
+
+
+def build(*, keep: Keep = 0.5, seed: int = 0) -> Method:
+    """Return the method.
+
+    Args:
+        keep: As in :func:`weightlora.select`.
+        seed: Decides the draw.
+    """
+
+    def choose(model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int) -> AdapterPlan:
+        sites = find_sites(model, lora).sites
+        budget = read_budget(keep, [site.parameters(lora.r) for site in sites])
+        generator = random.Random(seed)
+        drawn = budget.choose([generator.random() for _ in sites])
+        return make_plan(
+            sites,
+            lora,
+            [sites[i].name for i in drawn],
+            rule="random",
+            options={"keep": keep},
+            seed=seed,
+            base_model=base_model_name(model),
+        )
+
+    return ChoosingMethod(choose)

@@ -1,0 +1,32 @@
+"""WeightLoRA: plain LoRA on the K sites that the warm-up found to matter (paper, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from weightlora.budget import Keep, warmup_steps
+from weightlora.methods.base import ChoosingMethod, Method
+from weightlora.plan import AdapterPlan
+from weightlora.selection import select
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
+
+
+def build(*, keep: Keep = 0.5, steps: int | None = None, seed: int = 0, **options: Any) -> Method:
+    """Return the method.
+
+    Args:
+        keep: As in :func:`weightlora.select`.
+        steps: T; None stands for 0.5 % of the training's steps, at least 20.
+        seed: As in :func:`weightlora.select`.
+        options: Further arguments of :func:`weightlora.select`: rule, head_steps, lr, ...
+    """
+
+    def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> AdapterPlan:
+        t = warmup_steps(total_steps) if steps is None else steps
+        return select(model, batches, lora=lora, keep=keep, steps=t, seed=seed, **options)
+
+    return ChoosingMethod(choose)

@@ -1,0 +1,164 @@
+"""The main job: ask a few warm-up steps which adapters matter. Read this file first.
+
+    plan = select(model, batches, lora=LoraConfig(r=8), keep=0.5)
+    model = plan.attach(model)                 # WeightLoRA: stock PEFT from here on
+    model = plan.expand().attach(model)        # WeightLoRA+: the same budget as plain LoRA
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from tqdm import tqdm
+
+from weightlora.budget import Keep, read_budget, warmup_steps
+from weightlora.errors import OptionError
+from weightlora.gates import lora_layers
+from weightlora.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.sites import Site, find_sites, trained_modules
+from weightlora.stoiht import Threshold
+from weightlora.untouched import untouched
+from weightlora.warmup import Loss, Rule, Stage, WarmupOptions, cycled, hear, model_loss
+
+#: Steps that a fresh head is trained alone where the user does not say.
+HEAD_STEPS = 20
+
+
+def select(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    lora: LoraConfig | None = None,
+    keep: Keep = 0.5,
+    steps: int | None = None,
+    seed: int = 0,
+    loss_fn: Loss | None = None,
+    rule: Rule = "first_order",
+    head_steps: int | None = None,
+    threshold_every: int = 1,
+    threshold: Threshold = "magnitude",
+    lr: float = 1e-3,
+    gate_lr: float = 5.0,
+    progress: bool = True,
+) -> AdapterPlan:
+    """Return the plan of the adapters that matter most; ``model`` is left bit for bit as it was.
+
+    The warm-up puts plain LoRA on every candidate (see :func:`weightlora.find_sites`), hears one gate ω per site
+    over ``steps`` batches and keeps the best within the budget. The paper's algorithm (section 2, phase 1) is
+    ``rule="stoiht", head_steps=0``; docs/selection.md has the measurements behind the defaults.
+
+    Args:
+        model: A transformers model, a PEFT model with a LoRA adapter, or any module with linear layers.
+        batches: Dicts that the model is called with, such as a ``DataLoader`` yields; they are moved to the model's
+            device. Fewer than needed are used again, with a warning.
+        lora: The adapters wanted. Every field but ``target_modules``, ``r``, ``lora_alpha`` and their patterns is
+            carried unchanged into the final config. None takes the PEFT model's own config, else ``LoraConfig()``.
+        keep: A fraction of the sites in (0, 1], a count, or a parameter budget such as ``"300k parameters"``.
+        steps: T, warm-up steps for the gates, at least 2; None stands for 20.
+        seed: Decides A's random start, dropout and a shuffling loader's order, whatever the global generators hold.
+        loss_fn: ``loss_fn(model, batch)`` → scalar tensor; the default is ``model(**batch).loss``.
+        rule: ``"first_order"`` averages ∂L/∂B over the batches while nothing moves and takes each gate's first-order
+            gain; ``"stoiht"`` is the paper: A, B and ω move, ω under a hard threshold.
+        head_steps: Steps in which the modules PEFT trains whole (``modules_to_save`` and the task's head) are
+            trained alone before the gates are heard; 0 is the paper. None stands for 20 where there are such
+            modules, else 0.
+        threshold_every: Steps between thresholds under ``"stoiht"``: 1 is the paper, ``steps`` cuts once at the end.
+        threshold: ``"magnitude"`` is the paper, ``"signed"`` the authors' code; see :func:`hard_threshold`.
+        lr: AdamW's learning rate for head, A and B, constant; best the one of the training.
+        gate_lr: η, the step size of ω under ``"stoiht"``; 5.0 as in the authors' code, the paper gives none.
+        progress: Show a bar where the output is a terminal.
+
+    Raises:
+        OptionError: An argument is out of its range.
+        SiteError: There is nothing to adapt.
+        SelectionError: The loss has no gradient or is not finite, no gate had a gradient, or too few sites survived.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+        >>> x = torch.linspace(-1, 1, 64).reshape(8, 8)
+        >>> loss = lambda model, batch: (model(batch["x"]) - 1).pow(2).mean()
+        >>> plan = select(model, [{"x": x}] * 4, lora=LoraConfig(r=2), keep=1, steps=4, loss_fn=loss)
+        >>> plan.names
+        ('2',)
+    """
+    lora = deepcopy(_config_of(model) if lora is None else lora)
+    fresh_head = bool(trained_modules(lora))
+    options = WarmupOptions(
+        rule=rule,
+        steps=warmup_steps(None) if steps is None else steps,
+        head_steps=(HEAD_STEPS if fresh_head else 0) if head_steps is None else head_steps,
+        threshold_every=threshold_every,
+        threshold=threshold,
+        lr=lr,
+        gate_lr=gate_lr,
+    )
+    sites = find_sites(model, lora).sites
+    budget = read_budget(keep, [site.parameters(lora.r) for site in sites])
+
+    with untouched(model, seed=seed), torch.enable_grad():
+        attached = _attach_plain_lora(model, lora, sites)
+        layers = lora_layers(attached)
+        model.train()
+        head = [p for n, p in attached.named_parameters() if p.requires_grad and ".lora_" not in n]
+        if options.head_steps and not head:
+            raise OptionError(f"head_steps={head_steps}, but PEFT trains no module whole; name it in modules_to_save")
+        total = options.head_steps + options.steps
+        with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
+            stage = Stage(model, layers, head, cycled(batches, total), loss_fn or model_loss, bar)
+            heard = hear(stage, options, budget)
+
+    return make_plan(
+        sites,
+        lora,
+        kept=[sites[i].name for i in heard.kept],
+        scores=heard.scores,
+        history=heard.history,
+        rule=options.rule,
+        options={"keep": keep, **{k: v for k, v in asdict(options).items() if k != "rule"}},
+        seed=seed,
+        base_model=base_model_name(model),
+    )
+
+
+def _config_of(model: nn.Module) -> LoraConfig:
+    """The LoRA config that a PEFT model already has, else PEFT's defaults."""
+    if not isinstance(model, PeftModel):
+        return LoraConfig()
+    config = model.peft_config[model.active_adapter]
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        raise OptionError(f"the model carries {config.peft_type} adapters; give a LoRA model, or the base with lora=")
+    return config
+
+
+def _attach_plain_lora(model: nn.Module, lora: LoraConfig, sites: tuple[Site, ...]) -> nn.Module:
+    """Put plain LoRA on ``sites`` inside ``model``, in the place of the adapters that it may carry.
+
+    Initialisations such as PiSSA write to the base weights, and variants such as DoRA make every step dearer; both
+    are for the training and come back with the final config.
+    """
+    base = model
+    if isinstance(model, PeftModel):
+        tuner: Any = model.base_model
+        base = tuner.unload() if isinstance(tuner, BaseTuner) else model.get_base_model()
+    plain = LoraConfig(
+        task_type=lora.task_type,
+        target_modules=[site.name for site in sites],
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+        use_rslora=lora.use_rslora,
+        lora_dropout=lora.lora_dropout,
+        fan_in_fan_out=lora.fan_in_fan_out,
+        modules_to_save=deepcopy(lora.modules_to_save),
+    )
+    return get_peft_model(base, plain)  # pyright: ignore[reportArgumentType]  # PEFT takes any nn.Module

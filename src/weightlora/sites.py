@@ -1,0 +1,206 @@
+"""Which layers of a model can carry a LoRA adapter, which were skipped, and why."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightlora.errors import SiteError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
+
+#: Modules that PEFT trains as a whole for a task type, beside what ``modules_to_save`` names.
+TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+_HEAD_NAMES = frozenset(name for names in TASK_HEADS.values() for name in names)
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A linear layer that may carry an adapter.
+
+    Example:
+        >>> site = Site("model.layers.3.self_attn.q_proj", in_features=64, out_features=32)
+        >>> site.block, site.projection, site.parameters(r=8)
+        ('model.layers.3', 'self_attn.q_proj', 768)
+    """
+
+    name: str
+    """Full dotted module name in the base model: an adapter's only identity."""
+    in_features: int
+    out_features: int
+
+    @property
+    def block(self) -> str:
+        """The name up to its first number, the repeated layer; empty when the name has none."""
+        match = re.match(r"(?:.*?\.)?\d+(?=\.)", self.name)
+        return match.group() if match else ""
+
+    @property
+    def projection(self) -> str:
+        """The name inside its block, the same in every layer."""
+        return self.name[len(self.block) :].lstrip(".")
+
+    def parameters(self, r: int) -> int:
+        """Trainable numbers of an adapter of rank ``r`` here: A is (r, in), B is (out, r)."""
+        return r * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A linear layer that carries no adapter, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What :func:`find_sites` found, both parts sorted by name."""
+
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
+    """List the layers of ``model`` that ``lora`` would adapt, sorted by name, and the linear layers left out.
+
+    Names are matched by PEFT's own rule (``target_modules``, ``exclude_modules``, ``layers_to_transform``,
+    ``modules_to_save``). Where ``target_modules`` is None, every linear layer is a candidate but the output head
+    and the pooler; ``"all-linear"`` is PEFT's word for the same with the pooler.
+
+    Args:
+        model: A transformers model, a PEFT model (its base is looked at) or any module with linear layers.
+        lora: The adapters wanted; None stands for ``LoraConfig()``.
+
+    Raises:
+        SiteError: There is no linear layer, or ``target_modules`` match none; the text names the closest.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> [site.name for site in find_sites(model).sites]
+        ['0', '2']
+    """
+    from peft import LoraConfig
+
+    lora = LoraConfig() if lora is None else lora
+    linear = dict(_linear_layers(model))
+    if not linear:
+        raise SiteError(f"{type(model).__name__} has no linear layer that could carry an adapter")
+
+    sites: list[Site] = []
+    skipped: list[Skipped] = []
+    for name, layer in sorted(linear.items()):
+        reason = _reason_to_skip(name, layer, lora, output_head=_output_head(model))
+        if reason is None:
+            sites.append(Site(name, *_shape(layer)))
+        else:
+            skipped.append(Skipped(name, reason))
+    if not sites:
+        raise SiteError(_nothing_matched(lora, skipped))
+    return Candidates(tuple(sites), tuple(skipped))
+
+
+def linear_sites(model: nn.Module) -> tuple[Site, ...]:
+    """Every linear layer of ``model``, candidate or not, sorted by name and seen through PEFT's wrappers."""
+    return tuple(sorted(Site(name, *_shape(layer)) for name, layer in _linear_layers(model)))
+
+
+def trained_modules(lora: LoraConfig) -> tuple[str, ...]:
+    """Names of the modules that PEFT trains as a whole under ``lora``: heads, never candidates."""
+    task = lora.task_type
+    by_task = TASK_HEADS.get(str(getattr(task, "value", task)), ())
+    return tuple(dict.fromkeys([*(lora.modules_to_save or ()), *by_task]))
+
+
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every linear layer with its name in the base model, seen through PEFT's wrappers."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    wrapped: tuple[str, ...] = ()
+    for name, module in base.named_modules():
+        if name.startswith(wrapped):
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            wrapped += (f"{name}.",)
+            if isinstance(module.original_module, nn.Linear):
+                yield name, module.original_module
+        elif isinstance(module, BaseTunerLayer):
+            wrapped += (f"{name}.",)
+            layer = module.get_base_layer()
+            if isinstance(layer, (nn.Linear, Conv1D)):
+                yield name, layer
+        elif isinstance(module, (nn.Linear, Conv1D)):
+            yield name, module
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features), also for GPT-2's transposed layer."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(layer, Conv1D):
+        return int(layer.nx), int(layer.nf)
+    return int(layer.in_features), int(layer.out_features)  # pyright: ignore[reportArgumentType]
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that turns hidden states into token logits, where the model is a transformers one."""
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+
+
+def _reason_to_skip(name: str, layer: nn.Module, lora: LoraConfig, output_head: nn.Module | None) -> str | None:
+    """Why the layer is no candidate, or None when it is one."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from torch import nn
+
+    parts = name.split(".")
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "inside nn.MultiheadAttention, which never calls it"
+    for module in trained_modules(lora):
+        if re.match(rf"(^|.*\.){module}($|\..*)", name):
+            return f"trained as a whole ({module!r} in modules_to_save)"
+    if lora.target_modules is None or lora.target_modules == "all-linear":
+        if layer is output_head or not _HEAD_NAMES.isdisjoint(parts):
+            return "output head"
+        if lora.target_modules is None and "pooler" in parts:
+            return "pooler (name it in target_modules to make it a candidate)"
+        probe = _with_targets(lora, [name])
+        return None if bool(check_target_module_exists(probe, name)) else "in exclude_modules"
+    return None if bool(check_target_module_exists(lora, name)) else "not in target_modules"
+
+
+def _with_targets(lora: LoraConfig, names: Sequence[str]) -> LoraConfig:
+    """A light stand-in of ``lora`` that targets ``names``: what PEFT's matching rule reads and no more."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        target_modules=list(names), exclude_modules=lora.exclude_modules, modules_to_save=lora.modules_to_save
+    )
+
+
+def _nothing_matched(lora: LoraConfig, skipped: Sequence[Skipped]) -> str:
+    """The error's text: what was asked for and what comes closest."""
+    if lora.target_modules is None or lora.target_modules == "all-linear":
+        return "no site is left: " + "; ".join(f"{skip.name}: {skip.reason}" for skip in skipped[:5])
+    wanted = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
+    known = sorted({skip.name.rsplit(".", 1)[-1] for skip in skipped} | {skip.name for skip in skipped})
+    close = [match for want in wanted for match in difflib.get_close_matches(want, known, n=2, cutoff=0.4)]
+    excluded = [skip for skip in skipped if skip.reason != "not in target_modules"]
+    if excluded and not close:
+        close = [f"{excluded[0].name} ({excluded[0].reason})"]
+    hint = f"the closest: {', '.join(dict.fromkeys(close))}" if close else f"there are: {', '.join(known[:8])}"
+    return f"target_modules={wanted} match none of the {len(skipped)} linear layers; {hint}"

