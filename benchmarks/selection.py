@@ -22,8 +22,8 @@ from typing import Any
 
 from weightlora.bench.records import append_record, read_records
 from weightlora.budget import Keep, read_budget
-from weightlora.methods.base import ChoosingMethod, Method
 from weightlora.methods import make_method
+from weightlora.methods.base import ChoosingMethod, Method
 from weightlora.plan import AdapterPlan, make_plan
 from weightlora.sites import find_sites
 
@@ -123,9 +123,7 @@ class MiniLm:
         method = build(variant, keep=keep, seed=seed, lr=lr)
         settings = Settings(self.model, lr=lr, seed=seed)
         try:
-            outcome = train_classifier(
-                settings, method, lora, self.tokenizer, self.rows["train"], self.rows[split]
-            )
+            outcome = train_classifier(settings, method, lora, self.tokenizer, self.rows["train"], self.rows[split])
         except SelectionError as error:
             append_record(self.path, {**key, "accuracy": None, "error": str(error)})
             return
@@ -138,7 +136,13 @@ class MiniLm:
                 "adapter_parameters": outcome.plan.parameters,
                 "selection_seconds": round(outcome.selection_seconds, 2),
                 "training_seconds": round(outcome.training_seconds, 2),
-                "settings": {"train": 2000, "epochs": 1, "batch_size": 32, "max_length": MAX_LENGTH, "lora": "r=8 a=32"},
+                "settings": {
+                    "train": 2000,
+                    "epochs": 1,
+                    "batch_size": 32,
+                    "max_length": MAX_LENGTH,
+                    "lora": "r=8 a=32",
+                },
             },
         )
 
@@ -244,7 +248,9 @@ def print_tables() -> None:
         done = [r for r in group if r["accuracy"] is not None]
         rates = "/".join(sorted({f"{r['lr']:g}" for r in group}))
         parameters = round(statistics.mean(r["adapter_parameters"] for r in done)) if done else 0
-        print(f"| {keep} | {label} | {rates} | {parameters:,} | {mean_error(values)} | {len(values)} | {likeness(done)} |")
+        print(
+            f"| {keep} | {label} | {rates} | {parameters:,} | {mean_error(values)} | {len(values)} | {likeness(done)} |"
+        )
     print()
     for keep, label in dict.fromkeys((r["keep"], r["method"]) for r in tested):
         print_places(f"{label}, K={keep}", [r for r in tested if (r["keep"], r["method"]) == (keep, label)])

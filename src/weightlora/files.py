@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from weightlora.errors import OutputError
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path) -> Generator[Path]:
     """Yield a temporary path beside ``path`` that takes its place when the block ends without an error.
 
     Args:
@@ -49,7 +49,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def whole_folder(path: str | Path) -> Generator[Path]:
     """Yield a temporary folder beside ``path`` that replaces it when the block ends without an error.
 
     Raises:
@@ -81,6 +81,19 @@ def write_json(path: str | Path, value: Any, *, default: Callable[[Any], Any] | 
     text = json.dumps(value, indent=1, ensure_ascii=False, default=default)
     with whole_file(path) as draft:
         draft.write_text(text + "\n", encoding="utf-8")
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Make the folder if need be and return it; long work asks before it begins.
+
+    Raises:
+        OutputError: The folder cannot be made or written.
+    """
+    path = Path(path)
+    with whole_file(path / ".writable"):
+        pass
+    (path / ".writable").unlink()
+    return path
 
 
 def _umask() -> int:

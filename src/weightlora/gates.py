@@ -7,7 +7,7 @@ registered: no optimizer, weight decay, gradient clipping or cast can reach ω.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +67,7 @@ class Gates:
 
 
 @contextmanager
-def gated(layers: Mapping[str, LoraLayer], adapter: str = "default") -> Iterator[Gates]:
+def gated(layers: Mapping[str, LoraLayer], adapter: str = "default") -> Generator[Gates]:
     """Attach a gate of value 1 to each layer for the length of the block.
 
     Args:
@@ -84,7 +84,7 @@ def gated(layers: Mapping[str, LoraLayer], adapter: str = "default") -> Iterator
         >>> gates.names, gates.gradient.shape
         (('0',), torch.Size([1]))
     """
-    device = next((layer.lora_A[adapter].weight.device for layer in layers.values()), None)
+    device = next((p.device for layer in layers.values() for p in layer.lora_A[adapter].parameters()), None)
     gates = Gates(
         names=tuple(layers),
         scalars=tuple(torch.ones((), dtype=torch.float32, device=device, requires_grad=True) for _ in layers),

@@ -1,6 +1,6 @@
 """The plan: which sites carry an adapter, of which rank, and how that was found. Frozen, JSON on disk, no torch.
 
-    select → plan → ``LoraConfig`` → any trainer
+select → plan → ``LoraConfig`` → any trainer
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ class AdapterPlan:
         _raise_faults(faults, "the model does not carry the plan (use plan.attach(model))")
 
     def jaccard(self, other: AdapterPlan) -> float:
-        """Return \\|A∩B\\| / \\|A∪B\\| of the kept sites, from 0 (disjoint) to 1 (the same)."""
+        """Return |A∩B| / |A∪B| of the kept sites, from 0 (disjoint) to 1 (the same)."""
         mine, theirs = set(self.names), set(other.names)
         return len(mine & theirs) / len(mine | theirs) if mine | theirs else 1.0
 

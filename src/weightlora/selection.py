@@ -1,8 +1,8 @@
 """The main job: ask a few warm-up steps which adapters matter. Read this file first.
 
-    plan = select(model, batches, lora=LoraConfig(r=8), keep=0.5)
-    model = plan.attach(model)                 # WeightLoRA: stock PEFT from here on
-    model = plan.expand().attach(model)        # WeightLoRA+: the same budget as plain LoRA
+plan = select(model, batches, lora=LoraConfig(r=8), keep=0.5)
+model = plan.attach(model)                 # WeightLoRA: stock PEFT from here on
+model = plan.expand().attach(model)        # WeightLoRA+: the same budget as plain LoRA
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _config_of(model: nn.Module) -> LoraConfig:
     """The LoRA config that a PEFT model already has, else PEFT's defaults."""
     if not isinstance(model, PeftModel):
         return LoraConfig()
-    config = model.peft_config[model.active_adapter]
+    config = model.peft_config[model.active_adapters[0]]
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise OptionError(f"the model carries {config.peft_type} adapters; give a LoRA model, or the base with lora=")
     return config

@@ -22,7 +22,7 @@ def hard_threshold(omega: Tensor, budget: Budget, *, threshold: Threshold = "mag
     Args:
         omega: The gates, shape (n,), in the order of the sites' names.
         budget: How many sites, or how many parameters, may stay.
-        threshold: ``"magnitude"`` keeps the largest \\|ω\\| (the paper, Appendix B), ``"signed"`` the largest ω (the
+        threshold: ``"magnitude"`` keeps the largest |ω| (the paper, Appendix B), ``"signed"`` the largest ω (the
             authors' code). They agree unless an ω turns negative.
 
     Example:

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from weightlora.plan import AdapterPlan
 from weightlora.tasks.classification import Row, accuracy, load_classifier, shuffled_batches
@@ -69,8 +76,9 @@ def train_classifier(
     """
     base = load_classifier(settings.model, labels=settings.labels, seed=settings.seed)
     steps = round(settings.epochs * -(-len(train_rows) // settings.batch_size))
+    collate = DataCollatorWithPadding(tokenizer)
     batches = shuffled_batches(
-        train_rows, tokenizer, batch_size=settings.batch_size, count=settings.warmup_batches, seed=settings.seed
+        train_rows, collate, batch_size=settings.batch_size, count=settings.warmup_batches, seed=settings.seed
     )
     start = time.perf_counter()
     model = method.attach(base, lora, batches, steps)
@@ -80,10 +88,11 @@ def train_classifier(
         args=_arguments(settings),
         train_dataset=list(train_rows),  # pyright: ignore[reportArgumentType]  # any indexable of rows will do
         eval_dataset=sorted(test_rows, key=lambda row: len(row["input_ids"])),  # pyright: ignore[reportArgumentType]
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=collate,
         compute_metrics=accuracy,
         callbacks=[*method.callbacks(), *callbacks],
     )
+    trainer.remove_callback(PrinterCallback)  # it prints raw dicts wherever there is no tqdm bar
     trainer.train()
     trained = time.perf_counter()
     measured: dict[str, Any] = trainer.evaluate()

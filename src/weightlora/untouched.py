@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 
 @contextmanager
-def untouched(model: nn.Module, *, seed: int) -> Iterator[None]:
+def untouched(model: nn.Module, *, seed: int) -> Generator[None]:
     """Seed the random numbers for the block, and at its end put model and random states back as they were.
 
     Put back are: the module tree and all attributes of every module in it (hooks, train/eval mode, flags, the

@@ -43,7 +43,7 @@ class WarmupOptions:
         _require(self.rule in RULES, f"rule={self.rule!r}", f"one of {', '.join(RULES)}")
         _require(self.steps >= 2, f"steps={self.steps}", "at least 2: with B = 0 the first gradient of ω is zero")
         _require(self.head_steps >= 0, f"head_steps={self.head_steps}", "0 or more")
-        _require(1 <= self.threshold_every, f"threshold_every={self.threshold_every}", "1 (the paper) or more")
+        _require(self.threshold_every >= 1, f"threshold_every={self.threshold_every}", "1 (the paper) or more")
         _require(self.threshold in THRESHOLDS, f"threshold={self.threshold!r}", f"one of {', '.join(THRESHOLDS)}")
         _require(0 < self.lr < float("inf"), f"lr={self.lr}", "a positive number")
         _require(0 < self.gate_lr < float("inf"), f"gate_lr={self.gate_lr}", "a positive number")

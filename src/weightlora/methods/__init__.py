@@ -1,6 +1,6 @@
 """Every way to spend a LoRA budget, behind one door; each with its paper.
 
-    model = make_method("weightlora", keep=0.5).attach(model, lora, batches, total_steps)
+model = make_method("weightlora", keep=0.5).attach(model, lora, batches, total_steps)
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from weightlora.errors import DataError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,13 +24,36 @@ def load_classifier(path: str | Path, *, labels: int, seed: int) -> PreTrainedMo
         path: A folder or a hub name.
         labels: How many classes.
         seed: Decides the head's random weights; the global generators are left as they were.
+
+    Raises:
+        DataError: There is no such model.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForSequenceClassification.from_pretrained(str(path), num_labels=labels)
+        try:
+            return AutoModelForSequenceClassification.from_pretrained(str(path), num_labels=labels)
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot load a classifier from {path}: {str(error).splitlines()[0]}") from error
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model; one without a padding token pads with the end of the text.
+
+    Raises:
+        DataError: There is no such tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot load a tokenizer from {path}: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, int]], *, max_length: int) -> list[Row]:
@@ -39,12 +64,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, int]], 
 
 
 def shuffled_batches(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, batch_size: int, count: int, seed: int
+    rows: Sequence[Row], collate: Callable[[list[Row]], Any], *, batch_size: int, count: int, seed: int
 ) -> list[Row]:
-    """Return ``count`` padded batches of distinct rows in a random order, fewer where the rows run out."""
-    from transformers import DataCollatorWithPadding
+    """Return ``count`` batches of distinct rows in a random order, fewer where the rows run out.
 
-    collate = DataCollatorWithPadding(tokenizer)
+    Args:
+        rows: As :func:`encode` makes them.
+        collate: Pads a list of rows to one batch, such as ``DataCollatorWithPadding(tokenizer)``.
+        batch_size: Rows a batch.
+        count: Batches wanted.
+        seed: Decides the order.
+    """
     order = random.Random(seed).sample(range(len(rows)), min(len(rows), batch_size * count))
     pieces = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     return [dict(collate([rows[i] for i in piece])) for piece in pieces]

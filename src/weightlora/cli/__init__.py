@@ -1,0 +1,44 @@
+"""The command line: one small file a command; a user's mistake is one line and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from weightlora import __version__
+from weightlora.cli import demo, methods, select, show
+from weightlora.errors import OptionError, WeightLoraError
+
+_COMMANDS = (demo, select, show, methods)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and leaves the exit to :func:`main`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parser = _Parser(
+        prog="weightlora", description="LoRA that spends its budget where it counts.", epilog="example: weightlora demo"
+    )
+    parser.add_argument("--version", action="version", version=f"weightlora {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    try:
+        chosen = parser.parse_args(words)
+        chosen.words = words[1:]
+        chosen.run(chosen)
+    except WeightLoraError as error:
+        print(f"weightlora: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("weightlora: stopped", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,131 @@
+"""A plan as a picture: layer × projection, each site's score and whether it survived."""
+
+from __future__ import annotations
+
+import math
+import os.path
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightlora.files import whole_file
+from weightlora.plan import AdapterPlan
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_SHADES = " ░▒▓█"
+_SCORES = {"first_order": "gate's first-order gain", "stoiht": "gate ω"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One site in the grid."""
+
+    level: float
+    """Score scaled to [0, 1] over the plan; 0 where all scores are equal."""
+    r: int
+    """Planned rank; 0 = no adapter."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is drawn: rows are layers in their order, columns projections; None where a layer has no such site."""
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cells: tuple[tuple[Cell | None, ...], ...]
+
+
+def make_grid(plan: AdapterPlan) -> Grid:
+    """Return the plan's sites as a grid of layers and projections.
+
+    Example:
+        >>> from weightlora.plan import PlannedSite
+        >>> from weightlora.sites import Site
+        >>> grid = make_grid(AdapterPlan((
+        ...     PlannedSite(Site("layer.0.q", 8, 8), 4, 8, r=0, alpha=8, score=1.0),
+        ...     PlannedSite(Site("layer.1.q", 8, 8), 4, 8, r=4, alpha=8, score=3.0),
+        ... )))
+        >>> grid.rows, grid.columns, [row[0].level for row in grid.cells]
+        (('0', '1'), ('q',), [0.0, 1.0])
+    """
+    blocks = sorted({entry.site.block for entry in plan.entries}, key=_natural)
+    columns = sorted({entry.site.projection for entry in plan.entries})
+    low = min(entry.score for entry in plan.entries)
+    span = max(entry.score for entry in plan.entries) - low
+    found = {
+        (e.site.block, e.site.projection): Cell((e.score - low) / span if span else 0.0, e.r) for e in plan.entries
+    }
+    shared = len(re.sub(r"\d*$", "", os.path.commonprefix(blocks)))  # noqa: RUF071  (letters are meant)
+    return Grid(
+        rows=tuple(block[shared:] or "–" for block in blocks),
+        columns=tuple(columns),
+        cells=tuple(tuple(found.get((block, column)) for column in columns) for block in blocks),
+    )
+
+
+def terminal_heatmap(plan: AdapterPlan) -> Table:
+    """Return the grid as a rich table: shade = score, ● = survivor, · = no adapter; readable without colour."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    grid = make_grid(plan)
+    title = f"{len(plan.names)} of {len(plan.entries)} sites kept by {plan.rule}"
+    table = Table(title=title, caption=_CAPTION, box=SIMPLE, padding=(0, 1, 0, 0))  # 7 projections fit 80 columns
+    table.add_column("layer", justify="right", no_wrap=True)
+    for column in grid.columns:
+        table.add_column(column.replace(".", "\n"), justify="center", vertical="bottom")
+    for row, cells in zip(grid.rows, grid.cells, strict=True):
+        table.add_row(row, *(_cell_text(cell) for cell in cells))
+    return table
+
+
+def draw_heatmap(plan: AdapterPlan, path: str | Path) -> None:
+    """Write the grid as a PNG (or PDF, SVG: by the path's ending), whole or not at all.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    grid = make_grid(plan)
+    height, width = len(grid.rows), len(grid.columns)
+    figure = Figure(figsize=(2.5 + 0.75 * width, 2.2 + 0.32 * height), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    levels = [[math.nan if cell is None else cell.level for cell in row] for row in grid.cells]
+    image = axes.imshow(levels, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for y, row in enumerate(grid.cells):
+        for x, cell in enumerate(row):
+            if cell is not None and cell.r > 0:
+                axes.plot(x, y, "o", markersize=9, markerfacecolor="white", markeredgecolor="black")
+                axes.annotate(str(cell.r), (x, y), ha="center", va="center_baseline", fontsize=6)
+    axes.set_xticks(range(width), grid.columns, rotation=35, ha="right", fontsize=8)
+    axes.set_yticks(range(height), grid.rows, fontsize=8)
+    axes.set_ylabel("layer")
+    axes.set_title(
+        f"{plan.rule}: {len(plan.names)} of {len(plan.entries)} sites kept\n(circle: survivor's rank)", size=9
+    )
+    low, high = min(plan.scores.values()), max(plan.scores.values())
+    bar = figure.colorbar(image, ax=axes, label=_SCORES.get(plan.rule, "score"), shrink=0.8)
+    bar.set_ticks([0, 1], labels=[f"{low:.3g}", f"{high:.3g}"])
+    with whole_file(path) as draft:
+        figure.savefig(draft)
+
+
+_CAPTION = "shade: score from low to high; ● survivor, · no adapter"
+
+
+def _cell_text(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    shade = _SHADES[round(cell.level * (len(_SHADES) - 1))]
+    return f"[bold green]{shade}●[/]" if cell.r > 0 else f"[dim]{shade}·[/]"
+
+
+def _natural(text: str) -> list[Any]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
