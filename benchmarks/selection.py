@@ -16,7 +16,9 @@ import statistics
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -63,88 +65,100 @@ def main() -> None:
     """Run the study named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=("minilm", "smollm2", "table"))
-    study = parser.parse_args().study
+    parser.add_argument("--workers", type=int, default=2, help="processes of minilm; default: %(default)s")
+    arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    {"minilm": run_minilm, "smollm2": run_smollm2, "table": print_tables}[study]()
+    if arguments.study == "minilm":
+        run_minilm(arguments.workers)
+    elif arguments.study == "smollm2":
+        run_smollm2()
+    else:
+        print_tables()
 
 
 # --- MiniLM on film reviews --------------------------------------------------------------------------------------
 
 
-def run_minilm() -> None:
+def run_minilm(workers: int) -> None:
     """Tune each method's learning rate on the validation split, then measure it with five seeds on the test split."""
     path = RESULTS / "selection-minilm.jsonl"
-    run = MiniLm(path)
-    grid = [(v, k) for k in KEEPS for v in CHOICES]
-    everything = [(Variant("lora", "lora"), 36), *grid]
-    for (variant, keep), lr in itertools.product(everything, LEARNING_RATES):
-        run(variant, keep, lr, TUNING_SEED, "validation")
-    for seed, (variant, keep) in itertools.product(SEEDS, everything):
-        run(variant, keep, best_rate(read_records(path), variant.label, keep), seed, "test")
-    for keep in KEEPS:
-        plus = plus_of_best(read_records(path), keep)
-        for lr in LEARNING_RATES:
-            run(plus, keep, lr, TUNING_SEED, "validation")
-        for seed in SEEDS:
-            run(plus, keep, best_rate(read_records(path), plus.label, keep), seed, "test")
+    everything = [(Variant("lora", "lora"), 36), *((v, k) for k in KEEPS for v in CHOICES)]
+    tune = [Point(v, k, lr, TUNING_SEED, "validation") for (v, k), lr in itertools.product(everything, LEARNING_RATES)]
+    run_points(path, tune, workers)
+    run_points(path, test_points(read_records(path), everything), workers)
+
+    plus = [(plus_of_best(read_records(path), k), k) for k in KEEPS]
+    tune = [Point(v, k, lr, TUNING_SEED, "validation") for (v, k), lr in itertools.product(plus, LEARNING_RATES)]
+    run_points(path, tune, workers)
+    run_points(path, test_points(read_records(path), plus), workers)
 
 
-class MiniLm:
-    """Runs one point of the study, unless its record is there already."""
+@dataclass(frozen=True)
+class Point:
+    """One run of the study."""
 
-    def __init__(self, path: Path) -> None:
-        from transformers import AutoTokenizer
-        from transformers.utils import logging
+    variant: Variant
+    keep: int
+    lr: float
+    seed: int
+    split: str
 
-        from weightlora.tasks.classification import encode
-        from weightlora.tasks.embedded import minilm, rotten_tomatoes
+    @property
+    def key(self) -> dict[str, Any]:
+        """What tells its record from the others."""
+        return {"method": self.variant.label, "keep": self.keep, "lr": self.lr, "seed": self.seed, "split": self.split}
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        self.path, self.model = path, minilm()
-        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
-        data = rotten_tomatoes(train=2000, validation=1000, test=2000)
-        self.rows = {
-            name: encode(self.tokenizer, getattr(data, name), max_length=MAX_LENGTH)
-            for name in ("train", "validation", "test")
-        }
 
-    def __call__(self, variant: Variant, keep: int, lr: float, seed: int, split: str) -> None:
-        """Train and measure one point."""
-        from peft import LoraConfig
+def test_points(records: list[dict[str, Any]], methods: Iterable[tuple[Variant, int]]) -> list[Point]:
+    """Each method at its best learning rate, for every seed."""
+    methods = list(methods)
+    return [Point(v, k, best_rate(records, v.label, k), seed, "test") for seed in SEEDS for v, k in methods]
 
-        from weightlora.errors import SelectionError
-        from weightlora.train import Settings, train_classifier
 
-        key = {"method": variant.label, "keep": keep, "lr": lr, "seed": seed, "split": split}
-        if any(all(record[k] == v for k, v in key.items()) for record in read_records(self.path)):
-            return
-        lora = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.0, task_type="SEQ_CLS")
-        method = build(variant, keep=keep, seed=seed, lr=lr)
-        settings = Settings(self.model, lr=lr, seed=seed)
-        try:
-            outcome = train_classifier(settings, method, lora, self.tokenizer, self.rows["train"], self.rows[split])
-        except SelectionError as error:
-            append_record(self.path, {**key, "accuracy": None, "error": str(error)})
-            return
-        append_record(
-            self.path,
-            {
-                **key,
-                "accuracy": outcome.accuracy,
-                "kept": outcome.plan.names,
-                "adapter_parameters": outcome.plan.parameters,
-                "selection_seconds": round(outcome.selection_seconds, 2),
-                "training_seconds": round(outcome.training_seconds, 2),
-                "settings": {
-                    "train": 2000,
-                    "epochs": 1,
-                    "batch_size": 32,
-                    "max_length": MAX_LENGTH,
-                    "lora": "r=8 a=32",
-                },
-            },
-        )
+def run_points(path: Path, points: list[Point], workers: int) -> None:
+    """Run what has no record yet, each worker with one thread: two threads a step would wait for each other."""
+    known = [{k: record[k] for k in points[0].key} for record in read_records(path)]
+    missing = [point for point in points if point.key not in known]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(run_point, point) for point in missing]):
+            append_record(path, done.result())
+
+
+def run_point(point: Point) -> dict[str, Any]:
+    """Train and measure one point."""
+    import torch
+    from peft import LoraConfig
+    from transformers.utils import logging
+
+    from weightlora.errors import SelectionError
+    from weightlora.tasks.classification import encode, load_tokenizer
+    from weightlora.tasks.embedded import minilm, rotten_tomatoes
+    from weightlora.train import Settings, train_classifier
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    tokenizer = load_tokenizer(minilm())
+    data = rotten_tomatoes(train=2000, validation=1000, test=2000)
+    train_rows = encode(tokenizer, data.train, max_length=MAX_LENGTH)
+    test_rows = encode(tokenizer, getattr(data, point.split), max_length=MAX_LENGTH)
+    lora = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.0, task_type="SEQ_CLS")
+    method = build(point.variant, keep=point.keep, seed=point.seed, lr=point.lr)
+    settings = Settings(minilm(), lr=point.lr, seed=point.seed)
+    try:
+        outcome = train_classifier(settings, method, lora, tokenizer, train_rows, test_rows)
+    except SelectionError as error:
+        return {**point.key, "accuracy": None, "error": str(error)}
+    return {
+        **point.key,
+        "accuracy": outcome.accuracy,
+        "kept": outcome.plan.names,
+        "adapter_parameters": outcome.plan.parameters,
+        "selection_seconds": round(outcome.selection_seconds, 2),
+        "training_seconds": round(outcome.training_seconds, 2),
+        "settings": {"train": 2000, "epochs": 1, "batch_size": 32, "max_length": MAX_LENGTH, "lora": "r=8 a=32"},
+    }
 
 
 def build(variant: Variant, *, keep: int, seed: int, lr: float) -> Method:

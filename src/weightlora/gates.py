@@ -1,13 +1,13 @@
 """One trainable number ω per adapter, kept outside the model: W = W0 + ω·s·B·A (paper, eq. 1).
 
-A gate is a forward hook on ``lora_A`` that multiplies its output of r numbers a token. Autograd therefore saves r
-numbers a token for it and not d_out, ΔW is never built, and quantised base layers work unchanged. No parameter is
-registered: no optimizer, weight decay, gradient clipping or cast can reach ω.
+A gate is a forward hook on ``lora_A`` that multiplies its output of r numbers a token: ΔW is never built, nothing of
+size d_out is saved for the backward pass, and quantised base layers work unchanged. No parameter is registered: no
+optimizer, weight decay, gradient clipping or cast can reach ω.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLayer]:
@@ -31,6 +32,20 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLay
     return dict(sorted(found.items()))
 
 
+@dataclass
+class Gate:
+    """One site's ω while it is attached."""
+
+    omega: Tensor
+    """An fp32 leaf of shape ()."""
+    closed: bool = False
+    """Whether ω is 0, known without asking the device."""
+
+    def __call__(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The forward hook: the output of ``lora_A``, times ω."""
+        return _Multiply.apply(output, self.omega.to(output.device), self.closed)  # pyright: ignore[reportReturnType]
+
+
 @dataclass(frozen=True)
 class Gates:
     """The gates of a model while they are attached; a vector in the order of ``names``.
@@ -40,8 +55,12 @@ class Gates:
     """
 
     names: tuple[str, ...]
-    scalars: tuple[Tensor, ...]
-    """fp32 leaves of shape (), one a site."""
+    gates: tuple[Gate, ...]
+
+    @property
+    def scalars(self) -> list[Tensor]:
+        """The leaves, one a site."""
+        return [gate.omega for gate in self.gates]
 
     @property
     def omega(self) -> Tensor:
@@ -51,7 +70,7 @@ class Gates:
     @property
     def gradient(self) -> Tensor:
         """∂L/∂ω as one fp32 vector of shape (n,), summed over the backward passes since :meth:`clear_gradient`."""
-        zero = torch.zeros((), device=self.scalars[0].device)
+        zero = torch.zeros_like(self.scalars[0])
         return torch.stack([zero if scalar.grad is None else scalar.grad for scalar in self.scalars])
 
     def clear_gradient(self) -> None:
@@ -62,8 +81,9 @@ class Gates:
     def write(self, omega: Tensor) -> None:
         """Set the gates to the vector ``omega`` of shape (n,)."""
         with torch.no_grad():
-            for scalar, value in zip(self.scalars, omega.unbind(), strict=True):
-                scalar.copy_(value)
+            for gate, value, closed in zip(self.gates, omega.unbind(), (omega == 0).tolist(), strict=True):
+                gate.omega.copy_(value)
+                gate.closed = closed
 
 
 @contextmanager
@@ -85,13 +105,11 @@ def gated(layers: Mapping[str, LoraLayer], adapter: str = "default") -> Generato
         (('0',), torch.Size([1]))
     """
     device = next((p.device for layer in layers.values() for p in layer.lora_A[adapter].parameters()), None)
-    gates = Gates(
-        names=tuple(layers),
-        scalars=tuple(torch.ones((), dtype=torch.float32, device=device, requires_grad=True) for _ in layers),
-    )
+    ones = (torch.ones((), dtype=torch.float32, device=device, requires_grad=True) for _ in layers)
+    gates = Gates(names=tuple(layers), gates=tuple(map(Gate, ones)))
     handles = [
-        layer.lora_A[adapter].register_forward_hook(_multiply_by(scalar))
-        for layer, scalar in zip(layers.values(), gates.scalars, strict=True)
+        layer.lora_A[adapter].register_forward_hook(gate)
+        for layer, gate in zip(layers.values(), gates.gates, strict=True)
     ]
     try:
         yield gates
@@ -100,9 +118,22 @@ def gated(layers: Mapping[str, LoraLayer], adapter: str = "default") -> Generato
             handle.remove()
 
 
-def _multiply_by(scalar: Tensor) -> Callable[..., Tensor]:
-    def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        # A tensor of shape () does not promote: the product keeps the activation's dtype.
-        return output * scalar.to(output.device)
+class _Multiply(torch.autograd.Function):
+    """y = ω·x that saves y, which ``lora_B`` saves anyway, and not x: an open gate costs no memory.
 
-    return hook
+    With ω ≠ 0, ∂L/∂ω = ⟨∂L/∂y, x⟩ = ⟨∂L/∂y, y⟩/ω. A closed gate saves x, so that it can open again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, omega: Tensor, closed: bool) -> Tensor:
+        y = x * omega  # a tensor of shape () does not promote: y keeps the activation's dtype
+        ctx.closed = closed
+        ctx.save_for_backward(x if closed else y, omega)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
+        saved, omega = ctx.saved_tensors
+        product = (gradient * saved).sum(dtype=torch.float32)
+        return gradient * omega, product if ctx.closed else product / omega, None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from rich.console import Console
 
     from weightlora.bench.comparison import Comparison
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 #: Everything the methods share but the seed.
 _EPOCHS, _BATCH_SIZE, _MAX_LENGTH, _LR = 2, 32, 32, 1.5e-3
 _TRAIN, _TEST = 2000, 1000
+#: Test sentences whose logits are left in results.json.
+_PROBE = 8
 
 
 def add_parser(commands: Any) -> None:
@@ -45,11 +48,11 @@ def run(arguments: argparse.Namespace) -> None:
     output: Path = writable_folder(arguments.output_dir)
     console = Console()
     with quiet_libraries():
-        outcomes, lines = _train_all(arguments, output, Steps(console))
+        outcomes, lines, probe = _train_all(arguments, output, Steps(console))
     plan = outcomes["weightlora"].plan
     plan.save(output / "plan.json")
     draw_heatmap(plan, output / "heatmap.png")
-    _write_results(output, lines, arguments)
+    _write_results(output, lines, probe, arguments)
     console.print(terminal_heatmap(plan))
     _print_table(console, lines, arguments.train_size)
     console.print(f"left in {output}: plan.json, heatmap.png, results.json, and an adapter directory a method")
@@ -57,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _train_all(
     arguments: argparse.Namespace, output: Path, steps: Steps
-) -> tuple[dict[str, Outcome], list[Comparison]]:
+) -> tuple[dict[str, Outcome], list[Comparison], dict[str, Any]]:
     """Train and save each method, then time their steps in turns."""
     from peft import LoraConfig
     from transformers import AutoTokenizer, DataCollatorWithPadding
@@ -80,6 +83,8 @@ def _train_all(
     data = rotten_tomatoes(arguments.train_size, test=arguments.test_size)
     train_rows = encode(tokenizer, data.train, max_length=_MAX_LENGTH)
     test_rows = encode(tokenizer, data.test, max_length=_MAX_LENGTH)
+    collate = DataCollatorWithPadding(tokenizer)
+    probe: dict[str, Any] = {"texts": [text for text, _ in data.test[:_PROBE]], "logits": {}}
     outcomes: dict[str, Outcome] = {}
     for name, options in chosen.items():
         bar = steps.method(name)
@@ -87,14 +92,23 @@ def _train_all(
         outcome = train_classifier(settings, method, lora, tokenizer, train_rows, test_rows, callbacks=[bar])
         steps.say(f"{name}: accuracy {outcome.accuracy:.3f}")
         outcome.plan.save_adapter(outcome.model, output / name)
+        probe["logits"][name] = _logits(outcome.model, collate([dict(row) for row in test_rows[:_PROBE]]))
         outcomes[name] = outcome
     steps.say("timing the training steps in turns")
-    collate = DataCollatorWithPadding(tokenizer)
     batch = shuffled_batches(train_rows, collate, batch_size=_BATCH_SIZE, count=1, seed=0)[0]
-    return outcomes, compare(outcomes, batch)
+    return outcomes, compare(outcomes, batch), probe
 
 
-def _write_results(output: Path, lines: list[Comparison], arguments: argparse.Namespace) -> None:
+def _logits(model: PeftModel, batch: Any) -> list[list[float]]:
+    """What the running model says, for those who want to compare it with what they load."""
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        return model(**batch).logits.tolist()
+
+
+def _write_results(output: Path, lines: list[Comparison], probe: dict[str, Any], arguments: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from weightlora.bench.records import provenance
@@ -112,7 +126,8 @@ def _write_results(output: Path, lines: list[Comparison], arguments: argparse.Na
         "lora": "r=8, lora_alpha=32, all 36 linear layers of the encoder",
         "seed": arguments.seed,
     }
-    results = {"settings": settings, "methods": [asdict(line) for line in lines], "provenance": provenance()}
+    methods = [asdict(line) for line in lines]
+    results = {"settings": settings, "methods": methods, "probe": probe, "provenance": provenance()}
     write_json(output / "results.json", results)
 
 
