@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from weightlora.errors import OptionError
 
@@ -149,4 +150,4 @@ def _read_parameters(keep: str, allowed: str) -> int:
         number = math.nan
     if match is None or not number > 0:
         raise OptionError(f"keep={keep!r} is not allowed: give {allowed}")
-    return int(number * _UNITS[match.group(2).lower()])
+    return int(Fraction(match.group(1)) * _UNITS[match.group(2).lower()])

@@ -63,8 +63,15 @@ def whole_folder(path: str | Path) -> Generator[Path]:
         draft.chmod(0o777 & ~_umask())
         yield draft
         if path.exists():
-            shutil.rmtree(path)
-        draft.replace(path)
+            # The old folder goes aside first: whatever happens, one of the two is whole.
+            old = draft.with_name(draft.name + "-old")
+            path.replace(old)
+            draft.replace(path)
+            shutil.rmtree(old)
+        else:
+            draft.replace(path)
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another output folder") from error
     finally:

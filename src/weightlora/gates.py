@@ -135,5 +135,6 @@ class _Multiply(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
         saved, omega = ctx.saved_tensors
-        product = (gradient * saved).sum(dtype=torch.float32)
+        wide = torch.promote_types(saved.dtype, torch.float32)  # a product of two halves would round or underflow
+        product = (gradient.to(wide) * saved.to(wide)).sum()
         return gradient * omega, product if ctx.closed else product / omega, None

@@ -6,10 +6,11 @@ select → plan → ``LoraConfig`` → any trainer
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from importlib.metadata import version
@@ -18,14 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from weightlora.budget import expanded_ranks
 from weightlora.errors import OptionError, PlanError, PlanMismatchError
-from weightlora.files import whole_folder, write_json
-from weightlora.sites import Site
+from weightlora.files import whole_folder
+from weightlora.plan_file import ENTRY_KEYS, PLAN_KEYS, read_plan_file, write_plan_file
+from weightlora.sites import Site, rank_and_alpha
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from torch import nn
 
-SCHEMA = 1
 #: Fields of a LoraConfig that the plan decides; all others are the user's and pass through unchanged.
 _PLANNED_FIELDS = ("target_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
 #: Fields that PEFT fills in by itself when a config is made, attached or saved.
@@ -168,14 +169,19 @@ class AdapterPlan:
             raise PlanError("the plan keeps no site, so there is no LoraConfig of it")
         uniform = len({(entry.r, entry.alpha) for entry in kept}) == 1
         keys = ["^" + re.escape(entry.site.name) for entry in kept]
+        fields = {**self.lora, **overrides}
+        unknown = sorted(set(fields) - set(inspect.signature(LoraConfig).parameters))
+        if unknown:
+            raise PlanError(f"this PEFT's LoraConfig has no field {', '.join(unknown)}; update PEFT, or select anew")
         config = LoraConfig(
             target_modules=list(self.names),
             r=kept[0].r,
             lora_alpha=_number(kept[0].alpha),  # pyright: ignore[reportArgumentType]  # PEFT takes floats as well
             rank_pattern={} if uniform else {k: e.r for k, e in zip(keys, kept, strict=True)},
             alpha_pattern={} if uniform else {k: _number(e.alpha) for k, e in zip(keys, kept, strict=True)},
-            **{**self.lora, **overrides},
+            **fields,
         )
+        config.exclude_modules = self._exclusions(config.exclude_modules)
         config.target_modules = list(self.names)  # PEFT made a set of it, which it would save in random order
         return config
 
@@ -194,7 +200,11 @@ class AdapterPlan:
         self.check_sites(model)
         peft_model = get_peft_model(model, self.to_lora_config(**overrides))  # pyright: ignore[reportArgumentType]
         peft_model.peft_config["default"].target_modules = list(self.names)  # pyright: ignore[reportAttributeAccessIssue]
-        self.check(peft_model)
+        try:
+            self.check(peft_model)
+        except PlanMismatchError:
+            peft_model.base_model.unload()  # pyright: ignore[reportCallIssue]
+            raise
         return peft_model
 
     def check_sites(self, model: nn.Module) -> None:
@@ -257,9 +267,9 @@ class AdapterPlan:
         Raises:
             OutputError: The folder cannot be written.
         """
-        rows = [{**asdict(e.site), **{k: getattr(e, k) for k in _ENTRY_KEYS}} for e in self.entries]
-        top = {"schema": SCHEMA, "fingerprint": self.fingerprint, **{k: getattr(self, k) for k in _PLAN_KEYS}}
-        write_json(path, {**top, "sites": rows, "history": self.history})
+        rows = [{**asdict(e.site), **{key: getattr(e, key) for key in ENTRY_KEYS}} for e in self.entries]
+        top = {"fingerprint": self.fingerprint, **{key: getattr(self, key) for key in PLAN_KEYS}}
+        write_plan_file(path, {**top, "sites": rows, "history": self.history})
 
     @classmethod
     def load(cls, path: str | Path) -> AdapterPlan:
@@ -268,24 +278,19 @@ class AdapterPlan:
         Raises:
             PlanError: The file is missing, truncated, no JSON, of an unknown schema, or contradicts itself.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"cannot read the plan {path}: {error}") from error
-        except json.JSONDecodeError as error:
-            raise PlanError(f"{path} is not a plan: not JSON, or cut off ({error})") from error
-        schema = data.get("schema") if isinstance(data, dict) else None
-        if schema != SCHEMA:
-            raise PlanError(f"{path} is not a plan of schema {SCHEMA}: found schema {schema!r}; write it anew")
-        try:
-            plan = cls(
-                entries=tuple(_read_entry(row) for row in data["sites"]),
-                history=tuple(tuple(float(value) for value in row) for row in data["history"]),
-                **{key: data[key] for key in _PLAN_KEYS},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"{path} is not a whole plan: {type(error).__name__}: {error}") from error
-        plan._check_consistency(path, data.get("fingerprint"))
+        data = read_plan_file(path)
+        plan = cls(
+            entries=tuple(
+                PlannedSite(
+                    Site(row["name"], row["in_features"], row["out_features"]), **{k: row[k] for k in ENTRY_KEYS}
+                )
+                for row in data["sites"]
+            ),
+            history=tuple(tuple(row) for row in data["history"]),
+            **{key: data[key] for key in PLAN_KEYS},
+        )
+        if data["fingerprint"] != plan.fingerprint:
+            raise PlanError(f"{path} was edited: its sites do not match its fingerprint; write it anew with select()")
         return plan
 
     def save_adapter(self, model: PeftModel, path: str | Path) -> None:
@@ -295,26 +300,26 @@ class AdapterPlan:
             PlanMismatchError: The model does not carry the plan.
             OutputError: The folder cannot be written.
         """
+        from safetensors import SafetensorError
+
         self.check(model)
         with whole_folder(path) as draft:
-            model.save_pretrained(str(draft))
+            try:
+                model.save_pretrained(str(draft))
+            except SafetensorError as error:  # its word for a full disk
+                raise OSError(str(error)) from error
             self.save(draft / "plan.json")
 
-    def _check_consistency(self, path: str | Path, fingerprint: object) -> None:
-        names = [entry.site.name for entry in self.entries]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise PlanError(f"{path} names sites twice: {', '.join(twice[:5])}")
-        if names != sorted(names) or fingerprint != self.fingerprint:
-            raise PlanError(f"{path} was edited: its sites do not match its fingerprint; write it anew with select()")
-        if any(entry.r < 0 or entry.lora_r < 1 for entry in self.entries) or not self.names:
-            raise PlanError(f"{path} is not a plan: ranks must be 0 (no adapter) or more, and one above 0")
-        if any(len(row) != len(names) for row in self.history):
-            raise PlanError(f"{path} is not a plan: each row of its history needs {len(names)} numbers, one a site")
+    def _exclusions(self, users: str | Collection[str] | None) -> str | list[str] | None:
+        """The user's ``exclude_modules``, and the dropped sites that PEFT would reach by a kept name.
 
-
-_ENTRY_KEYS = ("lora_r", "lora_alpha", "r", "alpha", "score")
-_PLAN_KEYS = ("rule", "options", "seed", "base_model", "versions", "lora")
+        PEFT reads a listed name as an ending: a kept ``proj`` would also adapt a dropped ``inner.proj``.
+        """
+        ends = tuple("." + name for name in self.names)
+        reached = [entry.site.name for entry in self.entries if entry.r == 0 and entry.site.name.endswith(ends)]
+        if isinstance(users, str):
+            return "|".join([f"(?:{users})", *map(re.escape, reached)]) if reached else users
+        return sorted({*(users or ()), *reached}) or None
 
 
 def make_plan(
@@ -329,14 +334,10 @@ def make_plan(
         scores: One a site; None where nothing was heard.
         record: Further fields of :class:`AdapterPlan`.
     """
-    from peft.utils.other import get_pattern_key
-
-    ranks, alphas = lora.rank_pattern or {}, lora.alpha_pattern or {}
     keep = set(kept)
     entries: list[PlannedSite] = []
     for site, score in zip(sites, scores or [0.0] * len(sites), strict=True):
-        r = ranks.get(get_pattern_key(list(ranks), site.name), lora.r)
-        alpha = alphas.get(get_pattern_key(list(alphas), site.name), lora.lora_alpha)
+        r, alpha = rank_and_alpha(lora, site.name)
         entries.append(PlannedSite(site, r, alpha, r=r if site.name in keep else 0, alpha=alpha, score=score))
     return AdapterPlan(tuple(entries), lora=_config_fields(lora), **record)
 
@@ -359,11 +360,6 @@ def _config_fields(lora: LoraConfig) -> dict[str, Any]:
     default = LoraConfig().to_dict()
     mine = {k: v for k, v in lora.to_dict().items() if k not in (*_PLANNED_FIELDS, *_PEFT_FIELDS) and v != default[k]}
     return json.loads(json.dumps(mine, default=sorted))  # sets become sorted lists, enums their text
-
-
-def _read_entry(row: dict[str, Any]) -> PlannedSite:
-    site = Site(str(row["name"]), int(row["in_features"]), int(row["out_features"]))
-    return PlannedSite(site, int(row["lora_r"]), row["lora_alpha"], int(row["r"]), row["alpha"], float(row["score"]))
 
 
 def _fingerprint(sites: Sequence[Site]) -> str:

@@ -7,9 +7,10 @@ model = plan.expand().attach(model)        # WeightLoRA+: the same budget as pla
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from weightlora.budget import Keep, read_budget, warmup_steps
 from weightlora.errors import OptionError
 from weightlora.gates import lora_layers
 from weightlora.plan import AdapterPlan, base_model_name, make_plan
-from weightlora.sites import Site, find_sites, trained_modules
+from weightlora.sites import Site, adapter_parameters, find_sites
 from weightlora.stoiht import Threshold
 from weightlora.untouched import untouched
 from weightlora.warmup import Loss, Rule, Stage, WarmupOptions, cycled, hear, model_loss
@@ -91,26 +92,27 @@ def select(
         ('2',)
     """
     lora = deepcopy(_config_of(model) if lora is None else lora)
-    fresh_head = bool(trained_modules(lora))
     options = WarmupOptions(
         rule=rule,
         steps=warmup_steps(None) if steps is None else steps,
-        head_steps=(HEAD_STEPS if fresh_head else 0) if head_steps is None else head_steps,
+        head_steps=head_steps or 0,
         threshold_every=threshold_every,
         threshold=threshold,
         lr=lr,
         gate_lr=gate_lr,
     )
     sites = find_sites(model, lora).sites
-    budget = read_budget(keep, [site.parameters(lora.r) for site in sites])
+    budget = read_budget(keep, adapter_parameters(sites, lora))
 
-    with untouched(model, seed=seed), torch.enable_grad():
+    with untouched(model, seed=seed), torch.inference_mode(False), torch.enable_grad():
         attached = _attach_plain_lora(model, lora, sites)
         layers = lora_layers(attached)
         model.train()
         head = [p for n, p in attached.named_parameters() if p.requires_grad and ".lora_" not in n]
         if options.head_steps and not head:
             raise OptionError(f"head_steps={head_steps}, but PEFT trains no module whole; name it in modules_to_save")
+        if head and head_steps is None:
+            options = replace(options, head_steps=HEAD_STEPS)
         total = options.head_steps + options.steps
         with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
             stage = Stage(model, layers, head, cycled(batches, total), loss_fn or model_loss, bar)
@@ -151,7 +153,8 @@ def _attach_plain_lora(model: nn.Module, lora: LoraConfig, sites: tuple[Site, ..
         base = tuner.unload() if isinstance(tuner, BaseTuner) else model.get_base_model()
     plain = LoraConfig(
         task_type=lora.task_type,
-        target_modules=[site.name for site in sites],
+        # A pattern and no list: PEFT takes a listed name for the ending of others as well.
+        target_modules="|".join(re.escape(site.name) for site in sites),
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         rank_pattern=lora.rank_pattern,

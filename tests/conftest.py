@@ -1,0 +1,57 @@
+"""A real encoder and real sentences, small and quick enough for every test."""
+
+from copy import deepcopy
+
+import bitsandbytes
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
+
+from weightlora.tasks.classification import encode, load_classifier, shuffled_batches
+from weightlora.tasks.embedded import minilm as minilm_folder
+from weightlora.tasks.embedded import rotten_tomatoes
+
+# Models this small gain nothing from threads, which wait long for each other where other work runs beside the tests.
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(str(minilm_folder()))
+
+
+@pytest.fixture(scope="session")
+def review_batches(tokenizer):
+    """Six batches of eight film reviews with labels, at most 24 tokens each."""
+    rows = encode(tokenizer, rotten_tomatoes(train=64, test=64).train, max_length=24)
+    return shuffled_batches(rows, DataCollatorWithPadding(tokenizer), batch_size=8, count=6, seed=0)
+
+
+@pytest.fixture(scope="session")
+def _pristine_minilm():
+    return load_classifier(minilm_folder(), labels=2, seed=0)
+
+
+@pytest.fixture
+def minilm(_pristine_minilm) -> PreTrainedModel:
+    """MiniLM with a fresh head for two classes, in eval mode; each test has its own copy."""
+    return deepcopy(_pristine_minilm)
+
+
+@pytest.fixture(params=[8, 4], ids=["8bit", "4bit"])
+def quantised_net(request) -> nn.Module:
+    """Two bitsandbytes layers with a tanh between them, marked as transformers does it for PEFT."""
+    torch.manual_seed(0)
+
+    def linear():
+        if request.param == 8:
+            return bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+        return bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+
+    net = nn.Sequential(linear(), nn.Tanh(), linear()).to("cpu")  # .to() is what quantises
+    setattr(net, f"is_loaded_in_{request.param}bit", True)
+    return net

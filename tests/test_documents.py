@@ -1,0 +1,45 @@
+"""Every python block of the documents runs, each file's blocks one after another in one namespace."""
+
+import re
+import runpy
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+_BLOCK = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(text):
+    """The code of each block, with blank lines before it so that a traceback names the document's line."""
+    for match in _BLOCK.finditer(text):
+        indent = len(match["indent"])
+        code = "\n".join(line[indent:] for line in match["code"].splitlines())
+        yield "\n" * text[: match.start("code")].count("\n") + code
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_code_blocks_run(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "document"}
+    for code in blocks(document.read_text(encoding="utf-8")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            exec(compile(code, str(document), "exec"), namespace)
+
+
+def test_there_are_blocks_to_run():
+    assert sum(len(list(blocks(path.read_text(encoding="utf-8")))) for path in DOCUMENTS) >= 3
+
+
+def test_the_readme_lists_every_file_of_the_package():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "src" / "weightlora").rglob("*.py"):
+        if path.name != "__init__.py":
+            assert path.name in readme, f"README's file tree lacks {path.relative_to(ROOT)}"
+
+
+def test_the_demo_named_in_the_readme_is_the_module_of_the_command():
+    assert "run" in runpy.run_module("weightlora.cli.demo")

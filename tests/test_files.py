@@ -1,0 +1,151 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weightlora.errors import OutputError
+from weightlora.files import whole_file, whole_folder, writable_folder, write_json
+
+
+def write(path, text, *, fail_with=None):
+    """Write ``text`` to a file, or to a file in a folder, raising midway where asked to."""
+    with (whole_folder if path.suffix == "" else whole_file)(path) as draft:
+        (draft / "part.txt" if draft.is_dir() else draft).write_text(text)
+        if fail_with:
+            raise fail_with
+
+
+def read(path):
+    return (path / "part.txt" if path.is_dir() else path).read_text()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.txt", "folder"])
+def test_a_finished_block_replaces_the_target_and_leaves_no_draft(tmp_path, name):
+    path = tmp_path / "made" / "on the way" / name
+    write(path, "old, and longer than the new")
+    write(path, "new")
+    assert read(path) == "new"
+    assert names(path.parent) == [name]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("name", ["a.txt", "folder"])
+def test_an_exception_in_the_block_keeps_the_old_content_and_passes_through(tmp_path, name, error):
+    with pytest.raises(error):
+        write(tmp_path / name, "half", fail_with=error())
+    assert names(tmp_path) == []
+    write(tmp_path / name, "old")
+    with pytest.raises(error):
+        write(tmp_path / name, "half", fail_with=error())
+    assert names(tmp_path) == [name]
+    assert read(tmp_path / name) == "old"
+
+
+def test_the_target_is_untouched_while_the_block_runs(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_text("old")
+    with whole_file(path) as draft:
+        draft.write_text("new")
+        assert path.read_text() == "old"
+        assert draft.suffix == ".png", "savers choose the format by the suffix"
+        assert draft.parent == path.parent, "a rename is only atomic within one file system"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "folder"])
+def test_a_result_is_as_readable_as_any_other_file(tmp_path, name):
+    write(tmp_path / name, "text")
+    plain = tmp_path / "plain"
+    plain.mkdir() if name == "folder" else plain.touch()
+    assert (tmp_path / name).stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("name", ["a.txt", "folder", "deeper/a.txt", "deeper/folder"])
+def test_a_place_that_cannot_be_written_is_one_line_that_names_it(tmp_path, name):
+    (tmp_path / "file").write_text("in the way")  # a path below a file cannot be made, not even by root
+    path = tmp_path / "file" / name
+    with pytest.raises(OutputError) as caught:
+        write(path, "text")
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_an_output_error_is_an_os_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write"):
+        write_json(tmp_path / "file" / "a.json", 1)
+
+
+FULL_DISK = """
+import resource, signal, sys
+from weightlora.errors import OutputError
+from weightlora.files import whole_folder, write_json
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that write() fails as it does on a full disk
+limit, kind = int(sys.argv[1]), sys.argv[2]
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    if kind == "file":
+        write_json("result", "x" * 10_000)
+    else:
+        with whole_folder("result") as draft:
+            (draft / "small").write_text("fits")
+            (draft / "large").write_text("x" * 10_000)
+except OutputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_full_disk_keeps_the_old_content_and_leaves_no_draft(tmp_path, kind):
+    def run(limit):
+        arguments = [sys.executable, "-c", FULL_DISK, str(limit), kind]
+        return subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    old = tmp_path / "result"
+    if kind == "folder":
+        old.mkdir()
+        (old / "small").write_text("old")
+    else:
+        old.write_text("old")
+    assert run(5_000).startswith("cannot write result: File too large")
+    assert names(tmp_path) == ["result"]
+    assert (old / "small" if kind == "folder" else old).read_text() == "old"
+    if kind == "folder":
+        assert names(old) == ["small"]
+    assert run(20_000) == "", "with room enough the same script writes"
+    assert (old / "large" if kind == "folder" else old).stat().st_size >= 10_000
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    )
+)
+def test_json_reads_back_as_it_was(tmp_path_factory, value):
+    path = tmp_path_factory.getbasetemp() / "value.json"
+    write_json(path, value)
+    assert json.loads(path.read_text(encoding="utf-8")) == value
+
+
+def test_json_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert names(tmp_path) == []
+    write_json(tmp_path / "a.json", {"a": {2}}, default=list)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [2]}
+
+
+def test_a_writable_folder_is_made_and_left_empty(tmp_path):
+    assert writable_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert names(tmp_path / "a" / "b") == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot write"):
+        writable_folder(tmp_path / "file" / "b")
