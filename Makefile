@@ -29,7 +29,7 @@ check: setup   ## format, lint, types, import order
 
 bench: setup   ## the measurements of docs/: hours on two cores; each goes on where it was stopped
 	$(BIN)/python benchmarks/warmup.py
-	$(BIN)/python benchmarks/signal.py
+	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/selection.py minilm
 	$(BIN)/python benchmarks/selection.py smollm2
 	$(BIN)/python benchmarks/selection.py table

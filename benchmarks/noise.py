@@ -1,6 +1,6 @@
 """How much of what the gates hear is signal: the first-order gain on batches that did not choose the step.
 
-    python benchmarks/signal.py          # prints Markdown, appends benchmarks/results/signal.jsonl
+    python benchmarks/noise.py          # prints Markdown, appends benchmarks/results/noise.jsonl
 
 Half of the warm-up batches give the mean gradient a of B, the other half b. A sign step along a promises the gain
 ‖a‖₁, and brings ⟨sign(a), b⟩ on the other half. Their ratio is 1 where every batch agrees and 0 where the gradients
@@ -23,7 +23,7 @@ from weightlora.sites import find_sites
 from weightlora.tasks.classification import encode, load_classifier, load_tokenizer, shuffled_batches
 from weightlora.tasks.embedded import minilm, rotten_tomatoes
 
-RESULTS = Path(__file__).parent / "results" / "signal.jsonl"
+RESULTS = Path(__file__).parent / "results" / "noise.jsonl"
 HEAD_STEPS = (0, 5, 20)
 SEEDS = (0, 1, 2, 3, 4)
 BATCHES = 20
