@@ -80,7 +80,7 @@ def step_ratios(models: Mapping[str, PeftModel], batch: Mapping[str, torch.Tenso
 
 def table_rows(lines: Sequence[Comparison]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the table's header and its rows as text, for a terminal, Markdown or HTML."""
-    header = ("method", "adapters", "trainable", "% of model", "accuracy", "selection s", "step ÷ LoRA")
+    header = ("method", "adapters", "trained", "% model", "accuracy", "select s", "step ÷ LoRA")
     rows = [
         (
             line.method,

@@ -88,6 +88,7 @@ def _train_all(
     outcomes: dict[str, Outcome] = {}
     for name, options in chosen.items():
         bar = steps.method(name)
+        steps.say(f"{name}: {'selecting, then training' if 'lr' in options else 'training'}")
         method = make_method(name, **options)
         outcome = train_classifier(settings, method, lora, tokenizer, train_rows, test_rows, callbacks=[bar])
         steps.say(f"{name}: accuracy {outcome.accuracy:.3f}")
