@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from weightlora.cli import main
+from weightlora.errors import WeightLoraWarning
 from weightlora.plan import AdapterPlan
 
 METHODS = ("lora", "random", "weightlora", "weightlora_plus")
@@ -16,8 +18,10 @@ METHODS = ("lora", "random", "weightlora", "weightlora_plus")
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
-    # 32 sentences make one batch: the warm-up says that it is used again.
-    assert main(["demo", "--train_size", "32", "--test_size", "16", "--output_dir", str(folder)]) == 0
+    with warnings.catch_warnings():
+        # 32 sentences make one batch: the warm-up says that it is used again.
+        warnings.simplefilter("ignore", WeightLoraWarning)
+        assert main(["demo", "--train_size", "32", "--test_size", "16", "--output_dir", str(folder)]) == 0
     return folder
 
 
