@@ -93,10 +93,11 @@ def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
     if not linear:
         raise SiteError(f"{type(model).__name__} has no linear layer that could carry an adapter")
 
+    output_head = _output_head(model)
     sites: list[Site] = []
     skipped: list[Skipped] = []
     for name, layer in sorted(linear.items()):
-        reason = _reason_to_skip(name, layer, lora, output_head=_output_head(model))
+        reason = _reason_to_skip(name, layer, lora, output_head)
         if reason is None:
             sites.append(Site(name, *_shape(layer)))
         else:

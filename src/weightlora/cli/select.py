@@ -114,6 +114,8 @@ def _model_and_batches(options: argparse.Namespace) -> tuple[Any, list[dict[str,
     """Load the model and as many training batches as the warm-up can use."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
+    from weightlora.budget import warmup_steps
+    from weightlora.selection import HEAD_STEPS
     from weightlora.tasks import causal_lm, classification, embedded, local
 
     causal = options.task == "causal_lm"
@@ -126,7 +128,8 @@ def _model_and_batches(options: argparse.Namespace) -> tuple[Any, list[dict[str,
     if path is None:
         raise OptionError("--task causal_lm needs --model_name_or_path")
     tokenizer = classification.load_tokenizer(path)
-    count = (options.steps or 20) + (20 if options.head_steps is None else options.head_steps)
+    head_steps = HEAD_STEPS if options.head_steps is None else options.head_steps
+    count = (options.steps or warmup_steps(None)) + head_steps
     if causal:
         model = causal_lm.load_causal_lm(path)
         encoded = causal_lm.encode_text(tokenizer, [text for text, _ in rows], max_length=options.max_length)
