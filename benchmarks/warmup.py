@@ -2,12 +2,15 @@
 
     python benchmarks/warmup.py          # prints Markdown, appends benchmarks/results/warmup.jsonl
 
-Bytes are exact counts (``saved_tensors_hooks``). Times are ratios of medians, the two steps taken in turns.
+Bytes are exact counts (``saved_tensors_hooks``). Times are ratios of medians; the steps are taken in turns, in another
+order each round, and stock against itself is the control.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -28,17 +31,23 @@ RESULTS = Path(__file__).parent / "results" / "warmup.jsonl"
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="timed rounds; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=40, help="timed rounds; default: %(default)s")
     rounds = parser.parse_args().rounds
-    print("| model | sites | dropout | saved bytes ÷ stock | step time ÷ stock |\n| --- | --- | --- | --- | --- |")
-    for dropout in (0.0, 0.05):
+    print(
+        "| model | sites | closed | dropout | saved bytes ÷ stock | step time ÷ stock | stock ÷ stock |\n|"
+        + " --- |" * 7
+    )
+    for dropout, closed in itertools.product((0.0, 0.05), (0, 18)):
         model, batch = minilm_step(dropout)
-        sites = len(lora_layers(model))
-        stock, with_gates = saved_bytes(model, batch, gates=False), saved_bytes(model, batch, gates=True)
-        ratio = step_ratio(model, batch, rounds)
-        print(f"| MiniLM, 32 reviews | {sites} | {dropout} | {with_gates / stock:.5f} | {ratio:.4f} |", flush=True)
-        record = {"study": "step", "model": "minilm", "sites": sites, "dropout": dropout}
-        append_record(RESULTS, {**record, "bytes": with_gates, "stock_bytes": stock, "time_ratio": ratio})
+        omega = torch.ones(len(lora_layers(model)))
+        omega[::2][:closed] = 0
+        stock, with_gates = saved_bytes(model, batch), saved_bytes(model, batch, omega)
+        ratio, control = step_ratios(model, batch, omega, rounds)
+        cells = (len(omega), closed, dropout, f"{with_gates / stock:.5f}", f"{ratio:.4f}", f"{control:.4f}")
+        print(f"| MiniLM, 32 reviews | {' | '.join(map(str, cells))} |", flush=True)
+        record = {"study": "step", "model": "minilm", "sites": len(omega), "closed": closed, "dropout": dropout}
+        times = {"time_ratio": ratio, "control_ratio": control}
+        append_record(RESULTS, {**record, "bytes": with_gates, "stock_bytes": stock, **times})
 
     print("\n| sites | gate cost a step, ms | a site, µs |\n| --- | --- | --- |")
     for sites in (36, 210, 2000):
@@ -67,7 +76,7 @@ def minilm_step(dropout: float) -> tuple[PeftModel, dict[str, Tensor]]:
     return get_peft_model(base, lora).train(), batch  # type: ignore[return-value]
 
 
-def saved_bytes(model: PeftModel, batch: dict[str, Tensor], *, gates: bool) -> int:
+def saved_bytes(model: PeftModel, batch: dict[str, Tensor], omega: Tensor | None = None) -> int:
     """Bytes that autograd holds for the backward pass of one step: each storage once, parameters not counted."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held: dict[int, Tensor] = {}
@@ -78,16 +87,16 @@ def saved_bytes(model: PeftModel, batch: dict[str, Tensor], *, gates: bool) -> i
         return tensor
 
     with ExitStack() as stack:
-        if gates:
-            stack.enter_context(gated(lora_layers(model)))
+        if omega is not None:
+            stack.enter_context(gated(lora_layers(model))).write(omega)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
         loss = model(**batch).loss
     del loss
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
-def step_ratio(model: PeftModel, batch: dict[str, Tensor], rounds: int) -> float:
-    """Median time of a gated warm-up step ÷ that of a stock LoRA step on the same model, in turns."""
+def step_ratios(model: PeftModel, batch: dict[str, Tensor], omega: Tensor, rounds: int) -> tuple[float, float]:
+    """Median time of a gated warm-up step, and of a stock LoRA step, ÷ that of a stock LoRA step on the same model."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     layers = lora_layers(model)
 
@@ -98,13 +107,15 @@ def step_ratio(model: PeftModel, batch: dict[str, Tensor], rounds: int) -> float
 
     def with_gates() -> None:
         with gated(layers) as gates:
+            gates.write(omega)
             model(**batch).loss.backward()
-            optimizer.step()
             gates.write(gates.omega - 1e-6 * gates.gradient)
+            optimizer.step()
             optimizer.zero_grad()
+            gates.clear()
 
-    first, second, third, fourth = in_turns([stock, with_gates, with_gates, stock], rounds)
-    return (second + third) / (first + fourth)  # there and back, so that what a step leaves behind hits both alike
+    first, with_gates_seconds, second = in_turns([stock, with_gates, stock], rounds)
+    return with_gates_seconds / first, second / first
 
 
 def gate_seconds(sites: int, rounds: int) -> float:
@@ -117,25 +128,26 @@ def gate_seconds(sites: int, rounds: int) -> float:
         model(x).sum().backward()
 
     with gated(layers) as gates:
-        gates.clear_gradient()
 
         def with_gates() -> None:
             model(x).sum().backward()
             gates.write(gates.omega - 1e-6 * gates.gradient)
-            gates.clear_gradient()
+            gates.clear()
 
         gated_seconds = in_turns([with_gates], rounds)[0]
     return gated_seconds - in_turns([stock], rounds)[0]
 
 
 def in_turns(steps: list[Callable[[], None]], rounds: int) -> list[float]:
-    """Median seconds of each step, taken in turns after two that warm up."""
+    """Median seconds of each step after two rounds that warm up; each round has an order of its own."""
     seconds: list[list[float]] = [[] for _ in steps]
+    order, turns = list(range(len(steps))), random.Random(0)
     for _ in range(rounds + 2):
-        for step, times in zip(steps, seconds, strict=True):
+        turns.shuffle(order)
+        for i in order:
             start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
+            steps[i]()
+            seconds[i].append(time.perf_counter() - start)
     return [statistics.median(times[2:]) for times in seconds]
 
 

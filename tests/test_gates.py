@@ -27,12 +27,15 @@ def omegas(n):
 
 
 def assert_gradient_is_closed_form(model, loss):
-    """The room is one fp32 rounding, 2^-24 of Σ|terms|, at each level of a tree of sums; no sum here has 2^16 terms."""
-    layers, sums = lora_layers(model), defaultdict(list)  # a layer may be passed more than once
+    """The definition, ∂L/∂ω = ⟨∂L/∂y, y⟩/ω at the gate's output y, and both closed forms, are one number.
+
+    The room is one fp32 rounding, 2^-24 of Σ|terms|, at each level of a tree of sums; no sum here has 2^16 terms.
+    """
+    layers, terms = lora_layers(model), defaultdict(list)  # a layer may be passed more than once
 
     def remember(name, omega):
         def hook(_module, _inputs, y):
-            y.register_hook(lambda g: sums[name].append((g * y).abs().sum() / omega.abs()))
+            y.register_hook(lambda g: terms[name].append((g * y).flatten().detach() / omega))
 
         return hook
 
@@ -41,8 +44,9 @@ def assert_gradient_is_closed_form(model, loss):
         for (name, layer), omega in zip(layers.items(), gates.omega, strict=True):
             layer.lora_A["default"].register_forward_hook(remember(name, omega))
         loss(model).backward()
-        room = 16 * 2**-24 * torch.stack([sum(sums[name]) for name in gates.names]).detach()
-        for closed_form in closed_forms(layers, gates.omega):
+        flat = [torch.cat(terms[name]) for name in gates.names]
+        room = 16 * 2**-24 * torch.stack([x.abs().sum() for x in flat])
+        for closed_form in (torch.stack([x.sum() for x in flat]).float(), *closed_forms(layers, gates.omega)):
             assert ((gates.gradient - closed_form).abs() <= room).all()
             # Negative control: without the division by ω the forms do not hold.
             assert ((gates.gradient - closed_form * gates.omega).abs() > room).all()
@@ -114,7 +118,9 @@ def gradient_of(model, batches):
         for batch in batches:
             (model(**batch).loss / len(batches)).backward()
         handle.remove()
-        return gates.gradient, len(calls)
+        gradient = gates.gradient
+        model.zero_grad()
+        return gradient, len(calls)
 
 
 def test_gradient_is_the_same_with_gradient_checkpointing(lora_minilm, review_batches):
@@ -143,7 +149,20 @@ def test_cleared_gradient_is_zero(lora_minilm, review_batches):
         assert not gates.gradient.any()
         lora_minilm(**review_batches[0]).loss.backward()
         assert gates.gradient.all()
-        gates.clear_gradient()
+        lora_minilm.zero_grad()
+        assert not gates.gradient.any()
+
+
+def test_what_closed_gates_heard_adds_up_until_it_is_cleared(lora_minilm, review_batches):
+    with gated(lora_layers(lora_minilm)) as gates:
+        gates.write(torch.zeros_like(gates.omega))
+        assert not gates.gradient.any()
+        lora_minilm(**review_batches[0]).loss.backward()
+        once = gates.gradient
+        assert once.all()
+        lora_minilm(**review_batches[0]).loss.backward()
+        torch.testing.assert_close(gates.gradient, 2 * once, rtol=1e-6, atol=0)
+        gates.clear()
         assert not gates.gradient.any()
 
 
@@ -204,7 +223,7 @@ def test_gate_keeps_the_activations_type():
         assert net(torch.ones(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_an_open_gate_saves_nothing_but_itself_for_the_backward_pass():
+def test_an_open_gate_saves_nothing_for_the_backward_pass():
     tokens, r = 100, 4
     net = inject_adapter_in_model(LoraConfig(r=r, target_modules=["0"]), nn.Sequential(nn.Linear(64, 64)))
     x = torch.ones(tokens, 64)
@@ -218,9 +237,10 @@ def test_an_open_gate_saves_nothing_but_itself_for_the_backward_pass():
     without, _ = saved_numbers()
     assert without > tokens * r
     with gated(lora_layers(net)) as gates:
-        assert saved_numbers()[0] == without + 1
+        gates.write(torch.full((1,), 0.5))
+        assert saved_numbers()[0] == without
         gates.write(torch.zeros(1))
-        assert saved_numbers()[0] == without + 1 + tokens * r
+        assert saved_numbers()[0] == without + tokens * r
 
 
 def test_a_closed_gate_still_hears_its_gradient():

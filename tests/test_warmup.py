@@ -141,6 +141,7 @@ def test_first_order_score_is_the_gates_gain_for_a_small_first_step():
     def gain(h):
         for weight, direction in zip(weights, directions, strict=True):
             weight.data = -h * direction
+            weight.grad = None
         with gated(layers) as gates:
             mean_loss().backward()
             return gates.gradient / -h

@@ -3,6 +3,9 @@
 A gate is a forward hook on ``lora_A`` that multiplies its output of r numbers a token: ΔW is never built, nothing of
 size d_out is saved for the backward pass, and quantised base layers work unchanged. No parameter is registered: no
 optimizer, weight decay, gradient clipping or cast can reach ω.
+
+The loss depends on ω and B through ω·B alone, so an open gate's gradient is ⟨B, ∂L/∂B⟩/ω: two small tensors after the
+backward pass, and nothing in it. Only a closed gate, where that is 0/0, listens in the backward pass itself.
 """
 
 from __future__ import annotations
@@ -36,54 +39,65 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLay
 class Gate:
     """One site's ω while it is attached."""
 
-    omega: Tensor
-    """An fp32 leaf of shape ()."""
-    closed: bool = False
-    """Whether ω is 0, known without asking the device."""
+    matrix: nn.Parameter
+    """The weight of ``lora_B``, behind the gate."""
+    ear: Tensor
+    """An fp32 leaf of shape (): what a closed gate hears gathers in its ``grad``."""
+    omega: float = 1.0
 
     def __call__(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """The forward hook: the output of ``lora_A``, times ω."""
-        return _Multiply.apply(output, self.omega.to(output.device), self.closed)  # pyright: ignore[reportReturnType]
+        """The forward hook: the output of ``lora_A``, times ω, in the same dtype."""
+        if self.omega != 0:
+            return output * self.omega
+        return _Closed.apply(output, self.ear)  # pyright: ignore[reportReturnType]
+
+    @property
+    def gradient(self) -> Tensor:
+        """∂L/∂ω as an fp32 tensor of shape ()."""
+        if self.omega == 0:
+            return torch.zeros_like(self.ear) if self.ear.grad is None else self.ear.grad
+        if self.matrix.grad is None:
+            return torch.zeros_like(self.ear)
+        wide = torch.promote_types(self.matrix.dtype, torch.float32)  # a product of two halves would round or underflow
+        b, gradient = self.matrix.detach().to(wide), self.matrix.grad.to(wide)
+        return (torch.dot(b.flatten(), gradient.flatten()) / self.omega).float()
 
 
 @dataclass(frozen=True)
 class Gates:
-    """The gates of a model while they are attached; a vector in the order of ``names``.
-
-    Each gate is a tensor of its own: with one vector, every hook's gradient would be a vector of length n, and the
-    cost of a step would grow with n².
-    """
+    """The gates of a model while they are attached; a vector in the order of ``names``."""
 
     names: tuple[str, ...]
     gates: tuple[Gate, ...]
 
     @property
-    def scalars(self) -> list[Tensor]:
-        """The leaves, one a site."""
-        return [gate.omega for gate in self.gates]
+    def ears(self) -> list[Tensor]:
+        """The leaves of the gates, one a site."""
+        return [gate.ear for gate in self.gates]
 
     @property
     def omega(self) -> Tensor:
-        """A copy of the gates as one fp32 vector of shape (n,)."""
-        return torch.stack([scalar.detach() for scalar in self.scalars])
+        """The gates as one fp32 vector of shape (n,) on the CPU."""
+        return torch.tensor([gate.omega for gate in self.gates])
 
     @property
     def gradient(self) -> Tensor:
-        """∂L/∂ω as one fp32 vector of shape (n,), summed over the backward passes since :meth:`clear_gradient`."""
-        zero = torch.zeros_like(self.scalars[0])
-        return torch.stack([zero if scalar.grad is None else scalar.grad for scalar in self.scalars])
+        """∂L/∂ω as one fp32 vector of shape (n,) on the CPU, summed over the backward passes.
 
-    def clear_gradient(self) -> None:
-        """Forget the gradient, as an optimizer's ``zero_grad`` does."""
-        for scalar in self.scalars:
-            scalar.grad = None
+        It is made of B and its ``grad``: read it before the optimizer moves B. An optimizer's ``zero_grad`` on B and
+        :meth:`clear` start the next sum.
+        """
+        return torch.stack([gate.gradient for gate in self.gates]).cpu()
+
+    def clear(self) -> None:
+        """Forget what the closed gates heard."""
+        for gate in self.gates:
+            gate.ear.grad = None
 
     def write(self, omega: Tensor) -> None:
         """Set the gates to the vector ``omega`` of shape (n,)."""
-        with torch.no_grad():
-            for gate, value, closed in zip(self.gates, omega.unbind(), (omega == 0).tolist(), strict=True):
-                gate.omega.copy_(value)
-                gate.closed = closed
+        for gate, value in zip(self.gates, omega.float().tolist(), strict=True):
+            gate.omega = value
 
 
 @contextmanager
@@ -104,9 +118,9 @@ def gated(layers: Mapping[str, LoraLayer], adapter: str = "default") -> Generato
         >>> gates.names, gates.gradient.shape
         (('0',), torch.Size([1]))
     """
-    device = next((p.device for layer in layers.values() for p in layer.lora_A[adapter].parameters()), None)
-    ones = (torch.ones((), dtype=torch.float32, device=device, requires_grad=True) for _ in layers)
-    gates = Gates(names=tuple(layers), gates=tuple(map(Gate, ones)))
+    matrices: list[Any] = [layer.lora_B[adapter].weight for layer in layers.values()]
+    ears = (torch.ones((), dtype=torch.float32, device=matrix.device, requires_grad=True) for matrix in matrices)
+    gates = Gates(names=tuple(layers), gates=tuple(map(Gate, matrices, ears)))
     handles = [
         layer.lora_A[adapter].register_forward_hook(gate)
         for layer, gate in zip(layers.values(), gates.gates, strict=True)
@@ -118,23 +132,17 @@ def gated(layers: Mapping[str, LoraLayer], adapter: str = "default") -> Generato
             handle.remove()
 
 
-class _Multiply(torch.autograd.Function):
-    """y = ω·x that saves y, which ``lora_B`` saves anyway, and not x: an open gate costs no memory.
-
-    With ω ≠ 0, ∂L/∂ω = ⟨∂L/∂y, x⟩ = ⟨∂L/∂y, y⟩/ω. A closed gate saves x, so that it can open again.
-    """
+class _Closed(torch.autograd.Function):
+    """y = 0·x, with ∂L/∂ω = ⟨∂L/∂y, x⟩, so that the gate can open again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, omega: Tensor, closed: bool) -> Tensor:
-        y = x * omega  # a tensor of shape () does not promote: y keeps the activation's dtype
-        ctx.closed = closed
-        ctx.save_for_backward(x if closed else y, omega)
-        return y
+    def forward(ctx: Any, x: Tensor, _ear: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.zeros_like(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
-        saved, omega = ctx.saved_tensors
-        wide = torch.promote_types(saved.dtype, torch.float32)  # a product of two halves would round or underflow
-        product = (gradient.to(wide) * saved.to(wide)).sum()
-        return gradient * omega, product if ctx.closed else product / omega, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
+        (x,) = ctx.saved_tensors
+        wide = torch.promote_types(x.dtype, torch.float32)  # a product of two halves would round or underflow
+        return torch.zeros_like(x), torch.dot(gradient.to(wide).flatten(), x.to(wide).flatten()).float()

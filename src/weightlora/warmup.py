@@ -212,8 +212,7 @@ def _stoiht(stage: Stage, options: WarmupOptions, budget: Budget) -> tuple[list[
     history: list[tuple[float, ...]] = []
     with gated(stage.layers) as gates:
         for step in range(1, options.steps + 1):
-            stage.backward("gates", step, [*trained, *gates.scalars])
-            optimizer.step()
+            stage.backward("gates", step, [*trained, *gates.ears])
             cut = step % options.threshold_every == 0 or step == options.steps
             omega = stoiht_step(
                 gates.omega,
@@ -222,9 +221,10 @@ def _stoiht(stage: Stage, options: WarmupOptions, budget: Budget) -> tuple[list[
                 budget=budget if cut else None,
                 threshold=options.threshold,
             )
+            optimizer.step()
             gates.write(omega)
-            gates.clear_gradient()
             optimizer.zero_grad()
+            gates.clear()
             history.append(tuple(omega.tolist()))
     return list(history[-1]), history
 
