@@ -141,8 +141,9 @@ def run_point(point: Point) -> dict[str, Any]:
     from transformers.utils import logging
 
     from weightlora.errors import SelectionError
-    from weightlora.tasks.classification import encode, load_tokenizer
+    from weightlora.tasks.classification import encode
     from weightlora.tasks.embedded import minilm, rotten_tomatoes
+    from weightlora.tasks.pretrained import load_tokenizer
     from weightlora.train import Settings, train_classifier
 
     torch.set_num_threads(1)

@@ -62,8 +62,9 @@ def minilm_step(dropout: float) -> tuple[PeftModel, dict[str, Tensor]]:
     from transformers.utils import logging
 
     from weightlora.sites import find_sites
-    from weightlora.tasks.classification import encode, load_classifier, load_tokenizer, shuffled_batches
+    from weightlora.tasks.classification import encode, load_classifier, shuffled_batches
     from weightlora.tasks.embedded import minilm, rotten_tomatoes
+    from weightlora.tasks.pretrained import load_tokenizer
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -8,9 +8,10 @@ import torch
 from transformers import DataCollatorWithPadding
 
 from weightlora.errors import DataError
-from weightlora.tasks.classification import accuracy, encode, load_classifier, load_tokenizer, shuffled_batches
+from weightlora.tasks.classification import accuracy, encode, load_classifier, shuffled_batches
 from weightlora.tasks.embedded import minilm as minilm_folder
 from weightlora.tasks.embedded import rotten_tomatoes, smollm2, wheel_file
+from weightlora.tasks.pretrained import load_tokenizer
 
 # -- wheels ----------------------------------------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ import weightlora
 SOURCE = Path(weightlora.__file__).parent
 # A room may import only what stands to its left, and its own files.
 ROOMS = (
-    *("errors", "files", "sites", "budget", "stoiht", "gates", "untouched", "plan_file", "plan", "warmup", "selection"),
-    *("methods", "tasks", "train", "bench", "report", "cli"),
+    *("errors", "files", "sites", "budget", "stoiht", "gates", "untouched", "plan_file", "plan"),
+    *("processes", "warmup", "selection", "trainer", "methods", "tasks", "train", "bench", "report", "cli"),
 )
 HEAVY = {"torch", "peft", "transformers", "numpy", "matplotlib"}
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from weightlora.plan import AdapterPlan
     from weightlora.selection import select
     from weightlora.sites import Site, find_sites
+    from weightlora.trainer import select_for
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ _HOMES = {
     "find_sites": "sites",
     "make_method": "methods",
     "select": "selection",
+    "select_for": "trainer",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "find_sites",
     "make_method",
     "select",
+    "select_for",
 ]
 
 

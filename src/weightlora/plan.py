@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from weightlora.budget import expanded_ranks
 from weightlora.errors import OptionError, PlanError, PlanMismatchError
 from weightlora.files import whole_folder
 from weightlora.plan_file import ENTRY_KEYS, PLAN_KEYS, read_plan_file, write_plan_file
-from weightlora.sites import Site, rank_and_alpha
+from weightlora.sites import Site, rank_and_alpha, trained_modules
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -169,7 +170,7 @@ class AdapterPlan:
             raise PlanError("the plan keeps no site, so there is no LoraConfig of it")
         uniform = len({(entry.r, entry.alpha) for entry in kept}) == 1
         keys = ["^" + re.escape(entry.site.name) for entry in kept]
-        fields = {**self.lora, **overrides}
+        fields = deepcopy({**self.lora, **overrides})  # PEFT adds the task's heads to modules_to_save in place
         unknown = sorted(set(fields) - set(inspect.signature(LoraConfig).parameters))
         if unknown:
             raise PlanError(f"this PEFT's LoraConfig has no field {', '.join(unknown)}; update PEFT, or select anew")
@@ -339,7 +340,7 @@ def make_plan(
     for site, score in zip(sites, scores or [0.0] * len(sites), strict=True):
         r, alpha = rank_and_alpha(lora, site.name)
         entries.append(PlannedSite(site, r, alpha, r=r if site.name in keep else 0, alpha=alpha, score=score))
-    return AdapterPlan(tuple(entries), lora=_config_fields(lora), **record)
+    return AdapterPlan(tuple(entries), lora=config_fields(lora), **record)
 
 
 def base_model_name(model: nn.Module) -> str | None:
@@ -353,12 +354,16 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in ("weightlora", "torch", "transformers", "peft")}
 
 
-def _config_fields(lora: LoraConfig) -> dict[str, Any]:
-    """The user's fields as JSON, where they differ from PEFT's defaults."""
+def config_fields(lora: LoraConfig) -> dict[str, Any]:
+    """The fields of ``lora`` that a plan passes through, as JSON, where they differ from PEFT's defaults."""
     from peft import LoraConfig
 
     default = LoraConfig().to_dict()
     mine = {k: v for k, v in lora.to_dict().items() if k not in (*_PLANNED_FIELDS, *_PEFT_FIELDS) and v != default[k]}
+    if "modules_to_save" in mine:  # PEFT adds the task's heads to the list each time that it attaches adapters
+        heads = trained_modules(replace(lora, modules_to_save=None))
+        mine["modules_to_save"] = [name for name in mine["modules_to_save"] if name not in heads]
+        mine = {k: v for k, v in mine.items() if k != "modules_to_save" or v}
     return json.loads(json.dumps(mine, default=sorted))  # sets become sorted lists, enums their text
 
 

@@ -23,6 +23,7 @@ from weightlora.budget import Keep, read_budget, warmup_steps
 from weightlora.errors import OptionError
 from weightlora.gates import lora_layers
 from weightlora.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.processes import require_agreement
 from weightlora.sites import Site, adapter_parameters, find_sites
 from weightlora.stoiht import Threshold
 from weightlora.untouched import untouched
@@ -64,7 +65,8 @@ def select(
         keep: A fraction of the sites in (0, 1], a count, or a parameter budget such as ``"300k parameters"``.
         steps: T, warm-up steps for the gates, at least 2; None stands for 20.
         seed: Decides A's random start, dropout and a shuffling loader's order, whatever the global generators hold.
-        loss_fn: ``loss_fn(model, batch)`` → scalar tensor; the default is ``model(**batch).loss``.
+        loss_fn: ``loss_fn(model, batch)`` → scalar tensor, or an iterator over those of micro-batches, whose
+            gradients add up; the default is ``model(**batch).loss``.
         rule: ``"first_order"`` averages ∂L/∂B over the batches while nothing moves and takes each gate's first-order
             gain; ``"stoiht"`` is the paper: A, B and ω move, ω under a hard threshold.
         head_steps: Steps in which the modules PEFT trains whole (``modules_to_save`` and the task's head) are
@@ -117,6 +119,7 @@ def select(
         with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
             stage = Stage(model, layers, head, cycled(batches, total), loss_fn or model_loss, bar)
             heard = hear(stage, options, budget)
+        require_agreement(repr((heard.kept, [site.name for site in sites])), "the choice")
 
     return make_plan(
         sites,

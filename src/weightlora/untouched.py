@@ -33,17 +33,33 @@ def untouched(model: nn.Module, *, seed: int) -> Generator[None]:
         >>> model.training, type(model[0]).__name__
         (True, 'Linear')
     """
-    # Both are read before anything is changed; the interrupt that arrives in between finds nothing to undo.
-    restore_random = _remember_random()
-    restore_model = _remember_model(model)
+    with seeded(seed):
+        restore = _remember_model(model)
+        try:
+            yield
+        finally:
+            restore()
+
+
+@contextmanager
+def seeded(seed: int) -> Generator[None]:
+    """Seed Python's, NumPy's and torch's generators for the block; their states are then as before.
+
+    Example:
+        >>> with seeded(0):
+        ...     first = torch.rand(1)
+        >>> with seeded(0):
+        ...     print(torch.equal(torch.rand(1), first))
+        True
+    """
+    restore = _remember_random()
     try:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         yield
     finally:
-        restore_model()
-        restore_random()
+        restore()
 
 
 def _remember_model(model: nn.Module) -> Callable[[], None]:

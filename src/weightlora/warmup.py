@@ -16,11 +16,13 @@ from tqdm import tqdm
 from weightlora.budget import Budget
 from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
 from weightlora.gates import gated
+from weightlora.processes import average_gradients, copy_from_first
 from weightlora.stoiht import THRESHOLDS, Threshold, stoiht_step
 
 Rule = Literal["first_order", "stoiht"]
 RULES: tuple[str, ...] = get_args(Rule)
-Loss = Callable[[nn.Module, Any], Tensor]
+Loss = Callable[[nn.Module, Any], Tensor | Iterable[Tensor]]
+"""``loss_fn(model, batch)``: one number, or one after the other those of micro-batches whose gradients add up."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,11 @@ class Stage:
             SelectionError: The loss is no finite number, has no gradient, or a gradient is not finite.
         """
         where = f"{what} step {step}"
-        loss: Any = self.loss_fn(self.model, to_device(next(self.batches), _device(self.model)))
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise SelectionError(f"{where}: the loss is {_kind(loss)}; loss_fn must return one number as a tensor")
-        if not loss.requires_grad:
-            raise SelectionError(f"{where}: the loss has no gradient; does loss_fn detach it or run without gradients?")
-        if not bool(torch.isfinite(loss)):
-            raise SelectionError(f"{where}: the loss is {loss.item()}; lower lr or look at that batch")
-        loss.backward()
+        losses: Any = self.loss_fn(self.model, to_device(next(self.batches), _device(self.model)))
+        for loss in [losses] if isinstance(losses, Tensor) or not isinstance(losses, Iterable) else losses:
+            _require_loss(loss, where)
+            loss.backward()
+        average_gradients(watched)
         gradients = [tensor.grad for tensor in watched if tensor.grad is not None]
         if gradients and not bool(torch.isfinite(nn.utils.get_total_norm(gradients))):
             raise SelectionError(f"{where}: a gradient is not finite; lower lr or look at that batch")
@@ -236,10 +235,20 @@ def _require_gradients(stage: Stage, wanted: Sequence[nn.Parameter]) -> None:
         parameter.grad = None
     for parameter in wanted:
         parameter.requires_grad_(True)
+    copy_from_first(wanted)
 
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
+
+
+def _require_loss(loss: object, where: str) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise SelectionError(f"{where}: the loss is {_kind(loss)}; loss_fn must return one number as a tensor")
+    if not loss.requires_grad:
+        raise SelectionError(f"{where}: the loss has no gradient; does loss_fn detach it or run without gradients?")
+    if not bool(torch.isfinite(loss)):
+        raise SelectionError(f"{where}: the loss is {loss.item()}; lower lr or look at that batch")
 
 
 def _kind(value: object) -> str:

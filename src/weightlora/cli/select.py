@@ -116,7 +116,7 @@ def _model_and_batches(options: argparse.Namespace) -> tuple[Any, list[dict[str,
 
     from weightlora.budget import warmup_steps
     from weightlora.selection import HEAD_STEPS
-    from weightlora.tasks import causal_lm, classification, embedded, local
+    from weightlora.tasks import causal_lm, classification, embedded, local, pretrained
 
     causal = options.task == "causal_lm"
     if options.train_file is None:
@@ -127,11 +127,11 @@ def _model_and_batches(options: argparse.Namespace) -> tuple[Any, list[dict[str,
     path = options.model_name_or_path or (embedded.minilm() if not causal else None)
     if path is None:
         raise OptionError("--task causal_lm needs --model_name_or_path")
-    tokenizer = classification.load_tokenizer(path)
+    tokenizer = pretrained.load_tokenizer(path)
     head_steps = HEAD_STEPS if options.head_steps is None else options.head_steps
     count = (options.steps or warmup_steps(None)) + head_steps
     if causal:
-        model = causal_lm.load_causal_lm(path)
+        model = pretrained.load_pretrained("AutoModelForCausalLM", path, seed=options.seed)
         encoded = causal_lm.encode_text(tokenizer, [text for text, _ in rows], max_length=options.max_length)
     else:
         numbered, labels = local.number_labels(rows)

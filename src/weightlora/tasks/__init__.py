@@ -1,1 +1,80 @@
-"""Data, head and metric of each benchmark, and the embedded models and texts that need no hub."""
+"""Every task that can be trained by its name: the paper's, the embedded ones, and the user's own rows."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from typing import Any
+
+from weightlora.errors import OptionError
+from weightlora.tasks.base import Task
+
+_ENTAILMENT = ("entailment", "not_entailment")
+_MNLI = ("entailment", "neutral", "contradiction")
+
+
+def _glue(name: str, text: str, pair: str | None, labels: tuple[str, ...], *metrics: str, **fields: Any) -> Task:
+    columns = {"text": text, **({"pair": pair} if pair else {}), "label": "label"}
+    return Task(name, "classification", columns, metrics, "nyu-mll/glue", name, labels=labels, **fields)
+
+
+def _own(name: str, kind: Any, metrics: tuple[str, ...], *roles: str, **fields: Any) -> Task:
+    return Task(name, kind, {role: role for role in roles}, metrics, **fields)
+
+
+_SQUAD = {"question": "question", "context": "context", "answers": "answers", "id": "id"}
+_ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+#: Kept as one readable list. The metrics are the official ones of each benchmark.
+TASKS = (
+    _glue("cola", "sentence", None, ("unacceptable", "acceptable"), "matthews_correlation"),
+    _glue("sst2", "sentence", None, ("negative", "positive"), "accuracy"),
+    _glue("mrpc", "sentence1", "sentence2", ("not_equivalent", "equivalent"), "accuracy", "f1"),
+    _glue("stsb", "sentence1", "sentence2", (), "pearson", "spearman"),
+    _glue("qqp", "question1", "question2", ("not_duplicate", "duplicate"), "accuracy", "f1"),
+    _glue(
+        *("mnli", "premise", "hypothesis", _MNLI, "accuracy"),
+        eval_splits=("validation_matched", "validation_mismatched"),
+    ),
+    _glue("qnli", "question", "sentence", _ENTAILMENT, "accuracy"),
+    _glue("rte", "sentence1", "sentence2", _ENTAILMENT, "accuracy"),
+    Task("squad", "question_answering", _SQUAD, ("exact_match", "f1"), "rajpurkar/squad"),
+    Task(
+        *("squad_v2", "question_answering", _SQUAD, ("exact_match", "f1"), "rajpurkar/squad_v2"),
+        options={"unanswerable": True},
+    ),
+    Task("xsum", "summarisation", {"document": "document", "summary": "summary"}, _ROUGE, "EdinburghNLP/xsum"),
+    Task(
+        *("cnn_dailymail", "summarisation", {"document": "article", "summary": "highlights"}, _ROUGE),
+        *("abisee/cnn_dailymail", "3.0.0"),
+    ),
+    _own("text_classification", "classification", ("accuracy",), "text", "label"),
+    _own("pair_classification", "classification", ("accuracy",), "text", "pair", "label"),
+    _own("regression", "classification", ("pearson", "spearman"), "text", "label", labels=()),
+    _own("question_answering", "question_answering", ("exact_match", "f1"), *_SQUAD),
+    _own("summarisation", "summarisation", _ROUGE, "document", "summary"),
+)
+
+
+def find_task(name: str) -> Task:
+    """Return the task of that name.
+
+    Raises:
+        OptionError: There is none; the text names the closest.
+
+    Example:
+        >>> find_task("rte").metrics
+        ('accuracy',)
+    """
+    for task in TASKS:
+        if task.name == name:
+            return task
+    names = [task.name for task in TASKS]
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f" (closest: {close[0]!r})" if close else ""
+    raise OptionError(f"task={name!r} is unknown{hint}; there are {', '.join(names)}")
+
+
+def kind_of(task: Task) -> Any:
+    """Return the module that prepares, trains and measures tasks like this one."""
+    return import_module(f"weightlora.tasks.{task.kind}")

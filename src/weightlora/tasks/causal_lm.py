@@ -1,30 +1,12 @@
-"""Plain text for a language model: tokens and model."""
+"""Plain text for a language model: tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import DataError
-
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def load_causal_lm(path: str | Path) -> PreTrainedModel:
-    """Load a language model from a folder or a hub name.
-
-    Raises:
-        DataError: There is no such model.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot load a language model from {path}: {str(error).splitlines()[0]}") from error
+    from transformers import PreTrainedTokenizerBase
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_length: int) -> list[dict[str, Any]]:

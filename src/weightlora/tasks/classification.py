@@ -1,20 +1,140 @@
-"""Sentences with a label: tokens, batches, model and accuracy."""
+"""Texts or pairs of texts with a label or a number: tokens, batches, model and metrics."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError
+from weightlora.tasks.base import Prepared, RowOptions, Task
+from weightlora.tasks.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
-    from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+    from datasets import Dataset, DatasetDict
+    from transformers import (
+        EvalPrediction,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
 Row = dict[str, Any]
+TASK_TYPE = "SEQ_CLS"
+
+
+def arguments_class() -> type[TrainingArguments]:
+    """Return the class of the training arguments."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments
+
+
+def load_model(
+    path: str | Path, task: Task, rows: DatasetDict, *, seed: int, **from_pretrained: Any
+) -> PreTrainedModel:
+    """Return a model with a fresh head for the task's labels, or for one number.
+
+    Args:
+        path: A folder or a hub name.
+        task: The task.
+        rows: Its rows, where the labels are read from them.
+        seed: Decides the head's random weights.
+        from_pretrained: Passed on, such as ``dtype``.
+
+    Raises:
+        DataError: There is no such model.
+    """
+    names = label_names(task, rows)
+    head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+    if names:
+        head = {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
+    return load_pretrained("AutoModelForSequenceClassification", path, seed=seed, **head, **from_pretrained)
+
+
+def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> Prepared:
+    """Return the task with its texts cut off at ``options.max_length`` tokens and its labels numbered.
+
+    Raises:
+        DataError: A label is not among those of the head, or is no number in a regression.
+    """
+    from datasets import ClassLabel
+
+    names = label_names(task, rows)
+    columns = task.columns
+    numbered = task.labels is not None or isinstance(rows["train"].features[columns["label"]], ClassLabel)
+
+    def encode_rows(batch: dict[str, list[Any]], split: str) -> dict[str, Any]:
+        pair = batch[columns["pair"]] if "pair" in columns else None
+        tokens = tokenizer(batch[columns["text"]], pair, truncation=True, max_length=options.max_length)
+        return {**tokens, "labels": _read_labels(batch[columns["label"]], names, split, numbered=numbered)}
+
+    encoded: dict[str, Dataset] = {
+        str(split): part.map(
+            partial(encode_rows, split=str(split)),
+            batched=True,
+            remove_columns=part.column_names,
+            desc=f"tokens, {split}",
+        )
+        for split, part in rows.items()
+    }
+    return Prepared(
+        make_trainer=partial(_make_trainer, task, tokenizer, encoded),
+        measure=lambda trainer, _adapter: _measure(task, trainer, encoded),
+    )
+
+
+def label_names(task: Task, rows: DatasetDict) -> tuple[str, ...]:
+    """Return the labels in the order of their numbers; () for a regression.
+
+    They are the task's own, else those that the data set names, else the sorted ones of the training rows.
+    """
+    from datasets import ClassLabel
+
+    if task.labels is not None:
+        return task.labels
+    column = task.columns["label"]
+    feature = rows["train"].features[column]
+    if isinstance(feature, ClassLabel):
+        return tuple(map(str, feature.names))
+    return tuple(str(label) for label in sorted(set(rows["train"][column])))
+
+
+def score(metrics: Sequence[str], predictions: Any, references: Any) -> dict[str, float]:
+    """Return GLUE's official metrics: accuracy, F1 of label 1, Matthews correlation, Pearson's and Spearman's.
+
+    Args:
+        metrics: Their names.
+        predictions: Logits of shape (rows, labels), or numbers of shape (rows, 1) in a regression.
+        references: Label numbers, or numbers, of shape (rows,).
+
+    Example:
+        >>> import numpy
+        >>> score(["accuracy", "f1"], numpy.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]]), [1, 1, 1])
+        {'accuracy': 0.6666666666666666, 'f1': 0.8}
+    """
+    from scipy import stats
+    from sklearn import metrics as sk
+
+    measures: dict[str, Callable[[Any, Any], Any]] = {
+        "accuracy": sk.accuracy_score,
+        "f1": sk.f1_score,
+        "matthews_correlation": sk.matthews_corrcoef,
+        "pearson": lambda a, b: stats.pearsonr(a, b)[0],
+        "spearman": lambda a, b: stats.spearmanr(a, b)[0],
+    }
+    guess = predictions.argmax(-1) if predictions.shape[-1] > 1 else predictions[:, 0]
+    return {name: float(measures[name](references, guess)) for name in metrics}
 
 
 def load_classifier(path: str | Path, *, labels: int, seed: int) -> PreTrainedModel:
@@ -28,32 +148,7 @@ def load_classifier(path: str | Path, *, labels: int, seed: int) -> PreTrainedMo
     Raises:
         DataError: There is no such model.
     """
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            return AutoModelForSequenceClassification.from_pretrained(str(path), num_labels=labels)
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot load a classifier from {path}: {str(error).splitlines()[0]}") from error
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model; one without a padding token pads with the end of the text.
-
-    Raises:
-        DataError: There is no such tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot load a tokenizer from {path}: {str(error).splitlines()[0]}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return load_pretrained("AutoModelForSequenceClassification", path, seed=seed, num_labels=labels)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, int]], *, max_length: int) -> list[Row]:
@@ -84,3 +179,64 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of rows whose largest logit is the label, in [0, 1]; a ``compute_metrics`` of the Trainer."""
     logits: np.ndarray[Any, Any] = prediction.predictions  # pyright: ignore[reportAssignmentType]
     return {"accuracy": float((logits.argmax(axis=-1) == prediction.label_ids).mean())}
+
+
+def _make_trainer(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: dict[str, Dataset],
+    model: Any,
+    arguments: TrainingArguments,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
+    from transformers import DataCollatorWithPadding, Trainer
+
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=encoded["train"],
+        eval_dataset=next(part for split, part in encoded.items() if split != "train"),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=lambda p: score(task.metrics, p.predictions, p.label_ids),
+        callbacks=list(callbacks),
+    )
+    # The loss is a mean over rows whatever the Trainer concludes from the model's **kwargs: without this, gradients
+    # of accumulated batches are summed, not averaged.
+    trainer.model_accepts_loss_kwargs = False
+    return trainer
+
+
+def _measure(task: Task, trainer: Trainer, encoded: dict[str, Dataset]) -> dict[str, float]:
+    measured: dict[str, float] = {}
+    for split, part in encoded.items():
+        if split != "train":
+            found = trainer.evaluate(part, metric_key_prefix=split)  # pyright: ignore[reportArgumentType]
+            measured |= {f"{split}_{name}": found[f"{split}_{name}"] for name in task.metrics}
+    return measured
+
+
+def _read_labels(labels: Sequence[Any], names: tuple[str, ...], split: str, *, numbered: bool) -> list[Any]:
+    """Position of each label among ``names``, or its value in a regression.
+
+    Args:
+        labels: Names, or positions where ``numbered``; numbers in a regression.
+        names: The labels that the head knows; () in a regression.
+        split: For the error.
+        numbered: Whether an integer is a position already, and not a name such as a number of stars.
+    """
+    if not names:
+        try:
+            return [float(label) for label in labels]
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the split {split!r} has a label that is no number: {error}") from error
+    numbers: dict[Any, int] = {name: number for number, name in enumerate(names)}
+    numbers |= {number: number for number in range(len(names)) if numbered}
+    keys = [label if numbered else str(label) for label in labels]
+    strange = [key for key in keys if key not in numbers]
+    if strange:
+        raise DataError(
+            f"the split {split!r} has the label {strange[0]!r}, which the head does not know; it knows "
+            f"{', '.join(names)}; correct the rows, or name the label's column with columns: label=..."
+        )
+    return [numbers[key] for key in keys]

@@ -1,0 +1,93 @@
+"""Several processes, one selection: averages, copies and agreement over torch.distributed; a single process is free.
+
+Parameters that are replaced inside a running job drift apart silently, so every step of the warm-up is the same on
+all processes, and what they found is compared at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from weightlora.errors import SelectionError
+
+T = TypeVar("T")
+
+
+def process_count() -> int:
+    """How many processes work together; 1 without a process group."""
+    return dist.get_world_size() if _together() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files."""
+    return not _together() or dist.get_rank() == 0
+
+
+def copy_from_first(tensors: Sequence[Tensor]) -> None:
+    """Overwrite ``tensors`` with those of the first process, as DDP does when it starts."""
+    if process_count() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def average_gradients(tensors: Sequence[Tensor]) -> None:
+    """Replace every ``.grad`` by its mean over the processes; a missing one counts as zero where another has it."""
+    if process_count() == 1:
+        return
+    have = torch.tensor([float(t.grad is not None) for t in tensors], device=tensors[0].device)
+    dist.all_reduce(have)
+    shared = [tensor for tensor, count in zip(tensors, have.tolist(), strict=True) if count]
+    if not shared:
+        return
+    gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in shared]
+    flat = torch.cat([gradient.detach().float().flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= process_count()
+    for tensor, mean in zip(shared, flat.split([t.numel() for t in shared]), strict=True):
+        tensor.grad = mean.reshape(tensor.shape).to(tensor.dtype)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """Return what ``make()`` gives on the first process, on every process.
+
+    An error there is raised on all of them: one process that waits for a dead one would wait for ever.
+    """
+    if process_count() == 1:
+        return make()
+    answer: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if is_first():
+        try:
+            answer[0] = (make(), None)
+        except Exception as error:
+            answer[0] = (None, error)
+    dist.broadcast_object_list(answer, src=0)
+    value, error = answer[0]
+    if error is not None:
+        raise error
+    return value  # pyright: ignore[reportReturnType]  # None only where make() gave None
+
+
+def require_agreement(value: str, what: str) -> None:
+    """Raise unless ``value`` is the same on every process.
+
+    Raises:
+        SelectionError: With the number of different values.
+    """
+    if process_count() == 1:
+        return
+    values: list[str] = [""] * process_count()
+    dist.all_gather_object(values, value)
+    if len(set(values)) > 1:
+        raise SelectionError(
+            f"{what} differs between the {len(values)} processes ({len(set(values))} kinds); "
+            "give all of them the same model, seed and options, and each its own batches"
+        )
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()

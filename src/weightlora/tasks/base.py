@@ -1,0 +1,59 @@
+"""What a task is: where its rows come from, what its columns mean, how it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+Kind = Literal["classification", "question_answering", "summarisation", "completion"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set and what is asked of it; a line of :data:`weightlora.tasks.TASKS`."""
+
+    name: str
+    kind: Kind
+    """The file of ``weightlora.tasks`` that prepares, trains and measures it."""
+    columns: Mapping[str, str]
+    """Role → column: ``{"text": "premise", "pair": "hypothesis", "label": "label"}``."""
+    metrics: tuple[str, ...]
+    dataset: str | None = None
+    """Hub name; None where the rows are the user's own."""
+    subset: str | None = None
+    eval_splits: tuple[str, ...] = ("validation",)
+    labels: tuple[str, ...] | None = None
+    """Names in the order of their numbers; () is a regression, None is read from the rows."""
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What only this task needs, such as the prompt of a completion."""
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How rows become tokens; what each kind of task needs of it."""
+
+    max_length: int = 128
+    """Tokens of a row, or of a source text."""
+    max_target_length: int = 128
+    """Tokens of a summary or of a generated answer."""
+    doc_stride: int = 128
+    """Tokens that neighbouring pieces of a long context share."""
+    num_beams: int = 1
+    """Beams of a generated summary."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task with its rows tokenised: what a run needs of it."""
+
+    make_trainer: Callable[[Any, TrainingArguments, Sequence[TrainerCallback]], Trainer]
+    """``make_trainer(model, arguments, callbacks)``: a real transformers or TRL trainer."""
+    measure: Callable[[Trainer, Path], dict[str, float]]
+    """``measure(trainer, adapter)``: every metric of every evaluation split, named ``split_metric``. ``adapter`` is
+    the folder of the saved adapter, for judges that load it themselves."""

@@ -1,0 +1,56 @@
+"""Models and tokenizers by name or folder, with a fresh head that depends on a seed alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from weightlora.errors import DataError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_pretrained(auto_class: str, path: str | Path, *, seed: int, **options: Any) -> PreTrainedModel:
+    """Return a model; weights that its files lack, such as a new head, are drawn from ``seed``.
+
+    Args:
+        auto_class: Name of transformers' loader, such as ``"AutoModelForCausalLM"``.
+        path: A folder or a hub name.
+        seed: The global generators are left as they were.
+        options: Passed to ``from_pretrained``: ``dtype``, ``quantization_config``, ``num_labels``, ...
+
+    Raises:
+        DataError: There is no such model, or it has no such head.
+    """
+    import torch
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return getattr(transformers, auto_class).from_pretrained(str(path), **options)
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot load {auto_class} from {path}: {str(error).splitlines()[0]}") from error
+
+
+def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model; one without a padding token pads with the end of the text.
+
+    Args:
+        path: A folder or a hub name.
+        options: Passed to ``from_pretrained``, such as ``gguf_file``.
+
+    Raises:
+        DataError: There is no such tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot load a tokenizer from {path}: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

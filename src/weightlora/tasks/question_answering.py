@@ -1,0 +1,229 @@
+"""Extractive question answering: the span of a context that answers a question, as in SQuAD v1.1 and v2.0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from weightlora.errors import DataError, OptionError
+from weightlora.tasks.base import Prepared, RowOptions, Task
+from weightlora.tasks.pretrained import load_pretrained
+from weightlora.tasks.squad_metric import Span, Window, best_span, null_score, squad_scores, squad_v2_scores
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from datasets import Dataset, DatasetDict
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+TASK_TYPE = "QUESTION_ANS"
+
+#: What a window keeps for its measure and the model does not see: its tokens' characters, its "no answer", its row.
+_ASIDE = ("offsets", "cls", "row")
+#: The share of rows whose answer may stand elsewhere than its ``answer_start`` says; real data has a few.
+_MISPLACED = 0.01
+
+
+def arguments_class() -> type[TrainingArguments]:
+    """Return the class of the training arguments."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments
+
+
+def load_model(
+    path: str | Path,
+    task: Task,  # noqa: ARG001  # every kind of task is loaded by the same call
+    rows: DatasetDict,  # noqa: ARG001
+    *,
+    seed: int,
+    **from_pretrained: Any,
+) -> PreTrainedModel:
+    """Return a model with a fresh head for the first and the last token of an answer.
+
+    Args:
+        path: A folder or a hub name.
+        task: The task.
+        rows: Its rows; nothing of the head depends on them.
+        seed: Decides the head's random weights; the global generators are left as they were.
+        from_pretrained: Passed on, such as ``dtype``.
+
+    Raises:
+        DataError: There is no such model.
+    """
+    return load_pretrained("AutoModelForQuestionAnswering", path, seed=seed, **from_pretrained)
+
+
+def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> Prepared:
+    """Return the task with every context cut into overlapping windows of ``options.max_length`` tokens.
+
+    Args:
+        task: Its ``options["unanswerable"]`` says that some questions have no answer, as in SQuAD v2.0.
+        rows: ``"train"`` and the evaluation splits.
+        tokenizer: A fast one.
+        options: ``max_length`` and ``doc_stride``.
+
+    Raises:
+        DataError: The answers are not of SQuAD's form, or do not stand where they say.
+        OptionError: The tokenizer is slow, or ``doc_stride`` leaves a window nothing new.
+    """
+    if not tokenizer.is_fast:
+        raise OptionError(
+            f"{type(tokenizer).__name__} cannot tell the characters of a token; give a model with a fast tokenizer"
+        )
+    for split in rows:
+        _check_answers(task, str(split), rows[split])
+    train = _windows(task, rows["train"], tokenizer, options, aside=False)
+    measured = {str(split): rows[split] for split in rows if split != "train"}
+    windows = {split: _windows(task, some, tokenizer, options, aside=True) for split, some in measured.items()}
+    seen = {split: some.remove_columns(list(_ASIDE)) for split, some in windows.items()}
+
+    def make_trainer(model: Any, arguments: TrainingArguments, callbacks: Sequence[TrainerCallback]) -> Trainer:
+        from transformers import DataCollatorWithPadding, Trainer
+
+        return Trainer(
+            model=model,
+            args=arguments,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            train_dataset=train,
+            eval_dataset=seen if len(seen) > 1 else next(iter(seen.values()), None),  # pyright: ignore[reportArgumentType]
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+            preprocess_logits_for_metrics=_span_logits,  # pyright: ignore[reportArgumentType]  # tuples pass too
+        )
+
+    def measure(trainer: Trainer, _adapter: Path) -> dict[str, float]:
+        numbers: dict[str, float] = {}
+        for split, some in measured.items():
+            logits = trainer.predict(seen[split]).predictions  # pyright: ignore[reportArgumentType]
+            scores = _scores(task, some, windows[split], logits)
+            numbers |= {f"{split}_{name}": score for name, score in scores.items()}
+        return numbers
+
+    return Prepared(make_trainer, measure)
+
+
+def _span_logits(outputs: Any, _labels: Any) -> Any:
+    """Leave out what an encoder-decoder answers beside the two logits: its states are large."""
+    return outputs[:2]
+
+
+def _check_answers(task: Task, split: str, rows: Dataset) -> None:
+    columns = {role: rows[column] for role, column in task.columns.items()}
+    wrong: list[Any] = []
+    for number, context, answers in zip(columns["id"], columns["context"], columns["answers"], strict=True):
+        if not _well_formed(answers):
+            raise DataError(
+                f"the answers of {number!r} in the split {split!r} are {answers!r}; "
+                'each row needs {"text": [...], "answer_start": [...]}'
+            )
+        if not answers["text"]:
+            if not task.options.get("unanswerable"):
+                raise DataError(
+                    f"{number!r} in the split {split!r} has no answer; drop such rows or take task=squad_v2"
+                )
+        elif not context.startswith(answers["text"][0], answers["answer_start"][0]):
+            wrong.append(number)
+    if len(wrong) > _MISPLACED * len(rows):
+        raise DataError(
+            f"{len(wrong)} of {len(rows)} answers in the split {split!r} are not at their answer_start, "
+            f"such as that of {wrong[0]!r}; it counts the characters of the context from 0"
+        )
+
+
+def _well_formed(answers: Any) -> bool:
+    if not isinstance(answers, dict):
+        return False
+    texts, starts = answers.get("text"), answers.get("answer_start")
+    return isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)
+
+
+def _windows(
+    task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, options: RowOptions, *, aside: bool
+) -> Dataset:
+    """Return one row a window: tokens, positions of the answer and, if wanted, what is kept aside."""
+    cut = partial(_cut, columns=task.columns, tokenizer=tokenizer, options=options, aside=aside)
+    return rows.map(cut, batched=True, with_indices=True, remove_columns=rows.column_names, desc="tokens")
+
+
+def _cut(
+    batch: Any, numbers: list[int], columns: Any, tokenizer: Any, options: RowOptions, aside: bool
+) -> dict[str, list[Any]]:
+    questions = [text.lstrip() for text in batch[columns["question"]]]  # SQuAD has some with thousands of blanks
+    _check_room(questions, tokenizer, options)
+    right = tokenizer.padding_side == "right"
+    texts = (questions, batch[columns["context"]])
+    tokens = tokenizer(
+        *(texts if right else reversed(texts)),
+        truncation="only_second" if right else "only_first",
+        max_length=options.max_length,
+        stride=options.doc_stride,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        padding=False if right else "max_length",  # padding on the left later on would move the positions
+    )
+    samples, every_offset = tokens.pop("overflow_to_sample_mapping"), tokens.pop("offset_mapping")
+    made: dict[str, list[Any]] = {key: list(values) for key, values in tokens.items()}
+    added = ("start_positions", "end_positions", *(_ASIDE if aside else ()))
+    made |= {key: [] for key in added}
+    for i, sample in enumerate(samples):
+        ours = [part == int(right) for part in tokens.sequence_ids(i)]
+        offsets = [offset if our else None for offset, our in zip(every_offset[i], ours, strict=True)]
+        cls = _cls_position(tokens["input_ids"][i], tokenizer)
+        start, end = _positions(batch[columns["answers"]][sample], offsets, cls)
+        for key, value in zip(added, (start, end, offsets, cls, numbers[sample]), strict=False):  # two, or all five
+            made[key].append(value)
+    return made
+
+
+def _check_room(questions: Sequence[str], tokenizer: Any, options: RowOptions) -> None:
+    longest = max(len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"])
+    room = options.max_length - tokenizer.num_special_tokens_to_add(pair=True) - longest
+    if options.doc_stride >= room:
+        raise OptionError(
+            f"doc_stride={options.doc_stride} must be smaller than the {room} tokens that max_length="
+            f"{options.max_length} leaves beside a question of {longest}; lower doc_stride or raise max_length"
+        )
+
+
+def _cls_position(ids: list[int], tokenizer: Any) -> int:
+    """Where "no answer" is: at the CLS token, else at the start of the text, as in ``run_qa.py``."""
+    for special in (tokenizer.cls_token_id, tokenizer.bos_token_id):
+        if special is not None and special in ids:
+            return ids.index(special)
+    return 0
+
+
+def _positions(answers: Any, offsets: Sequence[Any], cls: int) -> tuple[int, int]:
+    """First and last token of the first answer; twice ``cls`` where this window does not hold the whole of it."""
+    if not answers["text"]:
+        return cls, cls
+    start = answers["answer_start"][0]
+    end = start + len(answers["text"][0])
+    touched = [i for i, offset in enumerate(offsets) if offset and offset[0] < end and offset[1] > start]
+    if not touched or offsets[touched[0]][0] > start or offsets[touched[-1]][1] < end:
+        return cls, cls
+    return touched[0], touched[-1]
+
+
+def _scores(task: Task, rows: Dataset, windows: Dataset, logits: Any) -> dict[str, float]:
+    """Return the metrics of a split from the start and end logits of its windows."""
+    by_row: list[list[Window]] = [[] for _ in range(len(rows))]
+    for window, start, end in zip(windows, *logits, strict=True):
+        seen: Any = window
+        length = len(seen["offsets"])  # beyond it the batch was padded
+        found = Window(start[:length].tolist(), end[:length].tolist(), seen["offsets"], seen["cls"])
+        by_row[seen["row"]].append(found)
+    contexts = rows[task.columns["context"]]
+    spans: list[Span] = [best_span(context, some) for context, some in zip(contexts, by_row, strict=True)]
+    golds: list[list[str]] = [answers["text"] for answers in rows[task.columns["answers"]]]
+    if not task.options.get("unanswerable"):
+        return squad_scores([span.text for span in spans], golds)
+    return squad_v2_scores(spans, [null_score(some) for some in by_row], golds)

@@ -1,0 +1,132 @@
+"""The rows of a task: from the hub, from a saved ``datasets`` folder, or from the user's own files, one schema."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightlora.errors import DataError, OptionError
+from weightlora.tasks.base import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+#: Reader of ``datasets`` by the ending of a file.
+_READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the rows come from; nothing at all stands for the task's own data set on the hub."""
+
+    dataset_name: str | None = None
+    """Hub name, or a folder that ``datasets`` can load."""
+    dataset_config_name: str | None = None
+    train_file: str | None = None
+    validation_file: str | None = None
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+
+
+def with_columns(task: Task, columns: Sequence[str]) -> Task:
+    """Return the task with other columns for some of its roles.
+
+    Args:
+        task: The task.
+        columns: ``"role=column"`` each.
+
+    Raises:
+        OptionError: A word has no ``=``, or the task has no such role.
+
+    Example:
+        >>> task = Task("mine", "classification", {"text": "text", "label": "label"}, ("accuracy",))
+        >>> dict(with_columns(task, ["text=review"]).columns)
+        {'text': 'review', 'label': 'label'}
+    """
+    changed = dict(task.columns)
+    for word in columns:
+        role, equals, column = word.partition("=")
+        if not equals or not column:
+            raise OptionError(f"columns: {word!r} is no role=column; the roles of {task.name} are {', '.join(changed)}")
+        if role not in changed:
+            raise OptionError(f"columns: {task.name} has no role {role!r}; there are {', '.join(changed)}")
+        changed[role] = column
+    return replace(task, columns=changed)
+
+
+def load_rows(task: Task, source: Source) -> DatasetDict:
+    """Return the splits ``"train"`` and ``task.eval_splits``, each checked for the task's columns.
+
+    With the user's own files there is one evaluation split, ``"validation"``.
+
+    Raises:
+        DataError: A file, split or column is missing, or a split is empty.
+        OptionError: The task has no data of its own and none was given.
+    """
+    from datasets import DatasetDict
+
+    splits = _files(source) if source.train_file else _dataset(task, source)
+    wanted = {"train": source.max_train_samples}
+    wanted |= dict.fromkeys(("validation",) if source.train_file else task.eval_splits, source.max_eval_samples)
+    checked: Any = DatasetDict()
+    for name, most in wanted.items():
+        if name not in splits:
+            raise DataError(f"{task.name} needs a split {name!r}; there are {', '.join(splits) or 'none'}")
+        rows = splits[name]
+        if len(rows) == 0:
+            raise DataError(f"the split {name!r} has no rows")
+        _check_columns(task, name, rows.column_names)
+        checked[name] = rows if most is None else rows.select(range(min(most, len(rows))))
+    return checked
+
+
+def _files(source: Source) -> Mapping[str, Dataset]:
+
+    if source.validation_file is None:
+        raise OptionError("train_file needs a validation_file: what is measured must not have been trained on")
+    splits: dict[str, Dataset] = {}
+    for name, file in (("train", source.train_file), ("validation", source.validation_file)):
+        path = Path(str(file))
+        reader = _READERS.get(path.suffix)
+        if reader is None:
+            raise DataError(f"{path} ends with {path.suffix!r}; give {', '.join(_READERS)}")
+        if not path.is_file():
+            raise DataError(f"there is no file {path}")
+        splits[name] = _load(reader, data_files={name: str(path)})[name]
+    return splits
+
+
+def _dataset(task: Task, source: Source) -> Any:
+    from datasets import load_from_disk
+
+    name = source.dataset_name or task.dataset
+    if name is None:
+        raise OptionError(f"{task.name} has no data of its own: give dataset_name, or train_file and validation_file")
+    if (Path(name) / "dataset_dict.json").is_file():  # what DatasetDict.save_to_disk wrote
+        return load_from_disk(name)
+    subset = source.dataset_config_name or (task.subset if source.dataset_name is None else None)
+    return _load(name, subset)
+
+
+def _load(*arguments: Any, **named: Any) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(*arguments, **named)
+    except Exception as error:  # the readers raise whatever pandas, pyarrow or the hub's client do
+        where = " ".join(str(part) for part in (*arguments, *named.values()) if part)
+        raise DataError(f"cannot load {where}: {str(error).splitlines()[0]}") from error
+
+
+def _check_columns(task: Task, split: str, present: Sequence[str]) -> None:
+    for role, column in task.columns.items():
+        if column not in present:
+            close = difflib.get_close_matches(column, present, n=1)
+            hint = f" (closest: {close[0]!r})" if close else ""
+            raise DataError(
+                f"the split {split!r} has no column {column!r}{hint} for the role {role!r} of {task.name}; "
+                f"it has {', '.join(present)}; name yours with columns: {role}=..."
+            )

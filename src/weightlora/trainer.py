@@ -1,0 +1,267 @@
+"""One line in an existing script: ``plan = weightlora.select_for(trainer)`` before ``trainer.train()``.
+
+trainer → its own batches and loss → plan → the trainer's model with exactly the planned adapters
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import copy, deepcopy
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from weightlora.budget import Keep, warmup_steps
+from weightlora.errors import OptionError, PlanMismatchError, SelectionError
+from weightlora.files import writable_folder
+from weightlora.gates import lora_layers
+from weightlora.plan import AdapterPlan, config_fields
+from weightlora.processes import from_first
+from weightlora.selection import HEAD_STEPS, select
+from weightlora.untouched import seeded
+from weightlora.warmup import WarmupOptions
+
+PLAN_FILE = "plan.json"
+
+
+def select_for(
+    trainer: Trainer,
+    *,
+    lora: LoraConfig | None = None,
+    keep: Keep = 0.5,
+    expand: bool = False,
+    steps: int | None = None,
+    lr: float | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> AdapterPlan:
+    """Return the plan for what ``trainer`` is about to train; its model then carries exactly the planned adapters.
+
+    The warm-up uses the trainer's own data loader, collator, loss, precision and gradient accumulation; afterwards
+    the adapters start afresh. The plan is written to ``output_dir/plan.json`` at once and into every checkpoint. When
+    one is already there it is used instead of a new warm-up, so that a restarted or resumed run has the same
+    structure: the paper's phase 1 runs once.
+
+    Works with transformers' ``Trainer`` and ``Seq2SeqTrainer`` and TRL's ``SFTTrainer`` and ``DPOTrainer``, in one
+    process or several.
+
+    Args:
+        trainer: A trainer that has not trained yet. Its model is a PEFT model with fresh LoRA adapters, and stays the
+            same object; or it has no adapters and ``lora`` is given.
+        lora: The adapters wanted, where the trainer's model has none.
+        keep: As in :func:`weightlora.select`.
+        expand: WeightLoRA+: give the survivors the freed rank; see :meth:`AdapterPlan.expand`.
+        steps: T; None stands for 0.5 % of the training's steps, at least 20.
+        lr: The warm-up's learning rate; None takes the trainer's.
+        seed: As in :func:`weightlora.select`; None takes the trainer's.
+        options: Further arguments of :func:`weightlora.select`: rule, head_steps, threshold_every, ...
+
+    Raises:
+        OptionError: The trainer has trained, is wrapped or has an optimizer; its adapters are trained; there is no
+            LoRA to plan; or a plan in ``output_dir`` was made with other options.
+        SelectionError: See :func:`weightlora.select`. The trainer then refuses to train: it would train plain LoRA.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+        >>> base = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        >>> rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 160
+        >>> quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
+        >>> trainer = Trainer(model, TrainingArguments(str(tmp_path), max_steps=1, **quiet), train_dataset=rows)
+        >>> plan = select_for(trainer)
+        >>> len(plan.names), trainer.model is model
+        (1, True)
+    """
+    lora = _lora_of(trainer, lora)
+    _require_fresh(trainer)
+    guard = PlanGuard()
+    trainer.add_callback(guard)
+    arguments = trainer.args
+    seed = arguments.seed if seed is None else seed
+    options = {"keep": keep, "lr": arguments.learning_rate if lr is None else lr, **options}
+    path = Path(str(arguments.output_dir)) / PLAN_FILE
+
+    wanted = {**options, "steps": steps, "seed": seed, "expand": expand}
+    plan = from_first(partial(_stored_plan, path, lora, wanted))
+    if plan is None:
+        from_first(partial(writable_folder, path.parent))
+        options["steps"] = warmup_steps(_planned_steps(trainer)) if steps is None else steps
+        plan = _select(trainer, lora, seed=seed, progress=not arguments.disable_tqdm, **options)
+        plan = plan.expand() if expand else plan
+        from_first(partial(plan.save, path))
+    _adapt(trainer, plan, seed)
+    guard.plan = plan
+    return plan
+
+
+class PlanGuard(TrainerCallback):
+    """Keeps plan and training together: no training without the plan, no checkpoint without it."""
+
+    def __init__(self, plan: AdapterPlan | None = None) -> None:
+        self.plan = plan
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse to train where the selection did not happen or the model has other adapters by now."""
+        if self.plan is None:
+            raise SelectionError("select_for() failed, so this trainer would train plain LoRA; make a new one")
+        self.plan.check(kwargs["model"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the plan into the checkpoint that was just written."""
+        if state.is_world_process_zero and self.plan is not None:
+            self.plan.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / PLAN_FILE)
+
+
+def _lora_of(trainer: Trainer, lora: LoraConfig | None) -> LoraConfig:
+    """The adapters wanted: those that the model has, freshly made, or ``lora``."""
+    model = trainer.model
+    if not isinstance(model, PeftModel):
+        if lora is None:
+            raise OptionError(
+                "the trainer's model has no LoRA adapters to choose from; wrap it with get_peft_model(model, "
+                "LoraConfig(...)) first (peft_config=... in TRL), or give lora="
+            )
+        return deepcopy(lora)
+    if lora is not None:
+        raise OptionError("the trainer's model has LoRA adapters already; leave lora= out, or give the base model")
+    config = model.peft_config.get("default")
+    if not isinstance(config, LoraConfig):
+        raise OptionError(f"the trainer's model has adapters {', '.join(model.peft_config)}, no LoRA named 'default'")
+    for adapter in model.peft_config:
+        trained = [n for n, layer in lora_layers(model, adapter).items() if _weight(layer.lora_B[adapter]).any()]
+        if trained:
+            raise OptionError(
+                f"B of {trained[0]} (adapter {adapter!r}) is not zero: it was trained, or its initialisation "
+                f"({config.init_lora_weights!r}) rewrote the base; merge it, or build the trainer on the base model "
+                "and call select_for(trainer, lora=...)"
+            )
+    return deepcopy(config)
+
+
+def _require_fresh(trainer: Trainer) -> None:
+    if any(isinstance(callback, PlanGuard) for callback in trainer.callback_handler.callbacks):
+        raise OptionError("select_for() has run on this trainer already; make a new trainer for a new plan")
+    if trainer.state.global_step > 0:
+        raise OptionError(f"the trainer has trained {trainer.state.global_step} steps; make a new one and select first")
+    if trainer.optimizer is not None:
+        raise OptionError(
+            "the trainer has an optimizer, which holds adapters that the plan may drop; pass no optimizers= and let "
+            "the trainer make it, or plan with select() before the optimizer is made"
+        )
+    if trainer.model_wrapped is not trainer.model:
+        raise OptionError("the trainer's model is wrapped already; call select_for() before anything prepares it")
+    if trainer.is_deepspeed_enabled and any(not p.numel() for p in trainer.model.parameters()):  # type: ignore[union-attr]
+        raise OptionError(
+            "DeepSpeed ZeRO-3 has sharded the model, whose structure can no longer change; run `weightlora select` "
+            "first and `weightlora train --plan plan.json` with DeepSpeed (docs/distributed.md)"
+        )
+
+
+def _stored_plan(path: Path, lora: LoraConfig, wanted: dict[str, Any]) -> AdapterPlan | None:
+    """The plan of an earlier start of the same run; an error where it answers another question."""
+    if not path.exists():
+        return None
+    plan = AdapterPlan.load(path)
+    defaults = {k: v for k, v in asdict(WarmupOptions()).items() if k != "head_steps"}
+    asked = {key: value for key, value in {**defaults, **wanted}.items() if value is not None}
+    made = {**plan.options, "rule": plan.rule, "seed": plan.seed, "expand": "expand" in plan.options}
+    faults = [f"{key}={made.get(key)!r} there, {value!r} now" for key, value in asked.items() if made.get(key) != value]
+    if dict(plan.lora) != config_fields(lora):
+        faults.append("another LoraConfig")
+    if faults:
+        raise OptionError(
+            f"{path} was made with other options ({'; '.join(faults)}); choose another output_dir, or delete that file"
+        )
+    return plan
+
+
+def _select(trainer: Trainer, lora: LoraConfig, **options: Any) -> AdapterPlan:
+    """Run the warm-up on the trainer's model, batches and loss."""
+    model: Any = trainer.model
+    if trainer.args.activation_checkpointing:  # as trainer.train() will do
+        model.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
+    listener = _listener(trainer)
+    count = options["steps"] + (HEAD_STEPS if options.get("head_steps") is None else options["head_steps"])
+    with seeded(options["seed"]):  # before anything is drawn: the loader's order must not depend on the adapters
+        steps = list(islice(_optimizer_steps(listener), count))
+    return select(model, steps, lora=lora, loss_fn=_losses(listener), **options)
+
+
+def _planned_steps(trainer: Trainer) -> int:
+    """Optimizer steps that ``trainer.train()`` is going to take."""
+    *_, max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return int(max_steps)
+
+
+def _listener(trainer: Trainer) -> Trainer:
+    """A copy of the trainer with notebooks of its own: what a loss writes down about itself stays out of the logs."""
+    listener = copy(trainer)
+    notes = {
+        key: value for key, value in vars(trainer).items() if isinstance(value, dict) and key != "callback_handler"
+    }
+    vars(listener).update(deepcopy(notes))
+    return listener
+
+
+def _optimizer_steps(trainer: Trainer) -> Iterator[tuple[list[Any], Any]]:
+    """The training's own batches, grouped by optimizer step, each with its count of items for the loss's mean."""
+    batches = iter(trainer.get_train_dataloader())
+    while True:
+        group, items = trainer.get_batch_samples(batches, trainer.args.gradient_accumulation_steps, trainer.args.device)
+        if not group:
+            return
+        yield group, items
+
+
+def _losses(trainer: Trainer) -> Callable[[nn.Module, tuple[list[Any], Any]], Iterator[Tensor]]:
+    """The trainer's loss of each micro-batch, scaled so that their gradients add up to that of the step."""
+
+    def losses(model: nn.Module, step: tuple[list[Any], Any]) -> Iterator[Tensor]:
+        group, items = step
+        scaled = trainer.loss_is_scaled_for_ga
+        if scaled is None:
+            scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+        for inputs in group:
+            with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+                # A copy: losses may write to their inputs, and a batch can be used twice.
+                loss: Any = trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
+            yield loss if scaled else loss / len(group)
+
+    return losses
+
+
+def _adapt(trainer: Trainer, plan: AdapterPlan, seed: int) -> None:
+    """Put freshly initialised adapters on the planned sites; a PEFT model stays the same object, with a new tuner."""
+    old: Any = trainer.model
+    plan.check_sites(old)
+    with seeded(seed):
+        if not isinstance(old, PeftModel):
+            new = plan.attach(old)
+            trainer.model = trainer.model_wrapped = trainer.callback_handler.model = new  # pyright: ignore
+            return
+        (dtype, *others) = {p.dtype for p in old.parameters() if p.requires_grad}
+        new = plan.attach(old.base_model.unload())  # pyright: ignore[reportCallIssue]
+    if not others:  # TRL's choice for quantised models, or the user's
+        for parameter in new.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype=dtype)
+    old.base_model = new.base_model
+    old.set_adapter("default")
+    try:
+        plan.check(old)
+    except PlanMismatchError as error:  # pragma: no cover - a PEFT whose tuner is no longer in base_model
+        raise SelectionError(f"this PEFT does not take a new tuner: {error}") from error
+
+
+def _weight(matrix: Any) -> Tensor:
+    return matrix.weight.detach()
