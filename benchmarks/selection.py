@@ -140,11 +140,11 @@ def run_point(point: Point) -> dict[str, Any]:
     from peft import LoraConfig
     from transformers.utils import logging
 
+    from weightlora.bench.run import Settings, train_classifier
     from weightlora.errors import SelectionError
     from weightlora.tasks.classification import encode
     from weightlora.tasks.embedded import minilm, rotten_tomatoes
     from weightlora.tasks.pretrained import load_tokenizer
-    from weightlora.train import Settings, train_classifier
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()

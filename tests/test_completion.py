@@ -303,28 +303,28 @@ def test_rows_that_do_not_fit_are_named(plain, tiny, arguments):
     assert len(make_trainer(11).train_dataset) == 4  # 6 + 3 + 1 = 10: nothing is cut, and nothing is said
 
 
-def test_two_steps_of_lora_and_every_metric(tokenizer, tiny, arguments, tmp_path):
+def test_two_steps_of_lora_and_every_metric(tokenizer, tiny, arguments):
     model = get_peft_model(tiny, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    for task in (task_of("completion"), task_of("reasoning_gym")):
+    for task in (task_of("completion"), task_of("reasoning")):
         rows = splits(OWN) if task.name == "completion" else reasoning_rows("chain_sum", 4, 4, seed=0)
         prepared = prepare(task, rows, tokenizer, RowOptions(max_target_length=4))
         trainer = prepared.make_trainer(model, arguments(), [])
         assert trainer.model is model
         trainer.train()
         assert trainer.evaluate()["eval_loss"] > 0
-        measured = prepared.measure(trainer, tmp_path)
+        measured = prepared.measure(trainer)
         assert set(measured) == {f"validation_{metric}" for metric in task.metrics}
         assert all(0 <= value <= 1 for value in measured.values())
 
 
-def test_what_is_learnt_by_heart_is_answered(tokenizer, tiny, arguments, tmp_path):
+def test_what_is_learnt_by_heart_is_answered(tokenizer, tiny, arguments):
     prepared = prepare(task_of("completion"), splits(OWN[:2]), tokenizer, RowOptions(max_target_length=6))
     options = {"learning_rate": 2e-2, "per_device_train_batch_size": 2, "lr_scheduler_type": "constant"}
     trainer = prepared.make_trainer(tiny, arguments(**options), [])
-    assert prepared.measure(trainer, tmp_path) == {"validation_exact_match": 0.0}
+    assert prepared.measure(trainer) == {"validation_exact_match": 0.0}
     trainer.args.max_steps = 15
     trainer.train()
-    assert prepared.measure(trainer, tmp_path) == {"validation_exact_match": 1.0}
+    assert prepared.measure(trainer) == {"validation_exact_match": 1.0}
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -350,9 +350,9 @@ class Oracle(torch.nn.Module):
         return torch.cat([input_ids, tokens["input_ids"]], dim=1)
 
 
-@pytest.mark.parametrize("name", ["completion", "reasoning_gym"])
-def test_an_oracle_is_always_right_and_one_with_mixed_up_answers_never(name, tokenizer, tmp_path):
-    rows = reasoning_rows("chain_sum", 1, 7, seed=0) if name == "reasoning_gym" else splits(OWN)
+@pytest.mark.parametrize("name", ["completion", "reasoning"])
+def test_an_oracle_is_always_right_and_one_with_mixed_up_answers_never(name, tokenizer):
+    rows = reasoning_rows("chain_sum", 1, 7, seed=0) if name == "reasoning" else splits(OWN)
     texts, sums = rows["validation"]["prompt"], rows["validation"]["completion"]
     assert len(set(sums)) == len(sums)  # so that no other row's answer is right
     asked = [tokenizer.apply_chat_template(to_chat(t), **UNANSWERED) if tokenizer.chat_template else t for t in texts]
@@ -360,7 +360,7 @@ def test_an_oracle_is_always_right_and_one_with_mixed_up_answers_never(name, tok
     for answers, share in ((sums, 1.0), ([*sums[1:], sums[0]], 0.0), ([sums[0]] * len(sums), 1 / len(sums))):
         oracle = Oracle(tokenizer, dict(zip(asked, answers, strict=True))).train()
         trainer = SimpleNamespace(model=oracle, args=SimpleNamespace(per_device_eval_batch_size=3))
-        assert prepared.measure(trainer, tmp_path) == {"validation_exact_match": share}
+        assert prepared.measure(trainer) == {"validation_exact_match": share}
         assert oracle.training
         assert sorted(map(len, oracle.batches)) == sorted({4: [3, 1], 7: [3, 3, 1]}[len(sums)])
 

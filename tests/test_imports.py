@@ -16,7 +16,7 @@ SOURCE = Path(weightlora.__file__).parent
 # A room may import only what stands to its left, and its own files.
 ROOMS = (
     *("errors", "files", "sites", "budget", "stoiht", "gates", "untouched", "plan_file", "plan"),
-    *("processes", "warmup", "selection", "trainer", "methods", "tasks", "train", "bench", "report", "cli"),
+    *("processes", "warmup", "selection", "trainer", "methods", "tasks", "recipe", "train", "bench", "report", "cli"),
 )
 HEAVY = {"torch", "peft", "transformers", "numpy", "matplotlib"}
 
@@ -82,7 +82,7 @@ def test_imports_run_one_way(module):
         ("errors", "from weightlora.files import whole_file"),
         ("methods.a", "from weightlora.methods.b import build"),
         ("methods.a", "from weightlora.methods import make_method"),
-        ("methods.a", "from weightlora.train import Settings"),
+        ("methods.a", "from weightlora.bench.run import Settings"),
         ("attic", "from weightlora.errors import OptionError"),
     ],
 )

@@ -158,7 +158,7 @@ def test_a_task_of_the_harness_is_measured_by_it_after_training(base, tokenizer,
     trainer = prepared.make_trainer(model, arguments_class()(**named, save_strategy="no", learning_rate=0.1), [])
     trainer.train()
     model.save_pretrained(tmp_path / "trained")
-    measured = prepared.measure(trainer, tmp_path / "trained")
+    measured = prepared.measure(trainer)
     assert set(measured) == {f"local_choice_{metric}" for metric in task.metrics}
     assert measured == judge(base, tmp_path / "trained", ["local_choice"], include_path=folder, limit=4)
 

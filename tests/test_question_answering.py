@@ -143,7 +143,7 @@ def arguments(folder, **changed):
 def measured(model, task, rows, tokenizer, folder):
     prepared = prepare(find_task(task), splits(*rows), tokenizer, OPTIONS)
     trainer = prepared.make_trainer(model, arguments(folder), [])
-    return prepared.measure(trainer, folder)
+    return prepared.measure(trainer)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -201,7 +201,7 @@ def test_train_and_measure(tokenizer, tmp_path, name):
     model = get_peft_model(base, LoraConfig(task_type=TASK_TYPE, target_modules=["query_proj"], r=2))
     trainer = prepared.make_trainer(model, arguments(tmp_path, max_steps=2, save_strategy="no"), [])
     assert trainer.train().global_step == 2
-    numbers = prepared.measure(trainer, tmp_path)
+    numbers = prepared.measure(trainer)
     assert {f"validation_{metric}" for metric in task.metrics} <= numbers.keys()
     assert all(0 <= numbers[f"validation_{metric}"] <= 100 for metric in task.metrics)
     assert trainer.evaluate()["eval_loss"] > 0
@@ -212,7 +212,7 @@ def test_every_evaluation_split_is_measured(tokenizer, tmp_path):
     rows["other"] = rows["validation"].select([3])
     prepared = prepare(find_task("squad"), rows, tokenizer, OPTIONS)
     trainer = prepared.make_trainer(OracleForQuestionAnswering(0), arguments(tmp_path), [])
-    assert set(prepared.measure(trainer, tmp_path)) == {
+    assert set(prepared.measure(trainer)) == {
         f"{split}_{metric}" for split in ("validation", "other") for metric in ("exact_match", "f1")
     }
     assert set(trainer.eval_dataset) == {"validation", "other"}

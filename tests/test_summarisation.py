@@ -107,7 +107,7 @@ class Repeats(BartForConditionalGeneration):
 def measured(kind, rows, tokenizer, folder, options=OPTIONS):
     prepared = prepare(XSUM, splits(*rows), tokenizer, options)
     trainer = prepared.make_trainer(tiny_bart(tokenizer, kind), arguments(folder), [])
-    return prepared.measure(trainer, folder), trainer.model
+    return prepared.measure(trainer), trainer.model
 
 
 def test_a_model_that_knows_the_summaries_gets_all(tokenizer, tmp_path):
@@ -157,7 +157,7 @@ def test_train_and_measure(tokenizer, tmp_path, beams):
     model = get_peft_model(tiny_bart(tokenizer), LoraConfig(task_type=TASK_TYPE, target_modules=["q_proj"], r=2))
     trainer = prepared.make_trainer(model, arguments(tmp_path, max_steps=2, save_strategy="no"), [])
     assert trainer.train().global_step == 2
-    numbers = prepared.measure(trainer, tmp_path)
+    numbers = prepared.measure(trainer)
     assert set(numbers) == {f"validation_{metric}" for metric in XSUM.metrics}
     assert all(0 <= number <= 100 for number in numbers.values())
     assert trainer.evaluate()["eval_loss"] > 0
@@ -168,7 +168,7 @@ def test_every_evaluation_split_is_measured(tokenizer, tmp_path):
     rows["other"] = rows["validation"].select([2])
     prepared = prepare(XSUM, rows, tokenizer, OPTIONS)
     trainer = prepared.make_trainer(tiny_bart(tokenizer, Knows), arguments(tmp_path), [])
-    numbers = prepared.measure(trainer, tmp_path)
+    numbers = prepared.measure(trainer)
     assert set(numbers) == {f"{split}_{name}" for split in ("validation", "other") for name in XSUM.metrics}
 
 

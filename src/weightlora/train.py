@@ -1,128 +1,248 @@
-"""One run: base model, method and data → transformers ``Trainer`` → trained stock adapter and its numbers."""
+"""A recipe → base model, plan, trained stock adapter, metrics; stopped at any moment, the same command goes on.
+
+output_dir/config.yaml   the effective options, written first
+output_dir/before.json   metrics of the base model, with eval_on_start
+output_dir/plan.json     which sites carry adapters, as soon as it is known
+output_dir/checkpoint-*  the Trainer's own
+output_dir/adapter/      the trained adapter: stock PEFT, with plan.json and a model card
+output_dir/results.json  metrics, parameters and seconds, written last
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-
+from weightlora.budget import read_keep
+from weightlora.errors import DataError, OptionError
+from weightlora.files import whole_file, whole_folder, writable_folder, write_json
+from weightlora.methods import make_method
 from weightlora.plan import AdapterPlan
-from weightlora.tasks.classification import Row, accuracy, load_classifier, shuffled_batches
+from weightlora.processes import from_first, is_first
+from weightlora.recipe import ModelOptions, Recipe, TaskOptions
+from weightlora.sites import find_sites
+from weightlora.tasks import find_task, kind_of
+from weightlora.tasks.base import RowOptions, Task
+from weightlora.tasks.embedded import embedded_model
+from weightlora.tasks.pretrained import load_tokenizer
+from weightlora.tasks.rows import Source, load_rows, with_columns
+from weightlora.trainer import PLAN_FILE, adopt, select_for
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from transformers import Trainer, TrainerCallback
 
-    from weightlora.methods import Method
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all methods of a comparison share."""
-
-    model: Path
-    """A folder (or hub name) that a classifier is loaded from."""
-    labels: int = 2
-    epochs: float = 1.0
-    batch_size: int = 32
-    lr: float = 1e-3
-    seed: int = 0
-    """Decides the fresh head, the order of the data and A's random start; equal seeds see equal data."""
-    warmup_batches: int = 64
-    """How many training batches a selecting method may look at."""
+CONFIG_FILE, BEFORE_FILE, RESULTS_FILE = "config.yaml", "before.json", "results.json"
+HEATMAP_FILE, ADAPTER = "heatmap.png", "adapter"
+#: What a whole checkpoint holds at least; a run that was killed while it wrote one leaves less.
+_CHECKPOINT_FILES = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json", PLAN_FILE)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A finished run."""
+def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+    """Run a recipe and return its results, which are also in ``output_dir/results.json``.
 
-    model: PeftModel
-    plan: AdapterPlan
-    accuracy: float
-    selection_seconds: float
-    training_seconds: float
-
-
-def train_classifier(
-    settings: Settings,
-    method: Method,
-    lora: LoraConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    train_rows: Sequence[Row],
-    test_rows: Sequence[Row],
-    *,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> Outcome:
-    """Train one method and measure it on ``test_rows``.
+    When ``output_dir`` holds the same run, it goes on from its plan and its last whole checkpoint; when that run is
+    finished, its results are returned.
 
     Args:
-        settings: What the methods share.
-        method: How the budget is spent.
-        lora: The budget: plain LoRA on all candidates.
-        tokenizer: Pads the batches.
-        train_rows: As :func:`weightlora.tasks.classification.encode` makes them.
-        test_rows: Rows that the accuracy is measured on.
-        callbacks: Further callbacks, such as a progress bar.
+        recipe: What to run.
+        callbacks: Further callbacks of the trainer.
+
+    Raises:
+        OptionError: ``output_dir`` holds another run, or an option does not fit.
+        DataError: Rows, model or checkpoint are missing or malformed.
+        PlanMismatchError: The plan was made for another model.
     """
-    base = load_classifier(settings.model, labels=settings.labels, seed=settings.seed)
-    steps = round(settings.epochs * -(-len(train_rows) // settings.batch_size))
-    collate = DataCollatorWithPadding(tokenizer)
-    batches = shuffled_batches(
-        train_rows, collate, batch_size=settings.batch_size, count=settings.warmup_batches, seed=settings.seed
-    )
+    output = recipe.output_dir
+    from_first(lambda: _open_run(output, recipe.settings()))
+    if (output / RESULTS_FILE).exists():
+        return _read_json(output / RESULTS_FILE)
+
+    task = _task(recipe.task)
+    kind = kind_of(task)
+    rows = load_rows(task, _source(recipe.task), seed=recipe.training.data_seed or 0)
+    path, loading = _pretrained(recipe.model)
+    tokenizer = load_tokenizer(path, **{k: v for k, v in loading.items() if k in ("gguf_file", "revision")})
+    prepared = kind.prepare(task, rows, tokenizer, _row_options(recipe.task))
+    base = kind.load_model(path, task, rows, seed=recipe.training.seed, **loading)
+    trainer = prepared.make_trainer(_with_lora(base, recipe, kind.TASK_TYPE), recipe.training, callbacks)
+
     start = time.perf_counter()
-    model = method.attach(base, lora, batches, steps)
+    plan = _plan(trainer, recipe)
     selected = time.perf_counter()
-    trainer = Trainer(
-        model=model,  # pyright: ignore[reportArgumentType]  # a PeftModel is what the Trainer's docs pass
-        args=_arguments(settings),
-        train_dataset=list(train_rows),  # pyright: ignore[reportArgumentType]  # any indexable of rows will do
-        eval_dataset=sorted(test_rows, key=lambda row: len(row["input_ids"])),  # pyright: ignore[reportArgumentType]
-        data_collator=collate,
-        compute_metrics=accuracy,
-        callbacks=[*method.callbacks(), *callbacks],
-    )
-    trainer.remove_callback(PrinterCallback)  # it prints raw dicts wherever there is no tqdm bar
-    trainer.train()
-    trained = time.perf_counter()
-    measured: dict[str, Any] = trainer.evaluate()
-    return Outcome(
-        model=method.export(model),
-        plan=method.plan,
-        accuracy=measured["eval_accuracy"],
-        selection_seconds=selected - start,
-        training_seconds=trained - selected,
+    if recipe.training.eval_on_start and not (output / BEFORE_FILE).exists():
+        before = prepared.measure(trainer)  # B is zero: this is the base model
+        if is_first():
+            write_json(output / BEFORE_FILE, before)
+    trained = trainer.train(resume_from_checkpoint=_resume_point(recipe, plan))
+    _save_adapter(trainer, plan, output / ADAPTER)
+    results = {
+        "metrics": prepared.measure(trainer),
+        "before": _read_json(output / BEFORE_FILE),
+        "method": recipe.method.method if recipe.method.plan is None else "plan",
+        "adapters": len(plan.names),
+        "sites": len(plan.entries),
+        "adapter_parameters": plan.parameters,
+        "lora_parameters": plan.lora_parameters,
+        "selection_seconds": round(selected - start, 2),
+        "training_seconds": round(trained.metrics["train_runtime"], 2),
+        "steps": trained.global_step,
+        "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
+    }
+    if is_first():
+        write_json(output / RESULTS_FILE, results)
+    return results
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _open_run(output: Path, settings: dict[str, Any]) -> None:
+    """Write down what the run is, or check that it is the one that the folder holds."""
+    import yaml
+
+    writable_folder(output)
+    file = output / CONFIG_FILE
+    if file.exists():
+        there = yaml.safe_load(file.read_text(encoding="utf-8"))
+        changed = [k for k in sorted({*there, *settings}) if there.get(k) != settings.get(k)]
+        changed = [key for key in changed if key != "resume_from_checkpoint"]
+        if changed:
+            faults = "; ".join(f"{key}: {there.get(key)!r} there, {settings.get(key)!r} now" for key in changed[:5])
+            raise OptionError(f"{output} holds a run with other options ({faults}); choose another output_dir")
+    else:
+        with whole_file(file) as draft:
+            draft.write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
+
+
+def _task(options: TaskOptions) -> Task:
+    task = with_columns(find_task(options.task), options.columns)
+    if options.harness_path is not None:
+        task = replace(task, options={**task.options, "include_path": options.harness_path})
+    return task
+
+
+def _source(options: TaskOptions) -> Source:
+    names = ("dataset_name", "dataset_config_name", "train_file", "validation_file")
+    return Source(
+        **{name: getattr(options, name) for name in names},
+        max_train_samples=options.max_train_samples,
+        max_eval_samples=options.max_eval_samples,
     )
 
 
-def _arguments(settings: Settings) -> TrainingArguments:
-    """Nothing is written: an adapter is saved from the outcome, whole, by whoever wants it."""
-    return TrainingArguments(
-        output_dir="runs/trainer",
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=128,
-        learning_rate=settings.lr,
-        lr_scheduler_type="linear",
-        warmup_steps=0.1,
-        weight_decay=1e-4,
-        adam_beta2=0.99,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
+def _row_options(options: TaskOptions) -> RowOptions:
+    return RowOptions(options.max_seq_length, options.max_target_length, options.doc_stride, options.num_beams)
+
+
+def _pretrained(options: ModelOptions) -> tuple[str, dict[str, Any]]:
+    """The model's path and what ``from_pretrained`` is told beside it."""
+    from transformers import BitsAndBytesConfig
+
+    path, gguf = embedded_model(options.model_name_or_path) or (options.model_name_or_path, options.gguf_file)
+    loading: dict[str, Any] = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+    if gguf is not None:
+        loading["gguf_file"] = gguf
+    if options.model_revision != "main":
+        loading["revision"] = options.model_revision
+    if options.load_in_8bit or options.load_in_4bit:
+        loading["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=options.load_in_8bit, load_in_4bit=options.load_in_4bit, bnb_4bit_quant_type="nf4"
+        )
+    return path, loading
+
+
+def _with_lora(base: Any, recipe: Recipe, task_type: str) -> Any:
+    """Put the budget on the model: plain LoRA on all candidates, of which the plan keeps some."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    options = recipe.method
+    if recipe.model.load_in_8bit or recipe.model.load_in_4bit:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    targets: Any = options.lora_target_modules or None
+    lora = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        modules_to_save=options.lora_modules_to_save or None,
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+        task_type=task_type,
     )
+    lora.target_modules = [site.name for site in find_sites(base, lora).sites]
+    return get_peft_model(base, lora)
+
+
+def _plan(trainer: Trainer, recipe: Recipe) -> AdapterPlan:
+    """Find the plan by the recipe's method and give the trainer's model the planned adapters."""
+    options, seed = recipe.method, recipe.training.seed
+    if options.plan is not None:
+        return adopt(trainer, AdapterPlan.load(options.plan), seed=seed)
+    keep = read_keep(options.keep)
+    if options.method in ("weightlora", "weightlora_plus"):  # they listen to the trainer's own loss
+        names = ("rule", "steps", "head_steps", "threshold_every", "threshold", "gate_lr")
+        warmup = {name: getattr(options, name) for name in names}
+        return select_for(trainer, keep=keep, expand=options.method == "weightlora_plus", **warmup)
+    # Every other method of the registry chooses beforehand, without looking at batches.
+    method: Any = make_method(options.method, **({} if options.method == "lora" else {"keep": keep, "seed": seed}))
+    model: Any = trainer.model
+    return adopt(trainer, method.choose(model, model.peft_config["default"], (), 0), seed=seed)
+
+
+def _resume_point(recipe: Recipe, plan: AdapterPlan) -> str | None:
+    """The checkpoint that the run goes on from: the one asked for, else the last whole one."""
+    asked = recipe.training.resume_from_checkpoint
+    if asked is not None and str(asked).lower() != "true":
+        folder = Path(str(asked))
+        missing = [name for name in _CHECKPOINT_FILES if not (folder / name).is_file()]
+        if missing:
+            raise DataError(f"{folder} is no whole checkpoint of a planned run: it lacks {', '.join(missing)}")
+        if AdapterPlan.load(folder / PLAN_FILE).ranks != plan.ranks:
+            raise DataError(f"{folder} was trained on another plan than {recipe.output_dir / PLAN_FILE}")
+        return str(folder)
+    folders = sorted(recipe.output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    whole = [folder for folder in folders if all((folder / name).is_file() for name in _CHECKPOINT_FILES)]
+    return str(whole[-1]) if whole else None
+
+
+def _save_adapter(trainer: Trainer, plan: AdapterPlan, path: Path) -> None:
+    """Write the trained adapter as a stock PEFT directory with its plan and card, whole or not at all."""
+    if not is_first():
+        return
+    with whole_folder(path) as draft:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(draft))  # type: ignore[union-attr]
+        tokenizer: Any = trainer.processing_class
+        tokenizer.save_pretrained(str(draft))
+        plan.save(draft / PLAN_FILE)
+        _write_card(draft / "README.md", plan)
+
+
+def _write_card(path: Path, plan: AdapterPlan) -> None:
+    """Add the table of the selection to the card that PEFT wrote."""
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(path)
+    data: Any = card.data
+    data.tags = sorted({*(data.tags or []), "lora", "weightlora"})
+    lines = [
+        "## Selection",
+        "",
+        f"Rule `{plan.rule}`, seed {plan.seed}: {len(plan.names)} of {len(plan.entries)} sites, "
+        f"{plan.parameters:,} adapter parameters (LoRA on all: {plan.lora_parameters:,}).",
+        "",
+        "| projection | sites kept | rank | layers |",
+        "| --- | --- | --- | --- |",
+    ]
+    for projection in sorted({entry.site.projection for entry in plan.entries}):
+        sites = [entry for entry in plan.entries if entry.site.projection == projection]
+        kept = [entry for entry in sites if entry.r > 0]
+        ranks = ", ".join(str(r) for r in sorted({entry.r for entry in kept})) or "–"
+        layers = sorted({int(entry.site.block.rpartition(".")[2]) for entry in kept if entry.site.block})
+        lines.append(f"| {projection} | {len(kept)} of {len(sites)} | {ranks} | {' '.join(map(str, layers)) or '–'} |")
+    card.text += "\n\n" + "\n".join(lines) + "\n"
+    card.save(path)

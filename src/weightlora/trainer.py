@@ -102,11 +102,36 @@ def select_for(
     return plan
 
 
+def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int) -> AdapterPlan:
+    """Give the trainer's PEFT model exactly the adapters of a plan that was found elsewhere, freshly initialised.
+
+    Like :func:`select_for`, with the warm-up done before.
+
+    Args:
+        trainer: A trainer that has not trained yet, on a PEFT model with fresh LoRA adapters.
+        plan: Made for the trainer's base model.
+        seed: Decides A's random start.
+
+    Raises:
+        OptionError: The trainer is not fresh, or ``output_dir`` holds another plan.
+        PlanMismatchError: The plan was made for another model.
+    """
+    _lora_of(trainer, None)
+    _require_fresh(trainer)
+    plan.check_sites(trainer.model)  # pyright: ignore[reportArgumentType]
+    guard = PlanGuard()
+    trainer.add_callback(guard)
+    from_first(partial(_keep_plan, plan, Path(str(trainer.args.output_dir)) / PLAN_FILE))
+    _adapt(trainer, plan, seed)
+    guard.plan = plan
+    return plan
+
+
 class PlanGuard(TrainerCallback):
     """Keeps plan and training together: no training without the plan, no checkpoint without it."""
 
-    def __init__(self, plan: AdapterPlan | None = None) -> None:
-        self.plan = plan
+    def __init__(self) -> None:
+        self.plan: AdapterPlan | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -183,6 +208,12 @@ def _stored_plan(path: Path, lora: LoraConfig, wanted: dict[str, Any]) -> Adapte
             f"{path} was made with other options ({'; '.join(faults)}); choose another output_dir, or delete that file"
         )
     return plan
+
+
+def _keep_plan(plan: AdapterPlan, path: Path) -> None:
+    if path.exists() and AdapterPlan.load(path).ranks != plan.ranks:
+        raise OptionError(f"{path} is another plan; choose another output_dir, or delete that file")
+    plan.save(path)
 
 
 def _select(trainer: Trainer, lora: LoraConfig, **options: Any) -> AdapterPlan:

@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from weightlora.train import Outcome
+    from weightlora.bench.run import Outcome
 
 
 @dataclass(frozen=True)

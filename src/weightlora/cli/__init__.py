@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from weightlora import __version__
-from weightlora.cli import demo, methods, select, show
+from weightlora.cli import demo, methods, select, show, train
 from weightlora.errors import OptionError, WeightLoraError
 
-_COMMANDS = (demo, select, show, methods)
+_COMMANDS = (demo, select, train, show, methods)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,8 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in _COMMANDS:
         command.add_parser(commands)
     try:
-        chosen = parser.parse_args(words)
-        chosen.words = words[1:]
+        chosen, rest = parser.parse_known_args(words)
+        if rest and chosen.command != "train":  # whose options are the Trainer's own as well
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        chosen.words, chosen.rest = words[1:], rest
         chosen.run(chosen)
     except WeightLoraError as error:
         print(f"weightlora: error: {error}", file=sys.stderr)

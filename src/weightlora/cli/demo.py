@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from weightlora.bench.comparison import Comparison
+    from weightlora.bench.run import Outcome
     from weightlora.cli.progress import Steps
-    from weightlora.train import Outcome
 
 #: Everything the methods share but the seed.
 _EPOCHS, _BATCH_SIZE, _MAX_LENGTH, _LR = 2, 32, 32, 1.5e-3
@@ -66,10 +66,10 @@ def _train_all(
     from transformers import AutoTokenizer, DataCollatorWithPadding
 
     from weightlora.bench.comparison import compare
+    from weightlora.bench.run import Settings, train_classifier
     from weightlora.methods import make_method
     from weightlora.tasks.classification import encode, shuffled_batches
     from weightlora.tasks.embedded import minilm, rotten_tomatoes
-    from weightlora.train import Settings, train_classifier
 
     settings = Settings(minilm(), epochs=_EPOCHS, batch_size=_BATCH_SIZE, lr=_LR, seed=arguments.seed)
     lora = LoraConfig(r=8, lora_alpha=32, task_type="SEQ_CLS")

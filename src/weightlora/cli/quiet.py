@@ -16,14 +16,21 @@ def quiet_libraries() -> Generator[None]:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.showwarning = _one_line  # the documented hook; catch_warnings puts the old one back
+    with one_line_warnings():
         try:
             yield
         finally:
             logging.set_verbosity(level)
             logging.enable_progress_bar()
+
+
+@contextmanager
+def one_line_warnings() -> Generator[None]:
+    """Print warnings without the line of code they came from, for the block; deprecations are not the user's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.showwarning = _one_line  # the documented hook; catch_warnings puts the old one back
+        yield
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> None:

@@ -55,8 +55,11 @@ class ChoosingMethod:
         choose: Makes the plan; the model is left as it was.
     """
 
+    choose: Choose
+    """Makes the plan alone, for who attaches it in another way."""
+
     def __init__(self, choose: Choose) -> None:
-        self._choose = choose
+        self.choose = choose
         self._plan: AdapterPlan | None = None
 
     @property
@@ -67,7 +70,7 @@ class ChoosingMethod:
 
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:
         """Choose, then put stock adapters on the planned sites."""
-        self._plan = self._choose(model, lora, batches, total_steps)
+        self._plan = self.choose(model, lora, batches, total_steps)
         return self._plan.attach(model)
 
     def callbacks(self) -> list[TrainerCallback]:

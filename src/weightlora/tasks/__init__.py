@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from weightlora.errors import OptionError
+from weightlora.tasks import completion
 from weightlora.tasks.base import Task
 
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -48,6 +49,12 @@ TASKS = (
         *("cnn_dailymail", "summarisation", {"document": "article", "summary": "highlights"}, _ROUGE),
         *("abisee/cnn_dailymail", "3.0.0"),
     ),
+    Task(
+        *("rotten_tomatoes", "classification", {"text": "text", "label": "label"}, ("accuracy",)),
+        dataset="embedded/rotten_tomatoes",
+        labels=("rotten", "fresh"),
+    ),
+    *completion.TASKS,
     _own("text_classification", "classification", ("accuracy",), "text", "label"),
     _own("pair_classification", "classification", ("accuracy",), "text", "pair", "label"),
     _own("regression", "classification", ("pearson", "spearman"), "text", "label", labels=()),

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
 Kind = Literal["classification", "question_answering", "summarisation", "completion"]
@@ -54,6 +52,5 @@ class Prepared:
 
     make_trainer: Callable[[Any, TrainingArguments, Sequence[TrainerCallback]], Trainer]
     """``make_trainer(model, arguments, callbacks)``: a real transformers or TRL trainer."""
-    measure: Callable[[Trainer, Path], dict[str, float]]
-    """``measure(trainer, adapter)``: every metric of every evaluation split, named ``split_metric``. ``adapter`` is
-    the folder of the saved adapter, for judges that load it themselves."""
+    measure: Callable[[Trainer], dict[str, float]]
+    """``measure(trainer)``: every metric of every evaluation split, named ``split_metric``."""

@@ -90,7 +90,7 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
     }
     return Prepared(
         make_trainer=partial(_make_trainer, task, tokenizer, encoded),
-        measure=lambda trainer, _adapter: _measure(task, trainer, encoded),
+        measure=lambda trainer: _measure(task, trainer, encoded),
     )
 
 

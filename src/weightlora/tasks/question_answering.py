@@ -99,7 +99,7 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
             preprocess_logits_for_metrics=_span_logits,  # pyright: ignore[reportArgumentType]  # tuples pass too
         )
 
-    def measure(trainer: Trainer, _adapter: Path) -> dict[str, float]:
+    def measure(trainer: Trainer) -> dict[str, float]:
         numbers: dict[str, float] = {}
         for split, some in measured.items():
             logits = trainer.predict(seen[split]).predictions  # pyright: ignore[reportArgumentType]

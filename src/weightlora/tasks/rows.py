@@ -57,10 +57,15 @@ def with_columns(task: Task, columns: Sequence[str]) -> Task:
     return replace(task, columns=changed)
 
 
-def load_rows(task: Task, source: Source) -> DatasetDict:
+def load_rows(task: Task, source: Source, *, seed: int = 0) -> DatasetDict:
     """Return the splits ``"train"`` and ``task.eval_splits``, each checked for the task's columns.
 
     With the user's own files there is one evaluation split, ``"validation"``.
+
+    Args:
+        task: The task.
+        source: Where the rows come from.
+        seed: Decides the rows that are made or drawn here: puzzles and the embedded sentences.
 
     Raises:
         DataError: A file, split or column is missing, or a split is empty.
@@ -68,7 +73,7 @@ def load_rows(task: Task, source: Source) -> DatasetDict:
     """
     from datasets import DatasetDict
 
-    splits = _files(source) if source.train_file else _dataset(task, source)
+    splits = _files(source) if source.train_file else _dataset(task, source, seed)
     wanted = {"train": source.max_train_samples}
     wanted |= dict.fromkeys(("validation",) if source.train_file else task.eval_splits, source.max_eval_samples)
     checked: Any = DatasetDict()
@@ -99,16 +104,34 @@ def _files(source: Source) -> Mapping[str, Dataset]:
     return splits
 
 
-def _dataset(task: Task, source: Source) -> Any:
+def _dataset(task: Task, source: Source, seed: int) -> Any:
     from datasets import load_from_disk
 
     name = source.dataset_name or task.dataset
     if name is None:
         raise OptionError(f"{task.name} has no data of its own: give dataset_name, or train_file and validation_file")
+    if name.startswith("reasoning_gym/"):
+        from weightlora.tasks.prompts import reasoning_rows
+
+        train, validation = source.max_train_samples or 1000, source.max_eval_samples or 200
+        return reasoning_rows(name.partition("/")[2], train, validation, seed)
+    if name == "embedded/rotten_tomatoes":
+        return _embedded(source, seed)
     if (Path(name) / "dataset_dict.json").is_file():  # what DatasetDict.save_to_disk wrote
         return load_from_disk(name)
     subset = source.dataset_config_name or (task.subset if source.dataset_name is None else None)
     return _load(name, subset)
+
+
+def _embedded(source: Source, seed: int) -> Any:
+    from datasets import Dataset, DatasetDict
+
+    from weightlora.tasks.embedded import rotten_tomatoes
+
+    data = rotten_tomatoes(source.max_train_samples or 2000, test=source.max_eval_samples or 1000, seed=seed)
+    splits = {"train": data.train, "validation": data.test}
+    rows = {name: [{"text": text, "label": label} for text, label in split] for name, split in splits.items()}
+    return DatasetDict({name: Dataset.from_list(split) for name, split in rows.items()})
 
 
 def _load(*arguments: Any, **named: Any) -> Any:

@@ -85,7 +85,7 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
             callbacks=list(callbacks),
         )
 
-    def measure(trainer: Trainer, _adapter: Path) -> dict[str, float]:
+    def measure(trainer: Trainer) -> dict[str, float]:
         from transformers import Seq2SeqTrainer
 
         assert isinstance(trainer, Seq2SeqTrainer)

@@ -1,0 +1,58 @@
+"""``weightlora train``: a recipe → plan, trained stock adapter, metrics; the same command resumes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from weightlora.recipe import MethodOptions, ModelOptions, TaskOptions
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command; its options are those of a recipe and of transformers' TrainingArguments."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "train",
+        help="train a recipe: plan, stock adapter, metrics",
+        description="Train a recipe. Every option can stand in the YAML file or here, where it wins; the same command "
+        "goes on where an interrupted one stopped.",
+        epilog=_options_text() + "\n\nexample: weightlora train --task rotten_tomatoes --keep 0.5 --learning_rate 2e-3",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, help="YAML file of 'option: value' lines")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, then print the heat map and the metrics."""
+    from rich.console import Console
+
+    from weightlora.cli.quiet import one_line_warnings
+    from weightlora.plan import AdapterPlan
+    from weightlora.processes import is_first
+    from weightlora.recipe import read_recipe
+    from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
+    from weightlora.train import HEATMAP_FILE, train
+    from weightlora.trainer import PLAN_FILE
+
+    recipe = read_recipe(arguments.config, arguments.rest)
+    with one_line_warnings():
+        results = train(recipe)
+    if not is_first():
+        return
+    console = Console()
+    plan = AdapterPlan.load(recipe.output_dir / PLAN_FILE)
+    draw_heatmap(plan, recipe.output_dir / HEATMAP_FILE)
+    console.print(terminal_heatmap(plan))
+    for name, value in results["metrics"].items():
+        console.print(f"{name:<28} {value:.4f}")
+    console.print(f"wrote {recipe.output_dir}", soft_wrap=True)
+
+
+def _options_text() -> str:
+    lines = ["options of the recipe, beside those of transformers' TrainingArguments:"]
+    for part in (ModelOptions, TaskOptions, MethodOptions):
+        lines += [f"  --{field.name:<24} {field.metadata['help']}" for field in dataclasses.fields(part)]
+    return "\n".join(lines)

@@ -1,0 +1,214 @@
+"""A recipe: model, task, method and training arguments in one flat YAML file, overridden from the command line.
+
+Training arguments keep transformers' own names; ours are the fields of the three classes below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from weightlora.errors import DataError, OptionError
+
+if TYPE_CHECKING:
+    from argparse import Action
+
+    from transformers import HfArgumentParser, TrainingArguments
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelOptions:
+    """The base model."""
+
+    model_name_or_path: str = _option("embedded/minilm", "hub name, folder, embedded/minilm or embedded/smollm2")
+    model_revision: str = _option("main", "branch, tag or commit on the hub")
+    gguf_file: str | None = _option(None, "a GGUF file in that folder")
+    dtype: str = _option("auto", "auto, float32, bfloat16 or float16: how the base is loaded")
+    load_in_8bit: bool = _option(False, "quantise the base to 8 bit with bitsandbytes")
+    load_in_4bit: bool = _option(False, "quantise the base to 4 bit (NF4) with bitsandbytes")
+    trust_remote_code: bool = _option(False, "run code that comes with the model")
+
+
+@dataclass
+class TaskOptions:
+    """The rows, and how they become tokens."""
+
+    task: str = _option("rotten_tomatoes", "see `weightlora methods --tasks`")
+    dataset_name: str | None = _option(None, "hub name or folder, instead of the task's own")
+    dataset_config_name: str | None = _option(None, "its configuration")
+    train_file: str | None = _option(None, ".csv, .json, .jsonl or .parquet, instead of dataset_name")
+    validation_file: str | None = _option(None, "what is measured")
+    columns: list[str] = field(default_factory=list[str], metadata={"help": "role=column, where yours differ"})
+    max_train_samples: int | None = _option(None, "only so many rows to train on")
+    max_eval_samples: int | None = _option(None, "only so many rows a measured split")
+    max_seq_length: int = _option(128, "tokens of a row or source text")
+    max_target_length: int = _option(128, "tokens of a summary or generated answer")
+    doc_stride: int = _option(128, "tokens that pieces of a long context share")
+    num_beams: int = _option(1, "beams of a generated summary")
+    harness_path: str | None = _option(None, "folder of your own lm-evaluation-harness tasks")
+
+
+@dataclass
+class MethodOptions:
+    """The budget, and how it is spent."""
+
+    method: str = _option("weightlora", "see `weightlora methods`")
+    plan: str | None = _option(None, "a plan.json that decides instead of a method")
+    keep: str = _option("0.5", 'fraction, count or "300k parameters"')
+    rule: str = _option("first_order", "first_order or stoiht (the paper)")
+    steps: int | None = _option(None, "T; default: 0.5 % of the training's steps, at least 20")
+    head_steps: int | None = _option(
+        None, "steps for a fresh head alone; 0 is the paper; default: 20 where there is one"
+    )
+    threshold_every: int = _option(1, "stoiht: steps between thresholds")
+    threshold: str = _option("magnitude", "stoiht: magnitude or signed")
+    gate_lr: float = _option(5.0, "stoiht: step size of the gates")
+    lora_r: int = _option(8, "rank of plain LoRA: the budget")
+    lora_alpha: int = _option(16, "its lora_alpha")
+    lora_dropout: float = _option(0.0, "its dropout")
+    lora_target_modules: list[str] = field(
+        default_factory=list[str], metadata={"help": "default: every linear layer but head and pooler"}
+    )
+    lora_modules_to_save: list[str] = field(
+        default_factory=list[str], metadata={"help": "modules to train whole, beside the task's head"}
+    )
+    use_rslora: bool = _option(False, "scale by alpha/√r")
+    use_dora: bool = _option(False, "train DoRA on the chosen sites")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run needs."""
+
+    model: ModelOptions
+    task: TaskOptions
+    method: MethodOptions
+    training: TrainingArguments
+
+    @property
+    def output_dir(self) -> Path:
+        """Where everything of the run is written."""
+        return Path(str(self.training.output_dir))
+
+    def settings(self) -> dict[str, Any]:
+        """Return the effective options as JSON: all of ours, and the training's where they differ from the default."""
+        ours = {k: v for part in (self.model, self.task, self.method) for k, v in dataclasses.asdict(part).items()}
+        default = type(self.training)(output_dir=str(self.training.output_dir))
+        theirs = {
+            f.name: _plain(getattr(self.training, f.name))
+            for f in dataclasses.fields(self.training)
+            if f.init and _plain(getattr(self.training, f.name)) != _plain(getattr(default, f.name))
+        }
+        return {**ours, "output_dir": str(self.training.output_dir), **theirs}
+
+
+def read_recipe(config: str | Path | None = None, words: Sequence[str] = ()) -> Recipe:
+    """Return the recipe of a YAML file under the options of the command line, all checked.
+
+    Args:
+        config: A YAML file of ``option: value`` lines; None where there is none.
+        words: ``["--learning_rate", "1e-3", ...]``; they win over the file.
+
+    Raises:
+        DataError: The file is not readable as such lines.
+        OptionError: An option is unknown (the text names the closest), or has a value it cannot have.
+
+    Example:
+        >>> recipe = read_recipe(words=["--task", "rte", "--keep", "18", "--learning_rate", "1e-3"])
+        >>> recipe.task.task, recipe.method.keep, recipe.training.learning_rate
+        ('rte', '18', 0.001)
+    """
+    from weightlora.tasks import find_task, kind_of
+
+    content = _read_yaml(config) if config is not None else {}
+    # Ours first: the task decides which training arguments there are. TRL's have a trust_remote_code too, for models
+    # that it loads itself; ours is the one that counts.
+    ours = _parser(ModelOptions, TaskOptions, MethodOptions)
+    model, rows, method, rest = _parse(ours, [*_words(content), *words])
+    theirs = _parser(kind_of(find_task(rows.task)).arguments_class())
+    theirs.set_defaults(output_dir="runs/train")
+    known = {action.dest for parser in (ours, theirs) for action in _actions(parser)}
+    for key in content:
+        if key not in known:
+            raise OptionError(f"{config}: unknown option {key!r}{_closest(str(key), known)}")
+    training, rest = _parse(theirs, rest)
+    if rest:
+        name = rest[0].lstrip("-").partition("=")[0]
+        raise OptionError(f"unknown option {rest[0]!r}{_closest(name, known)}")
+    return Recipe(model, rows, method, training)
+
+
+def _parser(*parts: Any) -> HfArgumentParser:
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        """Says what is wrong in one line."""
+
+        def error(self, message: str) -> NoReturn:
+            raise OptionError(message)
+
+    return Parser(parts, allow_abbrev=False, add_help=False)  # pyright: ignore[reportArgumentType]
+
+
+def _parse(parser: HfArgumentParser, words: Sequence[str]) -> tuple[Any, ...]:
+    """The parts of the parser with their values, and the words that it does not know."""
+    try:
+        return parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True, look_for_args_file=False)
+    except OptionError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # what a TrainingArguments says about its values
+        raise OptionError(" ".join(str(error).split())) from error
+
+
+def _actions(parser: HfArgumentParser) -> list[Action]:
+    return parser._actions  # pyright: ignore[reportPrivateUsage]  # argparse has no public list
+
+
+def _words(content: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    for key, value in content.items():
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)] if value else []
+        elif isinstance(value, dict):
+            words += [f"--{key}", json.dumps(value)]
+        elif value is not None:
+            words += [f"--{key}={value}"]
+    return words
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a {type(content).__name__}; give lines of 'option: value'")
+    return content
+
+
+def _plain(value: Any) -> Any:
+    """The value as YAML can hold it."""
+    if isinstance(value, Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {k: v for k, v in dataclasses.asdict(value).items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str, dict)) else str(value)
+
+
+def _closest(word: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(word, sorted(known), n=1)
+    return f" (closest: {close[0]!r})" if close else ""
