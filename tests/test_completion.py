@@ -411,3 +411,9 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(DataError, match=f"cannot load AutoModelForCausalLM from {tmp_path / 'none'}: ") as caught:
         load_model(tmp_path / "none", task_of("gsm8k"), DatasetDict(), seed=1)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_on_the_output_head_is_refused_in_one_line(tokenizer, tiny, arguments):
+    model = get_peft_model(tiny, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    with pytest.raises(OptionError, match="lm_head"):  # TRL's own refusal: its loss reads that layer's weight
+        prepare(task_of("completion"), splits(OWN), tokenizer, RowOptions()).make_trainer(model, arguments(), [])

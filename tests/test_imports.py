@@ -16,7 +16,8 @@ SOURCE = Path(weightlora.__file__).parent
 # A room may import only what stands to its left, and its own files.
 ROOMS = (
     *("errors", "files", "sites", "budget", "stoiht", "gates", "untouched", "plan_file", "plan"),
-    *("processes", "warmup", "selection", "trainer", "methods", "tasks", "recipe", "train", "bench", "report", "cli"),
+    *("processes", "warmup", "selection", "placement", "trainer", "methods", "tasks", "recipe", "train"),
+    *("bench", "report", "cli"),
 )
 HEAVY = {"torch", "peft", "transformers", "numpy", "matplotlib"}
 

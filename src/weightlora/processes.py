@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightlora.errors import SelectionError
 
@@ -33,6 +33,21 @@ def copy_from_first(tensors: Sequence[Tensor]) -> None:
     if process_count() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
+
+
+def make_whole(module: nn.Module) -> None:
+    """Put whole copies in the place of the trainable parameters of ``module`` that are sharded (FSDP2).
+
+    The copies of its head that PEFT trains are sharded as the head is, and nobody gathers them for a forward pass.
+    """
+    if not _together():
+        return
+    from torch.distributed.tensor import DTensor
+
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.requires_grad and isinstance(parameter, DTensor):
+                setattr(part, name, nn.Parameter(parameter.full_tensor().detach()))
 
 
 def average_gradients(tensors: Sequence[Tensor]) -> None:

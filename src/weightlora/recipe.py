@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from weightlora.errors import DataError, OptionError
 
@@ -33,10 +33,16 @@ class ModelOptions:
     model_name_or_path: str = _option("embedded/minilm", "hub name, folder, embedded/minilm or embedded/smollm2")
     model_revision: str = _option("main", "branch, tag or commit on the hub")
     gguf_file: str | None = _option(None, "a GGUF file in that folder")
-    dtype: str = _option("auto", "auto, float32, bfloat16 or float16: how the base is loaded")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "auto, float32, bfloat16 or float16: how the base is loaded"
+    )
     load_in_8bit: bool = _option(False, "quantise the base to 8 bit with bitsandbytes")
     load_in_4bit: bool = _option(False, "quantise the base to 4 bit (NF4) with bitsandbytes")
     trust_remote_code: bool = _option(False, "run code that comes with the model")
+
+    def __post_init__(self) -> None:
+        if self.load_in_8bit and self.load_in_4bit:
+            raise OptionError("load_in_8bit and load_in_4bit exclude each other; give one")
 
 
 @dataclass
@@ -45,7 +51,7 @@ class TaskOptions:
 
     task: str = _option("rotten_tomatoes", "see `weightlora methods --tasks`")
     dataset_name: str | None = _option(None, "hub name or folder, instead of the task's own")
-    dataset_config_name: str | None = _option(None, "its configuration")
+    dataset_config_name: str | None = _option(None, "its configuration; of a generator: setting=value ...")
     train_file: str | None = _option(None, ".csv, .json, .jsonl or .parquet, instead of dataset_name")
     validation_file: str | None = _option(None, "what is measured")
     columns: list[str] = field(default_factory=list[str], metadata={"help": "role=column, where yours differ"})
@@ -94,22 +100,13 @@ class Recipe:
     task: TaskOptions
     method: MethodOptions
     training: TrainingArguments
+    settings: Mapping[str, Any]
+    """The effective options as YAML can hold them: all of ours, and the training's that are not the default."""
 
     @property
     def output_dir(self) -> Path:
         """Where everything of the run is written."""
         return Path(str(self.training.output_dir))
-
-    def settings(self) -> dict[str, Any]:
-        """Return the effective options as JSON: all of ours, and the training's where they differ from the default."""
-        ours = {k: v for part in (self.model, self.task, self.method) for k, v in dataclasses.asdict(part).items()}
-        default = type(self.training)(output_dir=str(self.training.output_dir))
-        theirs = {
-            f.name: _plain(getattr(self.training, f.name))
-            for f in dataclasses.fields(self.training)
-            if f.init and _plain(getattr(self.training, f.name)) != _plain(getattr(default, f.name))
-        }
-        return {**ours, "output_dir": str(self.training.output_dir), **theirs}
 
 
 def read_recipe(config: str | Path | None = None, words: Sequence[str] = ()) -> Recipe:
@@ -145,7 +142,20 @@ def read_recipe(config: str | Path | None = None, words: Sequence[str] = ()) -> 
     if rest:
         name = rest[0].lstrip("-").partition("=")[0]
         raise OptionError(f"unknown option {rest[0]!r}{_closest(name, known)}")
-    return Recipe(model, rows, method, training)
+    return Recipe(model, rows, method, training, _settings((model, rows, method), training))
+
+
+def _settings(ours: Sequence[Any], training: Any) -> dict[str, Any]:
+    # Named in any case: some classes' own default, such as TRL's bf16, is refused by machines without a GPU.
+    named = {name: getattr(training, name) for name in ("output_dir", "use_cpu", "bf16", "fp16")}
+    # Now or never: making training arguments resets accelerate's state, which a trainer made before relies on.
+    default = type(training)(**named)
+    theirs = {
+        f.name: _plain(getattr(training, f.name))
+        for f in dataclasses.fields(training)
+        if f.init and _plain(getattr(training, f.name)) != _plain(getattr(default, f.name))
+    }
+    return {**{k: v for part in ours for k, v in dataclasses.asdict(part).items()}, **named, **theirs}
 
 
 def _parser(*parts: Any) -> HfArgumentParser:

@@ -23,7 +23,7 @@ from weightlora.budget import Keep, read_budget, warmup_steps
 from weightlora.errors import OptionError
 from weightlora.gates import lora_layers
 from weightlora.plan import AdapterPlan, base_model_name, make_plan
-from weightlora.processes import require_agreement
+from weightlora.processes import make_whole, require_agreement
 from weightlora.sites import Site, adapter_parameters, find_sites
 from weightlora.stoiht import Threshold
 from weightlora.untouched import untouched
@@ -57,9 +57,10 @@ def select(
     ``rule="stoiht", head_steps=0``; docs/selection.md has the measurements behind the defaults.
 
     Args:
-        model: A transformers model, a PEFT model with a LoRA adapter, or any module with linear layers.
+        model: A transformers model, a PEFT model with a LoRA adapter, or any module with linear layers; whole, or
+            sharded by FSDP2's ``fully_shard``.
         batches: Dicts that the model is called with, such as a ``DataLoader`` yields; they are moved to the model's
-            device. Fewer than needed are used again, with a warning.
+            device. Fewer than needed are used again, with a warning. Several processes give each its own.
         lora: The adapters wanted. Every field but ``target_modules``, ``r``, ``lora_alpha`` and their patterns is
             carried unchanged into the final config. None takes the PEFT model's own config, else ``LoraConfig()``.
         keep: A fraction of the sites in (0, 1], a count, or a parameter budget such as ``"300k parameters"``.
@@ -108,6 +109,7 @@ def select(
 
     with untouched(model, seed=seed), torch.inference_mode(False), torch.enable_grad():
         attached = _attach_plain_lora(model, lora, sites)
+        make_whole(attached)
         layers = lora_layers(attached)
         model.train()
         head = [p for n, p in attached.named_parameters() if p.requires_grad and ".lora_" not in n]

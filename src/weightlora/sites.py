@@ -78,7 +78,8 @@ def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
         lora: The adapters wanted; None stands for ``LoraConfig()``.
 
     Raises:
-        SiteError: There is no linear layer, or ``target_modules`` match none; the text names the closest.
+        SiteError: There is no linear layer, ``target_modules`` match none (the text names the closest), or the model
+            is compiled.
 
     Example:
         >>> from torch import nn
@@ -110,6 +111,20 @@ def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
 def linear_sites(model: nn.Module) -> tuple[Site, ...]:
     """Every linear layer of ``model``, candidate or not, sorted by name and seen through PEFT's wrappers."""
     return tuple(sorted(Site(name, *_shape(layer)) for name, layer in _linear_layers(model)))
+
+
+def require_uncompiled(model: nn.Module) -> None:
+    """Raise where ``model`` is what ``torch.compile`` returned: its layers have other names than the model's own.
+
+    Raises:
+        SiteError: It is compiled.
+    """
+    from accelerate.utils import is_compiled_module
+
+    if is_compiled_module(model):
+        raise SiteError(
+            "the model is compiled, which renames its layers; give it as it was, and compile the planned one"
+        )
 
 
 def rank_and_alpha(lora: LoraConfig, name: str) -> tuple[int, float]:
@@ -148,6 +163,7 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     from transformers.pytorch_utils import Conv1D
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    require_uncompiled(base)
     wrapped: tuple[str, ...] = ()
     for name, module in base.named_modules():
         if name.startswith(wrapped):

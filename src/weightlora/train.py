@@ -1,6 +1,6 @@
 """A recipe → base model, plan, trained stock adapter, metrics; stopped at any moment, the same command goes on.
 
-output_dir/config.yaml   the effective options, written first
+output_dir/config.yaml   the effective options, written when everything has been found to fit
 output_dir/before.json   metrics of the base model, with eval_on_start
 output_dir/plan.json     which sites carry adapters, as soon as it is known
 output_dir/checkpoint-*  the Trainer's own
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,11 @@ from weightlora.budget import read_keep
 from weightlora.errors import DataError, OptionError
 from weightlora.files import whole_file, whole_folder, writable_folder, write_json
 from weightlora.methods import make_method
+from weightlora.placement import require_measurable
 from weightlora.plan import AdapterPlan
 from weightlora.processes import from_first, is_first
-from weightlora.recipe import ModelOptions, Recipe, TaskOptions
-from weightlora.sites import find_sites
+from weightlora.recipe import Recipe, TaskOptions
+from weightlora.sites import TASK_HEADS, find_sites
 from weightlora.tasks import find_task, kind_of
 from weightlora.tasks.base import RowOptions, Task
 from weightlora.tasks.embedded import embedded_model
@@ -57,31 +59,37 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
         PlanMismatchError: The plan was made for another model.
     """
     output = recipe.output_dir
-    from_first(lambda: _open_run(output, recipe.settings()))
-    if (output / RESULTS_FILE).exists():
-        return _read_json(output / RESULTS_FILE)
+    settings = recipe.settings  # before there is a trainer, whose accelerator forgets its state over other arguments
+    from_first(lambda: _require_same_run(writable_folder(output), settings))
+    finished = from_first(partial(_read_json, output / RESULTS_FILE))
+    if finished is not None:
+        return finished
 
     task = _task(recipe.task)
     kind = kind_of(task)
     rows = load_rows(task, _source(recipe.task), seed=recipe.training.data_seed or 0)
-    path, loading = _pretrained(recipe.model)
+    path, loading = _pretrained(recipe, kind.TASK_TYPE)
     tokenizer = load_tokenizer(path, **{k: v for k, v in loading.items() if k in ("gguf_file", "revision")})
     prepared = kind.prepare(task, rows, tokenizer, _row_options(recipe.task))
     base = kind.load_model(path, task, rows, seed=recipe.training.seed, **loading)
     trainer = prepared.make_trainer(_with_lora(base, recipe, kind.TASK_TYPE), recipe.training, callbacks)
+    if recipe.training.eval_on_start:
+        require_measurable(trainer)
 
+    from_first(lambda: _write_config(output, settings))  # before this, a mistake leaves nothing behind
     start = time.perf_counter()
     plan = _plan(trainer, recipe)
     selected = time.perf_counter()
-    if recipe.training.eval_on_start and not (output / BEFORE_FILE).exists():
+    before = from_first(partial(_read_json, output / BEFORE_FILE))
+    if recipe.training.eval_on_start and before is None:
         before = prepared.measure(trainer)  # B is zero: this is the base model
         if is_first():
             write_json(output / BEFORE_FILE, before)
-    trained = trainer.train(resume_from_checkpoint=_resume_point(recipe, plan))
+    trained = trainer.train(resume_from_checkpoint=from_first(partial(_resume_point, recipe, plan)))
     _save_adapter(trainer, plan, output / ADAPTER)
     results = {
         "metrics": prepared.measure(trainer),
-        "before": _read_json(output / BEFORE_FILE),
+        "before": before,
         "method": recipe.method.method if recipe.method.plan is None else "plan",
         "adapters": len(plan.names),
         "sites": len(plan.entries),
@@ -101,22 +109,27 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _open_run(output: Path, settings: dict[str, Any]) -> None:
-    """Write down what the run is, or check that it is the one that the folder holds."""
+def _require_same_run(output: Path, settings: Mapping[str, Any]) -> None:
+    """Raise where the folder holds a run with other options; one that has no plan yet has done nothing."""
     import yaml
 
-    writable_folder(output)
     file = output / CONFIG_FILE
-    if file.exists():
-        there = yaml.safe_load(file.read_text(encoding="utf-8"))
-        changed = [k for k in sorted({*there, *settings}) if there.get(k) != settings.get(k)]
-        changed = [key for key in changed if key != "resume_from_checkpoint"]
-        if changed:
-            faults = "; ".join(f"{key}: {there.get(key)!r} there, {settings.get(key)!r} now" for key in changed[:5])
-            raise OptionError(f"{output} holds a run with other options ({faults}); choose another output_dir")
-    else:
-        with whole_file(file) as draft:
-            draft.write_text(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    if not (file.exists() and (output / PLAN_FILE).exists()):
+        return
+    there = yaml.safe_load(file.read_text(encoding="utf-8"))
+    changed = [key for key in sorted({*there, *settings}) if there.get(key) != settings.get(key)]
+    faults = [f"{k}: {there.get(k)!r} there, {settings.get(k)!r} now" for k in changed if k != "resume_from_checkpoint"]
+    if faults:
+        raise OptionError(
+            f"{output} holds a run with other options ({'; '.join(faults[:5])}); choose another output_dir"
+        )
+
+
+def _write_config(output: Path, settings: Mapping[str, Any]) -> None:
+    import yaml
+
+    with whole_file(output / CONFIG_FILE) as draft:
+        draft.write_text(yaml.safe_dump(dict(settings), allow_unicode=True, sort_keys=False), encoding="utf-8")
 
 
 def _task(options: TaskOptions) -> Task:
@@ -139,10 +152,11 @@ def _row_options(options: TaskOptions) -> RowOptions:
     return RowOptions(options.max_seq_length, options.max_target_length, options.doc_stride, options.num_beams)
 
 
-def _pretrained(options: ModelOptions) -> tuple[str, dict[str, Any]]:
+def _pretrained(recipe: Recipe, task_type: str) -> tuple[str, dict[str, Any]]:
     """The model's path and what ``from_pretrained`` is told beside it."""
     from transformers import BitsAndBytesConfig
 
+    options = recipe.model
     path, gguf = embedded_model(options.model_name_or_path) or (options.model_name_or_path, options.gguf_file)
     loading: dict[str, Any] = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
     if gguf is not None:
@@ -150,8 +164,13 @@ def _pretrained(options: ModelOptions) -> tuple[str, dict[str, Any]]:
     if options.model_revision != "main":
         loading["revision"] = options.model_revision
     if options.load_in_8bit or options.load_in_4bit:
+        whole = [*TASK_HEADS.get(task_type, ()), *recipe.method.lora_modules_to_save]
         loading["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=options.load_in_8bit, load_in_4bit=options.load_in_4bit, bnb_4bit_quant_type="nf4"
+            load_in_8bit=options.load_in_8bit,
+            load_in_4bit=options.load_in_4bit,
+            bnb_4bit_quant_type="nf4",
+            # What is trained whole cannot be quantised; by itself transformers spares a head only if it has no bias.
+            llm_int8_skip_modules=[*whole, "lm_head"] if whole else None,
         )
     return path, loading
 
@@ -212,10 +231,12 @@ def _resume_point(recipe: Recipe, plan: AdapterPlan) -> str | None:
 
 def _save_adapter(trainer: Trainer, plan: AdapterPlan, path: Path) -> None:
     """Write the trained adapter as a stock PEFT directory with its plan and card, whole or not at all."""
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # on all processes: each may hold a shard
+    weights = {name.replace("_orig_mod.", ""): weight for name, weight in weights.items()}  # torch.compile's prefix
     if not is_first():
         return
     with whole_folder(path) as draft:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(draft))  # type: ignore[union-attr]
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(draft), state_dict=weights)  # type: ignore[union-attr]
         tokenizer: Any = trainer.processing_class
         tokenizer.save_pretrained(str(draft))
         plan.save(draft / PLAN_FILE)

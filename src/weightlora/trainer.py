@@ -21,9 +21,11 @@ from weightlora.budget import Keep, warmup_steps
 from weightlora.errors import OptionError, PlanMismatchError, SelectionError
 from weightlora.files import writable_folder
 from weightlora.gates import lora_layers
+from weightlora.placement import placed, require_heads, require_weights
 from weightlora.plan import AdapterPlan, config_fields
 from weightlora.processes import from_first
 from weightlora.selection import HEAD_STEPS, select
+from weightlora.sites import require_uncompiled
 from weightlora.untouched import seeded
 from weightlora.warmup import WarmupOptions
 
@@ -98,6 +100,7 @@ def select_for(
         plan = plan.expand() if expand else plan
         from_first(partial(plan.save, path))
     _adapt(trainer, plan, seed)
+    require_heads(trainer)
     guard.plan = plan
     return plan
 
@@ -123,6 +126,7 @@ def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int) -> AdapterPlan:
     trainer.add_callback(guard)
     from_first(partial(_keep_plan, plan, Path(str(trainer.args.output_dir)) / PLAN_FILE))
     _adapt(trainer, plan, seed)
+    require_heads(trainer)
     guard.plan = plan
     return plan
 
@@ -149,7 +153,8 @@ class PlanGuard(TrainerCallback):
 
 def _lora_of(trainer: Trainer, lora: LoraConfig | None) -> LoraConfig:
     """The adapters wanted: those that the model has, freshly made, or ``lora``."""
-    model = trainer.model
+    model: Any = trainer.model
+    require_uncompiled(model)
     if not isinstance(model, PeftModel):
         if lora is None:
             raise OptionError(
@@ -185,11 +190,6 @@ def _require_fresh(trainer: Trainer) -> None:
         )
     if trainer.model_wrapped is not trainer.model:
         raise OptionError("the trainer's model is wrapped already; call select_for() before anything prepares it")
-    if trainer.is_deepspeed_enabled and any(not p.numel() for p in trainer.model.parameters()):  # type: ignore[union-attr]
-        raise OptionError(
-            "DeepSpeed ZeRO-3 has sharded the model, whose structure can no longer change; run `weightlora select` "
-            "first and `weightlora train --plan plan.json` with DeepSpeed (docs/distributed.md)"
-        )
 
 
 def _stored_plan(path: Path, lora: LoraConfig, wanted: dict[str, Any]) -> AdapterPlan | None:
@@ -218,14 +218,19 @@ def _keep_plan(plan: AdapterPlan, path: Path) -> None:
 
 def _select(trainer: Trainer, lora: LoraConfig, **options: Any) -> AdapterPlan:
     """Run the warm-up on the trainer's model, batches and loss."""
+    require_weights(trainer)
     model: Any = trainer.model
     if trainer.args.activation_checkpointing:  # as trainer.train() will do
-        model.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
+        given: Any = trainer.args.activation_checkpointing_kwargs
+        settings: dict[str, Any] = dict(given or {})
+        placing = {key: settings.pop(key) for key in ("every_n_layers", "offload") if key in settings}
+        model.activation_checkpointing_enable(settings or None, **placing)
     listener = _listener(trainer)
     count = options["steps"] + (HEAD_STEPS if options.get("head_steps") is None else options["head_steps"])
     with seeded(options["seed"]):  # before anything is drawn: the loader's order must not depend on the adapters
         steps = list(islice(_optimizer_steps(listener), count))
-    return select(model, steps, lora=lora, loss_fn=_losses(listener), **options)
+    with placed(trainer):
+        return select(model, steps, lora=lora, loss_fn=_losses(listener), **options)
 
 
 def _planned_steps(trainer: Trainer) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -63,12 +64,14 @@ def seeded(seed: int) -> Generator[None]:
 
 
 def _remember_model(model: nn.Module) -> Callable[[], None]:
+    _reshard(model)
     modules = [(module, _remember_attributes(vars(module))) for module in model.modules()]
     configs = [_remember_attributes(vars(c)) for c in _configurations(model)]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
 
     def restore() -> None:
+        _reshard(model)
         for _, restore_attributes in modules:
             restore_attributes()
         for restore_attributes in configs:
@@ -81,6 +84,17 @@ def _remember_model(model: nn.Module) -> Callable[[], None]:
                 buffer.copy_(value)
 
     return restore
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let go of what FSDP2 has gathered for a forward pass, so that the shards are what is remembered and put back."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _remember_attributes(attributes: dict[str, Any]) -> Callable[[], None]:

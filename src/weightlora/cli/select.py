@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Select, write the plan and its picture, and print the heat map."""
     options = _with_config(arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError(
+            f"weightlora select is one process, and this is one of {os.environ['WORLD_SIZE']}; start it without "
+            "torchrun or accelerate, or let `weightlora train` select with all of them (docs/distributed.md)"
+        )
 
     from rich.console import Console
 

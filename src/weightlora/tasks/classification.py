@@ -191,6 +191,8 @@ def _make_trainer(
 ) -> Trainer:
     from transformers import DataCollatorWithPadding, Trainer
 
+    # A decoder's head reads the last token that is no padding; Trainer.train() says which, and the warm-up is before.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     trainer = Trainer(
         model=model,
         args=arguments,

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import DataError, WeightLoraWarning
+from weightlora.errors import DataError, OptionError, WeightLoraWarning
 from weightlora.tasks.base import Prepared, RowOptions, Task
 from weightlora.tasks.judge import judge_model
 from weightlora.tasks.pretrained import load_pretrained
@@ -112,14 +112,17 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
             arguments.completion_only_loss = True
         if arguments.max_length == SFTConfig.max_length:  # as it was made: the user did not say
             arguments.max_length = options.max_length
-        trainer = SFTTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=examples["train"],
-            eval_dataset=seen if len(seen) > 1 else next(iter(seen.values()), None),  # pyright: ignore[reportArgumentType]
-            processing_class=tokenizer,
-            callbacks=list(callbacks),
-        )
+        try:
+            trainer = SFTTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=examples["train"],
+                eval_dataset=seen if len(seen) > 1 else next(iter(seen.values()), None),  # pyright: ignore[reportArgumentType]
+                processing_class=tokenizer,
+                callbacks=list(callbacks),
+            )
+        except ValueError as error:  # what TRL refuses, such as an adapter on the output head
+            raise OptionError(" ".join(str(error).split())) from error
         if not arguments.packing:
             _check_room(trainer, {split: len(some) for split, some in examples.items()}, arguments.max_length)
         return trainer

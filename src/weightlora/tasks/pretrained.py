@@ -22,7 +22,7 @@ def load_pretrained(auto_class: str, path: str | Path, *, seed: int, **options: 
         options: Passed to ``from_pretrained``: ``dtype``, ``quantization_config``, ``num_labels``, ...
 
     Raises:
-        DataError: There is no such model, or it has no such head.
+        DataError: There is no such model, it has no such head, or a package that it needs is missing.
     """
     import torch
     import transformers
@@ -31,7 +31,7 @@ def load_pretrained(auto_class: str, path: str | Path, *, seed: int, **options: 
         torch.manual_seed(seed)
         try:
             return getattr(transformers, auto_class).from_pretrained(str(path), **options)
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:
             raise DataError(f"cannot load {auto_class} from {path}: {str(error).splitlines()[0]}") from error
 
 

@@ -25,6 +25,7 @@ class Source:
     dataset_name: str | None = None
     """Hub name, or a folder that ``datasets`` can load."""
     dataset_config_name: str | None = None
+    """The data set's configuration; for a generator its settings: ``"min_terms=2 max_terms=3"``."""
     train_file: str | None = None
     validation_file: str | None = None
     max_train_samples: int | None = None
@@ -114,13 +115,27 @@ def _dataset(task: Task, source: Source, seed: int) -> Any:
         from weightlora.tasks.prompts import reasoning_rows
 
         train, validation = source.max_train_samples or 1000, source.max_eval_samples or 200
-        return reasoning_rows(name.partition("/")[2], train, validation, seed)
+        settings = _generator_settings(source.dataset_config_name)
+        return reasoning_rows(name.partition("/")[2], train, validation, seed, **settings)
     if name == "embedded/rotten_tomatoes":
         return _embedded(source, seed)
     if (Path(name) / "dataset_dict.json").is_file():  # what DatasetDict.save_to_disk wrote
         return load_from_disk(name)
     subset = source.dataset_config_name or (task.subset if source.dataset_name is None else None)
     return _load(name, subset)
+
+
+def _generator_settings(text: str | None) -> dict[str, Any]:
+    """``"min_terms=2 max_terms=3"`` as a dict."""
+    import yaml
+
+    settings: dict[str, Any] = {}
+    for word in (text or "").split():
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise OptionError(f"dataset_config_name: {word!r} is no setting=value of the generator")
+        settings[name] = yaml.safe_load(value)
+    return settings
 
 
 def _embedded(source: Source, seed: int) -> Any:
@@ -141,7 +156,8 @@ def _load(*arguments: Any, **named: Any) -> Any:
         return load_dataset(*arguments, **named)
     except Exception as error:  # the readers raise whatever pandas, pyarrow or the hub's client do
         where = " ".join(str(part) for part in (*arguments, *named.values()) if part)
-        raise DataError(f"cannot load {where}: {str(error).splitlines()[0]}") from error
+        reason = next(iter(str(error).splitlines()), "it has no rows")  # an empty file ends in a bare StopIteration
+        raise DataError(f"cannot load {where}: {reason}") from error
 
 
 def _check_columns(task: Task, split: str, present: Sequence[str]) -> None:
