@@ -94,6 +94,8 @@ class Stage:
         losses: Any = self.loss_fn(self.model, to_device(next(self.batches), _device(self.model)))
         for loss in [losses] if isinstance(losses, Tensor) or not isinstance(losses, Iterable) else losses:
             _require_loss(loss, where)
+            # A loss that switched the adapters off for a moment, as DPO's does, has let all of them have gradients.
+            _only(watched, self.model)
             loss.backward()
         average_gradients(watched)
         gradients = [tensor.grad for tensor in watched if tensor.grad is not None]
@@ -231,11 +233,16 @@ def _stoiht(stage: Stage, options: WarmupOptions, budget: Budget) -> tuple[list[
 def _require_gradients(stage: Stage, wanted: Sequence[nn.Parameter]) -> None:
     """Let exactly ``wanted`` have gradients; autograd does no work for the rest."""
     for parameter in stage.model.parameters():
-        parameter.requires_grad_(False)
         parameter.grad = None
-    for parameter in wanted:
-        parameter.requires_grad_(True)
+    _only(wanted, stage.model)
     copy_from_first(wanted)
+
+
+def _only(wanted: Sequence[Tensor], model: nn.Module) -> None:
+    """Let the parameters of ``model`` that are ``wanted`` require gradients, and no others."""
+    chosen = set(map(id, wanted))
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -1,0 +1,230 @@
+"""What each of two processes does for test_distributed.py: torchrun --nproc_per_node 2 distributed_worker.py FOLDER.
+
+FOLDER holds a small base model and rows; each part leaves a run's folder or ``<part>-<process>.json`` there.
+"""
+
+import json
+import shutil
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import weightlora
+from weightlora import warmup
+from weightlora.errors import OptionError, SelectionError
+from weightlora.gates import lora_layers
+from weightlora.recipe import read_recipe
+from weightlora.train import train
+
+ROWS = 8  # of a step, on all processes together
+RULES = {"first_order": {}, "stoiht": {"gate_lr": 50.0}}
+LORA = LoraConfig(r=2, target_modules=r".*encoder.*(query|key|value|dense)", task_type="SEQ_CLS")
+
+
+def recipe(folder, name, rows, *words):
+    """The training of all parts. SGD, since Adam divides a gradient by its size: next to zero, rounding decides."""
+    return read_recipe(
+        words=[
+            *(
+                "--model_name_or_path",
+                f"{folder}/base",
+                "--task",
+                "rotten_tomatoes",
+                "--output_dir",
+                f"{folder}/{name}",
+            ),
+            *("--train_file", f"{folder}/train.csv", "--validation_file", f"{folder}/validation.csv"),
+            *("--max_seq_length", "16", "--per_device_train_batch_size", str(rows), "--max_steps", "4"),
+            *("--head_steps", "4", "--steps", "4", "--keep", "5", "--lora_r", "4"),
+            *("--optim", "sgd", "--learning_rate", "0.1", "--lr_scheduler_type", "constant", "--seed", "3"),
+            *("--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--save_strategy", "no", *words),
+        ]
+    )
+
+
+def small_model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(BertConfig(vocab_size=50, **sizes, **still))
+
+
+def small_batches():
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "input_ids": torch.randint(0, 50, (ROWS, 6), generator=generator),
+            "labels": torch.randint(0, 2, (ROWS,), generator=generator),
+        }
+        for _ in range(12)
+    ]
+
+
+def small_plan(model, batches, rule="first_order", **options):
+    arguments = {"lora": LORA, "keep": 5, "steps": 8, "head_steps": 4, "lr": 1e-2, "progress": False, **RULES[rule]}
+    return weightlora.select(model, batches, rule=rule, **{**arguments, **options})
+
+
+def shares(batches, process, processes):
+    return [{key: value[process::processes] for key, value in batch.items()} for batch in batches]
+
+
+def token_trainer(folder, name, rows, **arguments):
+    """A trainer on rows of 3 to 10 tokens: the mean over the tokens of a step is not that of two processes' means."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+    texts = [torch.randint(1, 50, (3 + i % 8,)) for i in range(6 * ROWS)]
+
+    def collate(texts):
+        ids, labels = (pad_sequence(texts, batch_first=True, padding_value=value) for value in (0, -100))
+        return {"input_ids": ids, "labels": labels, "attention_mask": (labels >= 0).long()}
+
+    options = {"per_device_train_batch_size": rows, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    return Trainer(
+        get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")),
+        TrainingArguments(f"{folder}/{name}", **options, **arguments),
+        train_dataset=texts,
+        data_collator=collate,
+    )
+
+
+class Witness(TrainerCallback):
+    """Remembers what this process trains, and with how much of it."""
+
+    def on_train_begin(self, _args, state, _control, model, **_):
+        self.first_step = state.global_step
+        self.ranks = {name: layer.r["default"] for name, layer in lora_layers(model).items()}
+        self.sharded = isinstance(model, FSDPModule)
+
+    def on_train_end(self, _args, state, _control, model, **_):
+        trained = [getattr(p, "_local_tensor", p) for p in model.parameters() if p.requires_grad]
+        self.elements = sum(tensor.numel() for tensor in trained)
+        self.sums = [tensor.detach().double().sum().item() for tensor in trained]
+        self.last_step = state.global_step
+
+
+class Worker:
+    def __init__(self, folder):
+        self.folder, self.process, self.processes = folder, dist.get_rank(), dist.get_world_size()
+        self.data = shares(small_batches(), self.process, self.processes)
+
+    def tell(self, part, value):
+        (self.folder / f"{part}-{self.process}.json").write_text(json.dumps(value))
+
+    def tell_error(self, part, error, action, *arguments, **options):
+        try:
+            action(*arguments, **options)
+        except error as found:
+            self.tell(part, str(found))
+
+    def train(self, name, *words):
+        witness = Witness()
+        train(recipe(self.folder, name, ROWS // self.processes, *words), callbacks=[witness])
+        self.tell(name, vars(witness))
+
+    def sharded(self, model, layers):
+        for layer in layers:
+            fully_shard(layer)
+        return fully_shard(model)
+
+    def sharded_selection(self):
+        own = self.data[0]
+        losses, gathered = [small_model().eval()(**own).loss.item()], []
+        model = small_model().eval()
+        self.sharded(model, model.bert.encoder.layer)
+        wrong = {"loss_fn": lambda model, batch: model(**batch).loss * float("nan")}
+        self.tell_error("not_finite", SelectionError, small_plan, model, self.data, **wrong)
+        for rule in RULES:
+            losses.append(model(**own).loss.item())  # leaves the weights around the layers gathered
+            small_plan(model, self.data, rule).save(self.folder / f"sharded-{rule}-{self.process}.plan")
+            gathered += [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+
+        model = get_peft_model(small_model(), deepcopy(LORA))
+        self.sharded(model, model.base_model.model.bert.encoder.layer)
+        small_plan(model, self.data, lora=None).save(self.folder / f"sharded-peft-{self.process}.plan")
+        losses.append(model.eval()(**own).loss.item())
+        self.tell("afterwards", {"losses": losses, "gathered": gathered})
+
+    def deaf_selection(self):
+        """Nothing said to the other process about the gradients: must not go unnoticed."""
+        average, warmup.average_gradients = warmup.average_gradients, lambda _: None
+        self.tell_error("deaf", SelectionError, small_plan, small_model(), self.data)
+        warmup.average_gradients = average
+
+    def token_selection(self, name, **arguments):
+        weightlora.select_for(token_trainer(self.folder, name, ROWS // self.processes, **arguments), steps=6)
+
+    def interrupted(self, name, *words):
+        """The same run twice, the second time from what a kill after step 2 would have left."""
+        # AdamW has a state to lose; torch cannot load that of SGD, which has none.
+        words = (*words, "--optim", "adamw_torch", "--save_strategy", "steps", "--save_steps", "2")
+        self.train(name, *words)
+        (self.folder / f"{name}-{self.process}.json").rename(self.folder / f"{name}-whole-{self.process}.json")
+        if self.process == 0:
+            for path in (self.folder / name / "checkpoint-4", self.folder / name / "adapter"):
+                shutil.rmtree(path)
+            (self.folder / name / "results.json").unlink()
+        dist.barrier()
+        self.train(name, *words)
+
+
+def shard_on_cpu():
+    """Accelerate shards on accelerators only, and ignores the wish elsewhere; told to, it does the same on a CPU."""
+    initialise = AcceleratorState.__init__
+
+    def told(self, *args, fsdp_plugin=None, **kwargs):
+        initialise(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = told
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    dist.init_process_group("gloo")
+    worker = Worker(folder)
+    worker.sharded_selection()
+    worker.deaf_selection()
+    worker.token_selection("tokens")
+    worker.token_selection("tokens_apart", average_tokens_across_devices=False)
+    worker.train("ddp", "--ddp_find_unused_parameters", "False")
+
+    shard_on_cpu()
+    layers = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["BertLayer"]}
+    partly = ("--fsdp", "--fsdp_config", json.dumps({**layers, "cpu_ram_efficient_loading": True}))
+    fsdp, plan = ("--fsdp", "--fsdp_config", json.dumps(layers)), ("--plan", f"{folder}/ddp/plan.json")
+    worker.train("fsdp", *fsdp)
+    worker.train("fsdp_plan", *fsdp, *plan)
+    worker.interrupted("fsdp_again", *fsdp, *plan)
+    worker.tell_error("measured", OptionError, worker.train, "measured", *fsdp, "--eval_on_start")
+    worker.tell_error("partly", OptionError, worker.train, "partly", *partly)
+    worker.tell_error("partly_plan", OptionError, worker.train, "partly_plan", *partly, *plan)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
