@@ -48,6 +48,14 @@ def test_methods_lists_the_registry(capsys):
     assert all(entry.name in printed for entry in METHODS)
 
 
+def test_methods_lists_the_tasks(capsys):
+    from weightlora.tasks import TASKS
+
+    assert main(["methods", "--tasks"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f" {task.name} " in printed for task in TASKS)
+
+
 def test_select_writes_a_plan_that_fits_the_model(reviews, tmp_path, minilm, capsys):
     out = tmp_path / "out"
     assert main(["select", "--train_file", str(reviews), "--keep", "5", "--output_dir", str(out), *QUICK]) == 0

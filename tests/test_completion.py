@@ -20,6 +20,7 @@ from weightlora.tasks.completion import TASKS, arguments_class, generate, load_m
 from weightlora.tasks.embedded import smollm2
 from weightlora.tasks.judge import find_tasks
 from weightlora.tasks.prompts import reasoning_rows, solves, to_prompts
+from weightlora.tasks.rows import Source, load_rows
 
 #: One row of each benchmark, in its schema; boolq's has the harness's ``label`` (of SuperGLUE) too.
 ROWS = {
@@ -240,6 +241,15 @@ def test_a_generator_that_cannot_be_trained_on_is_one_line(generator, settings, 
     with pytest.raises(error, match=text) as caught:
         reasoning_rows(generator, 2, 2, seed=0, **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_names_the_settings_of_its_generator():
+    named = {"dataset_config_name": "min_terms=2 max_terms=2", "max_train_samples": 9, "max_eval_samples": 3}
+    rows = load_rows(task_of("reasoning"), Source(dataset_name="reasoning_gym/chain_sum", **named))
+    same = reasoning_rows("chain_sum", 9, 3, seed=0, min_terms=2, max_terms=2)
+    assert {name: split.to_list() for name, split in rows.items()} == {k: v.to_list() for k, v in same.items()}
+    with pytest.raises(OptionError, match="dataset_config_name: 'two' is no setting=value of the generator"):
+        load_rows(task_of("reasoning"), Source(dataset_name="reasoning_gym/chain_sum", dataset_config_name="two"))
 
 
 @pytest.mark.parametrize(
