@@ -16,7 +16,7 @@ SOURCE = Path(weightlora.__file__).parent
 # A room may import only what stands to its left, and its own files.
 ROOMS = (
     *("errors", "files", "sites", "budget", "stoiht", "gates", "untouched", "plan_file", "plan"),
-    *("processes", "warmup", "selection", "placement", "trainer", "methods", "tasks", "recipe", "train"),
+    *("processes", "warmup", "selection", "placement", "trainer", "methods", "tasks", "recipe", "hub", "train"),
     *("bench", "report", "cli"),
 )
 HEAVY = {"torch", "peft", "transformers", "numpy", "matplotlib"}

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from weightlora.budget import read_keep
 from weightlora.errors import DataError, OptionError
 from weightlora.files import whole_file, whole_folder, writable_folder, write_json
+from weightlora.hub import push_adapter, require_hub
 from weightlora.methods import make_method
 from weightlora.placement import require_measurable
 from weightlora.plan import AdapterPlan
@@ -65,6 +66,8 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
     if finished is not None:
         return finished
 
+    if recipe.training.push_to_hub:
+        from_first(partial(require_hub, recipe.training.hub_token))
     task = _task(recipe.task)
     kind = kind_of(task)
     rows = load_rows(task, _source(recipe.task), seed=recipe.training.data_seed or 0)
@@ -87,6 +90,8 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
             write_json(output / BEFORE_FILE, before)
     trained = trainer.train(resume_from_checkpoint=from_first(partial(_resume_point, recipe, plan)))
     _save_adapter(trainer, plan, output / ADAPTER)
+    if recipe.training.push_to_hub and is_first():
+        push_adapter(output / ADAPTER, trainer.hub_model_id, recipe.training)
     results = {
         "metrics": prepared.measure(trainer),
         "before": before,
