@@ -472,6 +472,17 @@ class HalfUnread(Unread):
         return super().forward(self.read(x))
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_site_that_the_loss_does_not_depend_on_is_named(rule):
+    """Its ω stays at 1 under the paper's rule, which a threshold may well keep."""
+    with pytest.warns(WeightLoraWarning, match=r"1 of 2 sites had no gradient.*unread"):
+        quietly(HalfUnread(), pairs(3), keep=1, rule=rule, threshold_every=3, loss_fn=squared)
+    quietly(
+        net(), pairs(3), keep=1, rule=rule, threshold_every=3, loss_fn=squared
+    )  # control: warnings of ours are errors here
+
+
+@pytest.mark.filterwarnings("ignore:1 of 2 sites had no gradient")
 def test_fewer_survivors_than_wanted_is_an_error_that_says_how_many():
     with pytest.raises(SelectionError, match=r"only 1 of the 2 wanted sites survived.*lower keep to 1"):
         quietly(HalfUnread(), pairs(3), keep=2, loss_fn=squared)

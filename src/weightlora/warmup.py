@@ -114,13 +114,10 @@ def hear(stage: Stage, options: WarmupOptions, budget: Budget) -> Heard:
     """
     if options.head_steps > 0:
         _train_head(stage, options)
-    scores, history = (_first_order if options.rule == "first_order" else _stoiht)(stage, options, budget)
-    silent = 0.0 if options.rule == "first_order" else 1.0
-    if all(value == silent for row in history for value in row):
-        raise SelectionError(
-            f"no gate had a gradient in {options.steps} warm-up steps, so nothing tells the sites apart; "
-            "does the loss depend on the adapted layers?"
-        )
+    # The gates (or gains) after each step, and whether each ever had a gradient.
+    history, moved = (_first_order if options.rule == "first_order" else _stoiht)(stage, options, budget)
+    _require_heard([name for name, some in zip(stage.layers, moved, strict=True) if not some], options, len(moved))
+    scores = history[-1]
     sizes = [abs(score) for score in scores] if options.threshold == "magnitude" else list(scores)
     wanted = budget.choose(sizes)
     kept = tuple(i for i in wanted if scores[i] > 0)
@@ -130,7 +127,7 @@ def hear(stage: Stage, options: WarmupOptions, budget: Budget) -> Heard:
             f"only {len(kept)} of the {len(wanted)} wanted sites survived with a positive gate; "
             f"lower {' or '.join(knobs)}"
         )
-    return Heard(tuple(scores), tuple(history), kept)
+    return Heard(scores, tuple(history), kept)
 
 
 def cycled(batches: Iterable[Any], steps: int) -> Iterator[Any]:
@@ -189,7 +186,7 @@ def _train_head(stage: Stage, options: WarmupOptions) -> None:
         layer.enable_adapters(True)
 
 
-def _first_order(stage: Stage, options: WarmupOptions, _: Budget) -> tuple[list[float], list[tuple[float, ...]]]:
+def _first_order(stage: Stage, options: WarmupOptions, _: Budget) -> tuple[list[tuple[float, ...]], list[bool]]:
     """‖mean ∂L/∂B‖₁ of each site over T batches, nothing moving.
 
     With B = 0 and a first Adam step of −lr·sign(∂L/∂B), the gate's gradient is −lr·‖∂L/∂B‖₁ (methods.md §1.4): this
@@ -202,22 +199,25 @@ def _first_order(stage: Stage, options: WarmupOptions, _: Budget) -> tuple[list[
         stage.backward("gates", step, matrices)  # .grad is left to add up
         gains = [torch.zeros(()) if b.grad is None else b.grad.float().abs().sum() / step for b in matrices]
         history.append(tuple(torch.stack([gain.cpu() for gain in gains]).tolist()))
-    return list(history[-1]), history
+    return history, [gain > 0 for gain in history[-1]]
 
 
-def _stoiht(stage: Stage, options: WarmupOptions, budget: Budget) -> tuple[list[float], list[tuple[float, ...]]]:
+def _stoiht(stage: Stage, options: WarmupOptions, budget: Budget) -> tuple[list[tuple[float, ...]], list[bool]]:
     """The paper's phase 1: A, B and head by AdamW, ω by stochastic iterative hard thresholding."""
     trained = [*stage.parameters("lora_A"), *stage.parameters("lora_B"), *stage.head]
     _require_gradients(stage, trained)
     optimizer = torch.optim.AdamW(trained, lr=options.lr)
     history: list[tuple[float, ...]] = []
+    moved = torch.zeros(len(stage.layers), dtype=torch.bool)
     with gated(stage.layers) as gates:
         for step in range(1, options.steps + 1):
             stage.backward("gates", step, [*trained, *gates.ears])
             cut = step % options.threshold_every == 0 or step == options.steps
+            gradient = gates.gradient
+            moved |= gradient != 0
             omega = stoiht_step(
                 gates.omega,
-                gates.gradient,
+                gradient,
                 gate_lr=options.gate_lr,
                 budget=budget if cut else None,
                 threshold=options.threshold,
@@ -227,7 +227,23 @@ def _stoiht(stage: Stage, options: WarmupOptions, budget: Budget) -> tuple[list[
             optimizer.zero_grad()
             gates.clear()
             history.append(tuple(omega.tolist()))
-    return list(history[-1]), history
+    return history, moved.tolist()
+
+
+def _require_heard(unheard: Sequence[str], options: WarmupOptions, sites: int) -> None:
+    """Raise where no gate had a gradient in the whole warm-up, and name one of those that had none."""
+    if len(unheard) == sites:
+        raise SelectionError(
+            f"no gate had a gradient in {options.steps} warm-up steps, so nothing tells the sites apart; "
+            "does the loss depend on the adapted layers?"
+        )
+    if unheard:
+        warnings.warn(
+            f"{len(unheard)} of {sites} sites had no gradient in the warm-up, {unheard[0]} among them: the loss does "
+            "not depend on them, and their gates say nothing; leave them out of target_modules",
+            WeightLoraWarning,
+            stacklevel=2,
+        )
 
 
 def _require_gradients(stage: Stage, wanted: Sequence[nn.Parameter]) -> None:
