@@ -19,7 +19,7 @@ from weightlora.tasks.base import RowOptions, Task
 from weightlora.tasks.completion import TASKS, arguments_class, generate, load_model, prepare
 from weightlora.tasks.embedded import smollm2
 from weightlora.tasks.judge import find_tasks
-from weightlora.tasks.prompts import reasoning_rows, solves, to_prompts
+from weightlora.tasks.prompts import reasoning_rows, solves, template_options, to_prompts
 from weightlora.tasks.rows import Source, load_rows
 
 #: One row of each benchmark, in its schema; boolq's has the harness's ``label`` (of SuperGLUE) too.
@@ -54,6 +54,17 @@ YAMLS = {
 OWN = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in ((1, 2), (30, 4), (555, 6), (7, 7))]
 
 
+#: An answer has an empty thought in front of it; where one is asked for, only if thinking is switched off.
+NO_THOUGHT = "<think></think>\n"
+THINKING = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    f"{{% if message.role == 'assistant' %}}{NO_THOUGHT}{{% endif %}}"
+    "{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    f"{{% if enable_thinking is defined and not enable_thinking %}}{NO_THOUGHT}{{% endif %}}{{% endif %}}"
+)
+
+
 def task_of(name: str) -> Task:
     return next(task for task in TASKS if task.name == name)
 
@@ -67,12 +78,14 @@ def _smollm2_tokenizer():
     return AutoTokenizer.from_pretrained(str(smollm2().parent), gguf_file=smollm2().name)
 
 
-@pytest.fixture(params=["plain", "chat"])
+@pytest.fixture(params=["plain", "chat", "thinking"])
 def tokenizer(request, _smollm2_tokenizer):
-    """SmolLM2's, which has a chat template, and the same without."""
+    """SmolLM2's, which has a chat template; the same without; the same with one as Qwen3's."""
     found = deepcopy(_smollm2_tokenizer)
     if request.param == "plain":
         found.chat_template = None
+    if request.param == "thinking":
+        found.chat_template = THINKING
     return found
 
 
@@ -132,7 +145,7 @@ def requests_of(task, lm: HFLM) -> list[tuple[str, str]]:
 def test_the_trained_tokens_are_those_that_the_harness_scores(name, harness, tokenizer, tiny, arguments):
     task, judged = task_of(name), harness[name]
     judged.set_config("num_fewshot", 0)
-    lm = HFLM(tiny, tokenizer=tokenizer)
+    lm = HFLM(tiny, tokenizer=tokenizer, chat_template_args=template_options())
     prepared = prepare(task, splits([ROWS[name]]), tokenizer, RowOptions(max_length=256))
     (row,) = prepared.make_trainer(tiny, arguments(), []).train_dataset
     prompt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
@@ -150,6 +163,8 @@ def test_the_trained_tokens_are_those_that_the_harness_scores(name, harness, tok
     assert prompt + completion == asked + scored + tail
     # The harness counts blanks at the end of a context, here the template's line break, to each of the answers.
     assert prompt == asked + tokenizer("\n" if tokenizer.chat_template else "")["input_ids"]
+    if tokenizer.chat_template == THINKING:  # negative control: the harness not told
+        assert requests_of(judged, HFLM(tiny, tokenizer=tokenizer))[0][0] + NO_THOUGHT == requests_of(judged, lm)[0][0]
 
 
 def test_a_row_that_is_none_of_the_task_is_one_line_that_shows_it():
@@ -184,6 +199,10 @@ def test_the_last_assistant_message_is_the_completion():
     (made,) = to_prompts(task_of("chat"), Dataset.from_list([{"messages": messages}]), "train", chat=True)
     assert made["prompt"] == messages[:4]
     assert made["completion"] == messages[4:5]
+    assert made["chat_template_kwargs"] == {"enable_thinking": False}
+    messages[4]["content"] = "<think>5 and 6</think>" + messages[4]["content"]
+    (made,) = to_prompts(task_of("chat"), Dataset.from_list([{"messages": messages}]), "train", chat=True)
+    assert made["chat_template_kwargs"] == {"enable_thinking": True}
 
 
 @pytest.mark.parametrize(
@@ -284,7 +303,7 @@ def test_the_loss_is_on_the_completion_and_its_end_alone(tokenizer, tiny, argume
         assert found == dict(zip(chats, answers, strict=True))
 
 
-UNANSWERED = {"tokenize": False, "add_generation_prompt": True}
+UNANSWERED = {"tokenize": False, "add_generation_prompt": True, **template_options()}
 
 
 def to_chat(text: str) -> list[dict[str, str]]:
@@ -378,7 +397,7 @@ def test_an_oracle_is_always_right_and_one_with_mixed_up_answers_never(name, tok
 def test_a_batch_of_prompts_is_answered_as_one_by_one(tokenizer, tiny):
     tiny.generation_config.do_sample = True  # as many instruct models say of themselves
     prompts = ["A short one", "one that is a good deal longer than the others are", "two words", "and a fourth"]
-    prompts = [to_chat(prompt) for prompt in prompts] if tokenizer.chat_template else prompts
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     together = generate(tiny, tokenizer, prompts, batch_size=3, max_new_tokens=5)
     alone = [generate(tiny, tokenizer, [prompt], batch_size=1, max_new_tokens=5)[0] for prompt in prompts]
     assert together == alone
@@ -394,7 +413,7 @@ def test_an_answer_ends_where_the_tokenizer_or_the_model_says(plain, tiny):
     assert said[0] != said[1]
 
     def answer() -> list[str]:
-        return generate(tiny, plain, ["Once"], batch_size=1, max_new_tokens=8)
+        return generate(tiny, plain, [plain("Once")["input_ids"]], batch_size=1, max_new_tokens=8)
 
     assert answer() == [plain.decode(said)]
     for ends in (said[1], [1, said[1]]):

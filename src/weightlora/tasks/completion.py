@@ -135,7 +135,7 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
         numbers: dict[str, float] = {}
         for split, some in seen.items():
             answers = generate(
-                *(trainer.model, tokenizer, some["prompt"]),
+                *(trainer.model, tokenizer, [_encode(tokenizer, dict(row)) for row in some]),
                 batch_size=batch_size,
                 max_new_tokens=options.max_target_length,
             )
@@ -177,7 +177,7 @@ def _is_right(answer: str, row: Mapping[str, Any]) -> bool:
 def generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict[str, str]]],
+    prompts: Sequence[Sequence[int]],
     *,
     batch_size: int,
     max_new_tokens: int,
@@ -187,7 +187,7 @@ def generate(
     Args:
         model: A language model, with or without adapters.
         tokenizer: Its tokenizer; it must have a padding token.
-        prompts: Texts, or conversations that end with the user's message.
+        prompts: Their tokens.
         batch_size: Prompts at once; they are sorted by length, and padded on the left.
         max_new_tokens: Where an answer ends that has not ended itself.
     """
@@ -201,16 +201,15 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=_ends(model, tokenizer),
     )
-    tokens = [_encode(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))  # the largest first: what fits, fits to the end
-    answers = [""] * len(tokens)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the largest first: what fits, fits to the end
+    answers = [""] * len(prompts)
     training = model.training
     model.eval()
     try:
         for start in tqdm(range(0, len(order), batch_size), desc="answers", disable=None):
             some = order[start : start + batch_size]
             batch = tokenizer.pad(
-                {"input_ids": [tokens[i] for i in some]}, padding_side="left", return_tensors="pt"
+                {"input_ids": [list(prompts[i]) for i in some]}, padding_side="left", return_tensors="pt"
             ).to(model.device)
             with torch.no_grad():
                 ids = model.generate(**batch, generation_config=greedy, use_cache=True)
@@ -222,10 +221,12 @@ def generate(
     return answers
 
 
-def _encode(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+def _encode(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
+    """The tokens of a row's prompt, up to where the answer starts."""
+    if isinstance(row["prompt"], str):
+        return tokenizer(row["prompt"])["input_ids"]
+    options = {"add_generation_prompt": True, "return_dict": True, **row["chat_template_kwargs"]}
+    return tokenizer.apply_chat_template(row["prompt"], **options)["input_ids"]
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

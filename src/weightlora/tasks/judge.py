@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError
+from weightlora.tasks.prompts import template_options
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task as HarnessTask
@@ -62,6 +63,7 @@ def judge(
             peft=None if adapter is None else str(adapter),
             device="cuda" if torch.cuda.is_available() else "cpu",
             batch_size=batch_size,
+            chat_template_args=template_options(),
         )
     except (OSError, ValueError) as error:
         what = base_path if adapter is None else f"{base_path} with the adapter {adapter}"
@@ -87,7 +89,7 @@ def judge_model(
     """
     found, training = find_tasks(tasks, include_path), model.training
     try:
-        lm = _harness_model(model, tokenizer=tokenizer, batch_size=batch_size)
+        lm = _harness_model(model, tokenizer=tokenizer, batch_size=batch_size, chat_template_args=template_options())
         return _scores(lm, found, limit=limit, num_fewshot=num_fewshot)
     finally:
         model.train(training)

@@ -99,6 +99,9 @@ PROMPTS: Mapping[str, Callable[[Row], tuple[str, str]]] = {
 def to_prompts(task: Task, rows: Dataset, split: str, *, chat: bool) -> Dataset:
     """Return the rows as TRL takes them: ``prompt`` and ``completion``, and ``entry`` where the task has it.
 
+    A conversation has ``chat_template_kwargs``, too: templates of models that can think write an empty thought in
+    front of an answer without one, and in front of the answer that is asked for only where they are told to.
+
     Args:
         task: The roles of its columns are those of its prompt.
         rows: A split of its rows.
@@ -139,7 +142,18 @@ def _example(task: Task, row: Row, chat: bool) -> dict[str, Any]:
             completion = [{"role": "assistant", "content": completion}]
         elif task.name in PROMPTS:
             completion = f" {completion}"
-    return {"prompt": prompt, "completion": completion, **({"entry": row["entry"]} if "entry" in row else {})}
+    example: dict[str, Any] = {"prompt": prompt, "completion": completion}
+    if chat:
+        thinking = "</think>" in completion[-1]["content"]
+        example["chat_template_kwargs"] = template_options(thinking=thinking)
+    if "entry" in row:
+        example["entry"] = row["entry"]
+    return example
+
+
+def template_options(*, thinking: bool = False) -> dict[str, Any]:
+    """Return what a chat template is told in training, in generation and in the harness; most do not listen."""
+    return {"enable_thinking": thinking}
 
 
 # -- reasoning gym ---------------------------------------------------------------------------------------------------
