@@ -144,8 +144,8 @@ def _example(task: Task, row: Row, chat: bool) -> dict[str, Any]:
             completion = f" {completion}"
     example: dict[str, Any] = {"prompt": prompt, "completion": completion}
     if chat:
-        thinking = "</think>" in completion[-1]["content"]
-        example["chat_template_kwargs"] = template_options(thinking=thinking)
+        answer: Any = completion[-1]
+        example["chat_template_kwargs"] = template_options(thinking="</think>" in answer["content"])
     if "entry" in row:
         example["entry"] = row["entry"]
     return example
