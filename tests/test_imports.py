@@ -15,7 +15,8 @@ import weightlora
 SOURCE = Path(weightlora.__file__).parent
 # A room may import only what stands to its left, and its own files.
 ROOMS = (
-    *("errors", "files", "sites", "budget", "stoiht", "gates", "untouched", "plan_file", "plan"),
+    *("errors", "files", "sites", "budget", "stoiht", "gates", "dropout", "lora_step", "fast_lora"),
+    *("untouched", "plan_file", "plan"),
     *("processes", "warmup", "selection", "placement", "trainer", "methods", "tasks", "recipe", "train"),
     *("bench", "report", "cli"),
 )
