@@ -12,7 +12,19 @@ MODULES = sorted(
     info.name for info in pkgutil.walk_packages(weightlora.__path__, "weightlora.") if "__main__" not in info.name
 )
 #: Rooms whose functions are called by users: each shows how.
-SHOWN = ("sites", "budget", "stoiht", "gates", "untouched", "plan", "selection", "trainer", "methods")
+SHOWN = (
+    "sites",
+    "budget",
+    "stoiht",
+    "gates",
+    "dropout",
+    "fast_lora",
+    "untouched",
+    "plan",
+    "selection",
+    "trainer",
+    "methods",
+)
 
 
 def examples(module: str) -> list[doctest.DocTest]:

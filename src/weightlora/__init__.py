@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weightlora.errors import WeightLoraError, WeightLoraWarning
+    from weightlora.fast_lora import disable_fast_lora, enable_fast_lora
     from weightlora.methods import METHODS, Method, make_method
     from weightlora.plan import AdapterPlan
     from weightlora.selection import select
@@ -29,6 +30,8 @@ _HOMES = {
     "Site": "sites",
     "WeightLoraError": "errors",
     "WeightLoraWarning": "errors",
+    "disable_fast_lora": "fast_lora",
+    "enable_fast_lora": "fast_lora",
     "find_sites": "sites",
     "make_method": "methods",
     "select": "selection",
@@ -42,6 +45,8 @@ __all__ = [
     "Site",
     "WeightLoraError",
     "WeightLoraWarning",
+    "disable_fast_lora",
+    "enable_fast_lora",
     "find_sites",
     "make_method",
     "select",

@@ -1,0 +1,356 @@
+"""What one training step costs, in time and in saved bytes, against the frozen model and against stock PEFT LoRA.
+
+    python benchmarks/step.py minilm          # also: smollm2, llama; appends benchmarks/results/step.jsonl
+    python benchmarks/step.py minilm --only "limit" "PEFT LoRA, dropout 0.05" "fast, input dropout 0.05"
+    python benchmarks/step.py table           # Markdown and benchmarks/results/step.png from the stored records
+
+A step is forward, backward and AdamW, on one thread. The steps of all rows are taken in turns in one process, in
+another order each round; a ratio is one of medians, and the limit against itself is the control. Bytes are exact
+counts of what autograd holds. The limit is the frozen model without adapters whose backward pass runs to the
+embeddings: what any adapter at the bottom of the model must pay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
+from torch import Tensor, nn
+from tqdm import tqdm
+from warmup import in_turns, saved_bytes
+
+import weightlora
+from weightlora.bench.records import append_record, read_records
+from weightlora.gates import gated, lora_layers
+from weightlora.sites import find_sites
+
+RESULTS = Path(__file__).parent / "results"
+LIMIT, CONTROL, STOCK, STOCK_0 = "limit", "limit again", "PEFT LoRA, dropout 0.05", "PEFT LoRA, dropout 0"
+P = 0.05
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A frozen model, what it is trained on, and the adapters wanted."""
+
+    base: nn.Module
+    batches: Sequence[dict[str, Tensor]]
+    lora: LoraConfig
+    shape: str
+    head_steps: int = 0
+    """Steps in which select() trains a fresh head first."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train: the model, and what is done beside forward, backward and AdamW."""
+
+    model: Any
+    gated: bool = False
+    after_backward: Callable[[int], None] | None = None
+
+
+def main() -> None:
+    """Measure one model, or print and draw what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=[*SETTINGS, "table"])
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds; default: %(default)s")
+    parser.add_argument("--only", nargs="+", default=[], help="measure these rows alone, and print without storing")
+    arguments = parser.parse_args()
+    if arguments.what == "table":
+        records = latest(read_records(RESULTS / "step.jsonl"))
+        print_table(records)
+        draw(records, RESULTS / "step.png")
+        return
+    torch.set_num_threads(1)
+    measured = measure(SETTINGS[arguments.what](), arguments.rounds, arguments.only)
+    for record in measured:
+        if arguments.only:
+            print(f"{record['row']:32} {record['seconds'] / measured[0]['seconds']:.3f} {record['saved_bytes']}")
+        else:
+            append_record(RESULTS / "step.jsonl", {"model": arguments.what, **record})
+    if not arguments.only:
+        print_table(latest(read_records(RESULTS / "step.jsonl")))
+
+
+def measure(setting: Setting, rounds: int, only: Sequence[str]) -> list[dict[str, Any]]:
+    """Build the rows, count their bytes, and take their steps in turns."""
+    rows = {name: make() for name, make in make_rows(setting).items() if not only or name in only}
+    gc.collect()
+    batch = setting.batches[0]
+    held = {name: _bytes(row, batch) for name, row in rows.items()}
+    with tqdm(total=(rounds + 2) * len(rows), desc="steps") as bar:
+        steps = [_step(row, batch, bar) for row in rows.values()]
+        seconds = in_turns(steps, rounds)
+    sizes = {name: sum(p.numel() for p in row.model.parameters() if p.requires_grad) for name, row in rows.items()}
+    return [
+        {
+            "row": name,
+            "batch": setting.shape,
+            "rounds": rounds,
+            "seconds": time,
+            "saved_bytes": held[name],
+            "trained": sizes[name],
+        }
+        for name, time in zip(rows, seconds, strict=True)
+    ]
+
+
+def make_rows(setting: Setting) -> dict[str, Callable[[], Row]]:
+    """Every way to train. The frozen weights are the same tensors in all rows but full fine-tuning."""
+
+    @cache
+    def plan(keep: float) -> weightlora.AdapterPlan:
+        return _plan(setting, keep)
+
+    def planned(keep: float, *, expand: bool = False) -> Any:
+        return (plan(keep).expand() if expand else plan(keep)).attach(_shared(setting.base))
+
+    return {
+        LIMIT: lambda: Row(_limit(setting.base)),
+        CONTROL: lambda: Row(_limit(setting.base)),
+        "full fine-tuning": lambda: Row(deepcopy(setting.base).requires_grad_(True)),
+        STOCK: lambda: Row(_lora(setting, P)),
+        STOCK_0: lambda: Row(_lora(setting, 0.0)),
+        "fast, input dropout 0.05": lambda: Row(_fast(_lora(setting, P))),
+        "fast, rank dropout 0.05": lambda: Row(_fast(_lora(setting, P), "rank")),
+        "fast, dropout 0": lambda: Row(_fast(_lora(setting, 0.0))),
+        "gates, dropout 0.05": lambda: Row(_lora(setting, P), gated=True),
+        "gates, fast, dropout 0.05": lambda: Row(_fast(_lora(setting, P)), gated=True),
+        "gates, fast, dropout 0": lambda: Row(_fast(_lora(setting, 0.0)), gated=True),
+        "WeightLoRA, K = n/2": lambda: Row(planned(0.5)),
+        "WeightLoRA, K = n/2, fast": lambda: Row(_fast(planned(0.5))),
+        "WeightLoRA, K = n/2, fast, rank dropout": lambda: Row(_fast(planned(0.5), "rank")),
+        "WeightLoRA, K = n/4": lambda: Row(planned(0.25)),
+        "WeightLoRA, K = n/4, fast": lambda: Row(_fast(planned(0.25))),
+        "WeightLoRA+": lambda: Row(planned(0.5, expand=True)),
+        "WeightLoRA+, fast": lambda: Row(_fast(planned(0.5, expand=True))),
+        "PEFT AdaLoRA": lambda: _adalora(setting),
+        "PEFT DoRA": lambda: Row(_lora(setting, P, use_dora=True)),
+        "PEFT VeRA": lambda: Row(get_peft_model(_shared(setting.base), VeraConfig(vera_dropout=P, **_common(setting)))),
+        "ΔW built in every forward, dropout 0": lambda: Row(_built(setting)),
+    }
+
+
+# -- the rows --------------------------------------------------------------------------------------------------------
+
+
+def _shared(base: nn.Module) -> Any:
+    """A copy of the modules around the same frozen weights."""
+    tensors = [*base.parameters(), *base.buffers()]
+    return deepcopy(base, memo={id(tensor): tensor for tensor in tensors})
+
+
+def _limit(base: nn.Module) -> nn.Module:
+    model = _shared(base)
+    model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
+    return model
+
+
+def _lora(setting: Setting, p: float, **options: Any) -> Any:
+    lora = deepcopy(setting.lora)
+    lora.lora_dropout = p
+    lora.target_modules = sorted(site.name for site in find_sites(setting.base, lora).sites)
+    for name, value in options.items():
+        setattr(lora, name, value)
+    return get_peft_model(_shared(setting.base), lora)
+
+
+def _fast(model: Any, dropout: Any = "input") -> Any:
+    return weightlora.enable_fast_lora(model, dropout=dropout)
+
+
+def _common(setting: Setting) -> dict[str, Any]:
+    targets = sorted(site.name for site in find_sites(setting.base, setting.lora).sites)
+    return {"task_type": setting.lora.task_type, "target_modules": targets}
+
+
+def _adalora(setting: Setting) -> Row:
+    """AdaLoRA in its middle phase, where it scores and cuts ranks at each step."""
+    config = AdaLoraConfig(target_r=8, init_r=12, total_step=10_000, lora_dropout=P, **_common(setting))
+    model: Any = get_peft_model(_shared(setting.base), config)  # type: ignore[arg-type]
+    return Row(model, after_backward=model.base_model.update_and_allocate)
+
+
+def _plan(setting: Setting, keep: float) -> weightlora.AdapterPlan:
+    lora = deepcopy(setting.lora)
+    lora.lora_dropout = P
+    return weightlora.select(
+        _shared(setting.base), setting.batches, lora=lora, keep=keep, head_steps=setting.head_steps, progress=False
+    )
+
+
+class BuiltDelta(nn.Module):
+    """y = x·(W0 + ω·s·B·A)ᵀ + bias, with ΔW made anew in every forward pass, as the paper's authors do it."""
+
+    def __init__(self, base: nn.Linear, r: int, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, scale
+        self.a = nn.Parameter(torch.randn(r, base.in_features) / r)
+        self.b = nn.Parameter(torch.zeros(base.out_features, r))
+        self.omega = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out)."""
+        delta = self.omega * self.scale * self.b @ self.a
+        return nn.functional.linear(x, self.base.weight + delta, self.base.bias)
+
+
+def _built(setting: Setting) -> nn.Module:
+    model = _shared(setting.base)
+    for site in find_sites(model, setting.lora).sites:
+        parent, _, child = site.name.rpartition(".")
+        layer: Any = model.get_submodule(site.name)
+        delta = BuiltDelta(layer, setting.lora.r, setting.lora.lora_alpha / setting.lora.r)
+        setattr(model.get_submodule(parent), child, delta)
+    return model
+
+
+# -- one step --------------------------------------------------------------------------------------------------------
+
+
+def _bytes(row: Row, batch: dict[str, Tensor]) -> int:
+    omega = torch.ones(len(lora_layers(row.model))) if row.gated else None
+    return saved_bytes(row.model.train(), batch, omega)
+
+
+def _step(row: Row, batch: dict[str, Tensor], bar: tqdm[Any]) -> Callable[[], None]:
+    """One training step, as often as it is called."""
+    trained = [p for p in row.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        row.model(**batch).loss.backward()
+        if row.after_backward is not None:
+            row.after_backward(done)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def gated_step() -> None:
+        with gated(lora_layers(row.model)) as gates:
+            row.model(**batch).loss.backward()
+            omega = gates.omega - 1e-6 * gates.gradient
+            assert optimizer is not None
+            optimizer.step()
+            optimizer.zero_grad()
+            gates.write(omega)
+
+    def counted() -> None:
+        (gated_step if row.gated else step)()
+        bar.update()
+
+    return counted
+
+
+# -- the models ------------------------------------------------------------------------------------------------------
+
+
+def _minilm() -> Setting:
+    """MiniLM, 32 film reviews of at most 32 tokens, a fresh head."""
+    from transformers import DataCollatorWithPadding
+
+    from weightlora.tasks.classification import encode, load_classifier, shuffled_batches
+    from weightlora.tasks.embedded import minilm, rotten_tomatoes
+    from weightlora.tasks.pretrained import load_tokenizer
+
+    tokenizer = load_tokenizer(minilm())
+    rows = encode(tokenizer, rotten_tomatoes(train=640, test=0).train, max_length=32)
+    batches = shuffled_batches(rows, DataCollatorWithPadding(tokenizer), batch_size=32, count=20, seed=0)
+    base = load_classifier(minilm(), labels=2, seed=0).requires_grad_(False)
+    return Setting(base, batches, LoraConfig(r=8, lora_alpha=32, task_type="SEQ_CLS"), "32 reviews of 32 tokens", 20)
+
+
+def _smollm2() -> Setting:
+    """SmolLM2-135M, 4 × 64 tokens of film reviews."""
+    from weightlora.tasks.embedded import rotten_tomatoes, smollm2
+    from weightlora.tasks.pretrained import load_pretrained, load_tokenizer
+
+    file = smollm2()
+    tokenizer = load_tokenizer(file.parent, gguf_file=file.name)
+    base = load_pretrained("AutoModelForCausalLM", file.parent, seed=0, gguf_file=file.name, dtype=torch.float32)
+    text = " ".join(sentence for sentence, _ in rotten_tomatoes(train=600, test=0).train)
+    tokens = torch.tensor(tokenizer(text)["input_ids"][: 20 * 256]).view(20, 4, 64)
+    return _causal(base, tokens)
+
+
+def _llama() -> Setting:
+    """A random Llama of hidden size 2048 with 4 layers, 2 × 64 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 1000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4}
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=16))
+    return _causal(base, torch.randint(0, 1000, (20, 2, 64)))
+
+
+def _causal(base: Any, tokens: Tensor) -> Setting:
+    batches = [{"input_ids": batch, "labels": batch} for batch in tokens]
+    lora = LoraConfig(r=8, lora_alpha=32, task_type="CAUSAL_LM")
+    base.config.use_cache = False
+    return Setting(base.requires_grad_(False), batches, lora, f"{tokens.shape[1]} texts of {tokens.shape[2]} tokens")
+
+
+SETTINGS = {"minilm": _minilm, "smollm2": _smollm2, "llama": _llama}
+
+
+# -- what was measured -----------------------------------------------------------------------------------------------
+
+
+def latest(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The last record of each row, by model."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault(record["model"], {})[record["row"]] = record
+    return found
+
+
+def print_table(found: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Print each model's rows, against the limit and against stock LoRA with the same dropout."""
+    for model, rows in found.items():
+        limit, stock = rows[LIMIT], rows[STOCK]
+        print(f"\n{model}, {limit['batch']}, {limit['provenance']['hardware']['device']}, one thread; ", end="")
+        print(f"the limit takes {1e3 * limit['seconds']:.0f} ms and saves {limit['saved_bytes'] / 2**20:.1f} MiB\n")
+        print("| row | trained | time ÷ limit | time ÷ PEFT LoRA | bytes ÷ limit | bytes ÷ PEFT LoRA |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        for name, row in rows.items():
+            against = rows[STOCK_0] if name.endswith("dropout 0") else stock
+            ratios = [row[what] / by[what] for what in ("seconds", "saved_bytes") for by in (limit, against)]
+            print(f"| {name} | {row['trained']:,} | {' | '.join(f'{ratio:.3f}' for ratio in ratios)} |")
+
+
+def draw(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
+    """Write one chart: time and saved bytes of each row over the limit's, a column a model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for rows in found.values() for name in rows))
+    figure = Figure(figsize=(4 + 3.5 * len(found), 1.5 + 0.3 * len(names)), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    columns = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axes, (model, rows) in zip(columns, found.items(), strict=True):
+        for what, shift, label in (("seconds", -0.2, "time"), ("saved_bytes", 0.2, "saved bytes")):
+            values = [rows[name][what] / rows[LIMIT][what] if name in rows else 0.0 for name in names]
+            axes.barh([i + shift for i in range(len(names))], values, height=0.38, label=label)
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.set_title(f"{model}: {rows[LIMIT]['batch']}", size=9)
+        axes.set_xlabel("÷ limit (frozen model)")
+    columns[0].invert_yaxis()
+    columns[-1].legend(fontsize=8)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
