@@ -13,7 +13,7 @@ import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import fsum
+from math import fsum, inf
 
 Cause = tuple[int, int]
 """Two sets of sites, ``(own, below)``: it holds when one of each is kept. ``own`` are the sites whose adapter does it,
@@ -79,6 +79,21 @@ class Cost:
     def cheapest(self) -> int:
         """Position of the site that is cheapest to keep alone, the first of equals."""
         return min(range(self.n), key=lambda i: self.of([i]))
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """Where each site stands in the order."""
+        return {i: place for place, i in enumerate(self.order)}
+
+    @cached_property
+    def least(self) -> tuple[int, ...]:
+        """For each site what it costs whatever else is kept: the items that are its own alone."""
+        prices = [0] * self.n
+        for i, places in enumerate(self.in_adapters):
+            for place, below in places:
+                if len(self.items[place].causes) == 1 and below >> i & 1:
+                    prices[i] += self.items[place].amount
+        return tuple(prices)
 
     @cached_property
     def on_the_way(self) -> tuple[int, ...]:
@@ -162,34 +177,49 @@ class CostBudget:
         possible one; `tests/test_cost.py` measures how far it is.
         """
         ranked = sorted((i for i in range(self.cost.n) if sizes[i] > 0), key=lambda i: -sizes[i])
-        plain = _Purse(self)
+        best = _Purse(self)
         for i in ranked:
-            plain.buy(i)
-        best, best_size = plain, fsum(sizes[i] for i in plain.kept)
-        above: list[int] = []
-        for lowest in reversed(self.cost.order):
-            if sizes[lowest] <= 0:
-                continue
-            others = above
-            above = [*above, lowest]
-            if fsum(sizes[i] for i in above) <= best_size:
-                continue
-            for purse in self._starts(lowest, others, sizes):
-                purse.fill(others, sizes)
-                size = fsum(sizes[i] for i in purse.kept)
-                if size > best_size:
-                    best, best_size = purse, size
+            best.buy(i)
+        best_size = best.size(sizes)
+        for bound, lowest in sorted(self._bounds(ranked, sizes), reverse=True):
+            if bound <= best_size:  # nor can any of the others do better
+                break
+            above = self._above(lowest, ranked)
+            for purse in self._starts(lowest, above):
+                purse.fill(above, sizes)
+                if purse.size(sizes) > best_size:
+                    best, best_size = purse, purse.size(sizes)
         return sorted(best.kept)
 
-    def _starts(self, lowest: int, others: Sequence[int], sizes: Sequence[float]) -> Iterator[_Purse]:
-        """The lowest site alone, and with the largest other one beside it."""
+    def _above(self, lowest: int, sites: Sequence[int]) -> list[int]:
+        places = self.cost.places
+        return [i for i in sites if places[i] > places[lowest]]
+
+    def _bounds(self, ranked: Sequence[int], sizes: Sequence[float]) -> Iterator[tuple[float, int]]:
+        """For each site the most that it can come to as the lowest: with pieces of sites, at their least price."""
+        least = self.cost.least
+        dense = sorted(ranked, key=lambda i: -_density(sizes[i], least[i]))
+        for lowest in ranked:
+            left = self.limit - self.cost.of([lowest])
+            if left < 0:
+                continue
+            bound = sizes[lowest]
+            for i in self._above(lowest, dense):
+                if least[i] > left:
+                    bound += sizes[i] * left / least[i]
+                    break
+                bound += sizes[i]
+                left -= least[i]
+            yield bound * (1 + 1e-9), lowest  # sums of floats in another order may be larger by a hair
+
+    def _starts(self, lowest: int, above: Sequence[int]) -> Iterator[_Purse]:
+        """The lowest site alone, and with the largest of those above that fits beside it."""
         purse = _Purse(self)
-        if not purse.buy(lowest):
-            return
+        purse.buy(lowest)
         yield purse
         purse = _Purse(self)
         purse.buy(lowest)
-        if any(purse.buy(i) for i in sorted(others, key=lambda i: -sizes[i])):  # stops at the first that fits
+        if any(purse.buy(i) for i in above):  # they come by falling size, and the first that fits ends it
             yield purse
 
 
@@ -202,6 +232,10 @@ class _Purse:
         self._sites, self._paid, self._spent = 0, 0, 0
         self._open: list[tuple[int, int]] = []  # what the kept adapters would do if a gradient were wanted below
         self._pay(1 << self._cost.n, self._cost.on_the_way[self._cost.n])
+
+    def size(self, sizes: Sequence[float]) -> float:
+        """What the kept sites come to."""
+        return fsum(sizes[i] for i in self.kept)
 
     def buy(self, i: int) -> bool:
         """Keep a site if it fits."""
@@ -228,7 +262,7 @@ class _Purse:
 
     def _entry(self, i: int, sizes: Sequence[float]) -> tuple[float, int]:
         price = self._amount(self._new_items(i))
-        return (-sizes[i] / price if price else float("-inf"), i)
+        return -_density(sizes[i], price), i
 
     def _new_items(self, i: int) -> int:
         """The items that keeping ``i`` too would add, as bits."""
@@ -246,6 +280,10 @@ class _Purse:
 
     def _amount(self, items: int) -> int:
         return sum(self._cost.items[place].amount for place in _bits(items))
+
+
+def _density(size: float, price: int) -> float:
+    return size / price if price else inf
 
 
 def _bits(number: int) -> Iterator[int]:

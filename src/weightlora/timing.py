@@ -61,6 +61,12 @@ def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5) -> Cost:
     return make_cost(n, [*items, Item(none, (always,))], own.order)
 
 
+def step_seconds(model: nn.Module, losses: Losses, *, steps: int = 2) -> list[float]:
+    """Seconds of each of ``steps`` training steps, after one that warms up; nothing of ``model`` moves."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    return [_step(losses, optimizer) for _ in range(steps + 1)][1:]
+
+
 @dataclass(frozen=True)
 class _Profile:
     """Seconds of one step of plain LoRA by what causes them."""
@@ -119,16 +125,21 @@ def _steps(
             kept = set(sets[place])
             for i, layer in enumerate(layers.values()):
                 layer.enable_adapters(i in kept)
-            optimizer.zero_grad()
-            start = now()
-            for loss in losses():
-                if loss.requires_grad:  # without adapters and head there is no backward pass
-                    loss.backward()
-            optimizer.step()
-            seconds[place].append(now() - start)
+            seconds[place].append(_step(losses, optimizer))
     for layer in layers.values():
         layer.enable_adapters(True)
     return [statistics.median(times[1:]) for times in seconds]
+
+
+def _step(losses: Losses, optimizer: torch.optim.Optimizer) -> float:
+    """Seconds of one step."""
+    optimizer.zero_grad()
+    start = now()
+    for loss in losses():
+        if loss.requires_grad:  # without adapters and head there is no backward pass
+            loss.backward()
+    optimizer.step()
+    return now() - start
 
 
 def _ns(seconds: float) -> int:
