@@ -16,19 +16,8 @@ SOURCE = Path(weightlora.__file__).parent
 # A room may import only what stands to its left, and its own files.
 ROOMS = (
     *("errors", "files", "sites", "budget", "cost", "stoiht", "gates", "untouched", "plan_file", "plan"),
-    *(
-        "processes",
-        "tracing",
-        "timing",
-        "warmup",
-        "selection",
-        "placement",
-        "trainer",
-        "methods",
-        "tasks",
-        "recipe",
-        "train",
-    ),
+    *("processes", "tracing", "timing", "estimate", "warmup", "selection", "placement", "trainer"),
+    *("methods", "tasks", "recipe", "train"),
     *("bench", "report", "cli"),
 )
 HEAVY = {"torch", "peft", "transformers", "numpy", "matplotlib"}
