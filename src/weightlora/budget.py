@@ -1,4 +1,4 @@
-"""From what the user may spend (a fraction, a count, parameters) to how many sites and which rank: pure numbers."""
+"""From what the user may spend (a fraction, a count, parameters, memory, time) to which sites and which rank: pure."""
 
 from __future__ import annotations
 
@@ -7,14 +7,28 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 from weightlora.errors import OptionError
 
 Keep = float | int | str
-"""How much stays: a fraction in (0, 1], a count, or a parameter budget such as ``"300k parameters"``."""
+"""How much stays: a fraction in (0, 1], a count, a parameter budget such as ``"300k parameters"``, memory such as
+``"512MB"``, or step time such as ``"0.8x"``."""
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
-_ALLOWED = 'a fraction in (0, 1], a count from 1 to {n}, or a parameter budget such as "300k parameters"'
+_BYTES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_NUMBERS = 'a fraction in (0, 1], a count from 1 to {n}, or a parameter budget such as "300k parameters"'
+_COSTS = 'memory such as "512MB" or "1.5GiB", or a step time of plain LoRA\'s such as "0.8x", at most "1x"'
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A budget in what a training step costs; which sites it pays for depends on the model and the batch."""
+
+    text: str
+    """As the user wrote it."""
+    amount: Fraction
+    unit: Literal["bytes", "LoRA steps"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,7 @@ def read_budget(keep: Keep, parameters: Sequence[int]) -> Budget:
         parameters: Trainable parameters of an adapter at each site, in the order of the sites.
 
     Raises:
-        OptionError: ``keep`` is out of its range, or the parameter budget pays for no site.
+        OptionError: ``keep`` is out of its range, pays for no site, or is a :class:`Limit`.
 
     Example:
         >>> read_budget(0.5, [10, 10, 20, 20]).limit
@@ -68,8 +82,12 @@ def read_budget(keep: Keep, parameters: Sequence[int]) -> Budget:
         [0, 1]
     """
     n = len(parameters)
-    allowed = _ALLOWED.format(n=n)
+    allowed = f"{_NUMBERS.format(n=n)}, {_COSTS}"
     if isinstance(keep, str):
+        if read_limit(keep) is not None:
+            raise OptionError(
+                f"keep={keep!r} has to be measured on a batch, and this method sees none; give {_NUMBERS.format(n=n)}"
+            )
         limit = _read_parameters(keep, allowed)
         if limit < min(parameters):
             raise OptionError(
@@ -88,8 +106,30 @@ def read_budget(keep: Keep, parameters: Sequence[int]) -> Budget:
     return Budget.of_count(max(1, round(keep * n)), n=n)
 
 
+def read_limit(keep: Keep) -> Limit | None:
+    """Read a ``keep`` in bytes or in steps of plain LoRA; None where it is neither.
+
+    Raises:
+        OptionError: It is one of them with a number that it cannot have.
+
+    Example:
+        >>> read_limit("0.8x"), read_limit("300k parameters")
+        (Limit(text='0.8x', amount=Fraction(4, 5), unit='LoRA steps'), None)
+        >>> int(read_limit("1.5GB").amount), int(read_limit("1.5GiB").amount)
+        (1500000000, 1610612736)
+    """
+    match = re.fullmatch(r"\s*(.*?)\s*([kmg]i?b|x)\s*", keep, re.IGNORECASE) if isinstance(keep, str) else None
+    if match is None or not isinstance(keep, str):
+        return None
+    number, unit = match.group(1).replace("_", ""), match.group(2).lower()
+    amount = Fraction(number) if re.fullmatch(r"\d+\.?\d*|\.\d+", number) else Fraction(0)
+    if amount <= 0 or (unit == "x" and amount > 1):
+        raise OptionError(f"keep={keep!r} is not allowed: give {_COSTS}")
+    return Limit(keep, amount, "LoRA steps") if unit == "x" else Limit(keep, amount * _BYTES[unit], "bytes")
+
+
 def read_keep(text: str) -> Keep:
-    """Read ``keep`` as written on a command line: ``0.5``, ``18`` or ``300k parameters``.
+    """Read ``keep`` as written on a command line: ``0.5``, ``18``, ``300k parameters``, ``512MB`` or ``0.8x``.
 
     Example:
         >>> read_keep("0.5"), read_keep("18"), read_keep("300k parameters")

@@ -70,7 +70,7 @@ class MethodOptions:
 
     method: str = _option("weightlora", "see `weightlora methods`")
     plan: str | None = _option(None, "a plan.json that decides instead of a method")
-    keep: str = _option("0.5", 'fraction, count or "300k parameters"')
+    keep: str = _option("0.5", 'fraction, count, "300k parameters", 512MB or 0.8x')
     rule: str = _option("first_order", "first_order or stoiht (the paper)")
     steps: int | None = _option(None, "T; default: 0.5 % of the training's steps, at least 20")
     head_steps: int | None = _option(

@@ -8,9 +8,10 @@ model = plan.expand().attach(model)        # WeightLoRA+: the same budget as pla
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,15 +20,18 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from tqdm import tqdm
 
-from weightlora.budget import Keep, read_budget, warmup_steps
+from weightlora.budget import Keep, Limit, read_budget, read_limit, warmup_steps
+from weightlora.cost import CostBudget
 from weightlora.errors import OptionError
 from weightlora.gates import lora_layers
 from weightlora.plan import AdapterPlan, base_model_name, make_plan
-from weightlora.processes import make_whole, require_agreement
+from weightlora.processes import from_first, make_whole, require_agreement
 from weightlora.sites import Site, adapter_parameters, find_sites
 from weightlora.stoiht import Threshold
+from weightlora.timing import time_cost
+from weightlora.tracing import Losses, parameter_cost, saved_cost
 from weightlora.untouched import untouched
-from weightlora.warmup import Loss, Rule, Stage, WarmupOptions, cycled, hear, model_loss
+from weightlora.warmup import Loss, Rule, Stage, WarmupOptions, cycled, hear, in_parts, model_loss, peeked
 
 #: Steps that a fresh head is trained alone where the user does not say.
 HEAD_STEPS = 20
@@ -63,7 +67,10 @@ def select(
             device. Fewer than needed are used again, with a warning. Several processes give each its own.
         lora: The adapters wanted. Every field but ``target_modules``, ``r``, ``lora_alpha`` and their patterns is
             carried unchanged into the final config. None takes the PEFT model's own config, else ``LoraConfig()``.
-        keep: A fraction of the sites in (0, 1], a count, or a parameter budget such as ``"300k parameters"``.
+        keep: A fraction of the sites in (0, 1], a count, or a budget: ``"300k parameters"``, ``"512MB"`` (what is
+            trained, with gradients and AdamW's state, and what is saved for the backward pass of the first batch) or
+            ``"0.8x"`` (step time on the first batch, relative to LoRA on all sites). The two latter are those of
+            plain LoRA, and keep the sites of the highest total score within them; see docs/budgets.md.
         steps: T, warm-up steps for the gates, at least 2; None stands for 20.
         seed: Decides A's random start, dropout and a shuffling loader's order, whatever the global generators hold.
         loss_fn: ``loss_fn(model, batch)`` → scalar tensor, or an iterator over those of micro-batches, whose
@@ -105,7 +112,8 @@ def select(
         gate_lr=gate_lr,
     )
     sites = find_sites(model, lora).sites
-    budget = read_budget(keep, adapter_parameters(sites, lora))
+    budget = read_limit(keep) or read_budget(keep, adapter_parameters(sites, lora))
+    loss_fn = loss_fn or model_loss
 
     with untouched(model, seed=seed), torch.inference_mode(False), torch.enable_grad():
         attached = _attach_plain_lora(model, lora, sites)
@@ -117,9 +125,13 @@ def select(
             raise OptionError(f"head_steps={head_steps}, but PEFT trains no module whole; name it in modules_to_save")
         if head and head_steps is None:
             options = replace(options, head_steps=HEAD_STEPS)
+        if isinstance(budget, Limit):
+            first, batches = peeked(batches)
+            with untouched(model, seed=seed):  # the gates are heard as if nothing had been measured
+                budget = _measured(budget, attached, partial(in_parts, model, first, loss_fn), sites)
         total = options.head_steps + options.steps
         with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
-            stage = Stage(model, layers, head, cycled(batches, total), loss_fn or model_loss, bar)
+            stage = Stage(model, layers, head, cycled(batches, total), loss_fn, bar)
             heard = hear(stage, options, budget)
         require_agreement(repr((heard.kept, [site.name for site in sites])), "the choice")
 
@@ -130,10 +142,34 @@ def select(
         scores=heard.scores,
         history=heard.history,
         rule=options.rule,
-        options={"keep": keep, **{k: v for k, v in asdict(options).items() if k != "rule"}},
+        options={
+            "keep": keep,
+            **{k: v for k, v in asdict(options).items() if k != "rule"},
+            **({"cost": budget.price(heard.kept)} if isinstance(budget, CostBudget) else {}),
+        },
         seed=seed,
         base_model=base_model_name(model),
     )
+
+
+def _measured(limit: Limit, attached: nn.Module, losses: Losses, sites: Sequence[Site]) -> CostBudget:
+    """What ``limit`` pays for, by a step of plain LoRA; the numbers of the first process count."""
+    in_bytes = limit.unit == "bytes"
+    own = saved_cost(attached, losses) + parameter_cost(attached) if in_bytes else time_cost(attached, losses)
+    cost = from_first(lambda: own)
+    if in_bytes:
+        budget = CostBudget(cost, int(limit.amount))
+    else:
+        budget = CostBudget(cost, int(limit.amount * cost.of_all), unit=cost.of_all)
+    least = budget.price([cost.cheapest])
+    if cost.of([cost.cheapest]) > budget.limit:
+        needed = f"{least / 1e6:.3f} MB" if in_bytes else f"{least:.3f}x"
+        knobs = ", or lower r or the size of the batch" if in_bytes else ""
+        raise OptionError(
+            f"keep={limit.text!r} pays for no site: the cheapest, {sites[cost.cheapest].name}, takes {needed}; raise "
+            f"keep{knobs}"
+        )
+    return budget
 
 
 def _config_of(model: nn.Module) -> LoraConfig:

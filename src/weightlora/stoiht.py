@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weightlora.budget import Budget
+    from weightlora.cost import CostBudget
 
 Threshold = Literal["magnitude", "signed"]
 THRESHOLDS: tuple[str, ...] = get_args(Threshold)
 
 
-def hard_threshold(omega: Tensor, budget: Budget, *, threshold: Threshold = "magnitude") -> Tensor:
+def hard_threshold(omega: Tensor, budget: Budget | CostBudget, *, threshold: Threshold = "magnitude") -> Tensor:
     """Return H_K(ω): the entries that the budget can pay for, in descending order of size, and zero elsewhere.
 
     Args:
@@ -41,7 +42,12 @@ def hard_threshold(omega: Tensor, budget: Budget, *, threshold: Threshold = "mag
 
 
 def stoiht_step(
-    omega: Tensor, gradient: Tensor, *, gate_lr: float, budget: Budget | None, threshold: Threshold = "magnitude"
+    omega: Tensor,
+    gradient: Tensor,
+    *,
+    gate_lr: float,
+    budget: Budget | CostBudget | None,
+    threshold: Threshold = "magnitude",
 ) -> Tensor:
     """Return the gates after one step: H_K(ω − η·∂L/∂ω), or the plain gradient step where ``budget`` is None.
 

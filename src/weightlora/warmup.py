@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from weightlora.budget import Budget
+from weightlora.cost import CostBudget
 from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
 from weightlora.gates import gated
 from weightlora.processes import average_gradients, copy_from_first
@@ -23,6 +24,7 @@ Rule = Literal["first_order", "stoiht"]
 RULES: tuple[str, ...] = get_args(Rule)
 Loss = Callable[[nn.Module, Any], Tensor | Iterable[Tensor]]
 """``loss_fn(model, batch)``: one number, or one after the other those of micro-batches whose gradients add up."""
+_NO_BATCH = "batches is empty; give at least one batch, best one for each warm-up step"
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,7 @@ class Stage:
             SelectionError: The loss is no finite number, has no gradient, or a gradient is not finite.
         """
         where = f"{what} step {step}"
-        losses: Any = self.loss_fn(self.model, to_device(next(self.batches), _device(self.model)))
-        for loss in [losses] if isinstance(losses, Tensor) or not isinstance(losses, Iterable) else losses:
+        for loss in in_parts(self.model, next(self.batches), self.loss_fn):
             _require_loss(loss, where)
             # A loss that switched the adapters off for a moment, as DPO's does, has let all of them have gradients.
             _only(watched, self.model)
@@ -105,7 +106,7 @@ class Stage:
         self.progress.update()
 
 
-def hear(stage: Stage, options: WarmupOptions, budget: Budget) -> Heard:
+def hear(stage: Stage, options: WarmupOptions, budget: Budget | CostBudget) -> Heard:
     """Train the head for ``head_steps``, then hear the gates by the rule.
 
     Raises:
@@ -121,7 +122,7 @@ def hear(stage: Stage, options: WarmupOptions, budget: Budget) -> Heard:
     sizes = [abs(score) for score in scores] if options.threshold == "magnitude" else list(scores)
     wanted = budget.choose(sizes)
     kept = tuple(i for i in wanted if scores[i] > 0)
-    if len(kept) < len(wanted):
+    if len(kept) < max(1, len(wanted)):
         knobs = [f"keep to {len(kept)}"] * bool(kept) + ["gate_lr", "steps"] * (options.rule == "stoiht")
         raise SelectionError(
             f"only {len(kept)} of the {len(wanted)} wanted sites survived with a positive gate; "
@@ -141,7 +142,7 @@ def cycled(batches: Iterable[Any], steps: int) -> Iterator[Any]:
         seen.append(batch)
         yield batch
     if not seen:
-        raise SelectionError("batches is empty; give at least one batch, best one for each warm-up step")
+        raise SelectionError(_NO_BATCH)
     if len(seen) < steps:
         warnings.warn(
             f"{len(seen)} batches for {steps} warm-up steps: they are used again; give more batches or fewer steps",
@@ -149,6 +150,24 @@ def cycled(batches: Iterable[Any], steps: int) -> Iterator[Any]:
             stacklevel=2,
         )
         yield from itertools.islice(itertools.cycle(seen), steps - len(seen))
+
+
+def peeked(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+    """Return the first batch, and all of them.
+
+    Raises:
+        SelectionError: There is none.
+    """
+    iterator = iter(batches)
+    for first in iterator:
+        return first, itertools.chain([first], iterator)
+    raise SelectionError(_NO_BATCH)
+
+
+def in_parts(model: nn.Module, batch: Any, loss_fn: Loss) -> Iterable[Any]:
+    """The loss of ``batch``, on the model's device, or those of its micro-batches one after the other."""
+    losses: Any = loss_fn(model, to_device(batch, _device(model)))
+    return [losses] if isinstance(losses, Tensor) or not isinstance(losses, Iterable) else losses
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -186,7 +205,9 @@ def _train_head(stage: Stage, options: WarmupOptions) -> None:
         layer.enable_adapters(True)
 
 
-def _first_order(stage: Stage, options: WarmupOptions, _: Budget) -> tuple[list[tuple[float, ...]], list[bool]]:
+def _first_order(
+    stage: Stage, options: WarmupOptions, _: Budget | CostBudget
+) -> tuple[list[tuple[float, ...]], list[bool]]:
     """‖mean ∂L/∂B‖₁ of each site over T batches, nothing moving.
 
     With B = 0 and a first Adam step of −lr·sign(∂L/∂B), the gate's gradient is −lr·‖∂L/∂B‖₁ (methods.md §1.4): this
@@ -202,7 +223,9 @@ def _first_order(stage: Stage, options: WarmupOptions, _: Budget) -> tuple[list[
     return history, [gain > 0 for gain in history[-1]]
 
 
-def _stoiht(stage: Stage, options: WarmupOptions, budget: Budget) -> tuple[list[tuple[float, ...]], list[bool]]:
+def _stoiht(
+    stage: Stage, options: WarmupOptions, budget: Budget | CostBudget
+) -> tuple[list[tuple[float, ...]], list[bool]]:
     """The paper's phase 1: A, B and head by AdamW, ω by stochastic iterative hard thresholding."""
     trained = [*stage.parameters("lora_A"), *stage.parameters("lora_B"), *stage.head]
     _require_gradients(stage, trained)

@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
     add("--lora_alpha", type=int, default=16, help="default: %(default)s")
     add("--lora_dropout", type=float, default=0.0, help="default: %(default)s")
     add("--lora_target_modules", nargs="+", help="default: every linear layer but head and pooler")
-    add("--keep", default="0.5", help='fraction, count or "300k parameters"; default: %(default)s')
+    add("--keep", default="0.5", help='fraction, count, "300k parameters", 512MB or 0.8x; default: %(default)s')
     add("--rule", default="first_order", help="first_order or stoiht (the paper); default: %(default)s")
     add("--steps", type=int, help="T; default: 20")
     add("--head_steps", type=int, help="steps for a fresh head alone; 0 is the paper; default: 20 where there is one")
