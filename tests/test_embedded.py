@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from transformers import DataCollatorWithPadding
+from transformers.trainer_utils import validate_quantization_for_training
 
 from weightlora.errors import DataError
 from weightlora.tasks.classification import accuracy, encode, load_classifier, shuffled_batches
 from weightlora.tasks.embedded import minilm as minilm_folder
 from weightlora.tasks.embedded import rotten_tomatoes, smollm2, wheel_file
-from weightlora.tasks.pretrained import load_tokenizer
+from weightlora.tasks.pretrained import load_pretrained, load_tokenizer
 
 # -- wheels ----------------------------------------------------------------------------------------------------------
 
@@ -130,6 +131,13 @@ def test_a_fresh_head_depends_on_the_seed_alone_and_no_random_number_is_used_up(
     assert heads[0].shape[0] == 3
     assert heads[0].equal(heads[1])
     assert not heads[0].equal(heads[2])
+
+
+def test_a_gguf_file_becomes_plain_weights_that_can_be_trained():
+    file = smollm2()
+    model = load_pretrained("AutoModelForCausalLM", file.parent, seed=0, gguf_file=file.name)
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    validate_quantization_for_training(model)  # of transformers' Trainer, which refuses GGUF's own blocks
 
 
 @pytest.mark.parametrize("load", [lambda path: load_classifier(path, labels=2, seed=0), load_tokenizer])

@@ -27,6 +27,9 @@ def load_pretrained(auto_class: str, path: str | Path, *, seed: int, **options: 
     import torch
     import transformers
 
+    if options.get("gguf_file") is not None:
+        # Plain weights, whatever kernels are installed: transformers' Trainer refuses GGUF's own blocks.
+        options.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
