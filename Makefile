@@ -33,6 +33,8 @@ bench: setup   ## the measurements of docs/: hours on two cores; each goes on wh
 	$(BIN)/python benchmarks/selection.py minilm
 	$(BIN)/python benchmarks/selection.py smollm2
 	$(BIN)/python benchmarks/selection.py table
+	$(BIN)/python benchmarks/precision.py run
+	$(BIN)/python benchmarks/reasoning.py
 
 docs: setup    ## run every code block of README.md and docs/
 	$(BIN)/python -m pytest tests/test_documents.py tests/test_docstrings.py
