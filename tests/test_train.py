@@ -245,6 +245,19 @@ MOMENTS = [("config.yaml", 0.05), ("plan.json", 0.0), ("checkpoint-2", 0.0), ("c
 MOMENTS += [("config.yaml", random.Random(i).uniform(0.0, 2.5)) for i in range(6)]
 
 
+def test_a_run_killed_after_its_last_checkpoint_takes_no_step_more(tmp_path):
+    options = {"lr_scheduler_type": "constant", "save_total_limit": 1, "seed": 5}  # a step more would be seen
+    whole = run(tmp_path, **options)
+    before = adapter(tmp_path)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+    shutil.rmtree(tmp_path / "adapter")
+    (tmp_path / "results.json").unlink()
+    again = run(tmp_path, **options)
+    seconds = {"selection_seconds": 0, "training_seconds": 0}
+    assert {**again, **seconds} == {**whole, **seconds}
+    assert equal(adapter(tmp_path), before)
+
+
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda m: f"{m[0]}+{m[1]:.2f}s")
 def test_a_killed_run_goes_on_to_the_same_adapter_bit_for_bit(unbroken, launch, tmp_path, moment, record_property):
     awaited, delay = moment

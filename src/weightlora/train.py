@@ -88,7 +88,14 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
         before = prepared.measure(trainer)  # B is zero: this is the base model
         if is_first():
             write_json(output / BEFORE_FILE, before)
-    trained = trainer.train(resume_from_checkpoint=from_first(partial(_resume_point, recipe, plan)))
+    begin = time.perf_counter()
+    sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    checkpoint = from_first(partial(_resume_point, recipe, plan, sharded=sharded))
+    if checkpoint is not None and not sharded and _is_last(Path(checkpoint)):
+        _take(trainer, Path(checkpoint))
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    end = time.perf_counter()
     _save_adapter(trainer, plan, output / ADAPTER)
     if recipe.training.push_to_hub and is_first():
         push_adapter(output / ADAPTER, trainer.hub_model_id, recipe.training)
@@ -101,8 +108,8 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
         "adapter_parameters": plan.parameters,
         "lora_parameters": plan.lora_parameters,
         "selection_seconds": round(selected - start, 2),
-        "training_seconds": round(trained.metrics["train_runtime"], 2),
-        "steps": trained.global_step,
+        "training_seconds": round(end - begin, 2),
+        "steps": trainer.state.global_step,
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
     }
     if is_first():
@@ -218,7 +225,7 @@ def _plan(trainer: Trainer, recipe: Recipe) -> AdapterPlan:
     return adopt(trainer, method.choose(model, model.peft_config["default"], (), 0), seed=seed)
 
 
-def _resume_point(recipe: Recipe, plan: AdapterPlan) -> str | None:
+def _resume_point(recipe: Recipe, plan: AdapterPlan, *, sharded: bool) -> str | None:
     """The checkpoint that the run goes on from: the one asked for, else the last whole one."""
     asked = recipe.training.resume_from_checkpoint
     if asked is not None and str(asked).lower() != "true":
@@ -231,7 +238,26 @@ def _resume_point(recipe: Recipe, plan: AdapterPlan) -> str | None:
         return str(folder)
     folders = sorted(recipe.output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
     whole = [folder for folder in folders if all((folder / name).is_file() for name in _CHECKPOINT_FILES)]
+    if sharded:  # what cannot be taken as it is, see below, is trained again from the one before
+        whole = [folder for folder in whole if not _is_last(folder)]
     return str(whole[-1]) if whole else None
+
+
+def _is_last(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return bool(state["global_step"] >= state["max_steps"])
+
+
+def _take(trainer: Trainer, checkpoint: Path) -> None:
+    """Give the trainer what its training ended in; going on from the last checkpoint, it would take one more step."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import TrainerState
+
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    weights = load_file(Path(best or checkpoint) / "adapter_model.safetensors")
+    set_peft_model_state_dict(trainer.model, weights)
 
 
 def _save_adapter(trainer: Trainer, plan: AdapterPlan, path: Path) -> None:
