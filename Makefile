@@ -19,7 +19,7 @@ demo: setup    ## the main job on the embedded model and data, at most six minut
 	$(BIN)/weightlora demo --output_dir runs/demo
 
 test: setup    ## all tests, at most five minutes on two cores
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: setup   ## format, lint, types, import order
 	$(BIN)/ruff format --check src tests benchmarks
