@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weightlora.applied import method_for
     from weightlora.errors import WeightLoraError, WeightLoraWarning
     from weightlora.fast_lora import disable_fast_lora, enable_fast_lora
     from weightlora.methods import METHODS, Method, make_method
@@ -34,6 +35,7 @@ _HOMES = {
     "enable_fast_lora": "fast_lora",
     "find_sites": "sites",
     "make_method": "methods",
+    "method_for": "applied",
     "select": "selection",
     "select_for": "trainer",
 }
@@ -49,6 +51,7 @@ __all__ = [
     "enable_fast_lora",
     "find_sites",
     "make_method",
+    "method_for",
     "select",
     "select_for",
 ]

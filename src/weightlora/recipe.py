@@ -79,6 +79,7 @@ class MethodOptions:
     threshold_every: int = _option(1, "stoiht: steps between thresholds")
     threshold: str = _option("magnitude", "stoiht: magnitude or signed")
     gate_lr: float = _option(5.0, "stoiht: step size of the gates")
+    method_options: list[str] = field(default_factory=list[str], metadata={"help": "a method's own, as name=value"})
     lora_r: int = _option(8, "rank of plain LoRA: the budget")
     lora_alpha: int = _option(16, "its lora_alpha")
     lora_dropout: float = _option(0.0, "its dropout")
@@ -90,6 +91,21 @@ class MethodOptions:
     )
     use_rslora: bool = _option(False, "scale by alpha/√r")
     use_dora: bool = _option(False, "train DoRA on the chosen sites")
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """What ``method_options`` say, read as YAML.
+
+        Raises:
+            OptionError: One is no ``name=value``.
+        """
+        import yaml
+
+        pairs = [text.partition("=") for text in self.method_options]
+        for name, equals, _ in pairs:
+            if not (name and equals):
+                raise OptionError(f"method_options={name!r} is not allowed: give name=value, such as whiten=true")
+        return {name: yaml.safe_load(value) for name, _, value in pairs}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ model = plan.expand().attach(model)        # WeightLoRA+: the same budget as pla
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -15,8 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model
-from peft.tuners.tuners_utils import BaseTuner
+from peft import LoraConfig, PeftModel, PeftType
 from torch import nn
 from tqdm import tqdm
 
@@ -25,6 +23,7 @@ from weightlora.cost import CostBudget
 from weightlora.errors import OptionError
 from weightlora.gates import lora_layers
 from weightlora.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.probe import attach_plain_lora
 from weightlora.processes import from_first, make_whole, require_agreement
 from weightlora.sites import Site, adapter_parameters, find_sites
 from weightlora.stoiht import Threshold
@@ -94,6 +93,7 @@ def select(
     Example:
         >>> import torch
         >>> from peft import LoraConfig
+        >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
         >>> x = torch.linspace(-1, 1, 64).reshape(8, 8)
         >>> loss = lambda model, batch: (model(batch["x"]) - 1).pow(2).mean()
@@ -116,7 +116,7 @@ def select(
     loss_fn = loss_fn or model_loss
 
     with untouched(model, seed=seed), torch.inference_mode(False), torch.enable_grad():
-        attached = _attach_plain_lora(model, lora, sites)
+        attached = attach_plain_lora(model, lora, sites)
         make_whole(attached)
         layers = lora_layers(attached)
         model.train()
@@ -180,29 +180,3 @@ def _config_of(model: nn.Module) -> LoraConfig:
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise OptionError(f"the model carries {config.peft_type} adapters; give a LoRA model, or the base with lora=")
     return config
-
-
-def _attach_plain_lora(model: nn.Module, lora: LoraConfig, sites: tuple[Site, ...]) -> nn.Module:
-    """Put plain LoRA on ``sites`` inside ``model``, in the place of the adapters that it may carry.
-
-    Initialisations such as PiSSA write to the base weights, and variants such as DoRA make every step dearer; both
-    are for the training and come back with the final config.
-    """
-    base = model
-    if isinstance(model, PeftModel):
-        tuner: Any = model.base_model
-        base = tuner.unload() if isinstance(tuner, BaseTuner) else model.get_base_model()
-    plain = LoraConfig(
-        task_type=lora.task_type,
-        # A pattern and no list: PEFT takes a listed name for the ending of others as well.
-        target_modules="|".join(re.escape(site.name) for site in sites),
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        rank_pattern=lora.rank_pattern,
-        alpha_pattern=lora.alpha_pattern,
-        use_rslora=lora.use_rslora,
-        lora_dropout=lora.lora_dropout,
-        fan_in_fan_out=lora.fan_in_fan_out,
-        modules_to_save=deepcopy(lora.modules_to_save),
-    )
-    return get_peft_model(base, plain)  # pyright: ignore[reportArgumentType]  # PEFT takes any nn.Module

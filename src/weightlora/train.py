@@ -18,11 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightlora.applied import method_for
 from weightlora.budget import read_keep
 from weightlora.errors import DataError, OptionError
 from weightlora.files import whole_file, whole_folder, writable_folder, write_json
 from weightlora.hub import push_adapter, require_hub
-from weightlora.methods import make_method
+from weightlora.methods import Method, options_of
 from weightlora.placement import require_measurable
 from weightlora.plan import AdapterPlan
 from weightlora.processes import from_first, is_first
@@ -81,7 +82,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
 
     from_first(lambda: _write_config(output, settings))  # before this, a mistake leaves nothing behind
     start = time.perf_counter()
-    plan = _plan(trainer, recipe)
+    plan, method = _plan(trainer, recipe)
     selected = time.perf_counter()
     before = from_first(partial(_read_json, output / BEFORE_FILE))
     if recipe.training.eval_on_start and before is None:
@@ -96,6 +97,9 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
     end = time.perf_counter()
+    if method is not None:  # what is measured below is what is saved
+        method.export(trainer.model)  # pyright: ignore[reportArgumentType]
+        plan = method.plan
     _save_adapter(trainer, plan, output / ADAPTER)
     if recipe.training.push_to_hub and is_first():
         push_adapter(output / ADAPTER, trainer.hub_model_id, recipe.training)
@@ -209,20 +213,19 @@ def _with_lora(base: Any, recipe: Recipe, task_type: str) -> Any:
     return get_peft_model(base, lora)
 
 
-def _plan(trainer: Trainer, recipe: Recipe) -> AdapterPlan:
+def _plan(trainer: Trainer, recipe: Recipe) -> tuple[AdapterPlan, Method | None]:
     """Find the plan by the recipe's method and give the trainer's model the planned adapters."""
     options, seed = recipe.method, recipe.training.seed
     if options.plan is not None:
-        return adopt(trainer, AdapterPlan.load(options.plan), seed=seed)
+        return adopt(trainer, AdapterPlan.load(options.plan), seed=seed), None
     keep = read_keep(options.keep)
     if options.method in ("weightlora", "weightlora_plus"):  # they listen to the trainer's own loss
         names = ("rule", "steps", "head_steps", "threshold_every", "threshold", "gate_lr")
         warmup = {name: getattr(options, name) for name in names}
-        return select_for(trainer, keep=keep, expand=options.method == "weightlora_plus", **warmup)
-    # Every other method of the registry chooses beforehand, without looking at batches.
-    method: Any = make_method(options.method, **({} if options.method == "lora" else {"keep": keep, "seed": seed}))
-    model: Any = trainer.model
-    return adopt(trainer, method.choose(model, model.peft_config["default"], (), 0), seed=seed)
+        return select_for(trainer, keep=keep, expand=options.method == "weightlora_plus", **warmup), None
+    given = {"keep": keep} if "keep" in options_of(options.method) else {}
+    method = method_for(trainer, options.method, seed=seed, **{**given, **options.own})
+    return method.plan, method
 
 
 def _resume_point(recipe: Recipe, plan: AdapterPlan, *, sharded: bool) -> str | None:

@@ -5,8 +5,7 @@ trainer → its own batches and loss → plan → the trainer's model with exact
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -14,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.budget import Keep, warmup_steps
-from weightlora.errors import OptionError, PlanMismatchError, SelectionError
+from weightlora.errors import OptionError, SelectionError
 from weightlora.files import writable_folder
 from weightlora.gates import lora_layers
+from weightlora.listener import listening_copy, losses, optimizer_steps, planned_steps
 from weightlora.placement import placed, require_heads, require_weights
 from weightlora.plan import AdapterPlan, config_fields
 from weightlora.processes import from_first
 from weightlora.selection import HEAD_STEPS, select
 from weightlora.sites import require_uncompiled
+from weightlora.stock import cast_trained, take_tuner
 from weightlora.untouched import seeded
 from weightlora.warmup import WarmupOptions
 
@@ -82,8 +83,8 @@ def select_for(
         >>> len(plan.names), trainer.model is model
         (1, True)
     """
-    lora = _lora_of(trainer, lora)
-    _require_fresh(trainer)
+    lora = lora_of(trainer, lora)
+    require_fresh(trainer)
     guard = PlanGuard()
     trainer.add_callback(guard)
     arguments = trainer.args
@@ -95,7 +96,7 @@ def select_for(
     plan = from_first(partial(_stored_plan, path, lora, wanted))
     if plan is None:
         from_first(partial(writable_folder, path.parent))
-        options["steps"] = warmup_steps(_planned_steps(trainer)) if steps is None else steps
+        options["steps"] = warmup_steps(planned_steps(trainer)) if steps is None else steps
         plan = _select(trainer, lora, seed=seed, progress=not arguments.disable_tqdm, **options)
         plan = plan.expand() if expand else plan
         from_first(partial(plan.save, path))
@@ -119,12 +120,12 @@ def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int) -> AdapterPlan:
         OptionError: The trainer is not fresh, or ``output_dir`` holds another plan.
         PlanMismatchError: The plan was made for another model.
     """
-    _lora_of(trainer, None)
-    _require_fresh(trainer)
+    lora_of(trainer, None)
+    require_fresh(trainer)
     plan.check_sites(trainer.model)  # pyright: ignore[reportArgumentType]
     guard = PlanGuard()
     trainer.add_callback(guard)
-    from_first(partial(_keep_plan, plan, Path(str(trainer.args.output_dir)) / PLAN_FILE))
+    from_first(partial(keep_plan, plan, Path(str(trainer.args.output_dir)) / PLAN_FILE))
     _adapt(trainer, plan, seed)
     require_heads(trainer)
     guard.plan = plan
@@ -151,8 +152,12 @@ class PlanGuard(TrainerCallback):
             self.plan.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / PLAN_FILE)
 
 
-def _lora_of(trainer: Trainer, lora: LoraConfig | None) -> LoraConfig:
-    """The adapters wanted: those that the model has, freshly made, or ``lora``."""
+def lora_of(trainer: Trainer, lora: LoraConfig | None) -> LoraConfig:
+    """The adapters wanted: those that the model has, freshly made, or ``lora``.
+
+    Raises:
+        OptionError: There are none, both, or the model's are trained.
+    """
     model: Any = trainer.model
     require_uncompiled(model)
     if not isinstance(model, PeftModel):
@@ -178,7 +183,12 @@ def _lora_of(trainer: Trainer, lora: LoraConfig | None) -> LoraConfig:
     return deepcopy(config)
 
 
-def _require_fresh(trainer: Trainer) -> None:
+def require_fresh(trainer: Trainer) -> None:
+    """Raise where the trainer has a plan, an optimizer or steps behind it.
+
+    Raises:
+        OptionError: With what it has.
+    """
     if any(isinstance(callback, PlanGuard) for callback in trainer.callback_handler.callbacks):
         raise OptionError("select_for() has run on this trainer already; make a new trainer for a new plan")
     if trainer.state.global_step > 0:
@@ -210,7 +220,12 @@ def _stored_plan(path: Path, lora: LoraConfig, wanted: dict[str, Any]) -> Adapte
     return plan
 
 
-def _keep_plan(plan: AdapterPlan, path: Path) -> None:
+def keep_plan(plan: AdapterPlan, path: Path) -> None:
+    """Write the plan, unless another one is there.
+
+    Raises:
+        OptionError: There is another.
+    """
     if path.exists() and AdapterPlan.load(path).ranks != plan.ranks:
         raise OptionError(f"{path} is another plan; choose another output_dir, or delete that file")
     plan.save(path)
@@ -225,55 +240,12 @@ def _select(trainer: Trainer, lora: LoraConfig, **options: Any) -> AdapterPlan:
         settings: dict[str, Any] = dict(given or {})
         placing = {key: settings.pop(key) for key in ("every_n_layers", "offload") if key in settings}
         model.activation_checkpointing_enable(settings or None, **placing)
-    listener = _listener(trainer)
+    listener = listening_copy(trainer)
     count = options["steps"] + (HEAD_STEPS if options.get("head_steps") is None else options["head_steps"])
     with seeded(options["seed"]):  # before anything is drawn: the loader's order must not depend on the adapters
-        steps = list(islice(_optimizer_steps(listener), count))
+        steps = list(islice(optimizer_steps(listener), count))
     with placed(trainer):
-        return select(model, steps, lora=lora, loss_fn=_losses(listener), **options)
-
-
-def _planned_steps(trainer: Trainer) -> int:
-    """Optimizer steps that ``trainer.train()`` is going to take."""
-    *_, max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    return int(max_steps)
-
-
-def _listener(trainer: Trainer) -> Trainer:
-    """A copy of the trainer with notebooks of its own: what a loss writes down about itself stays out of the logs."""
-    listener = copy(trainer)
-    notes = {
-        key: value for key, value in vars(trainer).items() if isinstance(value, dict) and key != "callback_handler"
-    }
-    vars(listener).update(deepcopy(notes))
-    return listener
-
-
-def _optimizer_steps(trainer: Trainer) -> Iterator[tuple[list[Any], Any]]:
-    """The training's own batches, grouped by optimizer step, each with its count of items for the loss's mean."""
-    batches = iter(trainer.get_train_dataloader())
-    while True:
-        group, items = trainer.get_batch_samples(batches, trainer.args.gradient_accumulation_steps, trainer.args.device)
-        if not group:
-            return
-        yield group, items
-
-
-def _losses(trainer: Trainer) -> Callable[[nn.Module, tuple[list[Any], Any]], Iterator[Tensor]]:
-    """The trainer's loss of each micro-batch, scaled so that their gradients add up to that of the step."""
-
-    def losses(model: nn.Module, step: tuple[list[Any], Any]) -> Iterator[Tensor]:
-        group, items = step
-        scaled = trainer.loss_is_scaled_for_ga
-        if scaled is None:
-            scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
-        for inputs in group:
-            with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-                # A copy: losses may write to their inputs, and a batch can be used twice.
-                loss: Any = trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
-            yield loss if scaled else loss / len(group)
-
-    return losses
+        return select(model, steps, lora=lora, loss_fn=losses(listener), **options)
 
 
 def _adapt(trainer: Trainer, plan: AdapterPlan, seed: int) -> None:
@@ -288,15 +260,9 @@ def _adapt(trainer: Trainer, plan: AdapterPlan, seed: int) -> None:
         (dtype, *others) = {p.dtype for p in old.parameters() if p.requires_grad}
         new = plan.attach(old.base_model.unload())  # pyright: ignore[reportCallIssue]
     if not others:  # TRL's choice for quantised models, or the user's
-        for parameter in new.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype=dtype)
-    old.base_model = new.base_model
-    old.set_adapter("default")
-    try:
-        plan.check(old)
-    except PlanMismatchError as error:  # pragma: no cover - a PEFT whose tuner is no longer in base_model
-        raise SelectionError(f"this PEFT does not take a new tuner: {error}") from error
+        cast_trained(new, dtype)
+    take_tuner(old, new)
+    plan.check(old)
 
 
 def _weight(matrix: Any) -> Tensor:

@@ -195,7 +195,7 @@ def _train_head(stage: Stage, options: WarmupOptions) -> None:
     """Train the head alone: its random weights would otherwise decide the first gradients."""
     for layer in stage.layers.values():
         layer.enable_adapters(False)  # with B = 0 they add nothing but time
-    _require_gradients(stage, stage.head)
+    let_train(stage, stage.head)
     optimizer = torch.optim.AdamW(stage.head, lr=options.lr)
     for step in range(1, options.head_steps + 1):
         stage.backward("head", step, stage.head)
@@ -214,7 +214,7 @@ def _first_order(
     is the gate's gain to first order, without η, lr or overshoot, and with the noise of the batches averaged out.
     """
     matrices = stage.parameters("lora_B")
-    _require_gradients(stage, matrices)
+    let_train(stage, matrices)
     history: list[tuple[float, ...]] = []
     for step in range(1, options.steps + 1):
         stage.backward("gates", step, matrices)  # .grad is left to add up
@@ -228,7 +228,7 @@ def _stoiht(
 ) -> tuple[list[tuple[float, ...]], list[bool]]:
     """The paper's phase 1: A, B and head by AdamW, ω by stochastic iterative hard thresholding."""
     trained = [*stage.parameters("lora_A"), *stage.parameters("lora_B"), *stage.head]
-    _require_gradients(stage, trained)
+    let_train(stage, trained)
     optimizer = torch.optim.AdamW(trained, lr=options.lr)
     history: list[tuple[float, ...]] = []
     moved = torch.zeros(len(stage.layers), dtype=torch.bool)
@@ -269,7 +269,7 @@ def _require_heard(unheard: Sequence[str], options: WarmupOptions, sites: int) -
         )
 
 
-def _require_gradients(stage: Stage, wanted: Sequence[nn.Parameter]) -> None:
+def let_train(stage: Stage, wanted: Sequence[nn.Parameter]) -> None:
     """Let exactly ``wanted`` have gradients; autograd does no work for the rest."""
     for parameter in stage.model.parameters():
         parameter.grad = None

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from weightlora.errors import OptionError
 
@@ -24,12 +25,14 @@ class MethodEntry:
     name: str
     summary: str
     paper: str
+    hears: Literal["nothing", "inputs", "loss"] = "loss"
+    """What decides its choice: no data at all, what the layers are given, or the loss with its labels."""
 
 
 #: Kept as one readable list. A new method is a file with ``build(**options) -> Method`` and a line here.
 METHODS = (
-    MethodEntry("lora", "rank r on every site: the budget", "Hu et al. 2021, arXiv:2106.09685"),
-    MethodEntry("random", "K random sites: the control", "RLoRA, Veprikov et al., Table 7"),
+    MethodEntry("lora", "rank r on every site: the budget", "Hu et al. 2021, arXiv:2106.09685", "nothing"),
+    MethodEntry("random", "K random sites: the control", "RLoRA, Veprikov et al., Table 7", "nothing"),
     MethodEntry("weightlora", "the K sites that matter, at rank r", "Veprikov et al., section 2"),
     MethodEntry("weightlora_plus", "the same sites at the rank that plain LoRA's budget pays for", "section 2.2"),
 )
@@ -49,17 +52,44 @@ def make_method(name: str, **options: Any) -> Method:
         >>> make_method("random", keep=0.5, seed=3).callbacks()
         []
     """
-    names = [entry.name for entry in METHODS]
-    if name not in names:
-        raise OptionError(f"method={name!r} is unknown{_closest(name, names)}; there are {', '.join(names)}")
-    build = import_module(f"weightlora.methods.{name}").build
-    parameters = inspect.signature(build).parameters
-    known = set(parameters)
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):  # they go on to select()
-        known |= set(inspect.signature(import_module("weightlora.selection").select).parameters)
+    known = options_of(name)
     for option in sorted(set(options) - known):
         raise OptionError(f"{name} has no option {option!r}{_closest(option, sorted(known))}")
-    return build(**options)
+    return _build_of(name)(**options)
+
+
+def entry_of(name: str) -> MethodEntry:
+    """Return the registry's line of that name.
+
+    Raises:
+        OptionError: There is none; the text names the closest.
+    """
+    for entry in METHODS:
+        if entry.name == name:
+            return entry
+    names = [entry.name for entry in METHODS]
+    raise OptionError(f"method={name!r} is unknown{_closest(name, names)}; there are {', '.join(names)}")
+
+
+def options_of(name: str) -> set[str]:
+    """Return the names of a method's own settings.
+
+    Raises:
+        OptionError: There is no such method.
+
+    Example:
+        >>> sorted(options_of("random"))
+        ['keep', 'seed']
+    """
+    parameters = inspect.signature(_build_of(name)).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):  # they go on to select()
+        further = set(inspect.signature(import_module("weightlora.selection").select).parameters)
+        return (set(parameters) | further) - {"model", "batches", "lora", "options"}
+    return set(parameters)
+
+
+def _build_of(name: str) -> Callable[..., Method]:
+    return import_module(f"weightlora.methods.{entry_of(name).name}").build
 
 
 def __getattr__(attribute: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from weightlora.plan import AdapterPlan
@@ -21,7 +22,11 @@ class Method(Protocol):
 
     @property
     def plan(self) -> AdapterPlan:
-        """The plan in force; known once :meth:`attach` has run."""
+        """The plan in force; known once :meth:`attach` has run. Where ranks move, it moves with them."""
+        ...
+
+    def budget(self, step: int) -> int:
+        """Ranks, summed over the sites, that the method may hold after optimizer step ``step`` (0: before training)."""
         ...
 
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:
@@ -44,7 +49,16 @@ class Method(Protocol):
         ...
 
 
-Choose = Callable[["nn.Module", "LoraConfig", Iterable[Any], int], AdapterPlan]
+@dataclass(frozen=True)
+class Prepared:
+    """A plan whose adapters do not start as plain LoRA's do."""
+
+    plan: AdapterPlan
+    prepare: Callable[[PeftModel], None]
+    """Called with the planned, freshly initialised adapters before they are trained."""
+
+
+Choose = Callable[["nn.Module", "LoraConfig", Iterable[Any], int], AdapterPlan | Prepared]
 """``choose(model, lora, batches, total_steps)``: what a choosing method has to say."""
 
 
@@ -55,11 +69,8 @@ class ChoosingMethod:
         choose: Makes the plan; the model is left as it was.
     """
 
-    choose: Choose
-    """Makes the plan alone, for who attaches it in another way."""
-
     def __init__(self, choose: Choose) -> None:
-        self.choose = choose
+        self._choose = choose
         self._plan: AdapterPlan | None = None
 
     @property
@@ -70,8 +81,16 @@ class ChoosingMethod:
 
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:
         """Choose, then put stock adapters on the planned sites."""
-        self._plan = self.choose(model, lora, batches, total_steps)
-        return self._plan.attach(model)
+        made = self._choose(model, lora, batches, total_steps)
+        self._plan = made.plan if isinstance(made, Prepared) else made
+        attached = self._plan.attach(model)
+        if isinstance(made, Prepared):
+            made.prepare(attached)
+        return attached
+
+    def budget(self, step: int) -> int:  # noqa: ARG002 - the same at every step
+        """Plain LoRA's ranks: what was to be spent."""
+        return sum(entry.lora_r for entry in self.plan.entries)
 
     def callbacks(self) -> list[TrainerCallback]:
         """Nothing moves during training."""
