@@ -65,15 +65,28 @@ def probed(
             yield Stage(model, layers, head, cycled(batches, steps), loss_fn or model_loss, bar)
 
 
-def train_adapters(stage: Stage, *, steps: int, lr: float) -> None:
-    """Train A, B and the fresh head for ``steps`` batches with AdamW at a constant rate, as the training will."""
-    trained = [*stage.parameters("lora_A"), *stage.parameters("lora_B"), *stage.head]
+def train_adapters(stage: Stage, *, steps: int, lr: float, names: Sequence[str] | None = None) -> None:
+    """Train A, B and the fresh head for ``steps`` batches with AdamW at a constant rate, as the training will.
+
+    Args:
+        stage: The lent model.
+        steps: Batches, one a step.
+        lr: AdamW's learning rate.
+        names: The sites whose adapters are trained; None stands for all.
+    """
+    trained = [*adapter_weights(stage, names), *stage.head]
     let_train(stage, trained)
     optimizer = torch.optim.AdamW(trained, lr=lr)
     for step in range(1, steps + 1):
         stage.backward("adapters", step, trained)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def adapter_weights(stage: Stage, names: Sequence[str] | None = None) -> list[nn.Parameter]:
+    """A and B of the sites ``names``, or of all."""
+    layers: list[Any] = [stage.layers[name] for name in (stage.layers if names is None else names)]
+    return [matrix["default"].weight for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
 
 
 def attach_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> nn.Module:

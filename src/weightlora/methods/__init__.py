@@ -35,6 +35,7 @@ METHODS = (
     MethodEntry("random", "K random sites: the control", "RLoRA, Veprikov et al., Table 7", "nothing"),
     MethodEntry("weightlora", "the K sites that matter, at rank r", "Veprikov et al., section 2"),
     MethodEntry("weightlora_plus", "the same sites at the rank that plain LoRA's budget pays for", "section 2.2"),
+    MethodEntry("dot_product", "the K adapters that moved furthest along the model's gradient", "section 2.1"),
 )
 
 

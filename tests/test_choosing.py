@@ -1,0 +1,117 @@
+"""The rivals that choose before training, each against a slow reference of its own."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from weightlora.errors import OptionError
+from weightlora.gates import lora_layers
+from weightlora.methods import make_method
+from weightlora.probe import attach_plain_lora
+from weightlora.sites import find_sites
+from weightlora.untouched import untouched
+
+LORA = LoraConfig(r=2, lora_alpha=6, lora_dropout=0.3)
+RATE, LOOK = 1e-2, 4
+
+
+def net(sizes=(6, 8, 5)):
+    torch.manual_seed(0)
+    first, *rest = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    return nn.Sequential(first, *(layer for linear in rest for layer in (nn.Tanh(), linear)))
+
+
+def batches(count=LOOK, features=6):
+    generator = torch.Generator().manual_seed(1)
+    return [{"x": torch.randn(7, features, generator=generator)} for _ in range(count)]
+
+
+def loss(model, batch):
+    return (model(batch["x"]) - 1).square().mean()
+
+
+def plan_of(name, model=None, lora=LORA, data=None, **options):
+    method = make_method(name, **{"loss_fn": loss, "seed": 3, **options})
+    method.attach(model or net(), lora, batches() if data is None else data, 100)
+    return method.plan
+
+
+def adamw(parameters):
+    """AdamW as PyTorch's documents have it, one number after the other."""
+    state = [{"m": torch.zeros_like(p), "v": torch.zeros_like(p)} for p in parameters]
+
+    def step(t):
+        for parameter, s in zip(parameters, state, strict=True):
+            g = parameter.grad
+            s["m"] = 0.9 * s["m"] + 0.1 * g
+            s["v"] = 0.999 * s["v"] + 0.001 * g * g
+            move = (s["m"] / (1 - 0.9**t)) / ((s["v"] / (1 - 0.999**t)).sqrt() + 1e-8)
+            parameter.data.mul_(1 - RATE * 0.01).sub_(RATE * move)
+            parameter.grad = None
+
+    return step
+
+
+def trained_adapters(model, lora, trained_names=None):
+    """A, B and scale of each site after LOOK steps of plain LoRA, written out."""
+    sites = find_sites(model, lora).sites
+    with untouched(model, seed=3):
+        attach_plain_lora(model, LoraConfig(r=lora.r, lora_alpha=lora.lora_alpha), sites)
+        layers = lora_layers(model)
+        names = trained_names or list(layers)
+        pairs = {n: (layers[n].lora_A["default"].weight, layers[n].lora_B["default"].weight) for n in layers}
+        step = adamw([p for n in names for p in pairs[n]])
+        for t, batch in enumerate(batches(), start=1):
+            loss(model, batch).backward()
+            step(t)
+        return {n: (a.detach().clone(), b.detach().clone(), lora.lora_alpha / lora.r) for n, (a, b) in pairs.items()}
+
+
+# -- dot_product -----------------------------------------------------------------------------------------------------
+
+
+def slow_dot_products(alone):
+    """⟨∂L/∂W, s·B·A⟩, entry by entry, from the whole gradient of the untouched model."""
+    model = net()
+    names = [site.name for site in find_sites(model, LORA).sites]
+    for batch in batches():
+        (loss(model, batch) / LOOK).backward()
+    products = {}
+    for name in names:
+        a, b, scale = trained_adapters(net(), LORA, [name] if alone else None)[name]
+        gradient = model.get_submodule(name).weight.grad
+        products[name] = 0.0
+        for i in range(gradient.shape[0]):
+            for j in range(gradient.shape[1]):
+                delta = sum(float(b[i, k] * a[k, j]) for k in range(a.shape[0]))
+                products[name] += float(gradient[i, j]) * scale * delta
+    return products
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_dot_products_are_those_of_the_full_gradient(alone):
+    slow = slow_dot_products(alone)
+    plan = plan_of("dot_product", keep=1, steps=LOOK, alone=alone, lr=RATE, by="descent")
+    assert plan.scores == pytest.approx({n: -p for n, p in slow.items()}, rel=1e-4)
+    assert all(score > 0 for score in plan.scores.values()), "trained adapters went downhill"
+    assert plan.names == (max(slow, key=lambda n: abs(slow[n])),)
+    largest = plan_of("dot_product", keep=1, steps=LOOK, alone=alone, lr=RATE)
+    assert largest.scores == pytest.approx({n: abs(p) for n, p in slow.items()}, rel=1e-4)
+
+
+def test_training_alone_and_together_are_two_things():
+    assert slow_dot_products(True) != pytest.approx(slow_dot_products(False), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "text"),
+    [
+        ("dot_product", {"steps": 0}, "steps=0 is not allowed: give at least 1"),
+        ("dot_product", {"by": "sign"}, "by='sign' is not allowed: give 'magnitude' or 'descent'"),
+        ("dot_product", {"keep": 0}, "keep=0 is not allowed"),
+    ],
+)
+def test_a_value_out_of_range_is_one_line(name, options, text):
+    with pytest.raises(OptionError, match=text):
+        plan_of(name, **options)
