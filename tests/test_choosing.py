@@ -1,8 +1,10 @@
 """The rivals that choose before training, each against a slow reference of its own."""
 
+import itertools
+
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from weightlora.errors import OptionError
@@ -18,7 +20,7 @@ RATE, LOOK = 1e-2, 4
 
 def net(sizes=(6, 8, 5)):
     torch.manual_seed(0)
-    first, *rest = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    first, *rest = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
     return nn.Sequential(first, *(layer for linear in rest for layer in (nn.Tanh(), linear)))
 
 
@@ -104,12 +106,102 @@ def test_training_alone_and_together_are_two_things():
     assert slow_dot_products(True) != pytest.approx(slow_dot_products(False), rel=1e-2)
 
 
+# -- lora_drop -------------------------------------------------------------------------------------------------------
+
+
+def slow_energies():
+    """‖s·B·A·x‖² summed over rows, one number at a time; the input of each layer comes from the adapted net."""
+    model = net()
+    adapters = trained_adapters(model, LORA)
+    sums = dict.fromkeys(adapters, 0.0)
+    for batch in batches():
+        for x in batch["x"]:
+            for name, layer in model.named_children():
+                if name not in adapters:
+                    x = layer(x)
+                    continue
+                a, b, scale = adapters[name]
+                inner = [sum(float(a[k, j] * x[j]) for j in range(len(x))) for k in range(a.shape[0])]
+                added = [scale * sum(float(b[i, k]) * inner[k] for k in range(len(inner))) for i in range(b.shape[0])]
+                sums[name] += sum(number**2 for number in added)
+                x = layer(x) + torch.tensor(added)
+    return {name: number / sum(sums.values()) for name, number in sums.items()}
+
+
+NO_DROPOUT = LoraConfig(r=2, lora_alpha=6)
+
+
+def test_energies_are_those_of_the_adapters_outputs():
+    plan = plan_of("lora_drop", lora=NO_DROPOUT, keep=1, steps=LOOK, lr=RATE)
+    assert plan.scores == pytest.approx(slow_energies(), rel=1e-4)
+    assert plan.names == (max(plan.scores, key=plan.scores.get),)
+
+
+@pytest.mark.parametrize("energy", [0.1, 0.6, 0.9, 1.0])
+def test_the_fewest_sites_reach_the_energy(energy):
+    plan = plan_of("lora_drop", net((6, 8, 8, 8, 5)), energy=energy, steps=LOOK, lr=RATE)
+    shares = sorted((plan.scores[name] for name in plan.names), reverse=True)
+    assert sum(shares) >= energy - 1e-9
+    assert sum(shares[:-1]) < energy
+
+
+def test_padding_has_no_energy():
+    """A row with padding has the energy of its tokens alone; without a mask it has more."""
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x, attention_mask=None):
+            mask = torch.ones(x.shape[:2]) if attention_mask is None else attention_mask
+            return ((self.second(self.first(x).tanh()) - 1) * mask[..., None]).square().sum()
+
+    def scores(**batch):
+        torch.manual_seed(0)
+        run = lambda model, given: model(**given)  # noqa: E731
+        look = {"data": [batch] * 2, "loss_fn": run, "steps": 2, "lr": RATE}
+        return plan_of("lora_drop", Reader(), lora=NO_DROPOUT, keep=1, **look).scores
+
+    tokens = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(2))
+    padded = torch.cat([tokens, 9 * torch.ones(3, 5, 6)], dim=1)
+    mask = torch.cat([torch.ones(3, 4), torch.zeros(3, 5)], dim=1)
+    assert scores(x=padded, attention_mask=mask) == pytest.approx(scores(x=tokens, attention_mask=mask[:, :4]))
+    assert scores(x=padded) != pytest.approx(scores(x=tokens), rel=1e-2)
+
+
+def test_those_that_share_have_one_tensor_and_a_stock_checkpoint_of_copies(tmp_path):
+    model = net((6, 8, 8, 8, 8))
+    method = make_method("lora_drop", keep=1, share=True, steps=LOOK, lr=RATE, loss_fn=loss, seed=3)
+    attached = method.attach(model, NO_DROPOUT, batches(), 100)
+    layers = lora_layers(attached)
+    kept = max(method.plan.scores, key=method.plan.scores.get)
+    shared = [name for name in layers if name != kept and layers[name].in_features == 8]
+    assert len(shared) >= 2
+    assert len({layers[name].lora_A["default"].weight.data_ptr() for name in shared}) == 1
+    assert layers[kept].lora_A["default"].weight.data_ptr() != layers[shared[0]].lora_A["default"].weight.data_ptr()
+
+    optimizer = torch.optim.AdamW([p for p in attached.parameters() if p.requires_grad], lr=RATE)
+    for batch in batches():
+        loss(attached, batch).backward()
+        optimizer.step()
+    exported = method.export(attached)
+    exported.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(net((6, 8, 8, 8, 8)), str(tmp_path))
+    x = batches()[0]["x"]
+    assert torch.equal(loaded(x), exported(x))
+    separate = {layer.lora_B["default"].weight.data_ptr() for layer in lora_layers(loaded).values()}
+    assert len(separate) == len(layers)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [
         ("dot_product", {"steps": 0}, "steps=0 is not allowed: give at least 1"),
         ("dot_product", {"by": "sign"}, "by='sign' is not allowed: give 'magnitude' or 'descent'"),
         ("dot_product", {"keep": 0}, "keep=0 is not allowed"),
+        ("lora_drop", {"energy": 1.1}, "energy=1.1 is not allowed: give a share in"),
+        ("lora_drop", {"steps": 0}, "steps=0 is not allowed"),
     ],
 )
 def test_a_value_out_of_range_is_one_line(name, options, text):

@@ -16,8 +16,22 @@ SOURCE = Path(weightlora.__file__).parent
 # A room may import only what stands to its left, and its own files.
 ROOMS = (
     *("errors", "files", "sites", "budget", "cost", "stoiht", "gates", "dropout", "lora_step", "fast_lora"),
-    *("untouched", "plan_file", "plan", "processes", "tracing", "timing", "estimate", "warmup", "probe", "selection"),
-    *("stock", "placement", "listener", "trainer", "methods", "applied", "tasks", "recipe", "hub", "train"),
+    *("untouched", "plan_file", "plan", "processes", "tracing", "timing", "estimate", "warmup"),
+    *(
+        "tokens",
+        "probe",
+        "selection",
+        "stock",
+        "placement",
+        "listener",
+        "trainer",
+        "methods",
+        "applied",
+        "tasks",
+        "recipe",
+        "hub",
+        "train",
+    ),
     *("bench", "report", "cli"),
 )
 HEAVY = {"torch", "peft", "transformers", "numpy", "matplotlib"}

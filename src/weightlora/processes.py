@@ -67,6 +67,16 @@ def average_gradients(tensors: Sequence[Tensor]) -> None:
         tensor.grad = mean.reshape(tensor.shape).to(tensor.dtype)
 
 
+def add_up(numbers: Tensor) -> Tensor:
+    """Return ``numbers``, on the CPU, summed over the processes."""
+    if process_count() > 1:
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        summed = numbers.to(device)
+        dist.all_reduce(summed)
+        return summed.cpu()
+    return numbers
+
+
 def from_first(make: Callable[[], T]) -> T:
     """Return what ``make()`` gives on the first process, on every process.
 

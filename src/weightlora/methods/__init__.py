@@ -36,6 +36,11 @@ METHODS = (
     MethodEntry("weightlora", "the K sites that matter, at rank r", "Veprikov et al., section 2"),
     MethodEntry("weightlora_plus", "the same sites at the rank that plain LoRA's budget pays for", "section 2.2"),
     MethodEntry("dot_product", "the K adapters that moved furthest along the model's gradient", "section 2.1"),
+    MethodEntry(
+        "lora_drop",
+        "the adapters with the strongest output; the others may share one",
+        "Zhou et al. 2025, arXiv:2402.07721",
+    ),
 )
 
 

@@ -1,0 +1,144 @@
+"""LoRA-drop (Zhou et al. 2025, COLING, arXiv:2402.07721): keep the adapters whose output is strong.
+
+After a short training, I_i = g_i/Σg with g_i = Σ_x ‖s·B_i·A_i·x‖² over the tokens x that were looked at. The strongest
+keep an adapter of their own; the others have none, or share one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from weightlora.budget import Keep, read_budget
+from weightlora.errors import OptionError, SelectionError
+from weightlora.gates import lora_layers
+from weightlora.methods.base import ChoosingMethod, Method, Prepared
+from weightlora.plan import base_model_name, make_plan
+from weightlora.probe import probed, train_adapters
+from weightlora.processes import add_up
+from weightlora.sites import adapter_parameters, find_sites
+from weightlora.tokens import TokenRows, counted_tokens
+from weightlora.warmup import Loss, Stage, in_parts
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from torch import nn
+
+
+def build(
+    *,
+    keep: Keep = 0.5,
+    energy: float | None = None,
+    share: bool = False,
+    steps: int | None = None,
+    lr: float = 1e-3,
+    seed: int = 0,
+    loss_fn: Loss | None = None,
+) -> Method:
+    """Return the method.
+
+    Args:
+        keep: As in :func:`weightlora.select`; half is Table 1's reading.
+        energy: The paper's rule instead of ``keep``: the fewest sites whose I add up to at least this; 0.9 there.
+        share: Let all sites that are not kept share one adapter (one for each shape), as the paper does. The stock
+            checkpoint then holds a copy of it for every site.
+        steps: Batches to train on and to measure; None stands for a tenth of the training's steps, at least 20.
+        lr: AdamW's learning rate for these.
+        seed: Decides A's random start and dropout.
+        loss_fn: As in :func:`weightlora.select`.
+
+    Raises:
+        OptionError: An argument is out of its range.
+    """
+    if energy is not None and not 0 < energy <= 1:
+        raise OptionError(f"energy={energy} is not allowed: give a share in (0, 1], the paper has 0.9")
+    if steps is not None and steps < 1:
+        raise OptionError(f"steps={steps} is not allowed: give at least 1 batch")
+
+    def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> Prepared:
+        sites = find_sites(model, lora).sites
+        budget = read_budget(keep, adapter_parameters(sites, lora))
+        count = max(20, math.ceil(total_steps / 10)) if steps is None else steps
+        shown = itertools.cycle(list(itertools.islice(batches, count)))  # measured on the rows that were trained on
+        with probed(model, lora, sites, batches=shown, steps=2 * count, seed=seed, loss_fn=loss_fn) as stage:
+            train_adapters(stage, steps=count, lr=lr)
+            strength = _energies(stage, count)
+        shares = (strength / strength.sum()).tolist()
+        wanted = budget.choose(shares) if energy is None else fewest(shares, energy)
+        kept = [sites[i].name for i in wanted if shares[i] > 0]
+        if not kept:
+            raise SelectionError("no adapter has an output; does the loss depend on the adapted layers?")
+        plan = make_plan(
+            sites,
+            lora,
+            [site.name for site in sites] if share else kept,
+            shares,
+            rule="lora_drop",
+            options={"keep": keep, "energy": energy, "share": share, "steps": count, "lr": lr},
+            seed=seed,
+            base_model=base_model_name(model),
+        )
+
+        def prepare(attached: PeftModel) -> None:
+            if share:
+                tie_by_shape(attached, [site.name for site in sites if site.name not in kept])
+
+        return Prepared(plan, prepare)
+
+    return ChoosingMethod(choose)
+
+
+def fewest(shares: Sequence[float], energy: float) -> list[int]:
+    """Return the positions of the fewest shares that add up to at least ``energy``, sorted.
+
+    Example:
+        >>> fewest([0.1, 0.5, 0.2, 0.2], 0.7)
+        [1, 2]
+    """
+    order = sorted(range(len(shares)), key=lambda i: -shares[i])
+    sums = itertools.accumulate(shares[i] for i in order)
+    count = next((n for n, sum_ in enumerate(sums, start=1) if sum_ >= energy - 1e-9), len(order))
+    return sorted(order[:count])
+
+
+def tie_by_shape(model: PeftModel, names: Sequence[str]) -> None:
+    """Let the sites ``names`` of equal shape have the very same A and B: one tensor each, trained once."""
+    layers: dict[str, Any] = dict(lora_layers(model))
+    first: dict[tuple[torch.Size, torch.Size], Any] = {}
+    for name in names:
+        a, b = layers[name].lora_A["default"], layers[name].lora_B["default"]
+        shared = first.setdefault((a.weight.shape, b.weight.shape), (a.weight, b.weight))
+        a.weight, b.weight = shared
+
+
+def _energies(stage: Stage, count: int) -> Tensor:
+    """Σ‖s·B·A·x‖² of each site over ``count`` batches, dropout off, padding left out."""
+    sums = torch.zeros(len(stage.layers), dtype=torch.float64)
+    stage.model.eval()
+    with counted_tokens(stage.model) as rows, torch.no_grad():
+        handles = [
+            layer.lora_B["default"].register_forward_hook(_Meter(sums, i, layer.scaling["default"], rows))
+            for i, layer in enumerate(stage.layers.values())
+        ]
+        for _ in range(count):
+            for _loss in in_parts(stage.model, next(stage.batches), stage.loss_fn):
+                pass
+            stage.progress.update()
+        for handle in handles:
+            handle.remove()
+    return add_up(sums)
+
+
+class _Meter:
+    """A forward hook on ``lora_B`` that adds up the squares of its output."""
+
+    def __init__(self, sums: Tensor, place: int, scale: float, rows: TokenRows) -> None:
+        self.sums, self.place, self.scale, self.rows = sums, place, scale, rows
+
+    def __call__(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
+        self.sums[self.place] += (self.scale * self.rows(output).float()).square().sum().cpu()
