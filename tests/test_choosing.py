@@ -6,8 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
-from weightlora.errors import OptionError
+from weightlora.errors import OptionError, SelectionError
 from weightlora.gates import lora_layers
 from weightlora.methods import make_method
 from weightlora.probe import attach_plain_lora
@@ -194,6 +195,99 @@ def test_those_that_share_have_one_tensor_and_a_stock_checkpoint_of_copies(tmp_p
     assert len(separate) == len(layers)
 
 
+# -- eva -------------------------------------------------------------------------------------------------------------
+
+
+def slow_eva(model, x, r, rho):
+    """Ranks and directions from one full SVD of each layer's inputs: the pooled top n·r shares of variance."""
+    shares, vectors = [], {}
+    for name, layer in model.named_children():
+        if isinstance(layer, nn.Linear):
+            _, s, v = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
+            vectors[name] = v
+            shares += [(float(s[k] ** 2 / (s**2).sum()), name) for k in range(round(r * rho))]
+        x = layer(x)
+    kept = sorted(shares, reverse=True)[: r * len(vectors)]
+    return {name: sum(n == name for _, n in kept) for name in vectors}, vectors
+
+
+def stretched(count, features, seed=4):
+    """Rows whose directions have well separated variances."""
+    x = torch.randn(count, features, generator=torch.Generator().manual_seed(seed))
+    return x * torch.tensor([0.7**k for k in range(features)])
+
+
+def narrow_net():
+    """The second layer is given little but one direction, so that ranks have a reason to move."""
+    model = net((6, 8, 7, 5))
+    with torch.no_grad():
+        model[0].weight[1:] *= 0.2
+    return model
+
+
+@pytest.mark.parametrize("rho", [1.0, 2.0])
+def test_eva_has_the_ranks_and_directions_of_a_full_svd(rho):
+    model, x = narrow_net(), stretched(64, 6)
+    with torch.no_grad():
+        ranks, vectors = slow_eva(model, x, 2, rho)
+    method = make_method("eva", rho=rho, loss_fn=loss)
+    before = model(x)
+    attached = method.attach(model, NO_DROPOUT, [{"x": x}], 100)
+    assert method.plan.ranks == ranks
+    assert sum(ranks.values()) == 3 * 2
+    assert (len(set(ranks.values())) > 1) == (rho > 1), "ranks move where they may"
+    assert torch.equal(attached(x), before), "B is zero"
+    for name, layer in lora_layers(attached).items():
+        a = layer.lora_A["default"].weight
+        torch.testing.assert_close(a @ a.T, torch.eye(len(a)), atol=1e-4, rtol=0)
+        assert (a @ vectors[name][: len(a)].T).diagonal().abs().min() > 0.99
+        assert layer.scaling["default"] == 3.0, "alpha goes with the rank"
+
+
+def test_directions_of_a_plane_are_found():
+    plane = torch.linalg.qr(torch.randn(6, 2, generator=torch.Generator().manual_seed(5))).Q.T
+    inside = {"x": torch.randn(64, 2, generator=torch.Generator().manual_seed(6)) @ plane}
+    attached = make_method("eva", rho=1.0, loss_fn=loss).attach(net(), NO_DROPOUT, [inside], 100)
+    a = lora_layers(attached)["0"].lora_A["default"].weight
+    assert (plane - plane @ a.T @ a).norm() < 1e-3
+    other = torch.linalg.qr(torch.randn(6, 2, generator=torch.Generator().manual_seed(7))).Q.T
+    assert (other - other @ a.T @ a).norm() > 0.1
+
+
+def test_eva_leaves_alpha_where_it_is_told_to():
+    data = [{"x": stretched(64, 6)}]
+    plan = plan_of("eva", narrow_net(), NO_DROPOUT, data, adjust_alpha=False)
+    assert {entry.alpha for entry in plan.entries} == {6}
+    assert len(set(plan.ranks.values())) > 1
+
+
+def deberta():
+    """DeBERTa calls its query and key projections a second time, on positions."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    positions = {"relative_attention": True, "share_att_key": True, "pos_att_type": ["p2c", "c2p"]}
+    return DebertaV2ForSequenceClassification(DebertaV2Config(vocab_size=32, **sizes, **positions, position_buckets=4))
+
+
+@pytest.mark.parametrize(("name", "options"), [("eva", {"steps": 2}), ("lora_drop", {"steps": 2, "keep": 2})])
+def test_a_classifier_whose_projections_are_called_on_positions_is_no_obstacle(name, options):
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(1, 32, (8, 6), generator=generator) for _ in range(2)]
+    mask = torch.ones(8, 6, dtype=torch.long)
+    mask[:4, 4:] = 0
+    data = [{"input_ids": t, "attention_mask": mask, "labels": t[:, 0] % 2} for t in tokens]
+    lora = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query_proj", "key_proj", "value_proj"])
+    method = make_method(name, **options)
+    model = method.attach(deberta(), lora, data, 100)
+    assert sum(method.plan.ranks.values()) == (6 if name == "eva" else 4)
+    assert model(**data[0]).loss.isfinite()
+
+
+def test_eva_says_when_the_directions_do_not_settle():
+    with pytest.raises(SelectionError, match="not settled after 3 batches"):
+        plan_of("eva", data=batches(2), steps=2, most=3, tau=1.0)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [
@@ -201,6 +295,9 @@ def test_those_that_share_have_one_tensor_and_a_stock_checkpoint_of_copies(tmp_p
         ("dot_product", {"by": "sign"}, "by='sign' is not allowed: give 'magnitude' or 'descent'"),
         ("dot_product", {"keep": 0}, "keep=0 is not allowed"),
         ("lora_drop", {"energy": 1.1}, "energy=1.1 is not allowed: give a share in"),
+        ("eva", {"rho": 0.5}, "rho=0.5 is not allowed: give 1 or more"),
+        ("eva", {"most": 5}, "most=5 is not allowed: give more than steps=20"),
+        ("eva", {"rho": 9}, "rho=9 asks for 18 directions at 0, whose inputs have 6; lower rho or r"),
         ("lora_drop", {"steps": 0}, "steps=0 is not allowed"),
     ],
 )

@@ -245,7 +245,7 @@ def test_a_run_that_stopped_ends_as_one_that_did_not(finished):
 class Planted(PreTrainedModel):
     """Two sites side by side; the labels were made by a change of the weights of the first.
 
-    The first is given inputs from a space of four dimensions, the second from one of sixteen.
+    The first is given inputs from a space of six dimensions, the second from one of sixteen.
     """
 
     config_class = PretrainedConfig
@@ -271,8 +271,8 @@ def planted(shuffled, seed):
     torch.manual_seed(seed)
     model = Planted(PretrainedConfig())
     teacher = torch.randn(8, 2, generator=generator) @ torch.randn(2, 16, generator=generator)
-    plane = torch.linalg.qr(torch.randn(16, 4, generator=generator)).Q.T
-    useful = 2 * torch.randn(512, 4, generator=generator) @ plane
+    plane = torch.linalg.qr(torch.randn(16, 6, generator=generator)).Q.T
+    useful = 2 * torch.randn(512, 6, generator=generator) @ plane
     idle = torch.randn(512, 16, generator=generator)
     with torch.no_grad():
         labels = model(useful, idle, torch.zeros(512, 8)).logits + useful @ teacher.T

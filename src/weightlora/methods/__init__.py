@@ -37,6 +37,9 @@ METHODS = (
     MethodEntry("weightlora_plus", "the same sites at the rank that plain LoRA's budget pays for", "section 2.2"),
     MethodEntry("dot_product", "the K adapters that moved furthest along the model's gradient", "section 2.1"),
     MethodEntry(
+        "eva", "ranks by the variance of the layers' inputs, which A starts from", "Paischer et al. 2024", "inputs"
+    ),
+    MethodEntry(
         "lora_drop",
         "the adapters with the strongest output; the others may share one",
         "Zhou et al. 2025, arXiv:2402.07721",

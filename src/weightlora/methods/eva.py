@@ -1,0 +1,189 @@
+"""EVA (Paischer et al. 2024, arXiv:2410.07170), on PEFT's: ranks go where few directions explain the layers' inputs.
+
+A_i holds the leading right singular vectors of the site's inputs; the n·r directions that explain the largest share of
+their inputs' variance, over all sites together, decide the ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import EvaConfig, LoraConfig
+from peft.tuners.lora.eva import get_eva_state_dict
+from torch import Tensor
+
+from weightlora.errors import OptionError, SelectionError
+from weightlora.gates import lora_layers
+from weightlora.methods.base import ChoosingMethod, Method, Prepared
+from weightlora.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.probe import attach_plain_lora
+from weightlora.sites import Site, find_sites, rank_and_alpha
+from weightlora.tokens import counted_tokens
+from weightlora.untouched import untouched
+from weightlora.warmup import Loss, in_parts, model_loss, to_device
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class _Options:
+    rho: float
+    tau: float
+    whiten: bool
+    label_tokens: bool
+    steps: int
+    most: int
+
+
+def build(
+    *,
+    rho: float = 2.0,
+    tau: float = 0.99,
+    whiten: bool = False,
+    adjust_alpha: bool = True,
+    label_tokens: bool = False,
+    steps: int = 20,
+    most: int = 1000,
+    seed: int = 0,
+    loss_fn: Loss | None = None,
+) -> Method:
+    """Return the method.
+
+    Args:
+        rho: A site's rank is at most r·rho; 1 leaves all ranks as they are.
+        tau: A direction counts as found when its cosine with itself one batch before is at least this.
+        whiten: Divide A's rows by the square roots of their singular values.
+        adjust_alpha: Let alpha grow and shrink with the rank, so that alpha/r stays: PEFT's default. False is the
+            authors' code. rsLoRA always keeps alpha.
+        label_tokens: Of a language model's tokens only those with a label count: PEFT's default, not the paper's.
+        steps: Different batches to look at; they are gone through again until all directions are found.
+        most: Batches to look at in all, at most.
+        seed: Decides what is random in the model's own forward pass.
+        loss_fn: As in :func:`weightlora.select`; only its forward pass is used.
+
+    Raises:
+        OptionError: An argument is out of its range.
+    """
+    for name, value, fits, allowed in (
+        ("rho", rho, rho >= 1, "1 or more"),
+        ("tau", tau, 0 < tau <= 1, "a cosine in (0, 1]"),
+        ("steps", steps, steps >= 1, "at least 1 batch"),
+        ("most", most, most > steps, f"more than steps={steps}"),
+    ):
+        if not fits:
+            raise OptionError(f"{name}={value} is not allowed: give {allowed}")
+    options = _Options(rho, tau, whiten, label_tokens, steps, most)
+
+    def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], _total_steps: int) -> Prepared:
+        lora = replace(lora, init_lora_weights=True, eva_config=None)
+        sites = find_sites(model, lora).sites
+        _require_room(sites, lora, rho)
+        directions = _directions(model, lora, sites, batches, options, seed, loss_fn or model_loss)
+        plan = make_plan(
+            sites,
+            lora,
+            [site.name for site in sites],
+            [float(len(directions[site.name])) for site in sites],
+            rule="eva",
+            options={"rho": rho, "tau": tau, "whiten": whiten, "adjust_alpha": adjust_alpha, "steps": steps},
+            seed=seed,
+            base_model=base_model_name(model),
+        )
+        grows = adjust_alpha and not lora.use_rslora
+        plan = _with_ranks(plan, {name: len(rows) for name, rows in directions.items()}, grows=grows)
+
+        @torch.no_grad()
+        def prepare(attached: PeftModel) -> None:
+            layers: dict[str, Any] = dict(lora_layers(attached))
+            for name, layer in layers.items():
+                layer.lora_A["default"].weight.copy_(directions[name])
+
+        return Prepared(plan, prepare)
+
+    return ChoosingMethod(choose)
+
+
+def _directions(
+    model: nn.Module,
+    lora: LoraConfig,
+    sites: Sequence[Site],
+    batches: Iterable[Any],
+    options: _Options,
+    seed: int,
+    loss_fn: Loss,
+) -> dict[str, Tensor]:
+    """The rows of A for each site, (r_i, in): PEFT's incremental SVD on the tokens of the batches."""
+    shown = list(itertools.islice(batches, options.steps))
+    if not shown:
+        raise SelectionError("batches is empty; give at least one batch")
+    passed = itertools.count(1)
+
+    def forward(_model: nn.Module, batch: Any) -> None:
+        if next(passed) > options.most:
+            raise SelectionError(
+                f"the directions have not settled after {options.most} batches; give larger batches, lower tau or rho, "
+                "or raise most"
+            )
+        for _ in in_parts(model, batch, loss_fn):
+            pass
+
+    # The longest names first: PEFT takes a key for the ending of others.
+    ranks = {re.escape(s.name): rank_and_alpha(lora, s.name)[0] for s in sorted(sites, key=lambda s: -len(s.name))}
+    wanted = LoraConfig(
+        r=lora.r,
+        rank_pattern=ranks,
+        init_lora_weights="eva",
+        eva_config=EvaConfig(rho=options.rho, tau=options.tau, whiten=options.whiten),
+    )
+    with (
+        untouched(model, seed=seed),
+        redirect_stdout(StringIO()),  # PEFT prints a line for every activation that it passes over
+    ):
+        attached = attach_plain_lora(model, lora, sites)
+        with counted_tokens(model, labelled=options.label_tokens) as rows:
+
+            def counted(given: Any, _inputs: None, _name: str) -> Tensor:
+                return rows(given[0] if isinstance(given, tuple) else given)
+
+            found: dict[str, Tensor] = get_eva_state_dict(
+                attached,
+                [to_device(batch, next(model.parameters()).device) for batch in shown],
+                wanted,
+                forward_fn=forward,
+                prepare_model_inputs_fn=_no_inputs,
+                prepare_layer_inputs_fn=counted,
+                show_progress_bar=False,
+            )
+    return {name.removeprefix("base_model.model."): rows.clone() for name, rows in found.items()}
+
+
+def _no_inputs(_batch: Any, _config: LoraConfig) -> None:
+    """What PEFT hands to the layers; the tokens are known without it."""
+
+
+def _with_ranks(plan: AdapterPlan, ranks: dict[str, int], *, grows: bool) -> AdapterPlan:
+    entries = tuple(
+        replace(e, r=r, alpha=e.lora_alpha * r / e.lora_r if grows and r else e.lora_alpha)
+        for e in plan.entries
+        for r in [ranks[e.site.name]]
+    )
+    return replace(plan, entries=entries)
+
+
+def _require_room(sites: Sequence[Site], lora: LoraConfig, rho: float) -> None:
+    for site in sites:
+        r = rank_and_alpha(lora, site.name)[0]
+        if round(r * rho) > site.in_features:
+            raise OptionError(
+                f"rho={rho} asks for {round(r * rho)} directions at {site.name}, whose inputs have {site.in_features}; "
+                "lower rho or r"
+            )
