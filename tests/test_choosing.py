@@ -11,6 +11,7 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 from weightlora.errors import OptionError, SelectionError
 from weightlora.gates import lora_layers
 from weightlora.methods import make_method
+from weightlora.methods.flexora import alpha_gradient, unit_weights
 from weightlora.probe import attach_plain_lora
 from weightlora.sites import find_sites
 from weightlora.untouched import untouched
@@ -288,6 +289,94 @@ def test_eva_says_when_the_directions_do_not_settle():
         plan_of("eva", data=batches(2), steps=2, most=3, tau=1.0)
 
 
+# -- flexora ---------------------------------------------------------------------------------------------------------
+
+
+def slow_alpha(power, held_out=2, alpha_rate=0.05):
+    """α of each layer after the look, with autograd through softmax and Adam written out."""
+    model, data = net((6, 8, 8, 5)), batches()
+    names = [site.name for site in find_sites(model, NO_DROPOUT).sites]
+    with untouched(model, seed=3):
+        attach_plain_lora(model, NO_DROPOUT, find_sites(model, NO_DROPOUT).sites)
+        pairs = {
+            n: (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+            for n, layer in lora_layers(model).items()
+        }
+        pairs = {n: tuple(p.detach().clone().requires_grad_() for p in pair) for n, pair in pairs.items()}
+    alpha = torch.zeros(len(names), requires_grad=True)
+    m, v, step = torch.zeros(len(names)), torch.zeros(len(names)), adamw([p for pair in pairs.values() for p in pair])
+
+    def slow_loss(batch):
+        scales, x = (len(names) * alpha.exp() / alpha.exp().sum()) ** power, batch["x"]
+        for name, layer in model.named_children():
+            x = (
+                layer(x) + scales[names.index(name)] * 3 * x @ pairs[name][0].T @ pairs[name][1].T
+                if name in names
+                else layer(x)
+            )
+        return (x - 1).square().mean()
+
+    for t, batch in enumerate(data[held_out:], start=1):
+        slow_loss(batch).backward()
+        step(t)
+        alpha.grad = None
+        (sum(slow_loss(b) for b in data[:held_out]) / held_out).backward()
+        m, v = 0.9 * m + 0.1 * alpha.grad, 0.999 * v + 0.001 * alpha.grad**2
+        alpha.data -= alpha_rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        for parameter in (alpha, *(p for pair in pairs.values() for p in pair)):
+            parameter.grad = None
+    return dict(zip(names, alpha.tolist(), strict=True))
+
+
+FLEXORA = {"steps": 2, "validation": 2, "alpha_lr": 0.05, "lr": RATE}
+
+
+@pytest.mark.parametrize("power", [1, 3])
+def test_alpha_is_that_of_autograd(power):
+    slow = slow_alpha(power)
+    plan = plan_of("flexora", net((6, 8, 8, 5)), NO_DROPOUT, keep=1, power=power, **FLEXORA)
+    assert plan.scores == pytest.approx(slow, abs=1e-5)
+    assert plan.names == (max(slow, key=slow.get),)
+    assert len(plan.history) == 2
+    positive = plan_of("flexora", net((6, 8, 8, 5)), NO_DROPOUT, keep=None, power=power, **FLEXORA)
+    assert set(positive.names) == {name for name, number in slow.items() if number > 0}
+
+
+def test_the_weights_add_up_to_the_number_of_blocks_and_their_gradient_is_autograds():
+    alpha = torch.tensor([0.3, -1.0, 2.0, 0.0], requires_grad=True)
+    assert float(unit_weights(alpha.detach()).sum()) == pytest.approx(4)
+    by_scale = torch.tensor([1.0, -2.0, 0.5, 3.0])
+    for power in (1, 3):
+        (expected,) = torch.autograd.grad((unit_weights(alpha) ** power * by_scale).sum(), alpha)
+        torch.testing.assert_close(alpha_gradient(unit_weights(alpha.detach()), by_scale, power), expected)
+
+
+def test_alpha_stays_where_the_held_out_rows_say_nothing():
+    silent = [{"x": torch.zeros(7, 6), "weight": 0.0}] * 2 + [{**batch, "weight": 1.0} for batch in batches(2)]
+    weighted = lambda model, batch: batch["weight"] * loss(model, batch)  # noqa: E731
+    with pytest.raises(SelectionError, match="no block has an alpha above 0; raise steps"):
+        plan_of("flexora", data=silent, loss_fn=weighted, keep=None, **FLEXORA)
+
+
+def test_whole_blocks_are_kept_within_the_budget():
+    """Three blocks of two sites: a budget of five sites pays for two of them."""
+
+    def chosen(**options):
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)) for _ in range(3)))
+        return plan_of("flexora", model, **options, **FLEXORA).names
+
+    assert len(chosen(keep=5)) == 4
+    assert len({name.split(".")[0] for name in chosen(keep=5)}) == 2
+    assert len(chosen(keep=5, unit="site")) == 5
+    with pytest.raises(SelectionError, match="keep=1 pays for no whole block; raise keep, or take unit='site'"):
+        chosen(keep=1)
+
+
+def test_rows_that_are_held_out_are_not_trained_on():
+    with pytest.raises(SelectionError, match="4 batches, of which 4 are held out for alpha, leave none"):
+        plan_of("flexora", **{**FLEXORA, "validation": 4})
+
+
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [
@@ -298,6 +387,8 @@ def test_eva_says_when_the_directions_do_not_settle():
         ("eva", {"rho": 0.5}, "rho=0.5 is not allowed: give 1 or more"),
         ("eva", {"most": 5}, "most=5 is not allowed: give more than steps=20"),
         ("eva", {"rho": 9}, "rho=9 asks for 18 directions at 0, whose inputs have 6; lower rho or r"),
+        ("flexora", {"validation": 0}, "validation=0 is not allowed: give at least 1"),
+        ("flexora", {"unit": "layer"}, "unit='layer' is not allowed: give 'block' or 'site'"),
         ("lora_drop", {"steps": 0}, "steps=0 is not allowed"),
     ],
 )

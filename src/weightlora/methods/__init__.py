@@ -39,6 +39,7 @@ METHODS = (
     MethodEntry(
         "eva", "ranks by the variance of the layers' inputs, which A starts from", "Paischer et al. 2024", "inputs"
     ),
+    MethodEntry("flexora", "the blocks whose weight grows on held-out rows", "Wei et al. 2025, ACL"),
     MethodEntry(
         "lora_drop",
         "the adapters with the strongest output; the others may share one",

@@ -18,7 +18,7 @@ from weightlora.methods.base import ChoosingMethod, Method
 from weightlora.plan import AdapterPlan, base_model_name, make_plan
 from weightlora.probe import adapter_weights, probed, train_adapters
 from weightlora.sites import adapter_parameters, find_sites
-from weightlora.warmup import Loss, Stage, let_train
+from weightlora.warmup import Loss, Stage, cycled, let_train
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -61,7 +61,7 @@ def build(
         budget = read_budget(keep, adapter_parameters(sites, lora))
         names = [site.name for site in sites]
         runs = [[name] for name in names] if alone else [names]
-        shown = itertools.cycle(list(itertools.islice(batches, steps)))  # all trainings see the same rows
+        shown = itertools.cycle(list(cycled(batches, steps)))  # all trainings see the same rows
         total = 2 * steps * len(runs)
         still = replace(lora, lora_dropout=0.0)  # the products are to be those of ΔW, not of a part of it
         products: dict[str, float] = {}

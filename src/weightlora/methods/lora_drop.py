@@ -23,7 +23,7 @@ from weightlora.probe import probed, train_adapters
 from weightlora.processes import add_up
 from weightlora.sites import adapter_parameters, find_sites
 from weightlora.tokens import TokenRows, counted_tokens
-from weightlora.warmup import Loss, Stage, in_parts
+from weightlora.warmup import Loss, Stage, cycled, in_parts
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -64,7 +64,7 @@ def build(
         sites = find_sites(model, lora).sites
         budget = read_budget(keep, adapter_parameters(sites, lora))
         count = max(20, math.ceil(total_steps / 10)) if steps is None else steps
-        shown = itertools.cycle(list(itertools.islice(batches, count)))  # measured on the rows that were trained on
+        shown = itertools.cycle(list(cycled(batches, count)))  # measured on the rows that were trained on
         with probed(model, lora, sites, batches=shown, steps=2 * count, seed=seed, loss_fn=loss_fn) as stage:
             train_adapters(stage, steps=count, lr=lr)
             strength = _energies(stage, count)
