@@ -100,6 +100,23 @@ def test_the_configuration_that_was_saved_gives_the_same_run_again(unbroken, tmp
     assert {**saved[0], "output_dir": ""} == {**saved[1], "output_dir": ""}
 
 
+def test_a_method_that_prunes_while_it_trains_ends_in_a_stock_adapter_on_its_budget(tmp_path):
+    own = "--method_options", "init_r=12", "deltaT=1"
+    assert main([*words(tmp_path, method="adalora", save_steps=3, max_eval_samples=4), *own]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    plan = AdapterPlan.load(tmp_path / "adapter" / "plan.json")
+    assert sum(plan.ranks.values()) == 36 * 8
+    assert results["adapter_parameters"] == plan.parameters
+    assert len(set(plan.ranks.values())) > 1
+    assert set(AdapterPlan.load(tmp_path / "plan.json").ranks.values()) == {12}
+    base = AutoModelForSequenceClassification.from_pretrained(str(minilm_folder()), num_labels=2)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    plan.check(loaded)
+    assert sum(p.numel() for n, p in loaded.named_parameters() if ".lora_" in n) == plan.parameters
+    with pytest.raises(OptionError, match="method_options='init_r' is not allowed: give name=value"):
+        _ = read_recipe(words=["--method_options=init_r"]).method.own
+
+
 def test_a_finished_run_is_not_run_again_and_other_options_are_refused(unbroken):
     before = (unbroken / "adapter" / "adapter_model.safetensors").stat()
     assert run(unbroken) == json.loads((unbroken / "results.json").read_text())

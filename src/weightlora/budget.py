@@ -170,6 +170,19 @@ def expanded_ranks(ranks: Sequence[int], kept: Sequence[bool], sizes: Sequence[i
     return [max(grown[i], ranks[i]) if kept[i] else 0 for i in places]
 
 
+def cubic_budget(step: int, *, begin: int, end: int, high: int, low: int) -> int:
+    """Return the ranks that are left at ``step``: from ``high`` at ``begin`` to ``low`` at ``end``, fast at first.
+
+    low + (high − low)·(1 − (step − begin)/(end − begin))³, rounded down (AdaLoRA, Zhang et al. 2023, section 3.3).
+
+    Example:
+        >>> [cubic_budget(step, begin=10, end=20, high=80, low=16) for step in (5, 10, 15, 20, 30)]
+        [80, 80, 24, 16, 16]
+    """
+    left = 1 - (min(max(step, begin), end) - begin) / (end - begin)
+    return int((high - low) * left**3 + low)
+
+
 def warmup_steps(total_steps: int | None) -> int:
     """Return T: 0.5 % of the planned optimizer steps, at least 20.
 

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.processes import is_first
     from weightlora.recipe import read_recipe
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
-    from weightlora.train import HEATMAP_FILE, train
+    from weightlora.train import ADAPTER, HEATMAP_FILE, train
     from weightlora.trainer import PLAN_FILE
 
     recipe = read_recipe(arguments.config, arguments.rest)
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not is_first():
         return
     console = Console()
-    plan = AdapterPlan.load(recipe.output_dir / PLAN_FILE)
+    plan = AdapterPlan.load(recipe.output_dir / ADAPTER / PLAN_FILE)
     draw_heatmap(plan, recipe.output_dir / HEATMAP_FILE)
     console.print(terminal_heatmap(plan))
     for name, value in results["metrics"].items():

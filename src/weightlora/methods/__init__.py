@@ -39,6 +39,9 @@ METHODS = (
     MethodEntry(
         "eva", "ranks by the variance of the layers' inputs, which A starts from", "Paischer et al. 2024", "inputs"
     ),
+    MethodEntry(
+        "adalora", "singular values that matter least are pruned along the way", "Zhang et al. 2023, arXiv:2303.10512"
+    ),
     MethodEntry("flexora", "the blocks whose weight grows on held-out rows", "Wei et al. 2025, ACL"),
     MethodEntry(
         "lora_drop",

@@ -1,0 +1,124 @@
+"""Methods that act while a trainer trains: one callback for all, their state beside the checkpoint, silence impossible.
+
+A mover's averages and masks are written to ``checkpoint-N/method_state.safetensors``, never into the adapter.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from weightlora.errors import DataError, OptionError, WeightLoraWarning
+from weightlora.files import whole_file
+
+STATE_FILE = "method_state.safetensors"
+
+
+class Mover(Protocol):
+    """What a method does during training."""
+
+    def begin(self, total_steps: int) -> None:
+        """Before the first step of a training of ``total_steps``."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """After optimizer step ``step`` (1-based), while the gradients are still there."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed training needs beside the weights."""
+        ...
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from what :meth:`state` gave."""
+        ...
+
+
+class MoverCallback(TrainerCallback):
+    """Lets a trainer call a mover once an optimizer step, also under accumulation, and keeps its state."""
+
+    def __init__(self, mover: Mover) -> None:
+        self.mover = mover
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start, or go on from the checkpoint that the trainer has loaded.
+
+        Raises:
+            OptionError: The weights of another step would be loaded at the end.
+            DataError: The checkpoint has no state of the method.
+        """
+        if args.load_best_model_at_end:
+            raise OptionError(
+                "load_best_model_at_end would end with the ranks of an earlier step, over the budget; leave it out"
+            )
+        self.mover.begin(state.max_steps)
+        if state.global_step > 0:
+            path = _state_path(args, state)
+            if not path.is_file():
+                raise DataError(f"{path} is missing: a training cannot go on without the method's averages and masks")
+            self.mover.restore(load_file(path))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the method act; the trainer counts this step only afterwards."""
+        self.mover.after_step(state.global_step + 1)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the method's state beside the weights."""
+        if state.is_world_process_zero:
+            write_state(self.mover.state(), _state_path(args, state))
+
+
+def write_state(state: dict[str, Tensor], path: Path) -> None:
+    """Write a mover's state, whole or not at all."""
+    from safetensors.torch import save_file
+
+    with whole_file(path) as draft:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, draft)
+
+
+def warn_unless_begun(modules: Sequence[nn.Module], what: str) -> Callable[[], None]:
+    """Warn, once, when one of ``modules`` is trained before the function that is returned was called.
+
+    Args:
+        modules: The tuner and the model in it; which of them is called depends on the model's task.
+        what: Name of the method.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> begin = warn_unless_begun([layer], "a method")
+        >>> begin()
+        >>> layer(torch.ones(1, 1)).shape
+        torch.Size([1, 1])
+    """
+
+    def watch(module: nn.Module, _inputs: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            remove()
+            warnings.warn(
+                f"{what} is being trained, and nothing moves its ranks: give the trainer callbacks=method.callbacks(), "
+                "or call the callback's mover.begin() and mover.after_step() in your loop",
+                WeightLoraWarning,
+                stacklevel=2,
+            )
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    handles = [module.register_forward_pre_hook(watch) for module in modules]
+    return remove
+
+
+def _state_path(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE_FILE
