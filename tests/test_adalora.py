@@ -147,7 +147,7 @@ def test_alpha_goes_with_the_rank_unless_it_is_kept():
 
 def test_training_without_the_callback_warns_and_cannot_be_exported():
     method, model = attached()
-    with pytest.warns(WeightLoraWarning, match="adalora is being trained, and nothing moves its ranks: give the tr"):
+    with pytest.warns(WeightLoraWarning, match="adalora is being trained, but its callback is missing: give the tr"):
         train(method, model, acts=False)
     with pytest.raises(SelectionError, match="adalora has 12 ranks left, 6 are the budget: its allocator did not run"):
         method.export(model)

@@ -28,6 +28,10 @@ class Mover(Protocol):
         """Before the first step of a training of ``total_steps``."""
         ...
 
+    def before_step(self, step: int) -> None:
+        """Before optimizer step ``step`` (1-based), with the gradients as they are after clipping."""
+        ...
+
     def after_step(self, step: int) -> None:
         """After optimizer step ``step`` (1-based), while the gradients are still there."""
         ...
@@ -66,6 +70,12 @@ class MoverCallback(TrainerCallback):
             if not path.is_file():
                 raise DataError(f"{path} is missing: a training cannot go on without the method's averages and masks")
             self.mover.restore(load_file(path))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the method look at the gradients."""
+        self.mover.before_step(state.global_step + 1)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -106,8 +116,8 @@ def warn_unless_begun(modules: Sequence[nn.Module], what: str) -> Callable[[], N
         if module.training and torch.is_grad_enabled():
             remove()
             warnings.warn(
-                f"{what} is being trained, and nothing moves its ranks: give the trainer callbacks=method.callbacks(), "
-                "or call the callback's mover.begin() and mover.after_step() in your loop",
+                f"{what} is being trained, but its callback is missing: give the trainer callbacks=method.callbacks(), "
+                "or call begin(), before_step() and after_step() of the callback's mover in your loop",
                 WeightLoraWarning,
                 stacklevel=2,
             )

@@ -48,6 +48,10 @@ METHODS = (
         "the adapters with the strongest output; the others may share one",
         "Zhou et al. 2025, arXiv:2402.07721",
     ),
+    MethodEntry("melora", "N mini adapters on N blocks of features", "Ren et al. 2024, ACL", "nothing"),
+    MethodEntry(
+        "riemannian", "LoRA with preconditioned gradients", "Zhang and Pilanci 2024, arXiv:2402.02347", "nothing"
+    ),
 )
 
 

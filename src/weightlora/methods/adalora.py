@@ -164,6 +164,9 @@ class AdaLora:
             )
         self._remove_watch()
 
+    def before_step(self, step: int) -> None:
+        """Nothing."""
+
     def after_step(self, step: int) -> None:
         """Average the sensitivities and prune to the budget: PEFT's ``update_and_allocate``."""
         self._remove_watch()

@@ -1,0 +1,92 @@
+"""MELoRA (Ren et al. 2024, ACL): N mini adapters on N blocks of features: the rank of one for an Nth of its numbers.
+
+ΔW = s·diag(B_1, …, B_N)·diag(A_1, …, A_N), A_k (r/N, in/N), B_k (out/N, r/N): stock LoRA of rank r whose A and B are
+zero outside their diagonal blocks, and stay so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from weightlora.errors import OptionError
+from weightlora.gates import lora_layers
+from weightlora.methods.base import ChoosingMethod, Method, Prepared
+from weightlora.plan import base_model_name, make_plan
+from weightlora.sites import Site, find_sites, rank_and_alpha
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from torch import nn
+
+
+def build(*, n_mini: int = 4) -> Method:
+    """Return the method.
+
+    Args:
+        n_mini: N, mini adapters a site; each has rank r/N, so that they have rank r together and r·(in + out)/N
+            numbers. 4 of rank 2 are Table 1's 110K.
+
+    Raises:
+        OptionError: N is below 1.
+    """
+    if n_mini < 1:
+        raise OptionError(f"n_mini={n_mini} is not allowed: give at least 1; 1 is plain LoRA")
+
+    def choose(model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int) -> Prepared:
+        sites = find_sites(model, lora).sites
+        _require_blocks(sites, lora, n_mini)
+        plan = make_plan(
+            sites,
+            lora,
+            [site.name for site in sites],
+            rule="melora",
+            options={"n_mini": n_mini},
+            base_model=base_model_name(model),
+        )
+
+        @torch.no_grad()
+        def prepare(attached: PeftModel) -> None:
+            layers: dict[str, Any] = dict(lora_layers(attached))
+            for layer in layers.values():
+                a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                # PEFT's A is uniform within 1/√in; a mini adapter has in/N inputs.
+                a.mul_(n_mini**0.5 * diagonal_blocks(a, n_mini))
+                for matrix in (a, b):
+                    matrix.register_hook(_masked(diagonal_blocks(matrix, n_mini)))
+
+        return Prepared(plan, prepare)
+
+    return ChoosingMethod(choose)
+
+
+def diagonal_blocks(matrix: Tensor, count: int) -> Tensor:
+    """Return the mask of the ``count`` diagonal blocks of a matrix of this shape, 1 inside and 0 outside.
+
+    Example:
+        >>> diagonal_blocks(torch.empty(2, 4), 2)
+        tensor([[1., 1., 0., 0.],
+                [0., 0., 1., 1.]])
+    """
+    rows, columns = matrix.shape
+    block = torch.ones(rows // count, columns // count, device=matrix.device, dtype=matrix.dtype)
+    return torch.block_diag(*[block] * count)
+
+
+def _masked(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """A gradient's hook: what is zero has no gradient, so that no optimizer, decay included, moves it."""
+    return lambda gradient: gradient * mask.to(gradient.dtype)
+
+
+def _require_blocks(sites: Sequence[Site], lora: LoraConfig, n_mini: int) -> None:
+    for site in sites:
+        r = rank_and_alpha(lora, site.name)[0]
+        for what, size in (("r", r), ("in_features", site.in_features), ("out_features", site.out_features)):
+            if size % n_mini:
+                raise OptionError(
+                    f"n_mini={n_mini} does not divide {what}={size} of {site.name}; choose one that does, or leave the "
+                    "site out of target_modules"
+                )
