@@ -149,14 +149,14 @@ def test_training_without_the_callback_warns_and_cannot_be_exported():
     method, model = attached()
     with pytest.warns(WeightLoraWarning, match="adalora is being trained, but its callback is missing: give the tr"):
         train(method, model, acts=False)
-    with pytest.raises(SelectionError, match="adalora has 12 ranks left, 6 are the budget: its allocator did not run"):
+    with pytest.raises(SelectionError, match="adalora has 12 ranks left, 6 are the budget: it did not run"):
         method.export(model)
 
 
 def test_a_training_that_ended_early_cannot_be_exported():
     method, model = attached()
     train(method, model, steps=5)
-    with pytest.raises(SelectionError, match="its allocator did not run to the end"):
+    with pytest.raises(SelectionError, match="it did not run to the end"):
         method.export(model)
 
 
@@ -191,7 +191,7 @@ def test_a_site_without_a_gradient_is_pruned_and_no_crash():
         ({"tinit": 9}, LORA, "tinit=9 and tfinal=3 leave none of 12 steps to prune in"),
         ({"deltaT": 0}, LORA, "deltaT=0 is not allowed"),
         ({"alpha": "x"}, LORA, "alpha='x' is not allowed"),
-        ({}, LoraConfig(r=2, rank_pattern={"0": 4}), "adalora gives every site the same init_r"),
+        ({}, LoraConfig(r=2, rank_pattern={"0": 4}), "adalora gives every site the same rank"),
     ],
 )
 def test_a_value_out_of_range_is_one_line(options, lora, text):

@@ -36,7 +36,7 @@ MOVING = [name for name in NAMES if make_method(name).callbacks()]
 HEARING = [entry.name for entry in METHODS if entry.hears != "nothing"]
 STEPS, SAVED = 4, 2
 #: Few steps of a look ahead, and half of the sites.
-QUICK = {"keep": 0.5, "steps": 3, "head_steps": 0, "progress": False, "deltaT": 1, "tfinal": 1}
+QUICK = {"keep": 0.5, "steps": 3, "head_steps": 0, "progress": False, "deltaT": 1, "tfinal": 1, "interval": 1}
 
 
 @pytest.fixture(scope="module", autouse=True)

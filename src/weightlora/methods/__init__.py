@@ -48,6 +48,9 @@ METHODS = (
         "the adapters with the strongest output; the others may share one",
         "Zhou et al. 2025, arXiv:2402.07721",
     ),
+    MethodEntry(
+        "dynamic_lora", "components with a small share of the update are pruned", "Mao et al. 2024, arXiv:2405.17357"
+    ),
     MethodEntry("melora", "N mini adapters on N blocks of features", "Ren et al. 2024, ACL", "nothing"),
     MethodEntry(
         "riemannian", "LoRA with preconditioned gradients", "Zhang and Pilanci 2024, arXiv:2402.02347", "nothing"

@@ -7,27 +7,24 @@ together, along a cubic budget.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
 
 from weightlora.budget import cubic_budget
-from weightlora.errors import OptionError, SelectionError
-from weightlora.gates import lora_layers
+from weightlora.errors import OptionError
 from weightlora.methods.base import Method
 from weightlora.moving import MoverCallback, warn_unless_begun
-from weightlora.plan import AdapterPlan, base_model_name, make_plan
-from weightlora.sites import Site, find_sites
-from weightlora.stock import Factors, become_stock, factors_plan
+from weightlora.plan import AdapterPlan
+from weightlora.sites import find_sites
+from weightlora.triplets import Alpha, attach_triplets, export_triplets, plan_under, require_steps, triplet_plan
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import AdaLoraConfig, LoraConfig, PeftModel
     from torch import nn
 
 
@@ -40,7 +37,7 @@ class _Options:
     beta1: float
     beta2: float
     orth_reg_weight: float
-    alpha: Literal["scale", "keep"]
+    alpha: Alpha
 
 
 def build(
@@ -52,7 +49,7 @@ def build(
     beta1: float = 0.85,
     beta2: float = 0.85,
     orth_reg_weight: float = 0.1,
-    alpha: Literal["scale", "keep"] = "scale",
+    alpha: Alpha = "scale",
 ) -> Method:
     """Return the method; the names are those of PEFT's ``AdaLoraConfig``, the target rank is the budget's r.
 
@@ -72,8 +69,6 @@ def build(
     """
     if deltaT < 1:
         raise OptionError(f"deltaT={deltaT} is not allowed: give at least 1 step")
-    if alpha not in ("scale", "keep"):
-        raise OptionError(f"alpha={alpha!r} is not allowed: give 'scale' or 'keep'")
     return AdaLora(_Options(init_r, tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight, alpha))
 
 
@@ -83,14 +78,12 @@ class AdaLora:
     def __init__(self, options: _Options) -> None:
         self._options = options
         self._callback = MoverCallback(self)
+        self._mask: dict[str, Tensor] | None = None
 
     @property
     def plan(self) -> AdapterPlan:
         """Ranks as they are: all before the first pruning and between two of them, the pruned ones after each."""
-        if self._mask is None:
-            return self._plan
-        kept = {name: int(mask.sum()) for name, mask in self._mask.items()}
-        return replace(self._plan, entries=tuple(replace(e, r=kept[e.site.name]) for e in self._plan.entries))
+        return plan_under(self._plan, self._mask)
 
     def budget(self, step: int) -> int:
         """The cubic curve at the steps that prune, the starting ranks at those that do not."""
@@ -103,29 +96,17 @@ class AdaLora:
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:  # noqa: ARG002
         """Put PEFT's AdaLoRA on all sites."""
         sites = find_sites(model, lora).sites
-        self._total = total_steps
-        self._config = _adalora_config(lora, sites, self._options, total_steps)
-        self._low, self._high = len(sites) * lora.r, len(sites) * self._config.init_r
-        self._mask: dict[str, Tensor] | None = None
-        plan = make_plan(
-            sites,
-            lora,
-            [s.name for s in sites],
-            rule="adalora",
-            options=_record(self._config, self._options),
-            base_model=base_model_name(model),
-        )
-        scale = self._config.lora_alpha / self._config.init_r
-        shapes = {s.name: Factors(torch.empty(self._config.init_r, 0), torch.empty(0), scale) for s in sites}
-        self._plan = factors_plan(plan, shapes)
-        attached: Any = get_peft_model(model, self._config)  # pyright: ignore[reportArgumentType]
-        layers: dict[str, Any] = dict(lora_layers(attached))
-        for layer in layers.values():
-            # Under a bf16 base, or one on a GPU, PEFT makes a new parameter of it, which would be trained, not saved.
-            layer.ranknum["default"] = torch.nn.Parameter(
-                layer.ranknum["default"].detach().float().fill_(self._config.init_r), requires_grad=False
-            )
+        alpha = self._options.alpha
+        init_r = math.ceil(1.5 * lora.r) if self._options.init_r is None else self._options.init_r
+        schedule = _schedule(self._options, total_steps)
+        self._total, self._mask = total_steps, None
+        self._low, self._high = len(sites) * lora.r, len(sites) * init_r
+        record = {**schedule, "init_r": init_r, "alpha": alpha}
+        self._plan = triplet_plan(model, lora, sites, init_r, rule="adalora", options=record)
+        schedule["total_step"] = total_steps
+        attached = attach_triplets(model, lora, sites, init_r=init_r, alpha=alpha, name="adalora", **schedule)
         self._tuner: Any = attached.base_model
+        self._config: AdaLoraConfig = self._tuner.peft_config["default"]
         self._remove_watch = warn_unless_begun([self._tuner, self._tuner.model], "adalora")
         return attached
 
@@ -139,17 +120,10 @@ class AdaLora:
         Raises:
             SelectionError: More are left than the budget allows: the allocator was not called.
         """
-        layers: dict[str, Any] = dict(lora_layers(model))
-        factors = {name: _factors(layer) for name, layer in layers.items()}
-        ranks = sum(factor.rank for factor in factors.values())
-        if ranks > self._low:
-            raise SelectionError(
-                f"adalora has {ranks} ranks left, {self._low} are the budget: its allocator did not run to the end; "
-                "give the trainer callbacks=method.callbacks(), and train all of the steps"
-            )
-        self._plan, self._mask = factors_plan(self._plan, factors), None
+        self._plan = export_triplets(model, self._plan, budget=self._low, name="adalora")
+        self._mask = None
         self._remove_watch()
-        return become_stock(model, self._plan, factors)
+        return model
 
     def begin(self, total_steps: int) -> None:
         """The schedule is made for a number of steps, and no other.
@@ -157,11 +131,7 @@ class AdaLora:
         Raises:
             OptionError: The training takes more or fewer.
         """
-        if total_steps != self._total:
-            raise OptionError(
-                f"adalora was attached for {self._total} steps and the training takes {total_steps}; attach it with "
-                "the number of optimizer steps"
-            )
+        require_steps("adalora", self._total, total_steps)
         self._remove_watch()
 
     def before_step(self, step: int) -> None:
@@ -206,49 +176,15 @@ class AdaLora:
         return {f"{name}.lora_E.default": mask.tolist() for name, mask in self._mask.items()}
 
 
-def _adalora_config(lora: LoraConfig, sites: Sequence[Site], options: _Options, total_steps: int) -> AdaLoraConfig:
-    if lora.rank_pattern or lora.alpha_pattern or lora.use_dora or lora.use_rslora:
-        raise OptionError("adalora gives every site the same init_r and alpha; leave out patterns, rsLoRA and DoRA")
-    init_r = math.ceil(1.5 * lora.r) if options.init_r is None else options.init_r
-    if init_r <= lora.r:
-        raise OptionError(
-            f"init_r={init_r} is not allowed: give more than r={lora.r}, which is what is left at the end"
-        )
+def _schedule(options: _Options, total_steps: int) -> dict[str, Any]:
     tfinal = total_steps // 10 if options.tfinal is None else options.tfinal
     tinit = tfinal // 4 if options.tinit is None else options.tinit
     if not 0 <= tinit < total_steps - tfinal <= total_steps:
         raise OptionError(
             f"tinit={tinit} and tfinal={tfinal} leave none of {total_steps} steps to prune in; lower them"
         )
-    return AdaLoraConfig(
-        task_type=lora.task_type,
-        target_modules="|".join(re.escape(site.name) for site in sites),
-        init_r=init_r,
-        target_r=lora.r,
-        tinit=tinit,
-        tfinal=tfinal,
-        deltaT=options.deltaT,
-        beta1=options.beta1,
-        beta2=options.beta2,
-        orth_reg_weight=options.orth_reg_weight,
-        total_step=total_steps,
-        lora_alpha=lora.lora_alpha * init_r / lora.r if options.alpha == "scale" else lora.lora_alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=lora.lora_dropout,
-        fan_in_fan_out=lora.fan_in_fan_out,
-        modules_to_save=list(lora.modules_to_save) if lora.modules_to_save else None,
-    )
-
-
-def _record(config: AdaLoraConfig, options: _Options) -> dict[str, Any]:
-    names = ("init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
-    return {**{name: getattr(config, name) for name in names}, "alpha": options.alpha}
-
-
-def _factors(layer: Any) -> Factors:
-    """B·diag(e)·A of the triplets with e ≠ 0, times PEFT's scale alpha/(init_r + 1e-5)."""
-    a, b, e = (matrix["default"].detach() for matrix in (layer.lora_A, layer.lora_B, layer.lora_E))
-    kept = e.flatten() != 0
-    return Factors((e * a)[kept], b[:, kept], layer.scaling["default"] / (layer.ranknum["default"].item() + 1e-5))
+    kept = ("deltaT", "beta1", "beta2", "orth_reg_weight")
+    return {"tinit": tinit, "tfinal": tfinal, **{name: getattr(options, name) for name in kept}}
 
 
 def _site(key: str) -> str:

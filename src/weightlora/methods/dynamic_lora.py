@@ -1,0 +1,228 @@
+"""Dynamic LoRA (Mao et al. 2024, "DoRA", arXiv:2405.17357; not PEFT's DoRA): components with a small share are pruned.
+
+ΔW = s·Σ_j c_j·b_j·a_j; a component's share of its site's update is s_j = ‖b_j‖·‖a_j‖·|c_j| / ‖B·diag(c)·A‖. The
+smallest averaged shares, over all sites together, are set to 0 along a cubic curve in a window of the training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from weightlora.errors import OptionError
+from weightlora.gates import lora_layers
+from weightlora.methods.base import Method
+from weightlora.moving import MoverCallback, warn_unless_begun
+from weightlora.plan import AdapterPlan
+from weightlora.sites import find_sites
+from weightlora.triplets import (
+    Alpha,
+    attach_triplets,
+    export_triplets,
+    plan_under,
+    require_steps,
+    switch_off,
+    triplet_plan,
+)
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class _Options:
+    init_r: int | None
+    begin: float
+    end: float
+    interval: int
+    beta: float
+    variance_weight: float
+    alpha: Alpha
+
+
+def build(
+    *,
+    init_r: int | None = None,
+    begin: float = 0.15,
+    end: float = 0.5,
+    interval: int = 100,
+    beta: float = 0.9,
+    variance_weight: float = 0.1,
+    alpha: Alpha = "scale",
+) -> Method:
+    """Return the method.
+
+    Args:
+        init_r: Components of a site at the start; None stands for 1.5·r, rounded up.
+        begin: Share of the training before the first pruning.
+        end: Share of it at which the ranks are final.
+        interval: Steps between prunings; in between, what was pruned may come back.
+        beta: Average of the shares.
+        variance_weight: η of the penalty on the variance of the entries of a_j and b_j, until the ranks are final.
+        alpha: ``"scale"`` gives every rank the strength alpha/r of plain LoRA, ``"keep"`` is alpha/init_r.
+
+    Raises:
+        OptionError: An argument is out of its range.
+    """
+    if not 0 <= begin < end <= 1:
+        raise OptionError(f"begin={begin} and end={end} are not allowed: give shares with 0 <= begin < end <= 1")
+    if interval < 1:
+        raise OptionError(f"interval={interval} is not allowed: give at least 1 step")
+    if not 0 <= beta < 1:
+        raise OptionError(f"beta={beta} is not allowed: give a number in [0, 1)")
+    return DynamicLora(_Options(init_r, begin, end, interval, beta, variance_weight, alpha))
+
+
+class DynamicLora:
+    """The method, and its own mover."""
+
+    def __init__(self, options: _Options) -> None:
+        self._options = options
+        self._callback = MoverCallback(self)
+        self._mask: dict[str, Tensor] | None = None
+
+    @property
+    def plan(self) -> AdapterPlan:
+        """Ranks as they are: all before the first pruning and between two of them, the pruned ones after each."""
+        return plan_under(self._plan, self._mask)
+
+    def budget(self, step: int) -> int:
+        """The starting ranks less what the curve prunes; all of them at steps that do not prune."""
+        pruned = self._pruned(step)
+        return self._high - (pruned or 0)
+
+    def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:  # noqa: ARG002
+        """Put components with c = 0, A and B uniform, on all sites."""
+        sites = find_sites(model, lora).sites
+        init_r = math.ceil(1.5 * lora.r) if self._options.init_r is None else self._options.init_r
+        self._total, self._mask = total_steps, None
+        self._first, self._last = _window(self._options, total_steps)
+        self._low, self._high = len(sites) * lora.r, len(sites) * init_r
+        record = {**asdict(self._options), "init_r": init_r}
+        self._plan = triplet_plan(model, lora, sites, init_r, rule="dynamic_lora", options=record)
+        attached = attach_triplets(
+            model,
+            lora,
+            sites,
+            init_r=init_r,
+            alpha=self._options.alpha,
+            name="dynamic_lora",
+            total_step=total_steps,
+            orth_reg_weight=0.0,
+        )
+        self._layers: dict[str, Any] = dict(lora_layers(attached))
+        for layer in self._layers.values():
+            for matrix in (layer.lora_A["default"], layer.lora_B["default"]):
+                torch.nn.init.kaiming_uniform_(matrix)
+        self._shares = {name: torch.zeros(init_r) for name in self._layers}
+        tuner: Any = attached.base_model
+        self._remove_watch = warn_unless_begun([tuner, tuner.model], "dynamic_lora")
+        return attached
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Penalty before, shares and pruning after each optimizer step."""
+        return [self._callback]
+
+    def export(self, model: PeftModel) -> PeftModel:
+        """Return stock LoRA of the components that are left.
+
+        Raises:
+            SelectionError: More are left than the budget allows: the method did not run to its end.
+        """
+        self._plan = export_triplets(model, self._plan, budget=self._low, name="dynamic_lora")
+        self._mask = None
+        self._remove_watch()
+        return model
+
+    def begin(self, total_steps: int) -> None:
+        """The schedule is made for a number of steps, and no other.
+
+        Raises:
+            OptionError: The training takes more or fewer.
+        """
+        require_steps("dynamic_lora", self._total, total_steps)
+        self._remove_watch()
+
+    @torch.no_grad()
+    def before_step(self, step: int) -> None:
+        """Add the gradient of the penalty: of Var(v) over the d entries of v it is 2·(v − mean)/(d − 1)."""
+        if step > self._last:
+            return
+        weight = self._options.variance_weight / (2 * self._high)
+        for layer in self._layers.values():
+            for matrix, entries in ((layer.lora_A["default"], 1), (layer.lora_B["default"], 0)):
+                if matrix.grad is not None:
+                    centred = matrix - matrix.mean(dim=entries, keepdim=True)
+                    matrix.grad += weight * 2 * centred / (matrix.shape[entries] - 1)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Average the shares; prune where the schedule says so."""
+        self._remove_watch()
+        beta = self._options.beta
+        for name, layer in self._layers.items():
+            self._shares[name] = beta * self._shares[name] + (1 - beta) * shares(layer).cpu()
+        if step > self._last:
+            assert self._mask is not None, "the last pruning comes at the end of the window"
+        else:
+            count = self._pruned(step)
+            self._mask = None if count is None else _all_but(self._shares, count)
+        for name, mask in (self._mask or {}).items():
+            switch_off(self._layers[name], mask)
+
+    def state(self) -> dict[str, Tensor]:
+        """Averaged shares, and the mask."""
+        kinds = {"share": self._shares, "mask": self._mask or {}}
+        return {f"{kind} {name}": tensor for kind, named in kinds.items() for name, tensor in named.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take the averages and the mask."""
+        named = [(key.partition(" "), tensor) for key, tensor in state.items()]
+        self._shares = {name: tensor for (kind, _, name), tensor in named if kind == "share"}
+        self._mask = {name: tensor for (kind, _, name), tensor in named if kind == "mask"} or None
+
+    def _pruned(self, step: int) -> int | None:
+        """How many components are off after ``step``; None where it does not prune.
+
+        m = n·(r_s − r)·(P/P_max)³, at least 1, with P steps since the beginning of the window of P_max steps.
+        """
+        since, window = step - self._first, self._last - self._first
+        if since < 0 or (since < window and since % self._options.interval):
+            return None
+        return max(1, int((self._high - self._low) * (min(since, window) / window) ** 3))
+
+
+def _window(options: _Options, total_steps: int) -> tuple[int, int]:
+    """The first and the last step that may prune."""
+    first = math.ceil(round(options.begin * total_steps, 6))
+    length = math.floor(round((options.end - options.begin) * total_steps, 6))
+    if length < 1:
+        raise OptionError(
+            f"{total_steps} steps leave none between begin={options.begin} and end={options.end}; train longer "
+            "or move them apart"
+        )
+    return first, first + length
+
+
+def shares(layer: Any) -> Tensor:
+    """Return each component's share ‖b_j‖·‖a_j‖·|c_j| / ‖B·diag(c)·A‖_F of its site's update, (r,).
+
+    ‖B·diag(c)·A‖² = Σ_jk c_j·c_k·⟨b_j, b_k⟩·⟨a_j, a_k⟩: no matrix of size out × in is made.
+    """
+    a, b, c = (m["default"].detach().float() for m in (layer.lora_A, layer.lora_B, layer.lora_E))
+    c = c.flatten()
+    whole = (torch.outer(c, c) * (b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
+    return b.norm(dim=0) * a.norm(dim=1) * c.abs() / (whole + 1e-8)
+
+
+def _all_but(shares: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Masks that leave out the ``count`` smallest of all, and whatever is as small as the largest of those."""
+    threshold = torch.cat(list(shares.values())).kthvalue(count).values
+    return {name: values > threshold for name, values in shares.items()}
