@@ -17,21 +17,8 @@ SOURCE = Path(weightlora.__file__).parent
 ROOMS = (
     *("errors", "files", "sites", "budget", "cost", "stoiht", "gates", "dropout", "lora_step", "fast_lora"),
     *("untouched", "plan_file", "plan", "processes", "tracing", "timing", "estimate", "warmup"),
-    *(
-        "tokens",
-        "probe",
-        "selection",
-        "stock",
-        "placement",
-        "listener",
-        "trainer",
-        "methods",
-        "applied",
-        "tasks",
-        "recipe",
-        "hub",
-        "train",
-    ),
+    *("tokens", "probe", "selection", "stock", "triplets", "moving", "placement", "listener", "trainer"),
+    *("methods", "applied", "tasks", "recipe", "hub", "train"),
     *("bench", "report", "cli"),
 )
 HEAVY = {"torch", "peft", "transformers", "numpy", "matplotlib"}
