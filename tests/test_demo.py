@@ -19,9 +19,9 @@ METHODS = ("lora", "random", "weightlora", "weightlora_plus")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
     with warnings.catch_warnings():
-        # 32 sentences make one batch: the warm-up says that it is used again.
+        # 8 sentences make one batch: the warm-up says that it is used again.
         warnings.simplefilter("ignore", WeightLoraWarning)
-        assert main(["demo", "--train_size", "32", "--test_size", "16", "--output_dir", str(folder)]) == 0
+        assert main(["demo", "--train_size", "8", "--test_size", "8", "--output_dir", str(folder)]) == 0
     return folder
 
 
