@@ -213,16 +213,17 @@ def _plan(trainer: Trainer, recipe: Recipe) -> AdapterPlan:
     """Find the plan by the recipe's method and give the trainer's model the planned adapters."""
     options, seed = recipe.method, recipe.training.seed
     if options.plan is not None:
-        return adopt(trainer, AdapterPlan.load(options.plan), seed=seed)
+        return adopt(trainer, AdapterPlan.load(options.plan), seed=seed, fast=options.fast)
     keep = read_keep(options.keep)
     if options.method in ("weightlora", "weightlora_plus"):  # they listen to the trainer's own loss
-        names = ("rule", "steps", "head_steps", "threshold_every", "threshold", "gate_lr")
+        names = ("rule", "steps", "head_steps", "threshold_every", "threshold", "gate_lr", "fast")
         warmup = {name: getattr(options, name) for name in names}
         return select_for(trainer, keep=keep, expand=options.method == "weightlora_plus", **warmup)
     # Every other method of the registry chooses beforehand, without looking at batches.
     method: Any = make_method(options.method, **({} if options.method == "lora" else {"keep": keep, "seed": seed}))
     model: Any = trainer.model
-    return adopt(trainer, method.choose(model, model.peft_config["default"], (), 0), seed=seed)
+    plan = method.choose(model, model.peft_config["default"], (), 0)
+    return adopt(trainer, plan, seed=seed, fast=options.fast)
 
 
 def _resume_point(recipe: Recipe, plan: AdapterPlan, *, sharded: bool) -> str | None:

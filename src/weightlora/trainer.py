@@ -19,8 +19,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from weightlora.budget import Keep, warmup_steps
 from weightlora.errors import OptionError, PlanMismatchError, SelectionError
+from weightlora.fast_lora import enable_fast_lora, fast_dropout
 from weightlora.files import writable_folder
 from weightlora.gates import lora_layers
+from weightlora.lora_step import Dropout
 from weightlora.placement import placed, require_heads, require_weights
 from weightlora.plan import AdapterPlan, config_fields
 from weightlora.processes import from_first
@@ -41,6 +43,7 @@ def select_for(
     steps: int | None = None,
     lr: float | None = None,
     seed: int | None = None,
+    fast: Dropout | None = None,
     **options: Any,
 ) -> AdapterPlan:
     """Return the plan for what ``trainer`` is about to train; its model then carries exactly the planned adapters.
@@ -62,6 +65,8 @@ def select_for(
         steps: T; None stands for 0.5 % of the training's steps, at least 20.
         lr: The warm-up's learning rate; None takes the trainer's.
         seed: As in :func:`weightlora.select`; None takes the trainer's.
+        fast: Warm-up and training take the step of :func:`weightlora.enable_fast_lora`, with this ``dropout``; None
+            leaves it to the model, on which it may be enabled already.
         options: Further arguments of :func:`weightlora.select`: rule, head_steps, threshold_every, ...
 
     Raises:
@@ -84,11 +89,12 @@ def select_for(
     """
     lora = _lora_of(trainer, lora)
     _require_fresh(trainer)
+    fast = fast_dropout(trainer.model) if fast is None else fast  # pyright: ignore[reportArgumentType]
     guard = PlanGuard()
     trainer.add_callback(guard)
     arguments = trainer.args
     seed = arguments.seed if seed is None else seed
-    options = {"keep": keep, "lr": arguments.learning_rate if lr is None else lr, **options}
+    options = {"keep": keep, "lr": arguments.learning_rate if lr is None else lr, "fast": fast, **options}
     path = Path(str(arguments.output_dir)) / PLAN_FILE
 
     wanted = {**options, "steps": steps, "seed": seed, "expand": expand}
@@ -99,13 +105,13 @@ def select_for(
         plan = _select(trainer, lora, seed=seed, progress=not arguments.disable_tqdm, **options)
         plan = plan.expand() if expand else plan
         from_first(partial(plan.save, path))
-    _adapt(trainer, plan, seed)
+    _adapt(trainer, plan, seed, fast)
     require_heads(trainer)
     guard.plan = plan
     return plan
 
 
-def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int) -> AdapterPlan:
+def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int, fast: Dropout | None = None) -> AdapterPlan:
     """Give the trainer's PEFT model exactly the adapters of a plan that was found elsewhere, freshly initialised.
 
     Like :func:`select_for`, with the warm-up done before.
@@ -114,6 +120,7 @@ def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int) -> AdapterPlan:
         trainer: A trainer that has not trained yet, on a PEFT model with fresh LoRA adapters.
         plan: Made for the trainer's base model.
         seed: Decides A's random start.
+        fast: As in :func:`select_for`.
 
     Raises:
         OptionError: The trainer is not fresh, or ``output_dir`` holds another plan.
@@ -125,7 +132,7 @@ def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int) -> AdapterPlan:
     guard = PlanGuard()
     trainer.add_callback(guard)
     from_first(partial(_keep_plan, plan, Path(str(trainer.args.output_dir)) / PLAN_FILE))
-    _adapt(trainer, plan, seed)
+    _adapt(trainer, plan, seed, fast)
     require_heads(trainer)
     guard.plan = plan
     return plan
@@ -276,17 +283,23 @@ def _losses(trainer: Trainer) -> Callable[[nn.Module, tuple[list[Any], Any]], It
     return losses
 
 
-def _adapt(trainer: Trainer, plan: AdapterPlan, seed: int) -> None:
+def _adapt(trainer: Trainer, plan: AdapterPlan, seed: int, fast: Dropout | None) -> None:
     """Put freshly initialised adapters on the planned sites; a PEFT model stays the same object, with a new tuner."""
     old: Any = trainer.model
     plan.check_sites(old)
     with seeded(seed):
-        if not isinstance(old, PeftModel):
+        if isinstance(old, PeftModel):
+            _replace_tuner(old, plan)
+        else:
             new = plan.attach(old)
             trainer.model = trainer.model_wrapped = trainer.callback_handler.model = new  # pyright: ignore
-            return
-        (dtype, *others) = {p.dtype for p in old.parameters() if p.requires_grad}
-        new = plan.attach(old.base_model.unload())  # pyright: ignore[reportCallIssue]
+    if fast is not None:
+        enable_fast_lora(trainer.model, fast)  # pyright: ignore[reportArgumentType]
+
+
+def _replace_tuner(old: Any, plan: AdapterPlan) -> None:
+    (dtype, *others) = {p.dtype for p in old.parameters() if p.requires_grad}
+    new = plan.attach(old.base_model.unload())
     if not others:  # TRL's choice for quantised models, or the user's
         for parameter in new.parameters():
             if parameter.requires_grad:
