@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.budget import Keep, warmup_steps
+from weightlora.checkpointing import release_inputs, shorten_backward
 from weightlora.errors import OptionError, PlanMismatchError, SelectionError
 from weightlora.fast_lora import enable_fast_lora, fast_dropout
 from weightlora.files import writable_folder
@@ -151,6 +152,15 @@ class PlanGuard(TrainerCallback):
         if self.plan is None:
             raise SelectionError("select_for() failed, so this trainer would train plain LoRA; make a new one")
         self.plan.check(kwargs["model"])
+        shorten_backward(kwargs["model"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the backward pass short: DPO switches checkpointing off and on again after each forward pass."""
+        release_inputs(kwargs["model"])
+
+    on_substep_end = on_step_begin
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the plan into the checkpoint that was just written."""
@@ -232,6 +242,7 @@ def _select(trainer: Trainer, lora: LoraConfig, **options: Any) -> AdapterPlan:
         settings: dict[str, Any] = dict(given or {})
         placing = {key: settings.pop(key) for key in ("every_n_layers", "offload") if key in settings}
         model.activation_checkpointing_enable(settings or None, **placing)
+    release_inputs(model)  # as PlanGuard will do
     listener = _listener(trainer)
     count = options["steps"] + (HEAD_STEPS if options.get("head_steps") is None else options["head_steps"])
     with seeded(options["seed"]):  # before anything is drawn: the loader's order must not depend on the adapters
