@@ -29,7 +29,7 @@ ROOMS = (
         "fast_lora",
     ),
     *("untouched", "plan_file", "plan", "processes", "tracing", "timing", "estimate", "warmup", "selection"),
-    *("placement", "trainer", "methods", "tasks", "recipe", "hub", "train"),
+    *("placement", "batches", "growth", "trainer", "methods", "tasks", "recipe", "hub", "train"),
     *("bench", "report", "cli"),
 )
 HEAVY = {"torch", "peft", "transformers", "numpy", "matplotlib"}

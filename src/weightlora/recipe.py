@@ -93,6 +93,7 @@ class MethodOptions:
     fast: Literal["input", "rank"] | None = _option(
         None, "the cheaper LoRA step; rank drops behind lora_A, input (alone) as PEFT does", nargs="?", const="input"
     )
+    grow_batch: bool = _option(False, "then train larger batches with less accumulation, in the memory of plain LoRA")
 
 
 @dataclass(frozen=True)

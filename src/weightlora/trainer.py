@@ -5,8 +5,7 @@ trainer → its own batches and loss → plan → the trainer's model with exact
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from weightlora.batches import losses, optimizer_steps, planned_steps, quiet_copy
 from weightlora.budget import Keep, warmup_steps
 from weightlora.checkpointing import release_inputs, shorten_backward
 from weightlora.errors import OptionError, PlanMismatchError, SelectionError
@@ -102,7 +102,7 @@ def select_for(
     plan = from_first(partial(_stored_plan, path, lora, wanted))
     if plan is None:
         from_first(partial(writable_folder, path.parent))
-        options["steps"] = warmup_steps(_planned_steps(trainer)) if steps is None else steps
+        options["steps"] = warmup_steps(planned_steps(trainer)) if steps is None else steps
         plan = _select(trainer, lora, seed=seed, progress=not arguments.disable_tqdm, **options)
         plan = plan.expand() if expand else plan
         from_first(partial(plan.save, path))
@@ -243,55 +243,12 @@ def _select(trainer: Trainer, lora: LoraConfig, **options: Any) -> AdapterPlan:
         placing = {key: settings.pop(key) for key in ("every_n_layers", "offload") if key in settings}
         model.activation_checkpointing_enable(settings or None, **placing)
     release_inputs(model)  # as PlanGuard will do
-    listener = _listener(trainer)
+    quiet = quiet_copy(trainer)
     count = options["steps"] + (HEAD_STEPS if options.get("head_steps") is None else options["head_steps"])
     with seeded(options["seed"]):  # before anything is drawn: the loader's order must not depend on the adapters
-        steps = list(islice(_optimizer_steps(listener), count))
+        steps = list(islice(optimizer_steps(quiet), count))
     with placed(trainer):
-        return select(model, steps, lora=lora, loss_fn=_losses(listener), **options)
-
-
-def _planned_steps(trainer: Trainer) -> int:
-    """Optimizer steps that ``trainer.train()`` is going to take."""
-    *_, max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    return int(max_steps)
-
-
-def _listener(trainer: Trainer) -> Trainer:
-    """A copy of the trainer with notebooks of its own: what a loss writes down about itself stays out of the logs."""
-    listener = copy(trainer)
-    notes = {
-        key: value for key, value in vars(trainer).items() if isinstance(value, dict) and key != "callback_handler"
-    }
-    vars(listener).update(deepcopy(notes))
-    return listener
-
-
-def _optimizer_steps(trainer: Trainer) -> Iterator[tuple[list[Any], Any]]:
-    """The training's own batches, grouped by optimizer step, each with its count of items for the loss's mean."""
-    batches = iter(trainer.get_train_dataloader())
-    while True:
-        group, items = trainer.get_batch_samples(batches, trainer.args.gradient_accumulation_steps, trainer.args.device)
-        if not group:
-            return
-        yield group, items
-
-
-def _losses(trainer: Trainer) -> Callable[[nn.Module, tuple[list[Any], Any]], Iterator[Tensor]]:
-    """The trainer's loss of each micro-batch, scaled so that their gradients add up to that of the step."""
-
-    def losses(model: nn.Module, step: tuple[list[Any], Any]) -> Iterator[Tensor]:
-        group, items = step
-        scaled = trainer.loss_is_scaled_for_ga
-        if scaled is None:
-            scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
-        for inputs in group:
-            with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-                # A copy: losses may write to their inputs, and a batch can be used twice.
-                loss: Any = trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
-            yield loss if scaled else loss / len(group)
-
-    return losses
+        return select(model, steps, lora=lora, loss_fn=losses(quiet), **options)
 
 
 def _adapt(trainer: Trainer, plan: AdapterPlan, seed: int, fast: Dropout | None) -> None:
