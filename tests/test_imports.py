@@ -15,9 +15,21 @@ import weightlora
 SOURCE = Path(weightlora.__file__).parent
 # A room may import only what stands to its left, and its own files.
 ROOMS = (
-    *("errors", "files", "sites", "budget", "cost", "stoiht", "gates", "dropout", "lora_step", "fast_lora"),
+    *(
+        "errors",
+        "files",
+        "sites",
+        "budget",
+        "cost",
+        "stoiht",
+        "gates",
+        "checkpointing",
+        "dropout",
+        "lora_step",
+        "fast_lora",
+    ),
     *("untouched", "plan_file", "plan", "processes", "tracing", "timing", "estimate", "warmup", "selection"),
-    *("placement", "trainer", "methods", "tasks", "recipe", "hub", "train"),
+    *("placement", "batches", "growth", "trainer", "methods", "tasks", "recipe", "hub", "train"),
     *("bench", "report", "cli"),
 )
 HEAVY = {"torch", "peft", "transformers", "numpy", "matplotlib"}

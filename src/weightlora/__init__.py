@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weightlora.checkpointing import shorten_backward
     from weightlora.errors import WeightLoraError, WeightLoraWarning
     from weightlora.fast_lora import disable_fast_lora, enable_fast_lora
     from weightlora.methods import METHODS, Method, make_method
@@ -36,6 +37,7 @@ _HOMES = {
     "make_method": "methods",
     "select": "selection",
     "select_for": "trainer",
+    "shorten_backward": "checkpointing",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "make_method",
     "select",
     "select_for",
+    "shorten_backward",
 ]
 
 
