@@ -222,6 +222,7 @@ def main(folder):
     fsdp, plan = ("--fsdp", "--fsdp_config", json.dumps(layers)), ("--plan", f"{folder}/ddp/plan.json")
     worker.train("fsdp", *fsdp)
     worker.train("fsdp_plan", *fsdp, *plan)
+    worker.train("fsdp_fast", *fsdp, *plan, "--fast")
     worker.interrupted("fsdp_again", *fsdp, *plan)
     worker.tell_error("measured", OptionError, worker.train, "measured", *fsdp, "--eval_on_start")
     worker.tell_error("partly", OptionError, worker.train, "partly", *partly)
