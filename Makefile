@@ -28,7 +28,11 @@ check: setup   ## format, lint, types, import order
 	$(BIN)/python -m pytest tests/test_imports.py
 
 bench: setup   ## the measurements of docs/: hours on two cores; each goes on where it was stopped
-	$(BIN)/python benchmarks/warmup.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/warmup.py
+	for model in minilm smollm2 llama; do $(BIN)/python benchmarks/step.py $$model; done
+	for model in minilm smollm2 wide; do $(BIN)/python benchmarks/budget.py $$model; done
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/checkpointing.py
 	$(BIN)/python benchmarks/noise.py
 	$(BIN)/python benchmarks/selection.py minilm
 	$(BIN)/python benchmarks/selection.py smollm2

@@ -3,8 +3,8 @@
     python benchmarks/budget.py minilm        # or smollm2, wide; appends benchmarks/results/budget.jsonl
     python benchmarks/budget.py table         # prints Markdown
 
-Bytes are exact counts (``saved_tensors_hooks``) on the model that really carries the plan. Times are medians of steps
-taken in turns; plain LoRA is one of them, and both sides are ratios to it.
+Bytes are exact counts (``saved_tensors_hooks``) on the model that really carries the plan. Times are medians over
+rounds of steps taken in turns; plain LoRA is one of them, and both sides are ratios to it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from warmup import in_turns, saved_bytes
+from warmup import saved_bytes
 
 from weightlora.bench.records import append_record, read_records
 from weightlora.cost import CostBudget
 from weightlora.gates import lora_layers
 from weightlora.plan import make_plan
 from weightlora.sites import find_sites
-from weightlora.timing import time_cost
+from weightlora.timing import in_turns, median_ratio, time_cost
 from weightlora.tracing import saved_cost
 
 RESULTS = Path(__file__).parent / "results" / "budget.jsonl"
@@ -116,10 +116,10 @@ def measure(name: str, rounds: int) -> None:
         counted = saved_bytes(planned, batch)
         unwrapped = planned.base_model.unload()  # type: ignore[operator]
         record = {**common, "study": "plan", "kept": len(kept), "estimated_bytes": saved.of(kept), "bytes": counted}
-        ratios = {"estimated_time": times.of(kept) / times.of_all, "time": seconds[place] / seconds[0]}
+        ratios = {"estimated_time": times.of(kept) / times.of_all, "time": median_ratio(seconds[place], seconds[0])}
         append_record(RESULTS, {**record, **ratios})
     scores = {"score": math.fsum(sizes[i] for i in chosen), "top_score": math.fsum(sizes[i] for i in top)}
-    ratio = {"kept": len(chosen), "estimated_time": budget.price(chosen), "time": seconds[-1] / seconds[0]}
+    ratio = {"kept": len(chosen), "estimated_time": budget.price(chosen), "time": median_ratio(seconds[-1], seconds[0])}
     append_record(RESULTS, {**common, "study": "0.8x", **ratio, **scores})
     print_table()
 

@@ -5,15 +5,20 @@
     python benchmarks/step.py table           # Markdown and benchmarks/results/step.png from the stored records
 
 A step is forward, backward and AdamW, on one thread. The steps of all rows are taken in turns in one process, in
-another order each round; a ratio is one of medians, and the limit against itself is the control. Bytes are exact
-counts of what autograd holds. The limit is the frozen model without adapters whose backward pass runs to the
-embeddings: what any adapter at the bottom of the model must pay.
+another order each round; a ratio is the median over the rounds, and the limit against itself is the control. Saved
+bytes are exact counts of what autograd holds; peak bytes are the most that the first step has allocated at one time,
+with the optimizer's state. The limit is the frozen model without adapters whose backward pass runs to the embeddings:
+what any adapter at the bottom of the model must pay.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
+import json
+import statistics
+import tempfile
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -24,13 +29,15 @@ from typing import Any
 import torch
 from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.profiler import profile
 from tqdm import tqdm
-from warmup import in_turns, saved_bytes
+from warmup import saved_bytes
 
 import weightlora
 from weightlora.bench.records import append_record, read_records
 from weightlora.gates import gated, lora_layers
 from weightlora.sites import find_sites
+from weightlora.timing import in_turns, median_ratio
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT, CONTROL, STOCK, STOCK_0 = "limit", "limit again", "PEFT LoRA, dropout 0.05", "PEFT LoRA, dropout 0"
@@ -74,7 +81,8 @@ def main() -> None:
     measured = measure(SETTINGS[arguments.what](), arguments.rounds, arguments.only)
     for record in measured:
         if arguments.only:
-            print(f"{record['row']:32} {record['seconds'] / measured[0]['seconds']:.3f} {record['saved_bytes']}")
+            ratio = median_ratio(record["seconds"], measured[0]["seconds"])
+            print(f"{record['row']:32} {ratio:.3f} {record['saved_bytes']} {record['peak_bytes']}")
         else:
             append_record(RESULTS / "step.jsonl", {"model": arguments.what, **record})
     if not arguments.only:
@@ -89,19 +97,30 @@ def measure(setting: Setting, rounds: int, only: Sequence[str]) -> list[dict[str
     held = {name: _bytes(row, batch) for name, row in rows.items()}
     with tqdm(total=(rounds + 2) * len(rows), desc="steps") as bar:
         steps = [_step(row, batch, bar) for row in rows.values()]
+        peaks = [peak_bytes(step) for step in steps]
         seconds = in_turns(steps, rounds)
     sizes = {name: sum(p.numel() for p in row.model.parameters() if p.requires_grad) for name, row in rows.items()}
     return [
         {
             "row": name,
             "batch": setting.shape,
-            "rounds": rounds,
-            "seconds": time,
+            "seconds": times,
             "saved_bytes": held[name],
+            "peak_bytes": peak,
             "trained": sizes[name],
         }
-        for name, time in zip(rows, seconds, strict=True)
+        for name, times, peak in zip(rows, seconds, peaks, strict=True)
     ]
+
+
+def peak_bytes(step: Callable[[], None]) -> int:
+    """The most bytes that a step has allocated at one time, above what was there before it."""
+    with profile(profile_memory=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(f"{folder}/trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    return max(itertools.accumulate(event["args"]["Bytes"] for event in events if event.get("name") == "[memory]"))
 
 
 def make_rows(setting: Setting) -> dict[str, Callable[[], Row]]:
@@ -266,8 +285,8 @@ def _minilm() -> Setting:
     from weightlora.tasks.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer(minilm())
-    rows = encode(tokenizer, rotten_tomatoes(train=640, test=0).train, max_length=32)
-    batches = shuffled_batches(rows, DataCollatorWithPadding(tokenizer), batch_size=32, count=20, seed=0)
+    rows = encode(tokenizer, rotten_tomatoes(train=1280, test=0).train, max_length=32)
+    batches = shuffled_batches(rows, DataCollatorWithPadding(tokenizer), batch_size=32, count=40, seed=0)
     base = load_classifier(minilm(), labels=2, seed=0).requires_grad_(False)
     return Setting(base, batches, LoraConfig(r=8, lora_alpha=32, task_type="SEQ_CLS"), "32 reviews of 32 tokens", 20)
 
@@ -321,12 +340,15 @@ def print_table(found: dict[str, dict[str, dict[str, Any]]]) -> None:
     for model, rows in found.items():
         limit, stock = rows[LIMIT], rows[STOCK]
         print(f"\n{model}, {limit['batch']}, {limit['provenance']['hardware']['device']}, one thread; ", end="")
-        print(f"the limit takes {1e3 * limit['seconds']:.0f} ms and saves {limit['saved_bytes'] / 2**20:.1f} MiB\n")
-        print("| row | trained | time ÷ limit | time ÷ PEFT LoRA | bytes ÷ limit | bytes ÷ PEFT LoRA |")
-        print("| --- | --- | --- | --- | --- | --- |")
+        print(f"the limit takes {1e3 * statistics.median(limit['seconds']):.0f} ms")
+        print(f"and saves {limit['saved_bytes'] / 2**20:.1f} MiB\n")
+        print("| row | trained | time ÷ limit | ÷ PEFT LoRA | saved bytes ÷ limit | ÷ PEFT LoRA | peak ÷ PEFT LoRA |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
         for name, row in rows.items():
             against = rows[STOCK_0] if name.endswith("dropout 0") else stock
-            ratios = [row[what] / by[what] for what in ("seconds", "saved_bytes") for by in (limit, against)]
+            ratios = [median_ratio(row["seconds"], by["seconds"]) for by in (limit, against)]
+            ratios += [row["saved_bytes"] / by["saved_bytes"] for by in (limit, against)]
+            ratios += [row["peak_bytes"] / against["peak_bytes"]]
             print(f"| {name} | {row['trained']:,} | {' | '.join(f'{ratio:.3f}' for ratio in ratios)} |")
 
 
@@ -340,8 +362,11 @@ def draw(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     FigureCanvasAgg(figure)
     columns = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for axes, (model, rows) in zip(columns, found.items(), strict=True):
-        for what, shift, label in (("seconds", -0.2, "time"), ("saved_bytes", 0.2, "saved bytes")):
-            values = [rows[name][what] / rows[LIMIT][what] if name in rows else 0.0 for name in names]
+        limit = rows[LIMIT]
+        times = {name: median_ratio(row["seconds"], limit["seconds"]) for name, row in rows.items()}
+        held = {name: row["saved_bytes"] / limit["saved_bytes"] for name, row in rows.items()}
+        for ratios, shift, label in ((times, -0.2, "time"), (held, 0.2, "saved bytes")):
+            values = [ratios.get(name, 0.0) for name in names]
             axes.barh([i + shift for i in range(len(names))], values, height=0.38, label=label)
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(names)), names, fontsize=7)

@@ -2,18 +2,15 @@
 
     python benchmarks/warmup.py          # prints Markdown, appends benchmarks/results/warmup.jsonl
 
-Bytes are exact counts (``saved_tensors_hooks``). Times are ratios of medians; the steps are taken in turns, in another
-order each round, and stock against itself is the control.
+Bytes are exact counts (``saved_tensors_hooks``). Times are medians of ratios round by round; the steps of a round are
+taken in an order of its own, and stock against itself is the control.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import random
 import statistics
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 
 from weightlora.bench.records import append_record
 from weightlora.gates import gated, lora_layers
+from weightlora.timing import in_turns, median_ratio
 
 RESULTS = Path(__file__).parent / "results" / "warmup.jsonl"
 
@@ -97,7 +95,7 @@ def saved_bytes(model: PeftModel, batch: dict[str, Tensor], omega: Tensor | None
 
 
 def step_ratios(model: PeftModel, batch: dict[str, Tensor], omega: Tensor, rounds: int) -> tuple[float, float]:
-    """Median time of a gated warm-up step, and of a stock LoRA step, ÷ that of a stock LoRA step on the same model."""
+    """Time of a gated warm-up step, and of a stock LoRA step, ÷ that of a stock LoRA step on the same model."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     layers = lora_layers(model)
 
@@ -115,8 +113,8 @@ def step_ratios(model: PeftModel, batch: dict[str, Tensor], omega: Tensor, round
             optimizer.zero_grad()
             gates.clear()
 
-    first, with_gates_seconds, second = in_turns([stock, with_gates, stock], rounds)
-    return with_gates_seconds / first, second / first
+    first, with_gates_seconds, second = in_turns([stock, with_gates, stock], rounds, warmups=2)
+    return median_ratio(with_gates_seconds, first), median_ratio(second, first)
 
 
 def gate_seconds(sites: int, rounds: int) -> float:
@@ -135,21 +133,8 @@ def gate_seconds(sites: int, rounds: int) -> float:
             gates.write(gates.omega - 1e-6 * gates.gradient)
             gates.clear()
 
-        gated_seconds = in_turns([with_gates], rounds)[0]
-    return gated_seconds - in_turns([stock], rounds)[0]
-
-
-def in_turns(steps: list[Callable[[], None]], rounds: int) -> list[float]:
-    """Median seconds of each step after two rounds that warm up; each round has an order of its own."""
-    seconds: list[list[float]] = [[] for _ in steps]
-    order, turns = list(range(len(steps))), random.Random(0)
-    for _ in range(rounds + 2):
-        turns.shuffle(order)
-        for i in order:
-            start = time.perf_counter()
-            steps[i]()
-            seconds[i].append(time.perf_counter() - start)
-    return [statistics.median(times[2:]) for times in seconds]
+        gated_seconds = statistics.median(in_turns([with_gates], rounds)[0])
+    return gated_seconds - statistics.median(in_turns([stock], rounds)[0])
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from transformers import (
 import weightlora
 from weightlora import warmup
 from weightlora.errors import OptionError, SelectionError
+from weightlora.fast_lora import fast_dropout
 from weightlora.gates import lora_layers
 from weightlora.recipe import read_recipe
 from weightlora.train import train
@@ -115,6 +116,7 @@ class Witness(TrainerCallback):
         self.first_step = state.global_step
         self.ranks = {name: layer.r["default"] for name, layer in lora_layers(model).items()}
         self.sharded = isinstance(model, FSDPModule)
+        self.fast = fast_dropout(model)
 
     def on_train_end(self, _args, state, _control, model, **_):
         trained = [getattr(p, "_local_tensor", p) for p in model.parameters() if p.requires_grad]
@@ -212,6 +214,7 @@ def main(folder):
     worker.token_selection("tokens")
     worker.token_selection("tokens_apart", average_tokens_across_devices=False)
     worker.train("ddp", "--ddp_find_unused_parameters", "False")
+    worker.train("ddp_fast", "--ddp_find_unused_parameters", "False", "--plan", f"{folder}/ddp/plan.json", "--fast")
 
     shard_on_cpu()
     layers = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["BertLayer"]}
@@ -219,6 +222,7 @@ def main(folder):
     fsdp, plan = ("--fsdp", "--fsdp_config", json.dumps(layers)), ("--plan", f"{folder}/ddp/plan.json")
     worker.train("fsdp", *fsdp)
     worker.train("fsdp_plan", *fsdp, *plan)
+    worker.train("fsdp_fast", *fsdp, *plan, "--fast")
     worker.interrupted("fsdp_again", *fsdp, *plan)
     worker.tell_error("measured", OptionError, worker.train, "measured", *fsdp, "--eval_on_start")
     worker.tell_error("partly", OptionError, worker.train, "partly", *partly)

@@ -19,9 +19,9 @@ METHODS = ("lora", "random", "weightlora", "weightlora_plus")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
     with warnings.catch_warnings():
-        # 32 sentences make one batch: the warm-up says that it is used again.
+        # 8 sentences make one batch: the warm-up says that it is used again.
         warnings.simplefilter("ignore", WeightLoraWarning)
-        assert main(["demo", "--train_size", "32", "--test_size", "16", "--output_dir", str(folder)]) == 0
+        assert main(["demo", "--train_size", "8", "--test_size", "8", "--fast", "--output_dir", str(folder)]) == 0
     return folder
 
 
@@ -62,6 +62,11 @@ def test_the_numbers_are_those_of_the_plans(demo):
         assert lines[method]["parameters"] == plan.parameters + head
     assert lines["lora"]["step_ratio"] == 1.0
     assert lines["weightlora_plus"]["parameters"] <= lines["lora"]["parameters"]
+
+
+def test_it_selects_with_the_fast_step(demo):
+    assert json.loads((demo / "results.json").read_text())["settings"]["fast"] is True
+    assert AdapterPlan.load(demo / "plan.json").options["fast"] == "input"
 
 
 def test_plus_has_the_sites_of_weightlora(demo):

@@ -140,8 +140,9 @@ def test_processes_that_choose_differently_are_stopped(two):
 # -- one adapter -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", ["ddp", "fsdp", "fsdp_plan"])
+@pytest.mark.parametrize("run", ["ddp", "ddp_fast", "fsdp", "fsdp_plan", "fsdp_fast"])
 def test_two_processes_train_the_adapter_of_one(one, two, run):
+    assert {witness["fast"] for witness in told(two, run)} == {"input" if run.endswith("fast") else None}
     assert distance(two, run, "one") < ROUNDING
     assert distance(one, "half", "one") > 100 * ROUNDING  # negative control
 

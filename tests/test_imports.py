@@ -15,9 +15,9 @@ import weightlora
 SOURCE = Path(weightlora.__file__).parent
 # A room may import only what stands to its left, and its own files.
 ROOMS = (
-    *("errors", "files", "sites", "budget", "cost", "stoiht", "gates", "dropout", "lora_step", "fast_lora"),
-    *("untouched", "plan_file", "plan", "processes", "tracing", "timing", "estimate", "warmup"),
-    *("tokens", "probe", "selection", "stock", "triplets", "moving", "placement", "listener", "trainer"),
+    *("errors", "files", "sites", "budget", "cost", "stoiht", "gates", "checkpointing", "dropout", "lora_step"),
+    *("fast_lora", "untouched", "plan_file", "plan", "processes", "tracing", "timing", "estimate", "warmup"),
+    *("tokens", "probe", "selection", "stock", "triplets", "moving", "placement", "batches", "growth", "trainer"),
     *("methods", "applied", "tasks", "recipe", "hub", "train"),
     *("bench", "report", "cli"),
 )

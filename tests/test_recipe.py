@@ -31,6 +31,15 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(writ
     assert (recipe.method.lora_r, recipe.training.output_dir) == (8, "runs/train")
 
 
+def test_fast_alone_means_the_dropout_of_peft(written):
+    assert [read_recipe(words=words).method.fast for words in ([], ["--fast"], ["--fast", "rank"])] == [
+        *(None, "input", "rank")
+    ]
+    assert read_recipe(written({"fast": "input"})).method.fast == "input"
+    with pytest.raises(OptionError, match="invalid choice: 'both'"):
+        read_recipe(words=["--fast=both"])
+
+
 @pytest.mark.parametrize(
     ("task", "arguments", "word"),
     [

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from weightlora.cli import main
-from weightlora.errors import OptionError
+from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.plan import AdapterPlan, make_plan
 from weightlora.recipe import read_recipe
 from weightlora.sites import find_sites
@@ -220,6 +220,46 @@ def test_a_plan_decides_where_one_is_given(unbroken, tmp_path):
     results = run(tmp_path, plan=unbroken / "plan.json")
     assert results["method"] == "plan"
     assert equal(adapter(tmp_path), adapter(unbroken))  # the warm-up leaves no trace in the training
+
+
+# -- the fast step ---------------------------------------------------------------------------------------------------
+
+
+def losses(results):
+    return torch.tensor([loss for _, loss in results["losses"]])
+
+
+def test_the_fast_step_gives_the_losses_of_pefts(tmp_path):
+    stock = run(tmp_path / "stock", lora_dropout=0)
+    fast = run(tmp_path / "fast", lora_dropout=0, fast="input")
+    plans = [AdapterPlan.load(tmp_path / folder / "plan.json") for folder in ("stock", "fast")]
+    assert plans[1].options["fast"] == "input"
+    assert plans[0].ranks == plans[1].ranks
+    torch.testing.assert_close(losses(fast), losses(stock), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(plans[1].history), torch.tensor(plans[0].history), rtol=1e-4, atol=0)
+    assert fast["metrics"] == stock["metrics"]
+    saved = [(tmp_path / folder / "adapter" / "adapter_config.json").read_text() for folder in ("stock", "fast")]
+    assert saved[0] == saved[1]
+    assert plans[0].history != plans[1].history  # it was the fast step that ran: it rounds in another order
+
+
+def test_the_fast_step_goes_on_where_it_stopped(unbroken, tmp_path):
+    whole = run(tmp_path, fast="rank")
+    # The control of the test above: with dropout behind A the losses are others.
+    assert not torch.allclose(losses(whole), torch.tensor([loss for _, loss in curve(unbroken)]), rtol=1e-5, atol=0)
+    before = adapter(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    (tmp_path / "results.json").unlink()
+    assert losses(run(tmp_path, fast="rank")).equal(losses(whole))
+    assert equal(adapter(tmp_path), before)
+    (tmp_path / "results.json").unlink()
+    with pytest.raises(OptionError, match="fast: 'rank' there, 'input' now"):
+        run(tmp_path, fast="input")
+
+
+def test_what_the_fast_step_leaves_to_peft_is_told(tmp_path):
+    with pytest.warns(WeightLoraWarning, match="9 of 9 LoRA layers stay as PEFT computes them"):
+        run(tmp_path, fast="input", use_dora=True, method="random", max_steps=1)
 
 
 # -- kill -9 -----------------------------------------------------------------------------------------------------------

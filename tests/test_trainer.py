@@ -26,6 +26,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import weightlora
 from weightlora.errors import OptionError, SelectionError
+from weightlora.fast_lora import fast_coverage, fast_dropout
 from weightlora.gates import lora_layers
 from weightlora.plan import AdapterPlan
 from weightlora.tasks.classification import encode
@@ -297,6 +298,18 @@ def test_bf16_keeps_nearly_the_same_sites(make_classifier):
     rounded = weightlora.select_for(make_classifier("b", bf16=True), head_steps=0, steps=8)
     assert rounded.history != plain.history  # the precision did reach the warm-up
     assert plain.jaccard(rounded) >= 0.8
+
+
+@pytest.mark.parametrize("fast", ["rank", None])
+def test_the_fast_step_stays_on(make_classifier, fast):
+    """Asked for, or enabled before: the line gives the model new adapters."""
+    trainer = make_classifier()
+    if fast is None:
+        weightlora.enable_fast_lora(trainer.model, dropout="rank")
+    plan = weightlora.select_for(trainer, fast=fast, head_steps=0, steps=2)
+    assert fast_coverage(trainer.model).covered == plan.names
+    assert fast_dropout(trainer.model) == plan.options["fast"] == "rank"
+    trainer.train()
 
 
 def test_expand_is_weightlora_plus(make_classifier, tmp_path):

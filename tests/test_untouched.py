@@ -17,6 +17,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from weightlora import select
+from weightlora.fast_lora import fast_dropout
 from weightlora.untouched import untouched
 
 TOKENS = {"input_ids": torch.arange(32).reshape(4, 8), "labels": torch.tensor([0, 1, 1, 0])}
@@ -257,3 +258,20 @@ def test_every_adapter_of_a_peft_model_survives(names):
     run(model, "first_order", None, head_steps=0, keep=1)
     assert fingerprint(model) == before
     assert torch.equal(model(**TOKENS).logits, logits)
+
+
+@pytest.mark.parametrize("make", [bert, lora_bert], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("rule", ["first_order", "stoiht"])
+def test_the_fast_warm_up_leaves_the_model_untouched(make, rule):
+    model, fast = make(), set()
+    before = fingerprint(model)
+
+    def loss(model, batch):
+        fast.add(fast_dropout(model))
+        return model(**batch).loss
+
+    lora = None if make is lora_bert else LoraConfig(r=2, modules_to_save=["classifier"])
+    plan = select(model, [TOKENS] * 3, lora=lora, loss_fn=loss, steps=3, head_steps=0, keep=2, rule=rule, fast="rank")
+    assert fingerprint(model) == before
+    assert fast == {"rank"}  # it was on meanwhile
+    assert plan.options["fast"] == "rank"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weightlora.applied import method_for
+    from weightlora.checkpointing import shorten_backward
     from weightlora.errors import WeightLoraError, WeightLoraWarning
     from weightlora.fast_lora import disable_fast_lora, enable_fast_lora
     from weightlora.methods import METHODS, Method, make_method
@@ -38,6 +39,7 @@ _HOMES = {
     "method_for": "applied",
     "select": "selection",
     "select_for": "trainer",
+    "shorten_backward": "checkpointing",
 }
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "method_for",
     "select",
     "select_for",
+    "shorten_backward",
 ]
 
 

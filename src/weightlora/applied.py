@@ -12,8 +12,10 @@ from typing import Any
 from peft import PeftModel
 from transformers import Trainer
 
+from weightlora.batches import micro_batches, micro_loss, planned_steps, quiet_copy
 from weightlora.errors import OptionError
-from weightlora.listener import listening_copy, micro_batches, micro_loss, planned_steps
+from weightlora.fast_lora import enable_fast_lora
+from weightlora.lora_step import Dropout
 from weightlora.methods import Method, entry_of, make_method, options_of
 from weightlora.placement import placed, require_heads, require_weights
 from weightlora.processes import from_first, process_count
@@ -23,7 +25,9 @@ from weightlora.untouched import seeded
 from weightlora.warmup import peeked
 
 
-def method_for(trainer: Trainer, name: str, *, seed: int | None = None, **options: Any) -> Method:
+def method_for(
+    trainer: Trainer, name: str, *, seed: int | None = None, fast: Dropout | None = None, **options: Any
+) -> Method:
     """Put the adapters of a method on the trainer's model, and let the trainer call what the method does in training.
 
     The method looks at the trainer's own batches through the trainer's own loss. Its plan is written to
@@ -34,6 +38,7 @@ def method_for(trainer: Trainer, name: str, *, seed: int | None = None, **option
         trainer: A trainer that has not trained yet, on a PEFT model with fresh LoRA adapters: the budget.
         name: One of :data:`weightlora.METHODS`.
         seed: Decides all random numbers; None takes the trainer's.
+        fast: Train with the step of :func:`weightlora.enable_fast_lora`, with this ``dropout``; None is PEFT's.
         options: The method's own.
 
     Raises:
@@ -56,8 +61,8 @@ def method_for(trainer: Trainer, name: str, *, seed: int | None = None, **option
     require_fresh(trainer)
     arguments = trainer.args
     seed = arguments.seed if seed is None else seed
-    listener = listening_copy(trainer)
-    given = {"seed": seed, "lr": arguments.learning_rate, "loss_fn": micro_loss(listener)}
+    quiet = quiet_copy(trainer)
+    given = {"seed": seed, "lr": arguments.learning_rate, "loss_fn": micro_loss(quiet), "fast": fast}
     method = make_method(name, **{k: v for k, v in given.items() if k in options_of(name)}, **options)
     _require_possible(trainer, method, name)
     total = planned_steps(trainer)
@@ -65,7 +70,7 @@ def method_for(trainer: Trainer, name: str, *, seed: int | None = None, **option
     if entry_of(name).hears != "nothing":
         require_weights(trainer)
         with seeded(seed):  # the loader's order must not depend on the adapters
-            _, batches = peeked(micro_batches(listener))
+            _, batches = peeked(micro_batches(quiet))
 
     guard = PlanGuard()
     trainer.add_callback(guard)
@@ -76,6 +81,8 @@ def method_for(trainer: Trainer, name: str, *, seed: int | None = None, **option
     if not others:  # TRL's choice for quantised models, or the user's
         cast_trained(attached, dtype)
     take_tuner(model, attached)
+    if fast is not None:
+        enable_fast_lora(model, fast)
     from_first(partial(keep_plan, method.plan, Path(str(arguments.output_dir)) / PLAN_FILE))
     for callback in method.callbacks():
         trainer.add_callback(callback)

@@ -39,6 +39,11 @@ class Estimate:
     """Step time ÷ that of plain LoRA."""
 
 
+def plain_lora(plan: AdapterPlan) -> AdapterPlan:
+    """Return LoRA on all of the plan's candidates: the budget that it was made from."""
+    return replace(plan, entries=tuple(replace(e, r=e.lora_r, alpha=e.lora_alpha) for e in plan.entries))
+
+
 def estimate(
     plan: AdapterPlan, model: nn.Module, make_loss: MakeLoss, *, rows: int, length: int, rounds: int = 3
 ) -> list[Estimate]:
@@ -58,8 +63,7 @@ def estimate(
     Raises:
         PlanMismatchError: The plan was made for another model.
     """
-    whole = replace(plan, entries=tuple(replace(e, r=e.lora_r, alpha=e.lora_alpha) for e in plan.entries))
-    variants = {"LoRA": whole, "plan": plan, "plan, expanded": plan.expand()}
+    variants = {"LoRA": plain_lora(plan), "plan": plan, "plan, expanded": plan.expand()}
     timed_rows = max(1, min(rows, TIMED_TOKENS // length))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     counts: dict[str, Mapping[str, int]] = {}

@@ -97,6 +97,12 @@ def disable_fast_lora(model: nn.Module) -> None:
             del layer.lora_variant[adapter]
 
 
+def fast_dropout(model: nn.Module) -> Dropout | None:
+    """Return the ``dropout`` that :func:`enable_fast_lora` was called with; None where it is not on."""
+    variants = [layer.lora_variant.get(adapter) for _, layer, adapter in _adapters(model)]
+    return next((variant.dropout for variant in variants if isinstance(variant, FastLora)), None)
+
+
 def fast_coverage(model: nn.Module, adapter: str = "default") -> Coverage:
     """Say which LoRA layers :func:`enable_fast_lora` covers, enabled or not, and why the others are left to PEFT.
 

@@ -191,12 +191,15 @@ class AdapterPlan:
 
         The same as ``get_peft_model(model, plan.to_lora_config())`` with two things settled: the plan is checked
         against the model before and after, and the config that is saved holds the full sorted names (PEFT shortens
-        lists of 20 or more names to suffixes, which can match more modules in another model).
+        lists of 20 or more names to suffixes, which can match more modules in another model). Where the model has
+        gradient checkpointing on, :func:`weightlora.shorten_backward` is called.
 
         Raises:
             PlanMismatchError: The model lacks planned sites, or has them in other shapes.
         """
         from peft import get_peft_model
+
+        from weightlora.checkpointing import shorten_backward
 
         self.check_sites(model)
         peft_model = get_peft_model(model, self.to_lora_config(**overrides))  # pyright: ignore[reportArgumentType]
@@ -206,7 +209,7 @@ class AdapterPlan:
         except PlanMismatchError:
             peft_model.base_model.unload()  # pyright: ignore[reportCallIssue]
             raise
-        return peft_model
+        return shorten_backward(peft_model)
 
     def check_sites(self, model: nn.Module) -> None:
         """Raise unless every candidate of the plan is a linear layer of ``model`` with the same shape.

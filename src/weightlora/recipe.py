@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass
@@ -91,6 +91,10 @@ class MethodOptions:
     )
     use_rslora: bool = _option(False, "scale by alpha/√r")
     use_dora: bool = _option(False, "train DoRA on the chosen sites")
+    fast: Literal["input", "rank"] | None = _option(
+        None, "the cheaper LoRA step; rank drops behind lora_A, input (alone) as PEFT does", nargs="?", const="input"
+    )
+    grow_batch: bool = _option(False, "then train larger batches with less accumulation, in the memory of plain LoRA")
 
     @property
     def own(self) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from tqdm import tqdm
 from weightlora.budget import Keep, Limit, read_budget, read_limit, warmup_steps
 from weightlora.cost import CostBudget
 from weightlora.errors import OptionError
+from weightlora.fast_lora import enable_fast_lora
 from weightlora.gates import lora_layers
+from weightlora.lora_step import Dropout
 from weightlora.plan import AdapterPlan, base_model_name, make_plan
 from weightlora.probe import attach_plain_lora
 from weightlora.processes import from_first, make_whole, require_agreement
@@ -51,6 +53,7 @@ def select(
     threshold: Threshold = "magnitude",
     lr: float = 1e-3,
     gate_lr: float = 5.0,
+    fast: Dropout | None = None,
     progress: bool = True,
 ) -> AdapterPlan:
     """Return the plan of the adapters that matter most; ``model`` is left bit for bit as it was.
@@ -83,6 +86,8 @@ def select(
         threshold: ``"magnitude"`` is the paper, ``"signed"`` the authors' code; see :func:`hard_threshold`.
         lr: AdamW's learning rate for head, A and B, constant; best the one of the training.
         gate_lr: η, the step size of ω under ``"stoiht"``; 5.0 as in the authors' code, the paper gives none.
+        fast: The ``dropout`` of :func:`weightlora.enable_fast_lora`, under which the warm-up then runs; None is PEFT's
+            step. A budget in bytes or step time is that of PEFT's step in any case.
         progress: Show a bar where the output is a terminal.
 
     Raises:
@@ -129,6 +134,8 @@ def select(
             first, batches = peeked(batches)
             with untouched(model, seed=seed):  # the gates are heard as if nothing had been measured
                 budget = _measured(budget, attached, partial(in_parts, model, first, loss_fn), sites)
+        if fast is not None:  # after the measuring: it counts what the frozen layers do apart from the adapters
+            enable_fast_lora(attached, fast)
         total = options.head_steps + options.steps
         with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
             stage = Stage(model, layers, head, cycled(batches, total), loss_fn, bar)
@@ -145,6 +152,7 @@ def select(
         options={
             "keep": keep,
             **{k: v for k, v in asdict(options).items() if k != "rule"},
+            **({} if fast is None else {"fast": fast}),
             **({"cost": budget.price(heard.kept)} if isinstance(budget, CostBudget) else {}),
         },
         seed=seed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -59,6 +59,35 @@ def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5) -> Cost:
     b = _factor(first - none - a * own.of(one), below.of(one))
     items = [Item(round(factor * i.amount), i.causes) for factor, cost in ((a, own), (b, below)) for i in cost.items]
     return make_cost(n, [*items, Item(none, (always,))], own.order)
+
+
+def in_turns(steps: Sequence[Callable[[], object]], rounds: int, *, warmups: int = 1) -> list[list[float]]:
+    """Return the seconds of each step in each of ``rounds``; the steps are taken in turns, in an order drawn anew.
+
+    Args:
+        steps: Each does one step when it is called.
+        rounds: Timed rounds.
+        warmups: Rounds before them, which do not count.
+
+    Example:
+        >>> [quick, slow] = in_turns([lambda: sum(range(10)), lambda: sum(range(100_000))], rounds=3)
+        >>> len(quick), median_ratio(slow, quick) > 1
+        (3, True)
+    """
+    seconds: list[list[float]] = [[] for _ in steps]
+    order, turns = list(range(len(steps))), random.Random(0)
+    for _ in range(rounds + warmups):
+        turns.shuffle(order)
+        for place in order:
+            start = now()
+            steps[place]()
+            seconds[place].append(now() - start)
+    return [times[warmups:] for times in seconds]
+
+
+def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
+    """Return the median of ``seconds ÷ reference``, round by round: what drifts slower than a round cancels out."""
+    return statistics.median(time / other for time, other in zip(seconds, reference, strict=True))
 
 
 def step_seconds(model: nn.Module, losses: Losses, *, steps: int = 2) -> list[float]:
@@ -116,19 +145,17 @@ def _steps(
     sets: Sequence[Iterable[int]],
     rounds: int,
 ) -> list[float]:
-    """Median seconds of whole steps with each set of sites, taken in turns, each round in an order of its own."""
-    seconds: list[list[float]] = [[] for _ in sets]
-    turns, order = random.Random(0), list(range(len(sets)))
-    for _ in range(rounds + 1):
-        turns.shuffle(order)
-        for place in order:
-            kept = set(sets[place])
-            for i, layer in enumerate(layers.values()):
-                layer.enable_adapters(i in kept)
-            seconds[place].append(_step(losses, optimizer))
+    """Median seconds of whole steps with each set of sites, taken in turns."""
+
+    def step(kept: frozenset[int]) -> None:
+        for i, layer in enumerate(layers.values()):
+            layer.enable_adapters(i in kept)
+        _step(losses, optimizer)
+
+    seconds = in_turns([partial(step, frozenset(kept)) for kept in sets], rounds)
     for layer in layers.values():
         layer.enable_adapters(True)
-    return [statistics.median(times[1:]) for times in seconds]
+    return list(map(statistics.median, seconds))
 
 
 def _step(losses: Losses, optimizer: torch.optim.Optimizer) -> float:

@@ -3,6 +3,7 @@
 output_dir/config.yaml   the effective options, written when everything has been found to fit
 output_dir/before.json   metrics of the base model, with eval_on_start
 output_dir/plan.json     which sites carry adapters, as soon as it is known
+output_dir/batch.json    the batch that was found, with grow_batch
 output_dir/checkpoint-*  the Trainer's own
 output_dir/adapter/      the trained adapter: stock PEFT, with plan.json and a model card
 output_dir/results.json  metrics, parameters and seconds, written last
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,9 @@ from weightlora.applied import method_for
 from weightlora.budget import read_keep
 from weightlora.errors import DataError, OptionError
 from weightlora.files import whole_file, whole_folder, writable_folder, write_json
+from weightlora.growth import Batch, grown_batch, require_growable, use_batch
 from weightlora.hub import push_adapter, require_hub
-from weightlora.methods import Method, options_of
+from weightlora.methods import Method, make_method, options_of
 from weightlora.placement import require_measurable
 from weightlora.plan import AdapterPlan
 from weightlora.processes import from_first, is_first
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
 CONFIG_FILE, BEFORE_FILE, RESULTS_FILE = "config.yaml", "before.json", "results.json"
-HEATMAP_FILE, ADAPTER = "heatmap.png", "adapter"
+BATCH_FILE, HEATMAP_FILE, ADAPTER = "batch.json", "heatmap.png", "adapter"
 #: What a whole checkpoint holds at least; a run that was killed while it wrote one leaves less.
 _CHECKPOINT_FILES = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json", PLAN_FILE)
 
@@ -79,10 +81,15 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
     trainer = prepared.make_trainer(_with_lora(base, recipe, kind.TASK_TYPE), recipe.training, callbacks)
     if recipe.training.eval_on_start:
         require_measurable(trainer)
+    if recipe.method.grow_batch:
+        _require_still(recipe)
+        require_growable(trainer)
 
     from_first(lambda: _write_config(output, settings))  # before this, a mistake leaves nothing behind
     start = time.perf_counter()
     plan, method = _plan(trainer, recipe)
+    if recipe.method.grow_batch:
+        _grow(trainer, plan, recipe)
     selected = time.perf_counter()
     before = from_first(partial(_read_json, output / BEFORE_FILE))
     if recipe.training.eval_on_start and before is None:
@@ -114,6 +121,8 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
         "selection_seconds": round(selected - start, 2),
         "training_seconds": round(end - begin, 2),
         "steps": trainer.state.global_step,
+        "per_device_train_batch_size": trainer.args.per_device_train_batch_size,
+        "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
     }
     if is_first():
@@ -217,15 +226,30 @@ def _plan(trainer: Trainer, recipe: Recipe) -> tuple[AdapterPlan, Method | None]
     """Find the plan by the recipe's method and give the trainer's model the planned adapters."""
     options, seed = recipe.method, recipe.training.seed
     if options.plan is not None:
-        return adopt(trainer, AdapterPlan.load(options.plan), seed=seed), None
+        return adopt(trainer, AdapterPlan.load(options.plan), seed=seed, fast=options.fast), None
     keep = read_keep(options.keep)
     if options.method in ("weightlora", "weightlora_plus"):  # they listen to the trainer's own loss
-        names = ("rule", "steps", "head_steps", "threshold_every", "threshold", "gate_lr")
+        names = ("rule", "steps", "head_steps", "threshold_every", "threshold", "gate_lr", "fast")
         warmup = {name: getattr(options, name) for name in names}
         return select_for(trainer, keep=keep, expand=options.method == "weightlora_plus", **warmup), None
     given = {"keep": keep} if "keep" in options_of(options.method) else {}
-    method = method_for(trainer, options.method, seed=seed, **{**given, **options.own})
+    method = method_for(trainer, options.method, seed=seed, fast=options.fast, **{**given, **options.own})
     return method.plan, method
+
+
+def _require_still(recipe: Recipe) -> None:
+    if recipe.method.plan is None and make_method(recipe.method.method).callbacks():
+        raise OptionError(f"grow_batch: {recipe.method.method} moves ranks, and what they take; leave grow_batch out")
+
+
+def _grow(trainer: Trainer, plan: AdapterPlan, recipe: Recipe) -> None:
+    """Train with the batch that was found at the first start; what a device measures may differ at the next."""
+    path = recipe.output_dir / BATCH_FILE
+    stored = from_first(partial(_read_json, path))
+    batch = grown_batch(trainer, plan, fast=recipe.method.fast) if stored is None else Batch(**stored)
+    if stored is None and is_first():
+        write_json(path, asdict(batch))
+    use_batch(trainer, batch)
 
 
 def _resume_point(recipe: Recipe, plan: AdapterPlan, *, sharded: bool) -> str | None:

@@ -16,11 +16,14 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from weightlora.batches import losses, optimizer_steps, planned_steps, quiet_copy
 from weightlora.budget import Keep, warmup_steps
+from weightlora.checkpointing import release_inputs, shorten_backward
 from weightlora.errors import OptionError, SelectionError
+from weightlora.fast_lora import enable_fast_lora, fast_dropout
 from weightlora.files import writable_folder
 from weightlora.gates import lora_layers
-from weightlora.listener import listening_copy, losses, optimizer_steps, planned_steps
+from weightlora.lora_step import Dropout
 from weightlora.placement import placed, require_heads, require_weights
 from weightlora.plan import AdapterPlan, config_fields
 from weightlora.processes import from_first
@@ -42,6 +45,7 @@ def select_for(
     steps: int | None = None,
     lr: float | None = None,
     seed: int | None = None,
+    fast: Dropout | None = None,
     **options: Any,
 ) -> AdapterPlan:
     """Return the plan for what ``trainer`` is about to train; its model then carries exactly the planned adapters.
@@ -63,6 +67,8 @@ def select_for(
         steps: T; None stands for 0.5 % of the training's steps, at least 20.
         lr: The warm-up's learning rate; None takes the trainer's.
         seed: As in :func:`weightlora.select`; None takes the trainer's.
+        fast: Warm-up and training take the step of :func:`weightlora.enable_fast_lora`, with this ``dropout``; None
+            leaves it to the model, on which it may be enabled already.
         options: Further arguments of :func:`weightlora.select`: rule, head_steps, threshold_every, ...
 
     Raises:
@@ -85,11 +91,12 @@ def select_for(
     """
     lora = lora_of(trainer, lora)
     require_fresh(trainer)
+    fast = fast_dropout(trainer.model) if fast is None else fast  # pyright: ignore[reportArgumentType]
     guard = PlanGuard()
     trainer.add_callback(guard)
     arguments = trainer.args
     seed = arguments.seed if seed is None else seed
-    options = {"keep": keep, "lr": arguments.learning_rate if lr is None else lr, **options}
+    options = {"keep": keep, "lr": arguments.learning_rate if lr is None else lr, "fast": fast, **options}
     path = Path(str(arguments.output_dir)) / PLAN_FILE
 
     wanted = {**options, "steps": steps, "seed": seed, "expand": expand}
@@ -100,13 +107,13 @@ def select_for(
         plan = _select(trainer, lora, seed=seed, progress=not arguments.disable_tqdm, **options)
         plan = plan.expand() if expand else plan
         from_first(partial(plan.save, path))
-    _adapt(trainer, plan, seed)
+    _adapt(trainer, plan, seed, fast)
     require_heads(trainer)
     guard.plan = plan
     return plan
 
 
-def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int) -> AdapterPlan:
+def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int, fast: Dropout | None = None) -> AdapterPlan:
     """Give the trainer's PEFT model exactly the adapters of a plan that was found elsewhere, freshly initialised.
 
     Like :func:`select_for`, with the warm-up done before.
@@ -115,6 +122,7 @@ def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int) -> AdapterPlan:
         trainer: A trainer that has not trained yet, on a PEFT model with fresh LoRA adapters.
         plan: Made for the trainer's base model.
         seed: Decides A's random start.
+        fast: As in :func:`select_for`.
 
     Raises:
         OptionError: The trainer is not fresh, or ``output_dir`` holds another plan.
@@ -126,7 +134,7 @@ def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int) -> AdapterPlan:
     guard = PlanGuard()
     trainer.add_callback(guard)
     from_first(partial(keep_plan, plan, Path(str(trainer.args.output_dir)) / PLAN_FILE))
-    _adapt(trainer, plan, seed)
+    _adapt(trainer, plan, seed, fast)
     require_heads(trainer)
     guard.plan = plan
     return plan
@@ -145,6 +153,15 @@ class PlanGuard(TrainerCallback):
         if self.plan is None:
             raise SelectionError("select_for() failed, so this trainer would train plain LoRA; make a new one")
         self.plan.check(kwargs["model"])
+        shorten_backward(kwargs["model"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the backward pass short: DPO switches checkpointing off and on again after each forward pass."""
+        release_inputs(kwargs["model"])
+
+    on_substep_end = on_step_begin
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the plan into the checkpoint that was just written."""
@@ -240,25 +257,32 @@ def _select(trainer: Trainer, lora: LoraConfig, **options: Any) -> AdapterPlan:
         settings: dict[str, Any] = dict(given or {})
         placing = {key: settings.pop(key) for key in ("every_n_layers", "offload") if key in settings}
         model.activation_checkpointing_enable(settings or None, **placing)
-    listener = listening_copy(trainer)
+    release_inputs(model)  # as PlanGuard will do
+    quiet = quiet_copy(trainer)
     count = options["steps"] + (HEAD_STEPS if options.get("head_steps") is None else options["head_steps"])
     with seeded(options["seed"]):  # before anything is drawn: the loader's order must not depend on the adapters
-        steps = list(islice(optimizer_steps(listener), count))
+        steps = list(islice(optimizer_steps(quiet), count))
     with placed(trainer):
-        return select(model, steps, lora=lora, loss_fn=losses(listener), **options)
+        return select(model, steps, lora=lora, loss_fn=losses(quiet), **options)
 
 
-def _adapt(trainer: Trainer, plan: AdapterPlan, seed: int) -> None:
+def _adapt(trainer: Trainer, plan: AdapterPlan, seed: int, fast: Dropout | None) -> None:
     """Put freshly initialised adapters on the planned sites; a PEFT model stays the same object, with a new tuner."""
     old: Any = trainer.model
     plan.check_sites(old)
     with seeded(seed):
-        if not isinstance(old, PeftModel):
+        if isinstance(old, PeftModel):
+            _replace_tuner(old, plan)
+        else:
             new = plan.attach(old)
             trainer.model = trainer.model_wrapped = trainer.callback_handler.model = new  # pyright: ignore
-            return
-        (dtype, *others) = {p.dtype for p in old.parameters() if p.requires_grad}
-        new = plan.attach(old.base_model.unload())  # pyright: ignore[reportCallIssue]
+    if fast is not None:
+        enable_fast_lora(trainer.model, fast)  # pyright: ignore[reportArgumentType]
+
+
+def _replace_tuner(old: Any, plan: AdapterPlan) -> None:
+    (dtype, *others) = {p.dtype for p in old.parameters() if p.requires_grad}
+    new = plan.attach(old.base_model.unload())
     if not others:  # TRL's choice for quantised models, or the user's
         cast_trained(new, dtype)
     take_tuner(old, new)

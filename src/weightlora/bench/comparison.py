@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from weightlora.timing import in_turns, median_ratio
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,20 +63,17 @@ def compare(
 
 
 def step_ratios(models: Mapping[str, PeftModel], batch: Mapping[str, torch.Tensor], *, rounds: int) -> dict[str, float]:
-    """Return each model's median step time ÷ the first model's, steps interleaved in this process."""
-    optimizers = {n: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad]) for n, m in models.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(rounds + 1):
-        for name, model in models.items():
-            model.train()
-            start = time.perf_counter()
-            model(**batch).loss.backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first step warms up
-    first = next(iter(medians.values()))
-    return {name: median / first for name, median in medians.items()}
+    """Return each model's step time ÷ the first model's: medians of steps taken in turns in this process."""
+
+    def step(model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
+        model.train()
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]) for model in models.values()]
+    seconds = in_turns([partial(step, *pair) for pair in zip(models.values(), optimizers, strict=True)], rounds)
+    return {name: median_ratio(times, seconds[0]) for name, times in zip(models, seconds, strict=True)}
 
 
 def table_rows(lines: Sequence[Comparison]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

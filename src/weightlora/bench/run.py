@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from weightlora.fast_lora import enable_fast_lora
 from weightlora.plan import AdapterPlan
 from weightlora.tasks.classification import Row, accuracy, load_classifier, shuffled_batches
 
@@ -40,6 +41,8 @@ class Settings:
     """Decides the fresh head, the order of the data and A's random start; equal seeds see equal data."""
     warmup_batches: int = 64
     """How many training batches a selecting method may look at."""
+    fast: bool = False
+    """Train with the step of :func:`weightlora.enable_fast_lora`."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def train_classifier(
     )
     start = time.perf_counter()
     model = method.attach(base, lora, batches, steps)
+    if settings.fast:
+        enable_fast_lora(model)
     selected = time.perf_counter()
     trainer = Trainer(
         model=model,  # pyright: ignore[reportArgumentType]  # a PeftModel is what the Trainer's docs pass

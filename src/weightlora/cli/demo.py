@@ -33,6 +33,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="head, data order, selection; default: %(default)s")
     parser.add_argument("--train_size", type=int, default=_TRAIN, help="sentences to train on; default: %(default)s")
     parser.add_argument("--test_size", type=int, default=_TEST, help="sentences to test on; default: %(default)s")
+    parser.add_argument("--fast", action="store_true", help="train and select with the cheaper LoRA step")
     parser.set_defaults(run=run)
 
 
@@ -71,13 +72,16 @@ def _train_all(
     from weightlora.tasks.classification import encode, shuffled_batches
     from weightlora.tasks.embedded import minilm, rotten_tomatoes
 
-    settings = Settings(minilm(), epochs=_EPOCHS, batch_size=_BATCH_SIZE, lr=_LR, seed=arguments.seed)
+    settings = Settings(
+        minilm(), epochs=_EPOCHS, batch_size=_BATCH_SIZE, lr=_LR, seed=arguments.seed, fast=arguments.fast
+    )
     lora = LoraConfig(r=8, lora_alpha=32, task_type="SEQ_CLS")
+    fast = "input" if arguments.fast else None
     chosen: dict[str, dict[str, Any]] = {
         "lora": {},
         "random": {"keep": 0.5, "seed": arguments.seed},
-        "weightlora": {"keep": 0.5, "seed": arguments.seed, "lr": _LR},
-        "weightlora_plus": {"keep": 0.5, "seed": arguments.seed, "lr": _LR},
+        "weightlora": {"keep": 0.5, "seed": arguments.seed, "lr": _LR, "fast": fast},
+        "weightlora_plus": {"keep": 0.5, "seed": arguments.seed, "lr": _LR, "fast": fast},
     }
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     data = rotten_tomatoes(arguments.train_size, test=arguments.test_size)
@@ -126,6 +130,7 @@ def _write_results(output: Path, lines: list[Comparison], probe: dict[str, Any],
         "learning_rate": _LR,
         "lora": "r=8, lora_alpha=32, all 36 linear layers of the encoder",
         "seed": arguments.seed,
+        "fast": arguments.fast,
     }
     methods = [asdict(line) for line in lines]
     results = {"settings": settings, "methods": methods, "probe": probe, "provenance": provenance()}

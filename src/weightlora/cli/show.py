@@ -23,6 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from weightlora.plan import AdapterPlan
     from weightlora.report.adapter import read_adapter
+    from weightlora.report.coverage import fast_gaps, fast_text
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
 
     path: Path = arguments.path
@@ -34,6 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(
         f"parameters  {plan.parameters:,} ({100 * plan.parameters / plan.lora_parameters:.1f} % of plain LoRA)"
     )
+    console.print(f"fast step   {fast_text(*fast_gaps(path, plan))}", soft_wrap=True)
     console.print(f"rule        {plan.rule} {dict(plan.options) or ''} seed {plan.seed}")
     console.print(f"base model  {plan.base_model or 'unnamed'}", soft_wrap=True)
     if arguments.png:

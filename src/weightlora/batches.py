@@ -1,4 +1,4 @@
-"""The trainer's own batches and loss, for those who look at them before it trains."""
+"""What a trainer is going to train on, looked at before it does: its own batches and loss, outside its logs."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from transformers import Trainer
 
 
 def planned_steps(trainer: Trainer) -> int:
-    """Optimizer steps that ``trainer.train()`` is going to take."""
+    """Return how many optimizer steps ``trainer.train()`` is going to take."""
     *_, max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     return int(max_steps)
 
 
-def listening_copy(trainer: Trainer) -> Trainer:
-    """A copy of the trainer with notebooks of its own: what a loss writes down about itself stays out of the logs."""
-    other = copy(trainer)
+def quiet_copy(trainer: Trainer) -> Trainer:
+    """Return a copy of the trainer with notebooks of its own: what a loss writes down stays out of the logs."""
+    quiet = copy(trainer)
     notes = {
         key: value for key, value in vars(trainer).items() if isinstance(value, dict) and key != "callback_handler"
     }
-    vars(other).update(deepcopy(notes))
-    return other
+    vars(quiet).update(deepcopy(notes))
+    return quiet
 
 
 def optimizer_steps(trainer: Trainer) -> Iterator[tuple[list[Any], Any]]:
-    """The training's own batches, grouped by optimizer step, each with its count of items for the loss's mean."""
+    """Yield the training's own batches, grouped by optimizer step, each with its count of items for the mean."""
     batches = iter(trainer.get_train_dataloader())
     while True:
         group, items = trainer.get_batch_samples(batches, trainer.args.gradient_accumulation_steps, trainer.args.device)
@@ -37,9 +37,9 @@ def optimizer_steps(trainer: Trainer) -> Iterator[tuple[list[Any], Any]]:
 
 
 def losses(trainer: Trainer) -> Callable[[nn.Module, tuple[list[Any], Any]], Iterator[Tensor]]:
-    """The trainer's loss of each micro-batch, scaled so that their gradients add up to that of the step."""
+    """Return the trainer's loss of each micro-batch, scaled so that their gradients add up to that of the step."""
 
-    def in_parts(model: nn.Module, step: tuple[list[Any], Any]) -> Iterator[Tensor]:
+    def of_step(model: nn.Module, step: tuple[list[Any], Any]) -> Iterator[Tensor]:
         group, items = step
         scaled = trainer.loss_is_scaled_for_ga
         if scaled is None:
@@ -50,17 +50,17 @@ def losses(trainer: Trainer) -> Callable[[nn.Module, tuple[list[Any], Any]], Ite
                 loss: Any = trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
             yield loss if scaled else loss / len(group)
 
-    return in_parts
+    return of_step
 
 
 def micro_batches(trainer: Trainer) -> Iterator[Any]:
-    """The training's own batches one by one, for methods that look at rows and not at optimizer steps."""
+    """Yield the training's own batches one by one, for methods that look at rows and not at optimizer steps."""
     for group, _ in optimizer_steps(trainer):
         yield from group
 
 
 def micro_loss(trainer: Trainer) -> Callable[[nn.Module, Any], Tensor]:
-    """The trainer's loss of one batch."""
+    """Return the trainer's loss of one batch."""
 
     def loss(model: nn.Module, inputs: Any) -> Tensor:
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():

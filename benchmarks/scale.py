@@ -1,0 +1,113 @@
+"""How the step's and the selection's cost grow: over 36, 210 and 2,000 sites, and over ranks 1 to 128.
+
+    python benchmarks/scale.py          # prints Markdown, appends benchmarks/results/scale.jsonl
+
+The overhead of adapters is the time of a step with them, less that of the frozen model, on the same batch and one
+thread; the steps are taken in turns. Small layers show what a site costs, wide ones what a rank costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from weightlora import enable_fast_lora, select
+from weightlora.bench.records import append_record
+from weightlora.timing import in_turns
+
+RESULTS = Path(__file__).parent / "results" / "scale.jsonl"
+SITES = (36, 210, 2000)
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
+#: MiniLM's: layers, width and tokens of a batch.
+WIDE = (36, 384, 1024)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds; default: %(default)s")
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+
+    costs: dict[str, list[float]] = {"PEFT step": [], "fast step": [], "selection": []}
+    for sites in SITES:
+        net, x = chain(sites, width=64), torch.randn(64, 64)
+        costs["PEFT step"] += overheads(net, x, [8], rounds, fast=False)
+        costs["fast step"] += overheads(net, x, [8], rounds, fast=True)
+        costs["selection"].append(selection_seconds(net, x, rounds))
+    report("sites", SITES, costs)
+
+    net, x = chain(WIDE[0], WIDE[1]), torch.randn(WIDE[2], WIDE[1])
+    report("rank", RANKS, {f"{k} step": overheads(net, x, RANKS, rounds, fast=k == "fast") for k in ("PEFT", "fast")})
+
+
+def chain(sites: int, width: int) -> nn.Module:
+    """Frozen linear layers, one after another."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(sites))).requires_grad_(False)
+
+
+def overheads(net: nn.Module, x: Tensor, ranks: Sequence[int], rounds: int, *, fast: bool) -> list[float]:
+    """Median seconds that adapters of each rank add to a step whose backward pass runs through all layers anyway."""
+    targets = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    steps = [step(net, x)]
+    for rank in ranks:
+        model: Any = get_peft_model(chain(len(targets), x.shape[-1]), LoraConfig(r=rank, target_modules=targets))  # type: ignore[arg-type]
+        steps.append(step(enable_fast_lora(model) if fast else model, x))
+    frozen, *adapted = in_turns(steps, rounds, warmups=2)
+    return [statistics.median(a - b for a, b in zip(times, frozen, strict=True)) for times in adapted]
+
+
+def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """A training step, as often as it is called."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
+
+    def run() -> None:
+        model(x.detach().requires_grad_(True)).square().mean().backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def selection_seconds(net: nn.Module, x: Tensor, rounds: int) -> float:
+    """Median seconds of a selection on five batches."""
+    targets = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    lora = LoraConfig(r=8, target_modules=targets)
+
+    def chosen() -> float:
+        start = time.perf_counter()
+        select(
+            net, [x] * 5, lora=lora, steps=5, head_steps=0, loss_fn=lambda m, b: m(b).square().mean(), progress=False
+        )
+        return time.perf_counter() - start
+
+    return statistics.median(chosen() for _ in range(max(rounds // 4, 1)))
+
+
+def report(over: str, sizes: Sequence[int], costs: dict[str, list[float]]) -> None:
+    """Print and store each cost with its slope: the line through the sizes that is least off in relative terms."""
+    print(f"\n| {over} | {' | '.join(map(str, sizes))} | µs for one more | fixed, ms | worst distance from the line |")
+    print("|" + " --- |" * (len(sizes) + 4))
+    for name, seconds in costs.items():
+        slope, fixed = np.polyfit(sizes, seconds, 1, w=1 / np.array(seconds))
+        off = max(abs((fixed + slope * size) / measured - 1) for size, measured in zip(sizes, seconds, strict=True))
+        cells = [f"{1e3 * s:.1f} ms" for s in seconds] + [f"{1e6 * slope:.1f}", f"{1e3 * fixed:.2f}", f"{off:.0%}"]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        fit = {"slope": float(slope), "fixed": float(fixed), "worst": float(off)}
+        append_record(RESULTS, {"over": over, "what": name, "sizes": list(sizes), "seconds": seconds, **fit})
+
+
+if __name__ == "__main__":
+    main()
