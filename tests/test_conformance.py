@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -30,10 +30,10 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from weightlora.applied import method_for
-from weightlora.methods import METHODS, entry_of, make_method, options_of
+from weightlora.methods import METHODS, entry_of, options_of
+from weightlora.moving import take_up
 
 NAMES = [entry.name for entry in METHODS]
-MOVING = [name for name in NAMES if make_method(name).callbacks()]
 HEARING = [entry.name for entry in METHODS if entry.hears != "nothing"]
 STEPS, SAVED = 4, 2
 #: Few steps of a look ahead, and half of the sites.
@@ -260,6 +260,18 @@ def test_a_run_that_stopped_ends_as_one_that_did_not(finished):
     assert again.steps == finished.steps[SAVED:]
     first, second = finished.exported, again.exported
     assert same(first.state_dict(), second.state_dict())
+
+
+def test_what_is_exported_depends_on_the_last_checkpoint_alone(finished):
+    """A run that was killed after its last checkpoint takes no step more."""
+    checkpoint = finished.folder / f"checkpoint-{STEPS}"
+    trainer = finished.architecture.trainer(finished.folder)
+    method = method_for(trainer, finished.name, **quick(finished.name))
+    set_peft_model_state_dict(trainer.model, load_file(checkpoint / "adapter_model.safetensors"))
+    take_up(method.callbacks(), checkpoint, STEPS)
+    strengthen(trainer.model, 300)
+    assert same(method.export(trainer.model).state_dict(), finished.exported.state_dict())
+    assert method.plan == finished.method.plan
 
 
 # -- what decides the choice -----------------------------------------------------------------------------------------
