@@ -66,10 +66,7 @@ class MoverCallback(TrainerCallback):
             )
         self.mover.begin(state.max_steps)
         if state.global_step > 0:
-            path = _state_path(args, state)
-            if not path.is_file():
-                raise DataError(f"{path} is missing: a training cannot go on without the method's averages and masks")
-            self.mover.restore(load_file(path))
+            self.mover.restore(_read_state(_state_path(args, state)))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,6 +92,18 @@ def write_state(state: dict[str, Tensor], path: Path) -> None:
 
     with whole_file(path) as draft:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, draft)
+
+
+def take_up(callbacks: Sequence[TrainerCallback], checkpoint: Path, total_steps: int) -> None:
+    """Let movers be where they were at ``checkpoint``, the last of a training of ``total_steps``, without a trainer.
+
+    Raises:
+        DataError: The checkpoint has no state of the method.
+    """
+    for callback in callbacks:
+        if isinstance(callback, MoverCallback):
+            callback.mover.begin(total_steps)
+            callback.mover.restore(_read_state(checkpoint / STATE_FILE))
 
 
 def warn_unless_begun(modules: Sequence[nn.Module], what: str) -> Callable[[], None]:
@@ -128,6 +137,12 @@ def warn_unless_begun(modules: Sequence[nn.Module], what: str) -> Callable[[], N
 
     handles = [module.register_forward_pre_hook(watch) for module in modules]
     return remove
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise DataError(f"{path} is missing: a training cannot go on without the method's averages and masks")
+    return load_file(path)
 
 
 def _state_path(args: TrainingArguments, state: TrainerState) -> Path:

@@ -26,6 +26,7 @@ from weightlora.files import whole_file, whole_folder, writable_folder, write_js
 from weightlora.growth import Batch, grown_batch, require_growable, use_batch
 from weightlora.hub import push_adapter, require_hub
 from weightlora.methods import Method, make_method, options_of
+from weightlora.moving import take_up
 from weightlora.placement import require_measurable
 from weightlora.plan import AdapterPlan
 from weightlora.processes import from_first, is_first
@@ -101,6 +102,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
     checkpoint = from_first(partial(_resume_point, recipe, plan, sharded=sharded))
     if checkpoint is not None and not sharded and _is_last(Path(checkpoint)):
         _take(trainer, Path(checkpoint))
+        take_up(method.callbacks() if method is not None else (), Path(checkpoint), trainer.state.max_steps)
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
     end = time.perf_counter()

@@ -51,6 +51,12 @@ METHODS = (
     MethodEntry(
         "dynamic_lora", "components with a small share of the update are pruned", "Mao et al. 2024, arXiv:2405.17357"
     ),
+    MethodEntry(
+        "pruned_lora",
+        "a large rank loses what is missed least, at every site alike",
+        "Yu et al. 2025, arXiv:2510.00192",
+        "nothing",
+    ),
     MethodEntry("melora", "N mini adapters on N blocks of features", "Ren et al. 2024, ACL", "nothing"),
     MethodEntry(
         "riemannian", "LoRA with preconditioned gradients", "Zhang and Pilanci 2024, arXiv:2402.02347", "nothing"

@@ -1,0 +1,238 @@
+"""PrunedLoRA (Yu et al. 2025, arXiv:2510.00192): plain LoRA of a large rank loses the components that are missed least.
+
+With G = ∂L/∂B, H = GᵀG + λ·I and N = G·H⁻¹, the model L + tr(GᵀD) + ½·tr(D·H·Dᵀ) of the loss is
+‖b_j − N_j‖² / (2·[H⁻¹]_jj) above its minimum where D takes component j away; the same for A. The lowest go,
+equally many at every site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from weightlora.errors import OptionError, SelectionError
+from weightlora.gates import lora_layers
+from weightlora.methods.base import Method
+from weightlora.moving import MoverCallback, warn_unless_begun
+from weightlora.plan import AdapterPlan
+from weightlora.sites import find_sites
+from weightlora.stock import Factors, become_stock, factors_plan
+from weightlora.triplets import plan_under, require_steps, triplet_plan
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class _Options:
+    init_r: int | None
+    interval: int
+    count: int
+    recover: Literal["none", "eta"]
+    damping: float
+
+
+def build(
+    *,
+    init_r: int | None = None,
+    interval: int = 10,
+    count: int = 2,
+    recover: Literal["none", "eta"] = "eta",
+    damping: float = 0.01,
+) -> Method:
+    """Return the method.
+
+    Args:
+        init_r: Rank at the start; None stands for 2·r. The paper goes from 128 and more to 64.
+        interval: Steps between prunings, the first after as many.
+        count: Components that each site loses at a pruning.
+        recover: ``"eta"`` lets what stays make up for what goes, D = −B_S·([H⁻¹]_SS)⁻¹·[H⁻¹]_S; ``"none"`` only takes
+            away.
+        damping: λ in units of the mean of GᵀG's diagonal.
+
+    Raises:
+        OptionError: An argument is out of its range.
+    """
+    for name, value in (("interval", interval), ("count", count)):
+        if value < 1:
+            raise OptionError(f"{name}={value} is not allowed: give at least 1")
+    if recover not in ("none", "eta"):
+        raise OptionError(f"recover={recover!r} is not allowed: give 'none' or 'eta'")
+    if not damping > 0:
+        raise OptionError(f"damping={damping} is not allowed: give a positive number, GᵀG may have no inverse")
+    return PrunedLora(_Options(init_r, interval, count, recover, damping))
+
+
+class PrunedLora:
+    """The method, and its own mover."""
+
+    def __init__(self, options: _Options) -> None:
+        self._options = options
+        self._callback = MoverCallback(self)
+        self._masks: dict[str, Tensor] | None = None
+
+    @property
+    def plan(self) -> AdapterPlan:
+        """Ranks as they are."""
+        return plan_under(self._plan, self._masks)
+
+    def budget(self, step: int) -> int:
+        """What the prunings up to ``step`` leave."""
+        prunings = max(step - 1, 0) // self._options.interval
+        return self._sites * max(self._r, self._init_r - self._options.count * prunings)
+
+    def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:  # noqa: ARG002
+        """Put plain LoRA of the large rank on all sites, each rank as strong as one of plain LoRA."""
+        sites = find_sites(model, lora).sites
+        init_r = 2 * lora.r if self._options.init_r is None else self._options.init_r
+        _require_room(lora, init_r, self._options, total_steps)
+        self._total, self._sites, self._r, self._init_r = total_steps, len(sites), lora.r, init_r
+        record = {**asdict(self._options), "init_r": init_r}
+        plan = triplet_plan(model, lora, sites, init_r, rule="pruned_lora", options=record)
+        alpha = lora.lora_alpha * init_r / lora.r
+        self._plan = replace(plan, entries=tuple(replace(e, alpha=alpha) for e in plan.entries))
+        attached = self._plan.attach(model)
+        self._layers: dict[str, Any] = dict(lora_layers(attached))
+        self._masks = {name: torch.ones(init_r, dtype=torch.bool) for name in self._layers}
+        tuner: Any = attached.base_model
+        self._remove_watch = warn_unless_begun([tuner, tuner.model], "pruned_lora")
+        return attached
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Prunes before, and keeps what is pruned at zero after an optimizer step."""
+        return [self._callback]
+
+    def export(self, model: PeftModel) -> PeftModel:
+        """Return stock LoRA of the components that are left.
+
+        Raises:
+            SelectionError: More are left than the budget allows.
+        """
+        ranks, budget = sum(self.plan.ranks.values()), self._sites * self._r
+        if self._masks is None or ranks > budget:
+            raise SelectionError(
+                f"pruned_lora has {ranks} ranks left, {budget} are the budget: it did not run to the end; give the "
+                "trainer callbacks=method.callbacks(), and train all of the steps"
+            )
+        layers: dict[str, Any] = dict(lora_layers(model))
+        factors = {name: _kept(layer, self._masks[name]) for name, layer in layers.items()}
+        self._plan, self._masks = factors_plan(self._plan, factors), None
+        self._remove_watch()
+        return become_stock(model, self._plan, factors)
+
+    def begin(self, total_steps: int) -> None:
+        """The schedule was checked for a number of steps, and no other.
+
+        Raises:
+            OptionError: The training takes more or fewer.
+        """
+        require_steps("pruned_lora", self._total, total_steps)
+        self._remove_watch()
+
+    def before_step(self, step: int) -> None:
+        """Prune where it is time, then let the pruned ones have no gradient."""
+        assert self._masks is not None
+        wanted = self.budget(step) // self._sites
+        for name, layer in self._layers.items():
+            live = int(self._masks[name].sum())
+            if live > wanted:
+                self._masks[name] = prune(layer, self._masks[name], live - wanted, self._options)
+            for matrix, dim in _matrices(layer):
+                if matrix.grad is not None:
+                    matrix.grad.mul_(_along(self._masks[name], matrix, dim))
+
+    def after_step(self, step: int) -> None:  # noqa: ARG002 - all steps are alike
+        """Put back to zero what the optimizer's momentum has moved."""
+        assert self._masks is not None
+        with torch.no_grad():
+            for name, layer in self._layers.items():
+                for matrix, dim in _matrices(layer):
+                    matrix.mul_(_along(self._masks[name], matrix, dim))
+
+    def state(self) -> dict[str, Tensor]:
+        """Which components are left."""
+        return dict(self._masks or {})
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take them."""
+        self._masks = dict(state)
+
+
+@torch.no_grad()
+def prune(layer: Any, mask: Tensor, count: int, options: _Options) -> Tensor:
+    """Take the ``count`` least missed of the live components out of a layer, and return the new mask."""
+    live = mask.nonzero().flatten()
+    sides = [(matrix.T if dim == 0 else matrix)[:, live.to(matrix.device)].float() for matrix, dim in _matrices(layer)]
+    slopes = [
+        torch.zeros_like(side) if matrix.grad is None else (matrix.grad.T if dim == 0 else matrix.grad)[:, live].float()
+        for side, (matrix, dim) in zip(sides, _matrices(layer), strict=True)
+    ]
+    inverses = [_inverse(slope, options.damping) for slope in slopes]
+    rises = [removal_cost(x, g, inverse) for x, g, inverse in zip(sides, slopes, inverses, strict=True)]
+    off = (rises[0] + rises[1]).argsort(stable=True)[:count]
+    for (matrix, dim), x, inverse in zip(_matrices(layer), sides, inverses, strict=True):
+        moved = x + compensation(x, inverse, off) if options.recover == "eta" else x.clone()
+        moved[:, off] = 0
+        (matrix.T if dim == 0 else matrix)[:, live.to(matrix.device)] = moved.to(matrix.dtype)
+    new = mask.clone()
+    new[live[off.cpu()]] = False
+    return new
+
+
+def removal_cost(x: Tensor, gradient: Tensor, inverse: Tensor) -> Tensor:
+    """Return for each column of ``x`` (d, r) how much its removal costs: ‖x_j − N_j‖² / (2·[H⁻¹]_jj), N = G·H⁻¹.
+
+    Example:
+        >>> removal_cost(torch.eye(2), torch.zeros(2, 2), torch.eye(2))
+        tensor([0.5000, 0.5000])
+    """
+    return (x - gradient @ inverse).square().sum(dim=0) / (2 * inverse.diagonal())
+
+
+def compensation(x: Tensor, inverse: Tensor, off: Tensor) -> Tensor:
+    """Return the D (d, r) with D_S = −X_S that costs least by H alone: −X_S·([H⁻¹]_SS)⁻¹·[H⁻¹]_S."""
+    return -x[:, off] @ torch.linalg.solve(inverse[off][:, off], inverse[off])
+
+
+def _inverse(gradient: Tensor, damping: float) -> Tensor:
+    """(GᵀG + λ·I)⁻¹ with λ relative to the mean of GᵀG's diagonal; the unit matrix where there is no gradient."""
+    h = gradient.T @ gradient
+    size = h.diagonal().mean()
+    eye = torch.eye(len(h), device=h.device)
+    return torch.linalg.inv(h + damping * size * eye) if bool(size > 0) else eye
+
+
+def _matrices(layer: Any) -> tuple[tuple[Any, int], tuple[Any, int]]:
+    """A and B, each with the dimension along which its components stand."""
+    return (layer.lora_A["default"].weight, 0), (layer.lora_B["default"].weight, 1)
+
+
+def _along(mask: Tensor, matrix: Tensor, dim: int) -> Tensor:
+    return mask.to(matrix.device, matrix.dtype).unsqueeze(1 - dim)
+
+
+def _kept(layer: Any, mask: Tensor) -> Factors:
+    (a, _), (b, _) = _matrices(layer)
+    kept = mask.to(a.device)
+    return Factors(a.detach()[kept], b.detach()[:, kept], layer.scaling["default"])
+
+
+def _require_room(lora: LoraConfig, init_r: int, options: _Options, total_steps: int) -> None:
+    if lora.rank_pattern or lora.alpha_pattern or lora.use_dora or lora.use_rslora:
+        raise OptionError("pruned_lora gives every site the same rank and alpha; leave out patterns, rsLoRA and DoRA")
+    if init_r <= lora.r:
+        raise OptionError(
+            f"init_r={init_r} is not allowed: give more than r={lora.r}, which is what is left at the end"
+        )
+    needed = 1 + options.interval * -(-(init_r - lora.r) // options.count)
+    if needed > total_steps:
+        raise OptionError(
+            f"from init_r={init_r} to r={lora.r} by {options.count} every {options.interval} steps takes {needed} "
+            f"steps, and the training has {total_steps}; lower init_r or interval, or raise count"
+        )
