@@ -1,5 +1,6 @@
 """A real encoder and real sentences, small and quick enough for every test."""
 
+import gc
 from copy import deepcopy
 
 import bitsandbytes
@@ -17,6 +18,15 @@ from weightlora.tasks.embedded import rotten_tomatoes
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _little_garbage():
+    """The Trainer collects garbage after each training; what the imports left need not be looked at every time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

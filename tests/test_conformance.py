@@ -3,7 +3,6 @@
 A new line in METHODS is enough: each test runs for it. Options are passed to the methods that have them.
 """
 
-import gc
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,15 +37,6 @@ HEARING = [entry.name for entry in METHODS if entry.hears != "nothing"]
 STEPS, SAVED = 4, 2
 #: Few steps of a look ahead, and half of the sites.
 QUICK = {"keep": 0.5, "steps": 3, "head_steps": 0, "progress": False, "deltaT": 1, "tfinal": 1, "interval": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _little_garbage():
-    """The Trainer collects garbage after each training; what the imports left need not be looked at every time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def quick(name, **changed):
