@@ -1,6 +1,7 @@
 """What one training step costs, in time and in saved bytes, against the frozen model and against stock PEFT LoRA.
 
     python benchmarks/step.py minilm          # also: smollm2, llama; appends benchmarks/results/step.jsonl
+    python benchmarks/step.py llama --few     # without full fine-tuning and the rivals
     python benchmarks/step.py minilm --only "limit" "PEFT LoRA, dropout 0.05" "fast, input dropout 0.05"
     python benchmarks/step.py table           # Markdown and benchmarks/results/step.png from the stored records
 
@@ -22,6 +23,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ from weightlora.timing import in_turns, median_ratio
 RESULTS = Path(__file__).parent / "results"
 LIMIT, CONTROL, STOCK, STOCK_0 = "limit", "limit again", "PEFT LoRA, dropout 0.05", "PEFT LoRA, dropout 0"
 P = 0.05
+RIVALS = ("full fine-tuning", "PEFT AdaLoRA", "PEFT DoRA", "PEFT VeRA", "ΔW built in every forward, dropout 0")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*SETTINGS, "table"])
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds; default: %(default)s")
+    parser.add_argument("--few", action="store_true", help="leave out full fine-tuning and the rivals")
     parser.add_argument("--only", nargs="+", default=[], help="measure these rows alone, and print without storing")
     arguments = parser.parse_args()
     if arguments.what == "table":
@@ -78,13 +82,16 @@ def main() -> None:
         draw(records, RESULTS / "step.png")
         return
     torch.set_num_threads(1)
-    measured = measure(SETTINGS[arguments.what](), arguments.rounds, arguments.only)
+    setting = SETTINGS[arguments.what]()
+    few = [name for name in make_rows(setting) if name not in RIVALS] if arguments.few else []
+    measured = measure(setting, arguments.rounds, arguments.only or few)
+    run = datetime.now(timezone.utc).isoformat(timespec="seconds")
     for record in measured:
         if arguments.only:
             ratio = median_ratio(record["seconds"], measured[0]["seconds"])
             print(f"{record['row']:32} {ratio:.3f} {record['saved_bytes']} {record['peak_bytes']}")
         else:
-            append_record(RESULTS / "step.jsonl", {"model": arguments.what, **record})
+            append_record(RESULTS / "step.jsonl", {"model": arguments.what, "run": run, **record})
     if not arguments.only:
         print_table(latest(read_records(RESULTS / "step.jsonl")))
 
@@ -130,8 +137,8 @@ def make_rows(setting: Setting) -> dict[str, Callable[[], Row]]:
     def plan(keep: float) -> weightlora.AdapterPlan:
         return _plan(setting, keep)
 
-    def planned(keep: float, *, expand: bool = False) -> Any:
-        return (plan(keep).expand() if expand else plan(keep)).attach(_shared(setting.base))
+    def planned(keep: float, *, expand: bool = False, **overrides: Any) -> Any:
+        return (plan(keep).expand() if expand else plan(keep)).attach(_shared(setting.base), **overrides)
 
     return {
         LIMIT: lambda: Row(_limit(setting.base)),
@@ -148,6 +155,7 @@ def make_rows(setting: Setting) -> dict[str, Callable[[], Row]]:
         "WeightLoRA, K = n/2": lambda: Row(planned(0.5)),
         "WeightLoRA, K = n/2, fast": lambda: Row(_fast(planned(0.5))),
         "WeightLoRA, K = n/2, fast, rank dropout": lambda: Row(_fast(planned(0.5), "rank")),
+        "WeightLoRA, K = n/2, fast, dropout 0": lambda: Row(_fast(planned(0.5, lora_dropout=0.0))),
         "WeightLoRA, K = n/4": lambda: Row(planned(0.25)),
         "WeightLoRA, K = n/4, fast": lambda: Row(_fast(planned(0.25))),
         "WeightLoRA+": lambda: Row(planned(0.5, expand=True)),
@@ -328,11 +336,12 @@ SETTINGS = {"minilm": _minilm, "smollm2": _smollm2, "llama": _llama}
 
 
 def latest(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The last record of each row, by model."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for record in records:
-        found.setdefault(record["model"], {})[record["row"]] = record
-    return found
+    """The rows of each model's last run."""
+    last = {record["model"]: record["run"] for record in records}
+    return {
+        model: {record["row"]: record for record in records if (record["model"], record["run"]) == (model, run)}
+        for model, run in last.items()
+    }
 
 
 def print_table(found: dict[str, dict[str, dict[str, Any]]]) -> None:
