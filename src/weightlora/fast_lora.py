@@ -202,11 +202,11 @@ def _why_stock(layer: LoraLayer, adapter: str) -> str | None:
     a, b, drop = (part[adapter] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
     if type(a) is not nn.Linear or type(b) is not nn.Linear:
         return "lora_A or lora_B is no nn.Linear"
-    if "bias" in dict(b.named_parameters()):
+    if vars(b)["_parameters"]["bias"] is not None:
         return "lora_bias"
     if not isinstance(drop, (nn.Dropout, nn.Identity)):
         return f"its dropout is a {type(drop).__name__}"
-    if _hooks(b) or _hooks(drop) or (_hooks(a) and _gate(a) is None):
+    if _is_hooked(b) or _is_hooked(drop) or (_is_hooked(a) and _gate(a) is None):
         return "hooks on lora_A, lora_B or lora_dropout"
     return None
 
@@ -226,7 +226,7 @@ def _is_left_to_modules(layer: LoraLayer, adapter: str) -> bool:
 def _base_weight(layer: LoraLayer, x: Tensor, result: Tensor) -> tuple[Tensor | None, bool]:
     """The frozen weight (out, in) if W0·x is all that the base layer does; whether ``result`` is ours to change."""
     base: Any = layer.base_layer
-    if _hooks(base) or "forward" in vars(base):  # someone else has a say in the result, and may hold it
+    if _is_hooked(base) or "forward" in vars(base):  # someone else has a say in the result, and may hold it
         return None, False
     if _name(type(layer)) in _QUANTISED:
         return None, result.is_contiguous() and result._base is None
@@ -245,15 +245,20 @@ def _probability(drop: nn.Module) -> float:
 
 def _gate(a: nn.Module) -> Gate | None:
     """The gate on ``lora_A`` when it is the only hook there."""
-    match _hooks(a):
+    if not _is_hooked(a):
+        return None
+    match [hook for kind in _HOOKS for hook in vars(a)[kind].values()]:
         case [Gate() as gate]:
             return gate
         case _:
             return None
 
 
-def _hooks(module: nn.Module) -> list[Any]:
-    return [hook for kind in _HOOKS for hook in vars(module)[kind].values()]
+def _is_hooked(module: nn.Module) -> bool:
+    own = vars(module)  # asked several times a layer and step: no loop
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
 
 
 def _name(kind: type) -> str:

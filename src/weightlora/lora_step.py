@@ -8,8 +8,7 @@ run along, which makes them two to five times faster than the usual order. Knows
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ from weightlora.dropout import add_product, add_product_where_kept, draw_mask, z
 Dropout = Literal["input", "rank"]
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):  # made at each call: a fifth of a frozen dataclass's time
     """What one pass of one layer needs beside tensors."""
 
     scale: float
