@@ -2,8 +2,8 @@
 
     python benchmarks/warmup.py          # prints Markdown, appends benchmarks/results/warmup.jsonl
 
-Bytes are exact counts (``saved_tensors_hooks``). Times are medians of ratios round by round; the steps of a round are
-taken in an order of its own, and stock against itself is the control.
+Bytes are exact counts (``saved_tensors_hooks``). Times are medians of ratios round by round, to the mean of
+two stock steps; the steps of a round are taken in an order of its own, and stock against itself is the control.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def step_ratios(model: PeftModel, batch: dict[str, Tensor], omega: Tensor, round
             gates.clear()
 
     first, with_gates_seconds, second = in_turns([stock, with_gates, stock], rounds, warmups=2)
-    return median_ratio(with_gates_seconds, first), median_ratio(second, first)
+    mean = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+    return median_ratio(with_gates_seconds, mean), median_ratio(second, first)
 
 
 def gate_seconds(sites: int, rounds: int) -> float:
