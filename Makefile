@@ -28,7 +28,8 @@ check: setup   ## format, lint, types, import order
 	$(BIN)/python -m pytest tests/test_imports.py
 
 bench: setup   ## the measurements of docs/: hours on two cores; each goes on where it was stopped
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/warmup.py
+	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 OMP_NUM_THREADS=1 \
+		$(BIN)/python benchmarks/warmup.py
 	for model in minilm smollm2 llama; do $(BIN)/python benchmarks/step.py $$model; done
 	for model in minilm smollm2 wide; do $(BIN)/python benchmarks/budget.py $$model; done
 	$(BIN)/python benchmarks/scale.py

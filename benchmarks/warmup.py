@@ -1,6 +1,9 @@
 """What the gates cost: saved bytes, step time and its growth with the number of sites, against stock PEFT LoRA.
 
+    export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 OMP_NUM_THREADS=1
     python benchmarks/warmup.py          # prints Markdown, appends benchmarks/results/warmup.jsonl
+
+Without these, glibc gives memory back and takes it again, which costs a step up to 8 % and never twice the same.
 
 Bytes are exact counts (``saved_tensors_hooks``). Times are medians of ratios round by round, to the mean of
 two stock steps; the steps of a round are taken in an order of its own, and stock against itself is the control.
