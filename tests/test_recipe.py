@@ -81,6 +81,9 @@ def test_what_is_written_down_is_the_same_recipe_again(written):
         ({}, ["--lerning_rate", "1"], r"unknown option '--lerning_rate' \(closest: 'learning_rate'\)"),
         ({}, ["--learning", "1"], r"unknown option '--learning'"),  # an abbreviation may mean another one tomorrow
         ({"task": "rtee"}, [], r"task='rtee' is unknown \(closest: 'rte'\)"),
+        ({"method": "adalor"}, [], r"method='adalor' is unknown \(closest: 'adalora'\)"),
+        ({}, ["--method=eva", "--method_options", "whitn=true"], r"eva has no option 'whitn' \(closest: 'whiten'\)"),
+        ({}, ["--method_options", "stps=3"], r"weightlora has no option 'stps' \(closest: 'steps'\)"),
         ({"learning_rate": "fast"}, [], r"--learning_rate.*: invalid float value: 'fast'"),
         ({"lr_scheduler_type": "cosin"}, [], r"--lr_scheduler_type.*: invalid choice: 'cosin'"),
         ({"load_in_8bit": "perhaps"}, [], r"--load_in_8bit.*: .*perhaps"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from weightlora.errors import DataError, OptionError
+from weightlora.methods import make_method
 
 if TYPE_CHECKING:
     from argparse import Action
@@ -162,6 +163,7 @@ def read_recipe(config: str | Path | None = None, words: Sequence[str] = ()) -> 
     if rest:
         name = rest[0].lstrip("-").partition("=")[0]
         raise OptionError(f"unknown option {rest[0]!r}{_closest(name, known)}")
+    make_method(method.method, **method.own)  # a mistake in them is found before anything is loaded
     return Recipe(model, rows, method, training, _settings((model, rows, method), training))
 
 

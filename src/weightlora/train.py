@@ -232,7 +232,7 @@ def _plan(trainer: Trainer, recipe: Recipe) -> tuple[AdapterPlan, Method | None]
     keep = read_keep(options.keep)
     if options.method in ("weightlora", "weightlora_plus"):  # they listen to the trainer's own loss
         names = ("rule", "steps", "head_steps", "threshold_every", "threshold", "gate_lr", "fast")
-        warmup = {name: getattr(options, name) for name in names}
+        warmup = {**{name: getattr(options, name) for name in names}, **options.own}
         return select_for(trainer, keep=keep, expand=options.method == "weightlora_plus", **warmup), None
     given = {"keep": keep} if "keep" in options_of(options.method) else {}
     method = method_for(trainer, options.method, seed=seed, fast=options.fast, **{**given, **options.own})
