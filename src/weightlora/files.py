@@ -85,9 +85,17 @@ def write_json(path: str | Path, value: Any, *, default: Callable[[Any], Any] | 
     Raises:
         OutputError: See :func:`whole_file`.
     """
-    text = json.dumps(value, indent=1, ensure_ascii=False, default=default)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=default) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write ``text``, whole or not at all.
+
+    Raises:
+        OutputError: See :func:`whole_file`.
+    """
     with whole_file(path) as draft:
-        draft.write_text(text + "\n", encoding="utf-8")
+        draft.write_text(text, encoding="utf-8")
 
 
 def writable_folder(path: str | Path) -> Path:

@@ -58,6 +58,7 @@ class TaskOptions:
     columns: list[str] = field(default_factory=list[str], metadata={"help": "role=column, where yours differ"})
     max_train_samples: int | None = _option(None, "only so many rows to train on")
     max_eval_samples: int | None = _option(None, "only so many rows a measured split")
+    held_out_samples: int = _option(0, "training rows set aside and measured too: what options are chosen on")
     max_seq_length: int = _option(128, "tokens of a row or source text")
     max_target_length: int = _option(128, "tokens of a summary or generated answer")
     doc_stride: int = _option(128, "tokens that pieces of a long context share")
@@ -152,7 +153,7 @@ def read_recipe(config: str | Path | None = None, words: Sequence[str] = ()) -> 
     # Ours first: the task decides which training arguments there are. TRL's have a trust_remote_code too, for models
     # that it loads itself; ours is the one that counts.
     ours = _parser(ModelOptions, TaskOptions, MethodOptions)
-    model, rows, method, rest = _parse(ours, [*_words(content), *words])
+    model, rows, method, rest = _parse(ours, [*option_words(content), *words])
     theirs = _parser(kind_of(find_task(rows.task)).arguments_class())
     theirs.set_defaults(output_dir="runs/train")
     known = {action.dest for parser in (ours, theirs) for action in _actions(parser)}
@@ -206,7 +207,13 @@ def _actions(parser: HfArgumentParser) -> list[Action]:
     return parser._actions  # pyright: ignore[reportPrivateUsage]  # argparse has no public list
 
 
-def _words(content: Mapping[str, Any]) -> list[str]:
+def option_words(content: Mapping[str, Any]) -> list[str]:
+    """Return the options of a YAML mapping as the words of a command line.
+
+    Example:
+        >>> option_words({"keep": 0.5, "method_options": ["init_r=12"], "plan": None})
+        ['--keep=0.5', '--method_options', 'init_r=12']
+    """
     words: list[str] = []
     for key, value in content.items():
         if isinstance(value, list):

@@ -172,6 +172,7 @@ def _source(options: TaskOptions) -> Source:
         **{name: getattr(options, name) for name in names},
         max_train_samples=options.max_train_samples,
         max_eval_samples=options.max_eval_samples,
+        held_out_samples=options.held_out_samples,
     )
 
 

@@ -27,10 +27,12 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Append ``record`` and its provenance as one line, on disk before this returns."""
+    """Append ``record`` as one line, on disk before this returns; one without provenance is given this moment's."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({**record, "provenance": provenance()}, ensure_ascii=False) + "\n"
+    if "provenance" not in record:
+        record = {**record, "provenance": provenance()}
+    line = json.dumps(record, ensure_ascii=False) + "\n"
     cut_off = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     with path.open("a", encoding="utf-8") as file:
         file.write("\n" * cut_off + line)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from weightlora import __version__
-from weightlora.cli import demo, estimate, methods, select, show, train
+from weightlora.cli import bench, demo, estimate, methods, select, show, train
 from weightlora.errors import OptionError, WeightLoraError
 
-_COMMANDS = (demo, select, train, show, estimate, methods)
+_COMMANDS = (demo, select, train, show, estimate, methods, bench)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -14,6 +14,8 @@ from weightlora.tasks.base import Task
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
+#: The split of training rows that options are chosen on.
+HELD_OUT = "held_out"
 #: Reader of ``datasets`` by the ending of a file.
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -30,6 +32,8 @@ class Source:
     validation_file: str | None = None
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
+    held_out_samples: int = 0
+    """Training rows set aside as the split :data:`HELD_OUT`; ``max_train_samples`` does not count them."""
 
 
 def with_columns(task: Task, columns: Sequence[str]) -> Task:
@@ -61,7 +65,8 @@ def with_columns(task: Task, columns: Sequence[str]) -> Task:
 def load_rows(task: Task, source: Source, *, seed: int = 0) -> DatasetDict:
     """Return the splits ``"train"`` and ``task.eval_splits``, each checked for the task's columns.
 
-    With the user's own files there is one evaluation split, ``"validation"``.
+    With the user's own files there is one evaluation split, ``"validation"``. Training rows that are held out are one
+    more: :data:`HELD_OUT`.
 
     Args:
         task: The task.
@@ -70,10 +75,12 @@ def load_rows(task: Task, source: Source, *, seed: int = 0) -> DatasetDict:
 
     Raises:
         DataError: A file, split or column is missing, or a split is empty.
-        OptionError: The task has no data of its own and none was given.
+        OptionError: The task has no data of its own and none was given, or more rows are held out than there are.
     """
     from datasets import DatasetDict
 
+    if source.max_train_samples is not None:
+        source = replace(source, max_train_samples=source.max_train_samples + source.held_out_samples)
     splits = _files(source) if source.train_file else _dataset(task, source, seed)
     wanted = {"train": source.max_train_samples}
     wanted |= dict.fromkeys(("validation",) if source.train_file else task.eval_splits, source.max_eval_samples)
@@ -86,7 +93,16 @@ def load_rows(task: Task, source: Source, *, seed: int = 0) -> DatasetDict:
             raise DataError(f"the split {name!r} has no rows")
         _check_columns(task, name, rows.column_names)
         checked[name] = rows if most is None else rows.select(range(min(most, len(rows))))
+    if source.held_out_samples:
+        checked["train"], checked[HELD_OUT] = _hold_out(checked["train"], source.held_out_samples, seed)
     return checked
+
+
+def _hold_out(rows: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
+    if not 0 < count < len(rows):
+        raise OptionError(f"held_out_samples={count} is not allowed: give 0 to {len(rows) - 1}, some rows must be left")
+    parts = rows.train_test_split(test_size=count, seed=seed)
+    return parts["train"], parts["test"]
 
 
 def _files(source: Source) -> Mapping[str, Dataset]:

@@ -1,0 +1,75 @@
+"""A grid → records.jsonl: what is recorded already is not run again, and whoever is stopped goes on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from weightlora.bench.grid import Grid, Point, Record, by_key, key_of
+from weightlora.bench.job import Job
+from weightlora.bench.records import append_record, read_records
+from weightlora.bench.workers import run_here, run_on_ray
+from weightlora.errors import OptionError
+from weightlora.files import writable_folder
+
+RECORDS_FILE = "records.jsonl"
+_RUNS = "runs"
+
+Report = Callable[[Record, int, int], None]
+"""``report(record, done, wanted)``: called after each run."""
+
+
+def run_grid(
+    grid: Grid, *, workers: int = 1, on_ray: bool = False, retry: bool = False, report: Report
+) -> list[Record]:
+    """Run what has no record yet, first what the learning rates are chosen with, and return all records.
+
+    Args:
+        grid: The benchmark.
+        workers: Runs at once; the machine's cores are shared among them.
+        on_ray: Run on a Ray cluster instead.
+        retry: Run again what failed.
+        report: Told of each run.
+
+    Raises:
+        OptionError: Another process works on the same benchmark, or ``workers`` is out of its range.
+    """
+    if workers < 1:
+        raise OptionError(f"workers={workers} is not allowed: give at least 1")
+    folder = writable_folder(grid.output_dir)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            _run_missing(grid, grid.tuning, workers, on_ray, retry, report)
+            _run_missing(grid, grid.tested(by_key(recorded(grid))), workers, on_ray, retry, report)
+            shutil.rmtree(folder / _RUNS, ignore_errors=True)
+    except Timeout as error:
+        raise OptionError(f"another process works in {folder}; wait for it, or choose another output_dir") from error
+    return recorded(grid)
+
+
+def recorded(grid: Grid) -> list[Record]:
+    """Return the records that there are."""
+    return read_records(grid.output_dir / RECORDS_FILE)
+
+
+def _run_missing(grid: Grid, points: Sequence[Point], workers: int, on_ray: bool, retry: bool, report: Report) -> None:
+    records = by_key(recorded(grid))
+    good = {key for key, record in records.items() if not (retry and record["status"] == "failed")}
+    missing = list({point.key: point for point in points if point.key not in good}.values())
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    folder = (grid.output_dir / _RUNS).absolute()
+    jobs = [Job(point.options, folder / point.key, grid.timing_rounds, threads) for point in missing]
+    for done, record in enumerate(_finished(jobs, workers, on_ray), 1):
+        append_record(grid.output_dir / RECORDS_FILE, record)
+        shutil.rmtree(folder / key_of(record["options"]), ignore_errors=True)
+        report(record, done, len(jobs))
+
+
+def _finished(jobs: Sequence[Job], workers: int, on_ray: bool) -> Iterator[dict[str, Any]]:
+    if not jobs:
+        return iter(())
+    return run_on_ray(jobs) if on_ray else run_here(jobs, min(workers, len(jobs)))

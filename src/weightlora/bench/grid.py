@@ -1,0 +1,232 @@
+"""A benchmark: methods × tasks × budgets × learning rates × seeds, from one YAML file, as a list of runs.
+
+Each run is a recipe of ``weightlora train``. The learning rate of a row is chosen on training rows that are held out,
+with the tuning seeds; its numbers come from the runs of all seeds at that rate, on the task's own evaluation split.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from weightlora.errors import DataError, OptionError
+from weightlora.methods import options_of
+from weightlora.recipe import option_words, read_recipe
+from weightlora.tasks import find_task
+from weightlora.tasks.rows import HELD_OUT
+
+Record = dict[str, Any]
+#: A run is an entry of the records and leaves nothing else behind; all of it can be overridden in ``base``.
+_QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table on one task: a method with a budget."""
+
+    label: str
+    task: str
+    options: Mapping[str, Any]
+    """Of ``weightlora train``, but for the learning rate and the seed."""
+
+    @property
+    def metric(self) -> str:
+        """The task's first metric: what rates are chosen by and tables show."""
+        return find_task(self.task).metrics[0]
+
+    def held_out(self, record: Record) -> float | None:
+        """What the learning rate is chosen by; None after a failure or where nothing is held out."""
+        return record["metrics"].get(f"{HELD_OUT}_{self.metric}") if record["status"] == "ok" else None
+
+    def tested(self, record: Record) -> float | None:
+        """What is reported: the mean over the task's evaluation splits; None after a failure."""
+        if record["status"] != "ok":
+            return None
+        metrics: dict[str, float] = record["metrics"]
+        ending = f"_{self.metric}"
+        return statistics.mean(v for k, v in metrics.items() if k.endswith(ending) and k != HELD_OUT + ending)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run."""
+
+    row: Row
+    learning_rate: float
+    seed: int
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """All that is needed to repeat it with ``weightlora train``."""
+        return {**self.row.options, "learning_rate": self.learning_rate, "seed": self.seed}
+
+    @property
+    def key(self) -> str:
+        """A name that only a run with the same options has."""
+        return key_of(self.options)
+
+
+def key_of(options: Mapping[str, Any]) -> str:
+    """Return a short name for options, whatever their order.
+
+    Example:
+        >>> key_of({"seed": 0, "keep": 5}) == key_of({"keep": 5, "seed": 0}) != key_of({"keep": 5, "seed": 1})
+        True
+    """
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Everything that a benchmark runs."""
+
+    output_dir: Path
+    rows: tuple[Row, ...]
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    tuning_seeds: tuple[int, ...]
+    reference: str
+    """Label of the row that times are relative to."""
+    timing_rounds: int
+    """Steps a run that are timed in turns with those of plain LoRA; 0 leaves the step's time and bytes out."""
+
+    @property
+    def tuning(self) -> list[Point]:
+        """What the learning rates are chosen with; empty where there is one rate."""
+        rates = self.learning_rates if len(self.learning_rates) > 1 else ()
+        return [Point(row, rate, seed) for seed in self.tuning_seeds for row in self.rows for rate in rates]
+
+    def tested(self, records: Mapping[str, Record]) -> list[Point]:
+        """The runs that the table shows, one seed after the other; rows whose tuning failed have none."""
+        rates = {row.label + row.task: self.rate(row, records) for row in self.rows}
+        pairs = [(row, rates[row.label + row.task]) for row in self.rows]
+        return [Point(row, rate, seed) for seed in self.seeds for row, rate in pairs if rate is not None]
+
+    def rate(self, row: Row, records: Mapping[str, Record]) -> float | None:
+        """The learning rate with the best metric on the rows held out; the lower one where two are equal.
+
+        Args:
+            row: A row.
+            records: By the key of their run.
+        """
+        if len(self.learning_rates) == 1:
+            return self.learning_rates[0]
+        scores: dict[float, float] = {}
+        for rate in sorted(self.learning_rates):
+            found = [records.get(Point(row, rate, seed).key) for seed in self.tuning_seeds]
+            values = [row.held_out(record) for record in found if record is not None]
+            if values and None not in values:
+                scores[rate] = statistics.mean(value for value in values if value is not None)
+        return max(scores, key=scores.__getitem__) if scores else None
+
+
+def read_grid(path: str | Path, output_dir: Path | None = None) -> Grid:
+    """Return the benchmark of a YAML file, each of its recipes checked.
+
+    Args:
+        path: The file; see docs/bench.md.
+        output_dir: Wins over the file's.
+
+    Raises:
+        DataError: The file is not readable.
+        OptionError: Something in it is unknown, missing or out of its range.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds no mapping; give methods, learning_rates and seeds")
+    for key in content:
+        if key not in _KEYS:
+            close = difflib.get_close_matches(str(key), _KEYS, n=1)
+            hint = f" (closest: {close[0]!r})" if close else f"; there are {', '.join(_KEYS)}"
+            raise OptionError(f"{path}: unknown entry {key!r}{hint}")
+    given: dict[str, Any] = {
+        "output_dir": f"runs/{Path(path).stem}",
+        "tasks": ["rotten_tomatoes"],
+        "seeds": [0],
+        **content,
+    }
+    rows = tuple(_rows(_mapping(given, "methods"), _mapping(given, "tasks"), given))
+    seeds = tuple(int(seed) for seed in _sequence(given, "seeds"))
+    labels = [row.label for row in rows]
+    plain = [row.label for row in rows if row.options["method"] == "lora"]
+    grid = Grid(
+        output_dir=Path(given["output_dir"]) if output_dir is None else output_dir,
+        rows=rows,
+        # YAML reads 5e-5 as text
+        learning_rates=tuple(float(rate) for rate in _sequence(given, "learning_rates")),
+        seeds=seeds,
+        tuning_seeds=tuple(int(seed) for seed in given.get("tuning_seeds", seeds[:1])),
+        reference=str(given.get("reference", [*plain, *labels][0])),
+        timing_rounds=int(given.get("timing_rounds", 5)),
+    )
+    if grid.reference not in labels:
+        raise OptionError(
+            f"{path}: reference={grid.reference!r} is no row; there are {', '.join(dict.fromkeys(labels))}"
+        )
+    for row in rows:
+        recipe = read_recipe(words=option_words(Point(row, 1e-3, 0).options))
+        if len(grid.learning_rates) > 1 and not recipe.task.held_out_samples:
+            raise OptionError(
+                f"{path}: {len(grid.learning_rates)} learning_rates are compared on rows that are not reported on; "
+                "give held_out_samples in base, or one rate"
+            )
+    return grid
+
+
+_KEYS = (
+    *("output_dir", "base", "tasks", "methods", "budgets", "learning_rates", "seeds", "tuning_seeds"),
+    *("reference", "timing_rounds"),
+)
+
+
+def _rows(methods: Mapping[str, Any], tasks: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Row]:
+    """Every method on every task, with every budget where it takes one."""
+    base = {**_QUIET, **(given.get("base") or {})}
+    for label, own in methods.items():
+        own = {"method": label, **(own or {})}
+        takes_budget = "keep" in options_of(own["method"])
+        budgets = own.pop("keep", given.get("budgets", ["0.5"])) if takes_budget else [None]
+        budgets = budgets if isinstance(budgets, list) else [budgets]
+        for task, keep in ((task, keep) for keep in budgets for task in tasks):
+            name = label if len(budgets) == 1 else f"{label}, {_budget(keep)}"
+            spent = {} if keep is None else {"keep": str(keep)}
+            yield Row(name, task, {**base, "task": task, **(tasks[task] or {}), **own, **spent})
+
+
+def _budget(keep: Any) -> str:
+    """``K = 5`` for a count, the text itself for a share or any other budget."""
+    return f"K = {keep}" if isinstance(keep, int) else f"keep {keep}"
+
+
+def _mapping(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Names with their options; a list has none."""
+    value = given.get(name)
+    if isinstance(value, list):
+        value = {str(entry): {} for entry in value}
+    if not isinstance(value, dict) or not value or not all(v is None or isinstance(v, dict) for v in value.values()):
+        raise OptionError(f"{name}={value!r} is not allowed: give names, or names with options")
+    return value
+
+
+def _sequence(given: Mapping[str, Any], name: str) -> Sequence[Any]:
+    value = given.get(name)
+    if not isinstance(value, list) or not value:
+        raise OptionError(f"{name}={value!r} is not allowed: give a list of at least one number")
+    return value
+
+
+def by_key(records: Iterable[Record]) -> dict[str, Record]:
+    """Return the records by the key of their run; a later one wins, as after ``--retry``."""
+    return {key_of(record["options"]): record for record in records}

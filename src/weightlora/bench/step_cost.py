@@ -1,0 +1,127 @@
+"""What a step of a run costs, measured in the run itself: time against plain LoRA, saved bytes, peak parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from weightlora.files import write_json
+from weightlora.timing import in_turns, median_ratio
+from weightlora.tracing import now
+
+
+class Peak:
+    """Counts what optimizers hold while :meth:`watched`."""
+
+    def __init__(self) -> None:
+        self.parameters = 0
+        """Most trained numbers of any optimizer that took a step, a head's included."""
+
+    @contextmanager
+    def watched(self) -> Generator[None]:
+        """Look at every optimizer step of the block, those of a selection too."""
+        handle = register_optimizer_step_post_hook(self._look)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _look(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        held = {id(p): p.numel() for group in optimizer.param_groups for p in group["params"]}
+        self.parameters = max(self.parameters, sum(held.values()))
+
+
+class StepCost(TrainerCallback):
+    """Writes ``{step_ratio, saved_bytes, peak_parameters, measuring_seconds}`` to a file when the training ends.
+
+    The ratio is that of a step of the trained model, as it was trained, and one of plain LoRA on all candidates in
+    stock PEFT, taken in turns in this process; what a method's callback does between steps is not in it.
+
+    Args:
+        path: The file.
+        rounds: Steps timed; 0 writes the peak alone.
+        peak: Looks at the run from outside.
+    """
+
+    def __init__(self, path: Path, rounds: int, peak: Peak) -> None:
+        self._path, self._rounds, self._peak = path, rounds, peak
+        self._plain: Any = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Keep plain LoRA, before the method changes the model."""
+        if self._rounds:
+            lora = copy.deepcopy(model.peft_config["default"])
+            lora.use_dora = False
+            with torch.random.fork_rng():
+                self._plain = get_peft_model(copy.deepcopy(model).unload(), lora)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Measure; weights and random numbers stay what they are."""
+        start = now()
+        head = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" in n)
+        cost: dict[str, Any] = {"peak_parameters": self._peak.parameters - head}
+        if self._rounds:
+            with torch.random.fork_rng():
+                batch = next(iter(train_dataloader))
+                self._plain.to(next(model.parameters()).device)
+                cost["saved_bytes"] = saved_bytes(model, batch)
+                cost["step_ratio"] = step_ratio(model, self._plain, batch, self._rounds)
+            self._plain = None
+        cost["measuring_seconds"] = now() - start  # the trainer's own clock runs on meanwhile
+        write_json(self._path, cost)
+
+
+def step_ratio(model: nn.Module, plain: nn.Module, batch: Any, rounds: int) -> float:
+    """Return the time of a training step of ``model`` ÷ that of ``plain``, the median over rounds.
+
+    AdamW really steps, at a learning rate of 0.
+    """
+
+    def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        module.train()
+        module(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    trained = [[p for p in module.parameters() if p.requires_grad] for module in (model, plain)]
+    optimizers = [torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0) for parameters in trained]
+    steps = [partial(step, *pair) for pair in zip((model, plain), optimizers, strict=True)]
+    own, reference = in_turns(steps, rounds)
+    return round(median_ratio(own, reference), 4)
+
+
+def saved_bytes(model: nn.Module, batch: Any) -> int:
+    """Return the bytes that autograd holds for the backward pass: each storage once, parameters not counted."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            held[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is used twice
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch).loss
+    del loss
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())

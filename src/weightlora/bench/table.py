@@ -1,0 +1,204 @@
+"""Records → a table for terminal, Markdown and LaTeX: mean ± standard error, best in bold, second underlined."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightlora.bench.grid import Grid, Point, Record, Row, by_key
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A text, and whether it is the best (1) or second (2) of its column."""
+
+    text: str
+    place: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a header; the first column names the method."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The runs of a row on one task that its numbers come from."""
+
+    row: Row
+    rate: float | None
+    records: tuple[Record, ...]
+    wanted: int
+
+    @property
+    def good(self) -> list[Record]:
+        return [record for record in self.records if record["status"] == "ok"]
+
+    @property
+    def values(self) -> list[float]:
+        return [value for record in self.records if (value := self.row.tested(record)) is not None]
+
+    def mean(self, *names: str) -> float | None:
+        """Mean over the runs of the sum of these entries."""
+        sums = [sum(r[name] for name in names) for r in self.good if all(r.get(n) is not None for n in names)]
+        return statistics.mean(sums) if sums else None
+
+
+def make_table(grid: Grid, records: Sequence[Record]) -> Table:
+    """Return the table of a benchmark, whatever part of it has been run.
+
+    Metrics are those of the runs at the chosen learning rate, in per cent. Parameters are those of the adapters, at
+    their peak, the selection included, and as exported. Times are relative to those of ``grid.reference``: of a step,
+    as measured in turns with plain LoRA, and of selection and training together.
+    """
+    known = by_key(records)
+    tasks = list(dict.fromkeys(row.task for row in grid.rows))
+    labels = list(dict.fromkeys(row.label for row in grid.rows))
+    lines = {(row.label, row.task): _line(grid, row, known) for row in grid.rows}
+    metrics = {task: next(row.metric for row in grid.rows if row.task == task) for task in tasks}
+    scores = {task: _column([lines[label, task] for label in labels]) for task in tasks}
+    header = ("method", "rate", "peak", "exported", *(f"{task} {metrics[task]}" for task in tasks))
+    if len(tasks) > 1:
+        header = (*header, "average")
+        averages = _averages([[lines[label, task] for task in tasks] for label in labels])
+    else:
+        averages = []
+    body: list[tuple[Cell, ...]] = []
+    for i, label in enumerate(labels):
+        own = [lines[label, task] for task in tasks]
+        rates = " ".join(dict.fromkeys("–" if line.rate is None else f"{line.rate:g}" for line in own))
+        counts = [_count(own, name) for name in ("peak_parameters", "adapter_parameters")]
+        times = [_ratio(own, [lines[grid.reference, task] for task in tasks], names) for names in _TIMES]
+        cells = [Cell(text) for text in (label, rates, *counts)]
+        cells += [scores[task][i] for task in tasks] + averages[i : i + 1] + [Cell(text) for text in times]
+        body.append(tuple(cells))
+    return Table((*header, "step", "whole"), tuple(body))
+
+
+_TIMES = (("step_ratio",), ("selection_seconds", "training_seconds"))
+
+
+def to_markdown(table: Table) -> str:
+    """Return the table as Markdown, bold and underlined as in the paper."""
+    marks = ("{}", "**{}**", "<u>{}</u>")
+    rows = [[marks[cell.place].format(cell.text) for cell in row] for row in table.rows]
+    rules = ["---", *("---:" for _ in table.header[1:])]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (table.header, rules, *rows))
+
+
+def to_latex(table: Table) -> str:
+    r"""Return the table as a LaTeX ``tabular`` with booktabs rules.
+
+    Example:
+        >>> print(to_latex(Table(("method", "rte"), ((Cell("lora_drop"), Cell("70.1 ± 0.2", 1)),))))
+        \begin{tabular}{lr}
+        \toprule
+        method & rte \\
+        \midrule
+        lora\_drop & \textbf{70.1 $\pm$ 0.2} \\
+        \bottomrule
+        \end{tabular}
+        <BLANKLINE>
+    """
+    marks = ("{}", r"\textbf{{{}}}", r"\underline{{{}}}")
+    rows = [[marks[cell.place].format(_escaped(cell.text)) for cell in row] for row in table.rows]
+    head = " & ".join(map(_escaped, table.header)) + r" \\"
+    body = [" & ".join(row) + r" \\" for row in rows]
+    columns = "l" + "r" * (len(table.header) - 1)
+    lines = [
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        head,
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def to_terminal(table: Table) -> RichTable:
+    """Return the table as rich prints it."""
+    from rich.box import SIMPLE
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    shown = RichTable(box=SIMPLE, padding=(0, 1, 0, 0))
+    for i, name in enumerate(table.header):
+        shown.add_column(name, justify="right" if i else "left")
+    styles = ("", "bold", "underline")
+    for row in table.rows:
+        shown.add_row(*(Text(cell.text, style=styles[cell.place]) for cell in row))
+    return shown
+
+
+def _line(grid: Grid, row: Row, known: Mapping[str, Record]) -> _Line:
+    rate = grid.rate(row, known)
+    if rate is None:  # all of its tuning failed, or it has not been run
+        points = [point for point in grid.tuning if point.row is row]
+    else:
+        points = [Point(row, rate, seed) for seed in grid.seeds]
+    found = [known[point.key] for point in points if point.key in known]
+    return _Line(row, rate, tuple(found) if rate is not None or not _any_good(found) else (), len(grid.seeds))
+
+
+def _any_good(records: Sequence[Record]) -> bool:
+    return any(record["status"] == "ok" for record in records)
+
+
+def _column(lines: Sequence[_Line]) -> list[Cell]:
+    means = [statistics.mean(line.values) if line.values else None for line in lines]
+    return [Cell(_spread(line), place) for line, place in zip(lines, _places(means), strict=True)]
+
+
+def _spread(line: _Line) -> str:
+    """Mean ± standard error in per cent; how many runs it is of, where some are missing."""
+    failed = len(line.records) - len(line.good)
+    if not line.values:
+        return "failed" if failed else "–"
+    mean = f"{100 * statistics.mean(line.values):.1f}"
+    if len(line.values) > 1:
+        mean += f" ± {100 * statistics.stdev(line.values) / len(line.values) ** 0.5:.1f}"
+    missing = f"{len(line.values)} of {line.wanted} runs" + (f", {failed} failed" if failed else "")
+    return mean if len(line.values) == line.wanted else f"{mean} ({missing})"
+
+
+def _averages(groups: Sequence[Sequence[_Line]]) -> list[Cell]:
+    """Mean over the tasks, of rows that have numbers on all of them."""
+    means = [
+        statistics.mean(statistics.mean(line.values) for line in group) if all(line.values for line in group) else None
+        for group in groups
+    ]
+    places = _places(means)
+    return [Cell("–" if m is None else f"{100 * m:.1f}", p) for m, p in zip(means, places, strict=True)]
+
+
+def _places(means: Sequence[float | None]) -> list[int]:
+    """1 for the highest, 2 for the next lower value, 0 for the others; equal ones share a place."""
+    highest = sorted({mean for mean in means if mean is not None}, reverse=True)[:2]
+    return [1 + highest.index(mean) if mean in highest else 0 for mean in means]
+
+
+def _count(lines: Sequence[_Line], name: str) -> str:
+    means = [mean for line in lines if (mean := line.mean(name)) is not None]
+    return f"{round(statistics.mean(means)):,}" if means else "–"
+
+
+def _ratio(lines: Sequence[_Line], reference: Sequence[_Line], names: Sequence[str]) -> str:
+    """Time ÷ that of the reference, the mean over the tasks where both are known."""
+    pairs = [(line.mean(*names), other.mean(*names)) for line, other in zip(lines, reference, strict=True)]
+    ratios = [own / other for own, other in pairs if own is not None and other]
+    return f"{statistics.mean(ratios):.2f}" if ratios else "–"
+
+
+def _escaped(text: str) -> str:
+    special = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "±": r"$\pm$", "–": "--"}
+    return "".join(special.get(letter, letter) for letter in text)

@@ -1,0 +1,24 @@
+"""What the processes of tests/test_bench.py run; a spawned one can import nothing of a test."""
+
+import os
+import sys
+from pathlib import Path
+
+from weightlora.bench.engine import run_grid
+from weightlora.bench.grid import read_grid
+
+
+def die_at_seed_one(job):
+    """Do no work, and die where the seed is 1."""
+    if job.options["seed"] == 1:
+        os._exit(9)
+    return {"options": dict(job.options), "status": "ok"}
+
+
+def run(config, output_dir):
+    """The whole benchmark, as the command runs it."""
+    run_grid(read_grid(config, Path(output_dir)), report=lambda *_: None)
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])
