@@ -153,7 +153,7 @@ def test_each_client_holds_its_rank_and_what_is_beyond_is_zero_without_gradient(
 
 def test_one_client_gets_back_what_it_gave():
     """C = 1 with the budget's rank: the average is the client's own update, and so is what it goes on with."""
-    method, model = attached(steps=6, clients=1, ranks=[2], rounds=3)
+    method, model = attached(steps=6, clients=1, ranks=2, rounds=3)
     given, compared = {}, []
 
     def look(step):
@@ -227,6 +227,7 @@ def test_without_its_callback_it_warns_and_cannot_be_exported():
         ({"clients": 0}, 9, "clients=0 is not allowed: give at least 1"),
         ({"rounds": 0}, 9, "rounds=0 is not allowed: give at least 1"),
         ({"ranks": [2, 2]}, 9, r"ranks=\[2, 2\] is not allowed: give one of at least 1 for each of clients=3"),
+        ({"ranks": 0}, 9, r"ranks=\[0, 0, 0\] is not allowed"),
         ({"ranks": [2, 0, 2]}, 9, r"ranks=\[2, 0, 2\] is not allowed"),
         ({}, 2, "2 steps give clients=3 less than one each; train longer or lower clients"),
     ],

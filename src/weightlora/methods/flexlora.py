@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def build(*, clients: int = 4, ranks: Sequence[int] | None = None, rounds: int = 4) -> Method:
+def build(*, clients: int = 4, ranks: Sequence[int] | int | None = None, rounds: int = 4) -> Method:
     """Return the method.
 
     Args:
         clients: C, which train one after the other in each round.
-        ranks: One a client; None stands for r/2, r, r, 3r/2 in rotation. The paper has 8, 30 and 200.
+        ranks: One a client, or one for all; None stands for r/2, r, r, 3r/2 in rotation. The paper has 8, 30 and 200.
         rounds: How often the server averages, at most; each client has at least one step in each. The paper has 50.
 
     Raises:
@@ -43,6 +43,7 @@ def build(*, clients: int = 4, ranks: Sequence[int] | None = None, rounds: int =
     for name, value in (("clients", clients), ("rounds", rounds)):
         if value < 1:
             raise OptionError(f"{name}={value} is not allowed: give at least 1")
+    ranks = [ranks] * clients if isinstance(ranks, int) else ranks
     if ranks is not None and (len(ranks) != clients or min(ranks) < 1):
         raise OptionError(f"ranks={list(ranks)} is not allowed: give one of at least 1 for each of clients={clients}")
     return FlexLora(clients, ranks, rounds)
