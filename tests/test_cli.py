@@ -30,7 +30,7 @@ def failure(capsys, *words):
     return captured.err
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("select",), ("show",), ("estimate",), ("methods",)])
+@pytest.mark.parametrize("command", [(), ("demo",), ("select",), ("show",), ("estimate",), ("methods",), ("analyse",)])
 def test_help_is_there_and_imports_nothing_heavy(command):
     words = [sys.executable, "-X", "importtime", "-m", "weightlora", *command, "--help"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)

@@ -18,7 +18,7 @@ ROOMS = (
     *("errors", "files", "sites", "budget", "cost", "stoiht", "gates", "checkpointing", "dropout", "lora_step"),
     *("fast_lora", "untouched", "plan_file", "plan", "processes", "tracing", "timing", "estimate", "warmup"),
     *("tokens", "probe", "selection", "stock", "triplets", "moving", "placement", "batches", "growth", "trainer"),
-    *("methods", "applied", "tasks", "recipe", "hub", "train"),
+    *("methods", "applied", "tasks", "recipe", "hub", "train", "analysis"),
     *("bench", "report", "cli"),
 )
 HEAVY = {"torch", "peft", "transformers", "numpy", "matplotlib"}

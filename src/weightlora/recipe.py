@@ -131,12 +131,15 @@ class Recipe:
         return Path(str(self.training.output_dir))
 
 
-def read_recipe(config: str | Path | None = None, words: Sequence[str] = ()) -> Recipe:
+def read_recipe(
+    config: str | Path | None = None, words: Sequence[str] = (), *, output_dir: str = "runs/train"
+) -> Recipe:
     """Return the recipe of a YAML file under the options of the command line, all checked.
 
     Args:
         config: A YAML file of ``option: value`` lines; None where there is none.
         words: ``["--learning_rate", "1e-3", ...]``; they win over the file.
+        output_dir: Where neither says so.
 
     Raises:
         DataError: The file is not readable as such lines.
@@ -155,7 +158,7 @@ def read_recipe(config: str | Path | None = None, words: Sequence[str] = ()) -> 
     ours = _parser(ModelOptions, TaskOptions, MethodOptions)
     model, rows, method, rest = _parse(ours, [*option_words(content), *words])
     theirs = _parser(kind_of(find_task(rows.task)).arguments_class())
-    theirs.set_defaults(output_dir="runs/train")
+    theirs.set_defaults(output_dir=output_dir)
     known = {action.dest for parser in (ours, theirs) for action in _actions(parser)}
     for key in content:
         if key not in known:

@@ -33,7 +33,7 @@ from weightlora.processes import from_first, is_first
 from weightlora.recipe import Recipe, TaskOptions
 from weightlora.sites import TASK_HEADS, find_sites
 from weightlora.tasks import find_task, kind_of
-from weightlora.tasks.base import RowOptions, Task
+from weightlora.tasks.base import Prepared, RowOptions, Task
 from weightlora.tasks.embedded import embedded_model
 from weightlora.tasks.pretrained import load_tokenizer
 from weightlora.tasks.rows import Source, load_rows, with_columns
@@ -72,14 +72,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
 
     if recipe.training.push_to_hub:
         from_first(partial(require_hub, recipe.training.hub_token))
-    task = _task(recipe.task)
-    kind = kind_of(task)
-    rows = load_rows(task, _source(recipe.task), seed=recipe.training.data_seed or 0)
-    path, loading = _pretrained(recipe, kind.TASK_TYPE)
-    tokenizer = load_tokenizer(path, **{k: v for k, v in loading.items() if k in ("gguf_file", "revision")})
-    prepared = kind.prepare(task, rows, tokenizer, _row_options(recipe.task))
-    base = kind.load_model(path, task, rows, seed=recipe.training.seed, **loading)
-    trainer = prepared.make_trainer(_with_lora(base, recipe, kind.TASK_TYPE), recipe.training, callbacks)
+    prepared, trainer = make_trainer(recipe, callbacks)
     if recipe.training.eval_on_start:
         require_measurable(trainer)
     if recipe.method.grow_batch:
@@ -88,7 +81,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
 
     from_first(lambda: _write_config(output, settings))  # before this, a mistake leaves nothing behind
     start = time.perf_counter()
-    plan, method = _plan(trainer, recipe)
+    plan, method = plan_for(trainer, recipe)
     if recipe.method.grow_batch:
         _grow(trainer, plan, recipe)
     selected = time.perf_counter()
@@ -130,6 +123,22 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
     if is_first():
         write_json(output / RESULTS_FILE, results)
     return results
+
+
+def make_trainer(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> tuple[Prepared, Trainer]:
+    """Return the recipe's trainer, on the base model with plain LoRA on all candidates, and what measures it.
+
+    Raises:
+        DataError: Rows or model are missing or malformed.
+    """
+    task = _task(recipe.task)
+    kind = kind_of(task)
+    rows = load_rows(task, _source(recipe.task), seed=recipe.training.data_seed or 0)
+    path, loading = _pretrained(recipe, kind.TASK_TYPE)
+    tokenizer = load_tokenizer(path, **{k: v for k, v in loading.items() if k in ("gguf_file", "revision")})
+    prepared = kind.prepare(task, rows, tokenizer, _row_options(recipe.task))
+    base = kind.load_model(path, task, rows, seed=recipe.training.seed, **loading)
+    return prepared, prepared.make_trainer(_with_lora(base, recipe, kind.TASK_TYPE), recipe.training, callbacks)
 
 
 def _read_json(path: Path) -> Any:
@@ -225,8 +234,12 @@ def _with_lora(base: Any, recipe: Recipe, task_type: str) -> Any:
     return get_peft_model(base, lora)
 
 
-def _plan(trainer: Trainer, recipe: Recipe) -> tuple[AdapterPlan, Method | None]:
-    """Find the plan by the recipe's method and give the trainer's model the planned adapters."""
+def plan_for(trainer: Trainer, recipe: Recipe) -> tuple[AdapterPlan, Method | None]:
+    """Find the plan by the recipe's method and give the trainer's model the planned adapters.
+
+    Raises:
+        OptionError: An option does not fit, or ``output_dir`` holds another plan.
+    """
     options, seed = recipe.method, recipe.training.seed
     if options.plan is not None:
         return adopt(trainer, AdapterPlan.load(options.plan), seed=seed, fast=options.fast), None

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from weightlora import __version__
-from weightlora.cli import bench, demo, estimate, methods, select, show, train
+from weightlora.cli import analyse, bench, demo, estimate, methods, select, show, train
 from weightlora.errors import OptionError, WeightLoraError
 
-_COMMANDS = (demo, select, train, show, estimate, methods, bench)
+_COMMANDS = (demo, select, train, show, estimate, analyse, bench, methods)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_parser(commands)
     try:
         chosen, rest = parser.parse_known_args(words)
-        if rest and chosen.command != "train":  # whose options are the Trainer's own as well
+        if rest and chosen.command not in ("train", "analyse"):  # whose options are the Trainer's own as well
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         chosen.words, chosen.rest = words[1:], rest
         chosen.run(chosen)

@@ -57,6 +57,12 @@ METHODS = (
         "Yu et al. 2025, arXiv:2510.00192",
         "nothing",
     ),
+    MethodEntry(
+        "flexlora",
+        "clients of several ranks, whose averaged update an SVD hands out again",
+        "Bai et al. 2024, arXiv:2402.11505",
+        "nothing",
+    ),
     MethodEntry("melora", "N mini adapters on N blocks of features", "Ren et al. 2024, ACL", "nothing"),
     MethodEntry(
         "riemannian", "LoRA with preconditioned gradients", "Zhang and Pilanci 2024, arXiv:2402.02347", "nothing"

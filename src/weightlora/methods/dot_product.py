@@ -17,7 +17,7 @@ from weightlora.errors import OptionError, SelectionError
 from weightlora.methods.base import ChoosingMethod, Method
 from weightlora.plan import AdapterPlan, base_model_name, make_plan
 from weightlora.probe import adapter_weights, probed, train_adapters
-from weightlora.sites import adapter_parameters, find_sites
+from weightlora.sites import Site, adapter_parameters, find_sites
 from weightlora.warmup import Loss, Stage, cycled, let_train
 
 if TYPE_CHECKING:
@@ -60,19 +60,9 @@ def build(
         sites = find_sites(model, lora).sites
         budget = read_budget(keep, adapter_parameters(sites, lora))
         names = [site.name for site in sites]
-        runs = [[name] for name in names] if alone else [names]
-        shown = itertools.cycle(list(cycled(batches, steps)))  # all trainings see the same rows
-        total = 2 * steps * len(runs)
-        still = replace(lora, lora_dropout=0.0)  # the products are to be those of ΔW, not of a part of it
-        products: dict[str, float] = {}
-        with probed(model, still, sites, batches=shown, steps=total, seed=seed, loss_fn=loss_fn) as stage:
-            begin = [parameter.detach().clone() for parameter in (*adapter_weights(stage), *stage.head)]
-            for run in runs:
-                with torch.no_grad():
-                    for parameter, value in zip((*adapter_weights(stage), *stage.head), begin, strict=True):
-                        parameter.copy_(value)
-                train_adapters(stage, steps=steps, lr=lr, names=run)
-                products |= _products(stage, run, steps)
+        products = dot_products(
+            model, lora, sites, batches, steps=steps, alone=alone, lr=lr, seed=seed, loss_fn=loss_fn
+        )
         scores = [abs(products[name]) if by == "magnitude" else -products[name] for name in names]
         kept = [i for i in budget.choose(scores) if scores[i] > 0]
         if not kept:
@@ -89,6 +79,52 @@ def build(
         )
 
     return ChoosingMethod(choose)
+
+
+def dot_products(
+    model: nn.Module,
+    lora: LoraConfig,
+    sites: Sequence[Site],
+    batches: Iterable[Any],
+    *,
+    steps: int,
+    alone: bool,
+    lr: float,
+    head_steps: int = 0,
+    seed: int = 0,
+    loss_fn: Loss | None = None,
+) -> dict[str, float]:
+    """Return ⟨∂L/∂W_i(W0), s·B_i·A_i⟩ of each site, signed; ``model`` is left bit for bit as it was.
+
+    Args:
+        model: The base model.
+        lora: The adapters wanted; their dropout is left out.
+        sites: All candidates.
+        batches: As in :func:`weightlora.select`; the first go to the head, as many as ``steps`` to all else.
+        steps: As in :func:`build`.
+        alone: As in :func:`build`.
+        lr: As in :func:`build`.
+        head_steps: Steps in which fresh heads are trained before any adapter is.
+        seed: As in :func:`build`.
+        loss_fn: As in :func:`weightlora.select`.
+    """
+    runs = [[site.name] for site in sites] if alone else [[site.name for site in sites]]
+    rows = list(cycled(batches, head_steps + steps))
+    shown = itertools.chain(rows[:head_steps], itertools.cycle(rows[head_steps:]))  # all trainings see the same rows
+    total = head_steps + 2 * steps * len(runs)
+    still = replace(lora, lora_dropout=0.0)  # the products are to be those of ΔW, not of a part of it
+    products: dict[str, float] = {}
+    with probed(model, still, sites, batches=shown, steps=total, seed=seed, loss_fn=loss_fn) as stage:
+        if head_steps:
+            train_adapters(stage, steps=head_steps, lr=lr, names=())
+        begin = [parameter.detach().clone() for parameter in (*adapter_weights(stage), *stage.head)]
+        for run in runs:
+            with torch.no_grad():
+                for parameter, value in zip((*adapter_weights(stage), *stage.head), begin, strict=True):
+                    parameter.copy_(value)
+            train_adapters(stage, steps=steps, lr=lr, names=run)
+            products |= _products(stage, run, steps)
+    return products
 
 
 def _products(stage: Stage, names: Sequence[str], steps: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os.path
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,19 +52,29 @@ def make_grid(plan: AdapterPlan) -> Grid:
         >>> grid.rows, grid.columns, [row[0].level for row in grid.cells]
         (('0', '1'), ('q',), [0.0, 1.0])
     """
-    blocks = sorted({entry.site.block for entry in plan.entries}, key=_natural)
+    blocks = sorted({entry.site.block for entry in plan.entries}, key=natural)
     columns = sorted({entry.site.projection for entry in plan.entries})
     low = min(entry.score for entry in plan.entries)
     span = max(entry.score for entry in plan.entries) - low
     found = {
         (e.site.block, e.site.projection): Cell((e.score - low) / span if span else 0.0, e.r) for e in plan.entries
     }
-    shared = len(re.sub(r"\d*$", "", os.path.commonprefix(blocks)))  # noqa: RUF071  (letters are meant)
     return Grid(
-        rows=tuple(block[shared:] or "–" for block in blocks),
+        rows=short_blocks(blocks),
         columns=tuple(columns),
         cells=tuple(tuple(found.get((block, column)) for column in columns) for block in blocks),
     )
+
+
+def short_blocks(blocks: Sequence[str]) -> tuple[str, ...]:
+    """Return the blocks without what all of their names begin with.
+
+    Example:
+        >>> short_blocks(["encoder.layer.1", "encoder.layer.10"])
+        ('1', '10')
+    """
+    shared = len(re.sub(r"\d*$", "", os.path.commonprefix(blocks)))  # noqa: RUF071  (letters are meant)
+    return tuple(block[shared:] or "–" for block in blocks)
 
 
 def terminal_heatmap(plan: AdapterPlan) -> Table:
@@ -126,6 +137,11 @@ def _cell_text(cell: Cell | None) -> str:
     return f"[bold green]{shade}●[/]" if cell.r > 0 else f"[dim]{shade}·[/]"
 
 
-def _natural(text: str) -> list[Any]:
-    """Sort key that puts layer 2 before layer 10."""
+def natural(text: str) -> list[Any]:
+    """Sort key that puts layer 2 before layer 10.
+
+    Example:
+        >>> sorted(["layer.10", "layer.2"], key=natural)
+        ['layer.2', 'layer.10']
+    """
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]

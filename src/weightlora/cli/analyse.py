@@ -1,0 +1,53 @@
+"""``weightlora analyse dot-product``: the paper's Figure 2 on your model, and how far a plan agrees with it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command; its options are those of ``weightlora train``."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "analyse",
+        help="look into a model: what single adapters would move",
+        epilog="example: weightlora analyse dot-product --task rotten_tomatoes --keep 0.5 --steps 5",
+    )
+    studies = parser.add_subparsers(dest="study", required=True, metavar="study")
+    study: argparse.ArgumentParser = studies.add_parser(
+        "dot-product",
+        help="the paper's Figure 2: adapters trained alone, along the frozen model's gradient",
+        description="Train the adapter of each site alone for --steps batches and take its dot product with the frozen "
+        "model's gradient (section 2.1 of the paper); then compare the largest with the plan of the recipe, given by "
+        "--plan or chosen on the spot. Writes dot_product.json and dot_product.png.",
+        epilog="Options are those of weightlora train, in the YAML file or here.\n"
+        "example: weightlora analyse dot-product --task rotten_tomatoes --keep 0.5 --steps 5 --output_dir runs/dot",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    study.add_argument("--config", type=Path, help="YAML file of 'option: value' lines")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Look, write numbers and picture, then print both."""
+    from rich.console import Console
+
+    from weightlora.analysis import dot_product_study
+    from weightlora.cli.quiet import quiet_libraries
+    from weightlora.files import writable_folder, write_json
+    from weightlora.recipe import read_recipe
+    from weightlora.report.bars import draw_bars, overlap_text, terminal_bars
+
+    recipe = read_recipe(arguments.config, arguments.rest, output_dir="runs/dot_product")
+    output = writable_folder(recipe.output_dir)
+    with quiet_libraries():
+        found = dot_product_study(recipe)
+    files = output / "dot_product.json", output / "dot_product.png"
+    write_json(files[0], {**found.to_json(), "settings": dict(recipe.settings)})
+    draw_bars(found, files[1])
+    console = Console()
+    console.print(terminal_bars(found))
+    console.print(overlap_text(found), soft_wrap=True)
+    console.print(f"wrote {files[0]} and {files[1]}", soft_wrap=True)

@@ -1,0 +1,92 @@
+"""The paper's Figure 2: a bar a site, as long as its dot product, a star where the plan keeps it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weightlora.analysis import DotProducts
+from weightlora.files import whole_file
+from weightlora.report.heatmap import natural, short_blocks
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: Of the longest bar.
+_WIDTH = 20
+
+
+def terminal_bars(found: DotProducts) -> Table:
+    """Return a table of the sites, the largest product first; readable without colour."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    largest = max(map(abs, found.products.values())) or 1.0
+    title = f"single adapters along the frozen model's gradient; ★ kept by {found.plan.rule}"
+    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("#", justify="right")
+    table.add_column("layer", justify="right", no_wrap=True)
+    table.add_column("projection", no_wrap=True)
+    table.add_column("⟨∇L, s·B·A⟩", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("★", justify="center", no_wrap=True)
+    sites = _places(found)
+    for place, name in enumerate(sorted(sites, key=lambda name: (-abs(found.products[name]), name)), start=1):
+        bar = "█" * round(_WIDTH * abs(found.products[name]) / largest)
+        star = "★" if name in found.plan.names else "·"
+        last = place == len(found.plan.names)  # a line below the K largest
+        table.add_row(str(place), *sites[name], f"{found.products[name]:.2e}", bar, star, end_section=last)
+    return table
+
+
+def overlap_text(found: DotProducts) -> str:
+    """Return how far the plan agrees with the largest products, and what two choices by lot would, a line each."""
+    overlap = found.overlap
+    lines = (
+        f"{overlap.shared} of the {overlap.k} sites with the largest products are kept by {found.plan.rule}; "
+        f"Jaccard {overlap.jaccard:.2f}",
+        f"by lot: {overlap.by_lot:.1f} of {overlap.k} (K²/n, n = {overlap.n}); Jaccard {overlap.jaccard_by_lot:.2f}; "
+        f"as many or more with probability {overlap.chance:.2g}",
+        f"by lot, but as many of each projection as {found.plan.rule} keeps: {found.by_lot_within:.1f} of {overlap.k}",
+    )
+    return "\n".join(lines)
+
+
+def draw_bars(found: DotProducts, path: str | Path) -> None:
+    """Write the bars, in the order of the layers, as a PNG (or PDF, SVG: by the path's ending), whole or not at all.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    sites = _places(found)
+    names = sorted(sites, key=natural)
+    sizes = [abs(found.products[name]) for name in names]
+    kept = [name in found.plan.names for name in names]
+    figure = Figure(figsize=(2.5 + 0.2 * len(names), 4.5), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.bar(range(len(names)), sizes, color=["#d95f02" if one else "#9aa5b1" for one in kept])
+    stars = [i for i, one in enumerate(kept) if one]
+    axes.plot(stars, [sizes[i] for i in stars], "*", color="black", markersize=6)
+    axes.set_xticks(range(len(names)), [" ".join(sites[name]) for name in names], rotation=90, fontsize=7)
+    axes.set_xlim(-0.8, len(names) - 0.2)
+    axes.set_ylabel("|⟨∇L(W0), s·B·A⟩|")
+    overlap, rule = found.overlap, found.plan.rule
+    axes.set_title(
+        f"{overlap.shared} of the {overlap.k} largest are kept by {rule}; by lot {overlap.by_lot:.1f} would be", size=9
+    )
+    handles = [Patch(color="#d95f02", label=f"kept by {rule} (starred)"), Patch(color="#9aa5b1", label="not kept")]
+    axes.legend(handles=handles, fontsize=7)
+    with whole_file(path) as draft:
+        figure.savefig(draft)
+
+
+def _places(found: DotProducts) -> dict[str, tuple[str, str]]:
+    """Layer and projection of each site, by its name."""
+    entries = found.plan.entries
+    blocks = short_blocks([entry.site.block for entry in entries])
+    return {entry.site.name: (block, entry.site.projection) for entry, block in zip(entries, blocks, strict=True)}
