@@ -152,11 +152,15 @@ def run(name, architecture, folder, checkpoint=None):
     return Run(name, architecture, folder, trainer, method, watch.steps, logits, without, exported)
 
 
+#: What an adapter's output is proportional to, where it is not B.
+LOUDNESS = ("lora_B", "vera_lambda_b", "vblora_vector_bank")
+
+
 @torch.no_grad()
 def strengthen(model, factor):
     """After so few steps adapters hardly speak; what is exported shall be heard."""
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if any(part in name for part in LOUDNESS):
             parameter.mul_(factor)
 
 
@@ -238,7 +242,7 @@ def test_the_seed_decides(finished, tmp_path):
         trainer = finished.architecture.trainer(tmp_path / folder)
         torch.manual_seed(noise)  # what the global generators hold does not matter
         method = method_for(trainer, finished.name, **quick(finished.name))
-        starts.append((method.plan, {n: p for n, p in trainer.model.named_parameters() if "lora_" in n}))
+        starts.append((method.plan, {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}))
     assert starts[0][0] == starts[1][0]
     assert same(starts[0][1], starts[1][1])
 

@@ -61,6 +61,15 @@ METHODS = (
     MethodEntry(
         "riemannian", "LoRA with preconditioned gradients", "Zhang and Pilanci 2024, arXiv:2402.02347", "nothing"
     ),
+    MethodEntry(
+        "vera",
+        "two vectors a site between random matrices that all share",
+        "Kopiczko et al. 2023, arXiv:2310.11454",
+        "nothing",
+    ),
+    MethodEntry(
+        "vb_lora", "A and B put together from one bank of vectors", "Li et al. 2024, arXiv:2405.15179", "nothing"
+    ),
 )
 
 

@@ -1,0 +1,212 @@
+"""Methods that train other numbers than A and B, and end as stock LoRA: VeRA and VB-LoRA, on PEFT's layers."""
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+
+from weightlora.applied import method_for
+from weightlora.errors import OptionError
+from weightlora.gates import adapter_layers, lora_layers
+from weightlora.methods import make_method
+
+LORA = LoraConfig(r=4, lora_alpha=6)
+NAMES = ["vera", "vb_lora"]
+
+
+def net(conv1d=False):
+    torch.manual_seed(0)
+    if conv1d:  # GPT-2's layer holds its weight as (in, out)
+        return nn.Sequential(Conv1D(12, 8), nn.Tanh(), Conv1D(4, 12))
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
+
+
+def batch(step):
+    return torch.randn(9, 8, generator=torch.Generator().manual_seed(step))
+
+
+def attached(name, lora=LORA, base=None, **options):
+    torch.manual_seed(1)
+    method = make_method(name, **options)
+    return method, method.attach(net() if base is None else base, lora, [], 5)
+
+
+def trained(model, steps=20):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.2, weight_decay=0.1)
+    for step in range(steps):
+        (model(batch(step)) - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def added(model, name):
+    """ΔW of an exported site as (out, in), from what is in its file: s·B·A."""
+    layer = lora_layers(model)[name]
+    return layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+
+
+# -- vera ------------------------------------------------------------------------------------------------------------
+
+
+def vera_update(layer):
+    """ΔW = diag(b)·B·diag(d)·A, one number after the other, from the first rows of B and the first columns of A."""
+    a, b = layer.vera_A["default"], layer.vera_B["default"]
+    d_vector, b_vector = layer.vera_lambda_d["default"].detach(), layer.vera_lambda_b["default"].detach()
+    update = torch.zeros(layer.out_features, layer.in_features)
+    for row in range(layer.out_features):
+        for column in range(layer.in_features):
+            for k in range(len(d_vector)):
+                update[row, column] += b_vector[row] * b[row, k] * d_vector[k] * a[k, column]
+    return update
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_vera_is_what_its_vectors_make_of_the_shared_matrices(conv1d):
+    lora = LoraConfig(r=4, lora_alpha=6, fan_in_fan_out=conv1d, target_modules=["0", "2"])
+    method, model = attached("vera", lora, net(conv1d))
+    before = model(batch(9))
+    torch.testing.assert_close(before, net(conv1d)(batch(9)), rtol=0, atol=0)  # b = 0
+    expected = {name: vera_update(layer) for name, layer in adapter_layers(trained(model)).items()}
+    logits = model(batch(9))
+    assert (logits - before).abs().max() > 1e-2, "it was trained"
+    exported = method.export(model)
+    for name, update in expected.items():
+        torch.testing.assert_close(added(exported, name), update)
+    torch.testing.assert_close(exported(batch(9)), logits)
+    assert exported.peft_config["default"].lora_alpha == 4, "alpha/r is VeRA's strength: 1"
+
+
+def test_vera_trains_two_vectors_a_site_and_shares_one_frozen_pair():
+    _, model = attached("vera", projection_prng_key=3)
+    assert count(model) == (12 + 4) + (4 + 4)  # b (out) and d (r) of 8→12 and 12→4
+    one, two = adapter_layers(model).values()
+    pair = [one.vera_A["default"], one.vera_B["default"]]
+    assert [tuple(matrix.shape) for matrix in pair] == [(4, 12), (12, 4)], "the largest sizes of all sites"
+    assert [m.data_ptr() for m in pair] == [two.vera_A["default"].data_ptr(), two.vera_B["default"].data_ptr()]
+    start = [matrix.clone() for matrix in pair]
+    trained(model)
+    assert all(map(torch.equal, pair, start))
+    other = next(iter(adapter_layers(attached("vera", projection_prng_key=4)[1]).values()))
+    assert not torch.equal(other.vera_A["default"], start[0]), "the key decides"
+
+
+# -- vb_lora ---------------------------------------------------------------------------------------------------------
+
+
+def mixed(logits, bank, topk):
+    """One piece: the K vectors with the largest logits, weighted by the softmax over these K."""
+    order = sorted(range(len(logits)), key=lambda i: -float(logits[i]))[:topk]
+    weights = [math.exp(float(logits[i])) for i in order]
+    return sum(weight / sum(weights) * bank[i] for weight, i in zip(weights, order, strict=True))
+
+
+def vb_update(a_logits, b_logits, bank, topk):
+    """ΔW = B·A of the pieces: A's logits are (r, in/b, h), B's are (out/b, r, h)."""
+    r = a_logits.shape[0]
+    rows = [torch.cat([mixed(piece, bank, topk) for piece in a_logits[k]]) for k in range(r)]
+    columns = [torch.cat([mixed(piece[k], bank, topk) for piece in b_logits]) for k in range(r)]
+    return sum(torch.outer(column, row) for column, row in zip(columns, rows, strict=True))
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_vb_lora_is_put_together_from_the_bank(conv1d):
+    lora = LoraConfig(r=4, lora_alpha=6, fan_in_fan_out=conv1d, target_modules=["0", "2"])
+    method, model = attached("vb_lora", lora, net(conv1d), num_vectors=10, topk=3)
+    before = model(batch(9))
+    trained(model)
+    expected = {
+        name: vb_update(
+            layer.vblora_logits_A["default"].detach(),
+            layer.vblora_logits_B["default"].detach(),
+            layer.vblora_vector_bank["default"].detach(),
+            topk=3,
+        )
+        for name, layer in adapter_layers(model).items()
+    }
+    logits = model(batch(9))
+    assert (logits - before).abs().max() > 1e-2, "it was trained"
+    exported = method.export(model)
+    for name, update in expected.items():
+        torch.testing.assert_close(added(exported, name), update)
+    torch.testing.assert_close(exported(batch(9)), logits)
+
+
+def test_vb_lora_trains_the_bank_once_and_h_logits_a_piece():
+    _, model = attached("vb_lora", num_vectors=10)
+    b = 4  # the greatest common divisor of 8, 12 and 4
+    assert count(model) == 10 * b + 4 * (8 + 12 + 12 + 4) // b * 10
+    banks = [layer.vblora_vector_bank["default"] for layer in adapter_layers(model).values()]
+    assert banks[0] is banks[1]
+
+
+def test_the_pieces_are_as_long_as_the_sizes_allow():
+    for options, length in (({}, 4), ({"vector_length": 2}, 2)):
+        assert attached("vb_lora", **options)[0].plan.options["vector_length"] == length
+    wide = nn.Sequential(nn.Linear(1536, 1024))  # their gcd is 512
+    assert attached("vb_lora", base=wide, num_vectors=2)[0].plan.options["vector_length"] == 256
+    with pytest.raises(OptionError, match=r"no vector_length above 1 divides all sizes 8, 9 of the sites"):
+        attached("vb_lora", base=nn.Sequential(nn.Linear(8, 9)))
+    with pytest.raises(OptionError, match=r"vector_length=3 does not divide all sizes 4, 8, 12 of the sites"):
+        attached("vb_lora", vector_length=3)
+
+
+# -- both ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_larger_rank_is_in_the_plan_the_budget_and_the_export(name):
+    method, model = attached(name, r=6)
+    assert method.plan.ranks == {"0": 6, "2": 6}
+    assert method.budget(0) == 12 > sum(entry.lora_r for entry in method.plan.entries)
+    exported = method.export(trained(model))
+    assert {layer.r["default"] for layer in lora_layers(exported).values()} == {6}
+
+
+class Loss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = net()
+
+    def forward(self, x, labels):
+        return {"loss": (self.layers(x) - labels).square().mean()}
+
+
+def trainer_of(folder, dtype):
+    model = get_peft_model(Loss(), LoraConfig(r=4, target_modules=["0", "2"])).to(dtype)
+    rows = [{"x": batch(0)[0].to(dtype), "labels": torch.ones(4, dtype=dtype)}] * 8
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    return Trainer(model, TrainingArguments(str(folder), max_steps=2, **quiet), train_dataset=rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_trained_has_the_type_of_the_adapters_before(name, dtype, tmp_path):
+    trainer = trainer_of(tmp_path, dtype)
+    method = method_for(trainer, name)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {dtype}
+    trainer.train()
+    assert method.export(trainer.model) is trainer.model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_does_not_fit_is_one_line(name, tmp_path):
+    with pytest.raises(OptionError, match=f"fast='input': {name} does not train plain LoRA, whose step that is"):
+        method_for(trainer_of(tmp_path, torch.float32), name, fast="input")
+    with pytest.raises(OptionError, match=f"{name} gives every site the same rank and alpha"):
+        attached(name, LoraConfig(r=4, use_dora=True))
+    with pytest.raises(OptionError, match="r=0 is not allowed: give a rank of at least 1"):
+        attached(name, r=0)
+
+
+def test_topk_out_of_range_is_one_line():
+    with pytest.raises(OptionError, match="topk=11 is not allowed: give 1 to num_vectors=10"):
+        make_method("vb_lora", topk=11, num_vectors=10)
