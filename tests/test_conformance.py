@@ -4,6 +4,7 @@ A new line in METHODS is enough: each test runs for it. Options are passed to th
 """
 
 import json
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,15 +153,15 @@ def run(name, architecture, folder, checkpoint=None):
     return Run(name, architecture, folder, trainer, method, watch.steps, logits, without, exported)
 
 
-#: What an adapter's output is proportional to, where it is not B.
-LOUDNESS = ("lora_B", "vera_lambda_b", "vblora_vector_bank")
+#: What an adapter's output grows with: B, or what B is made of.
+LOUD = (r"lora_B\.default(\.weight|\.parametrizations\.weight\.original)?", "vera_lambda_b.*", "vblora_vector_bank.*")
 
 
 @torch.no_grad()
 def strengthen(model, factor):
     """After so few steps adapters hardly speak; what is exported shall be heard."""
     for name, parameter in model.named_parameters():
-        if any(part in name for part in LOUDNESS):
+        if any(re.fullmatch(rf".*\.{part}", name) for part in LOUD):
             parameter.mul_(factor)
 
 

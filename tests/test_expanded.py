@@ -1,6 +1,7 @@
-"""Methods that train other numbers than A and B, and end as stock LoRA: VeRA and VB-LoRA, on PEFT's layers."""
+"""Methods that train other numbers than A and B, and end as stock LoRA."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from weightlora.gates import adapter_layers, lora_layers
 from weightlora.methods import make_method
 
 LORA = LoraConfig(r=4, lora_alpha=6)
-NAMES = ["vera", "vb_lora"]
+NAMES = ["vera", "vb_lora", "tied_lora"]
 
 
 def net(conv1d=False):
@@ -57,16 +58,20 @@ def added(model, name):
 # -- vera ------------------------------------------------------------------------------------------------------------
 
 
-def vera_update(layer):
-    """ΔW = diag(b)·B·diag(d)·A, one number after the other, from the first rows of B and the first columns of A."""
-    a, b = layer.vera_A["default"], layer.vera_B["default"]
-    d_vector, b_vector = layer.vera_lambda_d["default"].detach(), layer.vera_lambda_b["default"].detach()
-    update = torch.zeros(layer.out_features, layer.in_features)
-    for row in range(layer.out_features):
-        for column in range(layer.in_features):
-            for k in range(len(d_vector)):
-                update[row, column] += b_vector[row] * b[row, k] * d_vector[k] * a[k, column]
+def scaled_product(a, b, of_a, of_b):
+    """diag(of_b)·B·diag(of_a)·A, one number after the other; of B and A as many rows and columns as there are."""
+    update = torch.zeros(len(of_b), a.shape[1])
+    for row in range(len(of_b)):
+        for column in range(a.shape[1]):
+            for k in range(len(of_a)):
+                update[row, column] += of_b[row] * b[row, k] * of_a[k] * a[k, column]
     return update
+
+
+def vera_update(layer):
+    """VeRA's ΔW: a smaller site has the first rows of B and the first columns of A."""
+    a, b = layer.vera_A["default"][:, : layer.in_features], layer.vera_B["default"]
+    return scaled_product(a, b, layer.vera_lambda_d["default"].detach(), layer.vera_lambda_b["default"].detach())
 
 
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
@@ -159,10 +164,69 @@ def test_the_pieces_are_as_long_as_the_sizes_allow():
         attached("vb_lora", vector_length=3)
 
 
-# -- both ------------------------------------------------------------------------------------------------------------
+# -- tied_lora -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+def twins():
+    """Two sites of one shape and one of another."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def parts(layer):
+    """What A and B of a layer are made of: (parametrization, what is trained) of each."""
+    lists = (matrix["default"].parametrizations["weight"] for matrix in (layer.lora_A, layer.lora_B))
+    return [(each[0], each.original) for each in lists]
+
+
+def tied_update(layer):
+    (a, v), (b, u) = ((part.matrix.detach(), scale.detach().flatten()) for part, scale in parts(layer))
+    return 6 / 4 * scaled_product(a, b, v, u)
+
+
+@pytest.mark.parametrize("train_shared", [True, False])
+def test_tied_lora_is_what_each_site_makes_of_its_shape_s_pair(train_shared):
+    method, model = attached("tied_lora", base=twins(), train_shared=train_shared)
+    before = model(batch(9))
+    torch.testing.assert_close(before, twins()(batch(9)), rtol=0, atol=0)  # u = 0
+    start = parts(lora_layers(model)["0"])[0][0].matrix.clone()
+    expected = {name: tied_update(layer) for name, layer in lora_layers(trained(model)).items()}
+    assert torch.equal(parts(lora_layers(model)["0"])[0][0].matrix, start) is not train_shared
+    logits = model(batch(9))
+    assert (logits - before).abs().max() > 1e-2, "it was trained"
+    exported = method.export(model)
+    for name, update in expected.items():
+        torch.testing.assert_close(added(exported, name), update)
+    torch.testing.assert_close(exported(batch(9)), logits)
+
+
+def test_tied_lora_trains_one_pair_a_shape_and_two_vectors_a_site():
+    _, model = attached("tied_lora", base=twins())
+    vectors_of_sites = 2 * (8 + 4) + (4 + 4)  # u (out) and v (r) of 8→8, twice, and 8→4
+    assert count(model) == vectors_of_sites + 4 * (8 + 8) + 4 * (8 + 4)
+    assert count(attached("tied_lora", base=twins(), train_shared=False)[1]) == vectors_of_sites
+    first, second, other = ([part.matrix for part, _ in parts(layer)] for layer in lora_layers(model).values())
+    assert all(one is two for one, two in zip(first, second, strict=True))
+    assert not any(one is two for one, two in zip(first, other, strict=True))
+
+
+def test_a_tied_matrix_hears_all_of_its_sites():
+    _, model = attached("tied_lora", base=twins())
+    untied = deepcopy(trained(model, steps=2))
+    part, _ = parts(lora_layers(untied)["2"])[0]
+    part.matrix = nn.Parameter(part.matrix.detach().clone())
+    for each in (model, untied):
+        each(batch(0)).square().sum().backward()
+    gradients = [parts(lora_layers(untied)[name])[0][0].matrix.grad for name in ("0", "2")]
+    heard = parts(lora_layers(model)["0"])[0][0].matrix.grad
+    torch.testing.assert_close(heard, gradients[0] + gradients[1])
+    assert not torch.allclose(heard, gradients[0], rtol=1e-2)
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["vera", "vb_lora"])
 def test_a_larger_rank_is_in_the_plan_the_budget_and_the_export(name):
     method, model = attached(name, r=6)
     assert method.plan.ranks == {"0": 6, "2": 6}
@@ -198,11 +262,31 @@ def test_what_is_trained_has_the_type_of_the_adapters_before(name, dtype, tmp_pa
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_a_quantised_model_is_trained_and_exported(name, quantised_net):
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    method, model = attached(name, LoraConfig(r=4), quantised_net)
+    model(x).square().sum().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.sub_(0.1 * parameter.grad.sign())
+    logits = model(x)
+    with model.disable_adapter():
+        assert (logits - model(x)).abs().max() > 1e-2
+    torch.testing.assert_close(method.export(model)(x), logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_does_not_fit_is_one_line(name, tmp_path):
     with pytest.raises(OptionError, match=f"fast='input': {name} does not train plain LoRA, whose step that is"):
         method_for(trainer_of(tmp_path, torch.float32), name, fast="input")
     with pytest.raises(OptionError, match=f"{name} gives every site the same rank and alpha"):
         attached(name, LoraConfig(r=4, use_dora=True))
+
+
+@pytest.mark.parametrize("name", ["vera", "vb_lora"])
+def test_no_rank_is_one_line(name):
     with pytest.raises(OptionError, match="r=0 is not allowed: give a rank of at least 1"):
         attached(name, r=0)
 

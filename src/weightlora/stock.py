@@ -30,6 +30,12 @@ class Factors:
         return int(self.a.shape[0])
 
 
+def layer_factors(layer: Any) -> Factors:
+    """What a LoRA layer computes with, also where its A and B are made of other parameters."""
+    a, b = _weights(layer)
+    return Factors(a.detach(), b.detach(), layer.scaling["default"])
+
+
 def factors_plan(plan: AdapterPlan, factors: Mapping[str, Factors]) -> AdapterPlan:
     """Return ``plan`` with the ranks of ``factors`` and alphas that keep each site's scale.
 

@@ -70,6 +70,12 @@ METHODS = (
     MethodEntry(
         "vb_lora", "A and B put together from one bank of vectors", "Li et al. 2024, arXiv:2405.15179", "nothing"
     ),
+    MethodEntry(
+        "tied_lora",
+        "one A and one B for all sites of a shape, scaled at each",
+        "Renduchintala et al. 2023, arXiv:2311.09578",
+        "nothing",
+    ),
 )
 
 
