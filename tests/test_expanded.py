@@ -14,9 +14,10 @@ from weightlora.applied import method_for
 from weightlora.errors import OptionError
 from weightlora.gates import adapter_layers, lora_layers
 from weightlora.methods import make_method
+from weightlora.methods.base import trains_stock
 
 LORA = LoraConfig(r=4, lora_alpha=6)
-NAMES = ["vera", "vb_lora", "tied_lora"]
+NAMES = ["vera", "vb_lora", "tied_lora", "nora", "milora"]
 
 
 def net(conv1d=False):
@@ -223,6 +224,118 @@ def test_a_tied_matrix_hears_all_of_its_sites():
     assert not torch.allclose(heard, gradients[0], rtol=1e-2)
 
 
+# -- nora ------------------------------------------------------------------------------------------------------------
+
+
+def product(one, two):
+    """A product of matrices, one number after the other."""
+    result = torch.zeros(one.shape[0], two.shape[1])
+    for row in range(one.shape[0]):
+        for column in range(two.shape[1]):
+            for k in range(one.shape[1]):
+                result[row, column] += one[row, k] * two[k, column]
+    return result
+
+
+def onto_largest(weight, n):
+    """The projection onto the n leading left singular vectors: W·Wᵀ's eigenvectors of the largest eigenvalues."""
+    vectors = torch.linalg.eigh(weight @ weight.T).eigenvectors[:, -n:]  # eigh's eigenvalues rise
+    return vectors @ vectors.T
+
+
+def base_weight(layer):
+    """W0 as (out, in)."""
+    weight = layer.get_base_layer().weight.detach()
+    return weight.T if isinstance(layer.get_base_layer(), Conv1D) else weight
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_nora_is_an_adapter_between_the_largest_singular_vectors(conv1d):
+    lora = LoraConfig(r=2, lora_alpha=3, fan_in_fan_out=conv1d, target_modules=["0", "2"])
+    method, model = attached("nora", lora, net(conv1d), outer_r=3)
+    before = model(batch(9))
+    torch.testing.assert_close(before, net(conv1d)(batch(9)), rtol=0, atol=0)  # B' = 0
+    expected = {}
+    for name, layer in lora_layers(trained(model)).items():
+        (a, inner_a), (b, inner_b) = ((part.outer, inner.detach()) for part, inner in parts(layer))
+        weight = base_weight(layer)
+        torch.testing.assert_close(b @ a, onto_largest(weight, 3) @ weight)  # the best of rank 3: Eckart and Young
+        torch.testing.assert_close(b.T @ b, a @ a.T)  # each has √Σ
+        expected[name] = 3 / 2 * product(product(b, product(inner_b, inner_a)), a)
+    logits = model(batch(9))
+    assert (logits - before).abs().max() > 1e-2, "it was trained"
+    exported = method.export(model)
+    for name, update in expected.items():
+        torch.testing.assert_close(added(exported, name), update)
+    torch.testing.assert_close(exported(batch(9)), logits)
+
+
+def test_nora_trains_two_small_matrices_a_site():
+    for options, n in (({}, (8, 4)), ({"outer_r": 5}, (5, 4))):  # 4·2, and no more than the shapes 8→12, 12→4 allow
+        method, model = attached("nora", LoraConfig(r=2), **options)
+        assert count(model) == sum(2 * 2 * each for each in n)
+        assert method.plan.ranks == {"0": 2, "2": 2}
+    with pytest.raises(OptionError, match="outer_r=3 is not allowed: give at least r=4"):
+        attached("nora", outer_r=3)
+
+
+def test_nora_starts_as_lora_on_n_inputs_would():
+    _, model = attached("nora", LoraConfig(r=100), nn.Sequential(nn.Linear(200, 150)), outer_r=100)
+    inner = parts(lora_layers(model)["0"])[0][1]
+    assert inner.shape == (100, 100)
+    assert 0.99 * 100**-0.5 < float(inner.detach().abs().max()) <= 100**-0.5  # Kaiming with a = √5 on 100 inputs
+
+
+# -- milora ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_milora_trains_the_smallest_triplets_and_leaves_the_base_alone(conv1d):
+    lora = LoraConfig(r=4, lora_alpha=6, fan_in_fan_out=conv1d, target_modules=["0", "2"])
+    method, model = attached("milora", lora, net(conv1d))
+    before = model(batch(9))
+    torch.testing.assert_close(before, net(conv1d)(batch(9)))  # B·A = B0·A0
+    principal = {name: base_weight(layer) - 6 / 4 * start_of(layer) for name, layer in lora_layers(model).items()}
+    expected = {}
+    for name, layer in lora_layers(trained(model)).items():
+        weight = base_weight(layer)
+        keep = min(weight.shape) - 2  # all triplets but the two smallest
+        torch.testing.assert_close(principal[name], onto_largest(weight, keep) @ weight)
+        (_, a), (_, b) = parts(layer)
+        expected[name] = 6 / 4 * (product(b.detach(), a.detach()) - start_of(layer))
+        torch.testing.assert_close(weight + expected[name], principal[name] + 6 / 4 * (b @ a).detach())  # the paper's W
+    logits = model(batch(9))
+    assert (logits - before).abs().max() > 1e-2, "it was trained"
+    exported = method.export(model)
+    for name, update in expected.items():
+        torch.testing.assert_close(added(exported, name), update)
+        assert torch.linalg.matrix_rank(added(exported, name).detach()) == 4
+    torch.testing.assert_close(exported(batch(9)), logits)
+
+
+def start_of(layer):
+    (a, _), (b, _) = parts(layer)
+    return product(b.start, a.start)
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "trained_r"), [(4, {}, 2), (5, {}, 2), (4, {"r": 4}, 4), (1, {"r": 1}, 1)]
+)
+def test_milora_trains_half_of_what_it_exports(budget, options, trained_r):
+    method, model = attached("milora", LoraConfig(r=budget, lora_alpha=6), **options)
+    assert count(model) == trained_r * (8 + 12 + 12 + 4)
+    assert method.plan.ranks == {"0": 2 * trained_r, "2": 2 * trained_r}
+    assert method.budget(0) == 2 * max(budget, 2 * trained_r)
+    assert {layer.scaling["default"] for layer in lora_layers(model).values()} == {6 / budget}
+
+
+def test_milora_says_where_there_is_no_room():
+    with pytest.raises(OptionError, match="exports twice the rank that it trains, for which r=1 is no room"):
+        attached("milora", LoraConfig(r=1))
+    with pytest.raises(OptionError, match=r"r=5 is not allowed: 2 \(12→4\) has 4 singular triplets; lower r"):
+        attached("milora", LoraConfig(r=10))
+
+
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +398,13 @@ def test_what_does_not_fit_is_one_line(name, tmp_path):
         attached(name, LoraConfig(r=4, use_dora=True))
 
 
-@pytest.mark.parametrize("name", ["vera", "vb_lora"])
+def test_who_trains_stock_lora_is_known_before_anything_is_wrapped():
+    """What several processes, FSDP and --grow_batch are refused by."""
+    stock = {name: trains_stock(make_method(name)) for name in ("lora", "melora", "eva", "adalora", *NAMES)}
+    assert stock == {"lora": True, "melora": True, "eva": True, "adalora": False, **dict.fromkeys(NAMES, False)}
+
+
+@pytest.mark.parametrize("name", ["vera", "vb_lora", "milora"])
 def test_no_rank_is_one_line(name):
     with pytest.raises(OptionError, match="r=0 is not allowed: give a rank of at least 1"):
         attached(name, r=0)

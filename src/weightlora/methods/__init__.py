@@ -76,6 +76,12 @@ METHODS = (
         "Renduchintala et al. 2023, arXiv:2311.09578",
         "nothing",
     ),
+    MethodEntry(
+        "nora", "a small adapter between frozen singular vectors of W0", "Lin et al. 2024, arXiv:2408.10280", "nothing"
+    ),
+    MethodEntry(
+        "milora", "the smallest singular triplets of W0 are trained", "Wang et al. 2024, arXiv:2406.09044", "nothing"
+    ),
 )
 
 
