@@ -396,6 +396,8 @@ def test_what_does_not_fit_is_one_line(name, tmp_path):
         method_for(trainer_of(tmp_path, torch.float32), name, fast="input")
     with pytest.raises(OptionError, match=f"{name} gives every site the same rank and alpha"):
         attached(name, LoraConfig(r=4, use_dora=True))
+    with pytest.raises(OptionError, match="lora_bias=True is not allowed"):
+        attached(name, LoraConfig(r=4, lora_bias=True))
 
 
 def test_who_trains_stock_lora_is_known_before_anything_is_wrapped():

@@ -143,13 +143,17 @@ def rank_and_alpha(lora: LoraConfig, name: str) -> tuple[int, float]:
 
 
 def require_uniform(name: str, lora: LoraConfig) -> None:
-    """Raise unless ``lora`` gives every site the same rank and strength alpha/r, for the method ``name``.
+    """Raise unless ``lora`` is s·B·A with the same rank and s = alpha/r at every site, for the method ``name``.
 
     Raises:
-        OptionError: It does not.
+        OptionError: It is not.
     """
     if lora.rank_pattern or lora.alpha_pattern or lora.use_dora or lora.use_rslora:
         raise OptionError(f"{name} gives every site the same rank and alpha; leave out patterns, rsLoRA and DoRA")
+    if lora.lora_bias:
+        raise OptionError(
+            f"lora_bias=True is not allowed: {name} trains and exports no bias of an adapter's; leave it out"
+        )
 
 
 def tuner_fields(lora: LoraConfig, sites: Sequence[Site]) -> dict[str, Any]:
