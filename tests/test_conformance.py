@@ -4,6 +4,7 @@ A new line in METHODS is enough: each test runs for it. Options are passed to th
 """
 
 import json
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,11 +153,15 @@ def run(name, architecture, folder, checkpoint=None):
     return Run(name, architecture, folder, trainer, method, watch.steps, logits, without, exported)
 
 
+#: What an adapter's output grows with: B, or what B is made of.
+LOUD = (r"lora_B\.default(\.weight|\.parametrizations\.weight\.original)?", "vera_lambda_b.*", "vblora_vector_bank.*")
+
+
 @torch.no_grad()
 def strengthen(model, factor):
     """After so few steps adapters hardly speak; what is exported shall be heard."""
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if any(re.fullmatch(rf".*\.{part}", name) for part in LOUD):
             parameter.mul_(factor)
 
 
@@ -238,7 +243,7 @@ def test_the_seed_decides(finished, tmp_path):
         trainer = finished.architecture.trainer(tmp_path / folder)
         torch.manual_seed(noise)  # what the global generators hold does not matter
         method = method_for(trainer, finished.name, **quick(finished.name))
-        starts.append((method.plan, {n: p for n, p in trainer.model.named_parameters() if "lora_" in n}))
+        starts.append((method.plan, {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}))
     assert starts[0][0] == starts[1][0]
     assert same(starts[0][1], starts[1][1])
 

@@ -17,6 +17,7 @@ from weightlora.errors import OptionError
 from weightlora.fast_lora import enable_fast_lora
 from weightlora.lora_step import Dropout
 from weightlora.methods import Method, entry_of, make_method, options_of
+from weightlora.methods.base import ExpandedMethod, trains_stock
 from weightlora.placement import placed, require_heads, require_weights
 from weightlora.processes import from_first, process_count
 from weightlora.stock import cast_trained, take_tuner
@@ -65,6 +66,8 @@ def method_for(
     given = {"seed": seed, "lr": arguments.learning_rate, "loss_fn": micro_loss(quiet), "fast": fast}
     method = make_method(name, **{k: v for k, v in given.items() if k in options_of(name)}, **options)
     _require_possible(trainer, method, name)
+    if fast is not None and isinstance(method, ExpandedMethod):
+        raise OptionError(f"fast={fast!r}: {name} does not train plain LoRA, whose step that is; leave fast out")
     total = planned_steps(trainer)
     batches: Any = ()
     if entry_of(name).hears != "nothing":
@@ -92,7 +95,9 @@ def method_for(
 
 
 def _require_possible(trainer: Trainer, method: Method, name: str) -> None:
-    """Raise where ranks would move in a model that is wrapped or parted."""
+    """Raise where something else than stock LoRA would be trained in a model that is wrapped or parted."""
     parted = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if method.callbacks() and (process_count() > 1 or parted):
-        raise OptionError(f"{name} moves ranks while it trains, which works in one process only; run it in one")
+    if not trains_stock(method) and (process_count() > 1 or parted):
+        raise OptionError(
+            f"{name} does not train stock LoRA from beginning to end, which works in one process only; run it in one"
+        )

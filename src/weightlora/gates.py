@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.vblora.layer import VBLoRALayer
+from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -33,6 +36,16 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLay
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found = {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer) and adapter in m.lora_A}
     return dict(sorted(found.items()))
+
+
+def adapter_layers(model: nn.Module, adapter: str = "default") -> dict[str, BaseTunerLayer]:
+    """Return what :func:`lora_layers` returns, and the layers of PEFT's VeRA and VB-LoRA; all have ``r`` by adapter."""
+    from peft import PeftModel
+
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    kinds = (VeraLayer, VBLoRALayer)
+    others = {name: m for name, m in base.named_modules() if isinstance(m, kinds) and adapter in m.r}
+    return dict(sorted({**lora_layers(model, adapter), **others}.items()))
 
 
 @dataclass

@@ -239,10 +239,11 @@ class AdapterPlan:
         Raises:
             PlanMismatchError: With the sites that do not match.
         """
-        from weightlora.gates import lora_layers
+        from weightlora.gates import adapter_layers
 
         self.check_sites(model)
-        found = {name: layer.r[adapter] for name, layer in lora_layers(model, adapter).items()}
+        layers: dict[str, Any] = dict(adapter_layers(model, adapter))
+        found = {name: layer.r[adapter] for name, layer in layers.items()}
         planned = {name: self.ranks[name] for name in self.names}
         faults = [f"{name}: no adapter, planned rank {planned[name]}" for name in planned if name not in found]
         faults += [f"{name}: rank {found[name]}, not planned" for name in found if name not in planned]

@@ -6,9 +6,9 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import SiteError
+from weightlora.errors import OptionError, SiteError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -140,6 +140,30 @@ def rank_and_alpha(lora: LoraConfig, name: str) -> tuple[int, float]:
     ranks, alphas = lora.rank_pattern or {}, lora.alpha_pattern or {}
     r = ranks.get(get_pattern_key(list(ranks), name), lora.r)
     return r, alphas.get(get_pattern_key(list(alphas), name), lora.lora_alpha)
+
+
+def require_uniform(name: str, lora: LoraConfig) -> None:
+    """Raise unless ``lora`` is s·B·A with the same rank and s = alpha/r at every site, for the method ``name``.
+
+    Raises:
+        OptionError: It is not.
+    """
+    if lora.rank_pattern or lora.alpha_pattern or lora.use_dora or lora.use_rslora:
+        raise OptionError(f"{name} gives every site the same rank and alpha; leave out patterns, rsLoRA and DoRA")
+    if lora.lora_bias:
+        raise OptionError(
+            f"lora_bias=True is not allowed: {name} trains and exports no bias of an adapter's; leave it out"
+        )
+
+
+def tuner_fields(lora: LoraConfig, sites: Sequence[Site]) -> dict[str, Any]:
+    """The fields that PEFT's other configs share with LoRA's, for adapters on exactly ``sites``."""
+    return {
+        "task_type": lora.task_type,
+        "target_modules": "|".join(re.escape(site.name) for site in sites),
+        "fan_in_fan_out": lora.fan_in_fan_out,
+        "modules_to_save": list(lora.modules_to_save) if lora.modules_to_save else None,
+    }
 
 
 def adapter_parameters(sites: Sequence[Site], lora: LoraConfig) -> list[int]:

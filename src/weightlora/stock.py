@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.vera.layer import VeraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -27,6 +28,12 @@ class Factors:
     def rank(self) -> int:
         """Components that are left; 0 = no adapter."""
         return int(self.a.shape[0])
+
+
+def layer_factors(layer: Any) -> Factors:
+    """What a LoRA layer computes with, also where its A and B are made of other parameters."""
+    a, b = _weights(layer)
+    return Factors(a.detach(), b.detach(), layer.scaling["default"])
 
 
 def factors_plan(plan: AdapterPlan, factors: Mapping[str, Factors]) -> AdapterPlan:
@@ -89,6 +96,11 @@ def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype=dtype)
+    for layer in model.modules():
+        if isinstance(layer, VeraLayer):  # which multiplies them with its frozen projections
+            projections: Any = (layer.vera_A, layer.vera_B)
+            for projection in projections:
+                projection["default"] = projection["default"].to(dtype=dtype)
 
 
 def _wrappers(model: PeftModel) -> Iterator[tuple[str, ModulesToSaveWrapper]]:

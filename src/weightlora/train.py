@@ -26,6 +26,7 @@ from weightlora.files import whole_file, whole_folder, writable_folder, write_js
 from weightlora.growth import Batch, grown_batch, require_growable, use_batch
 from weightlora.hub import push_adapter, require_hub
 from weightlora.methods import Method, make_method, options_of
+from weightlora.methods.base import trains_stock
 from weightlora.moving import take_up
 from weightlora.placement import require_measurable
 from weightlora.plan import AdapterPlan
@@ -254,8 +255,11 @@ def plan_for(trainer: Trainer, recipe: Recipe) -> tuple[AdapterPlan, Method | No
 
 
 def _require_still(recipe: Recipe) -> None:
-    if recipe.method.plan is None and make_method(recipe.method.method).callbacks():
-        raise OptionError(f"grow_batch: {recipe.method.method} moves ranks, and what they take; leave grow_batch out")
+    if recipe.method.plan is None and not trains_stock(make_method(recipe.method.method)):
+        raise OptionError(
+            f"grow_batch: {recipe.method.method} does not train stock LoRA from beginning to end, whose memory is "
+            "measured; leave grow_batch out"
+        )
 
 
 def _grow(trainer: Trainer, plan: AdapterPlan, recipe: Recipe) -> None:

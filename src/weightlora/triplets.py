@@ -6,7 +6,6 @@ LoRA.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from weightlora.errors import OptionError, SelectionError
 from weightlora.gates import lora_layers
 from weightlora.plan import AdapterPlan, base_model_name, make_plan
-from weightlora.sites import Site
+from weightlora.sites import Site, require_uniform, tuner_fields
 from weightlora.stock import Factors, become_stock, factors_plan
 
 Alpha = Literal["scale", "keep"]
@@ -41,8 +40,7 @@ def attach_triplets(
     Raises:
         OptionError: ``lora`` treats sites differently, or ``init_r`` leaves nothing to switch off.
     """
-    if lora.rank_pattern or lora.alpha_pattern or lora.use_dora or lora.use_rslora:
-        raise OptionError(f"{name} gives every site the same rank and alpha; leave out patterns, rsLoRA and DoRA")
+    require_uniform(name, lora)
     if init_r <= lora.r:
         raise OptionError(
             f"init_r={init_r} is not allowed: give more than r={lora.r}, which is what is left at the end"
@@ -50,14 +48,11 @@ def attach_triplets(
     if alpha not in ("scale", "keep"):
         raise OptionError(f"alpha={alpha!r} is not allowed: give 'scale' or 'keep'")
     config = AdaLoraConfig(
-        task_type=lora.task_type,
-        target_modules="|".join(re.escape(site.name) for site in sites),
         init_r=init_r,
         target_r=lora.r,
         lora_alpha=lora.lora_alpha * init_r / lora.r if alpha == "scale" else lora.lora_alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=lora.lora_dropout,
-        fan_in_fan_out=lora.fan_in_fan_out,
-        modules_to_save=list(lora.modules_to_save) if lora.modules_to_save else None,
+        **tuner_fields(lora, sites),
         **schedule,
     )
     attached: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]

@@ -67,6 +67,27 @@ METHODS = (
     MethodEntry(
         "riemannian", "LoRA with preconditioned gradients", "Zhang and Pilanci 2024, arXiv:2402.02347", "nothing"
     ),
+    MethodEntry(
+        "vera",
+        "two vectors a site between random matrices that all share",
+        "Kopiczko et al. 2023, arXiv:2310.11454",
+        "nothing",
+    ),
+    MethodEntry(
+        "vb_lora", "A and B put together from one bank of vectors", "Li et al. 2024, arXiv:2405.15179", "nothing"
+    ),
+    MethodEntry(
+        "tied_lora",
+        "one A and one B for all sites of a shape, scaled at each",
+        "Renduchintala et al. 2023, arXiv:2311.09578",
+        "nothing",
+    ),
+    MethodEntry(
+        "nora", "a small adapter between frozen singular vectors of W0", "Lin et al. 2024, arXiv:2408.10280", "nothing"
+    ),
+    MethodEntry(
+        "milora", "the smallest singular triplets of W0 are trained", "Wang et al. 2024, arXiv:2406.09044", "nothing"
+    ),
 )
 
 

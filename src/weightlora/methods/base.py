@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from weightlora.plan import AdapterPlan
+import torch
+
+from weightlora.errors import OptionError
+from weightlora.gates import adapter_layers
+from weightlora.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.sites import Site, require_uniform
+from weightlora.stock import Factors, become_stock, factors_plan
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -100,3 +106,75 @@ class ChoosingMethod:
         """The model is stock LoRA already; checked against the plan once more."""
         self.plan.check(model)
         return model
+
+
+Attach = Callable[["nn.Module", "LoraConfig"], tuple[AdapterPlan, "PeftModel"]]
+"""``attach(model, lora)``: puts on the sites what is trained; with the ranks that it will have as stock LoRA."""
+
+
+class ExpandedMethod:
+    """A :class:`Method` that trains other numbers than A and B, which are made of them at the end.
+
+    Nothing moves during training, and whatever is trained or frozen is in PEFT's own checkpoint.
+
+    Args:
+        attach: Puts the adapters on the sites.
+        factors: A and B of one of the layers, as it is.
+    """
+
+    def __init__(self, attach: Attach, factors: Callable[[Any], Factors]) -> None:
+        self._attach, self._factors = attach, factors
+
+    @property
+    def plan(self) -> AdapterPlan:
+        """The ranks of the stock LoRA that :meth:`export` makes."""
+        return self._plan
+
+    def budget(self, step: int) -> int:  # noqa: ARG002 - the same at every step
+        """Plain LoRA's ranks, or as many as were asked for."""
+        return self._budget
+
+    def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:  # noqa: ARG002
+        """Put what is trained on all sites."""
+        self._plan, attached = self._attach(model, lora)
+        self._budget = max(sum(entry.lora_r for entry in self._plan.entries), sum(self._plan.ranks.values()))
+        return attached
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Nothing moves during training."""
+        return []
+
+    @torch.no_grad()
+    def export(self, model: PeftModel) -> PeftModel:
+        """Return stock LoRA of the factors."""
+        factors = {name: self._factors(layer) for name, layer in adapter_layers(model).items()}
+        self._plan = factors_plan(self._plan, factors)
+        return become_stock(model, self._plan, factors)
+
+
+def uniform_plan(
+    model: nn.Module, lora: LoraConfig, sites: Sequence[Site], *, r: int, alpha: float, **record: Any
+) -> AdapterPlan:
+    """The plan of rank ``r`` and strength alpha/r on all of ``sites``, whatever the budget ``lora`` has.
+
+    Args:
+        model: The base model.
+        lora: The budget, the same on every site.
+        sites: All candidates.
+        r: The rank as stock LoRA.
+        alpha: ``lora_alpha`` as stock LoRA.
+        record: Further fields of the plan: rule and options.
+
+    Raises:
+        OptionError: ``lora`` treats sites differently, or ``r`` is no rank.
+    """
+    require_uniform(record["rule"], lora)
+    if r < 1:
+        raise OptionError(f"r={r} is not allowed: give a rank of at least 1")
+    plan = make_plan(sites, lora, [site.name for site in sites], base_model=base_model_name(model), **record)
+    return replace(plan, entries=tuple(replace(entry, r=r, alpha=alpha) for entry in plan.entries))
+
+
+def trains_stock(method: Method) -> bool:
+    """Whether what is trained is the plan's stock LoRA, from the first step to the last."""
+    return not (method.callbacks() or isinstance(method, ExpandedMethod))

@@ -1,0 +1,93 @@
+"""MiLoRA (Wang et al. 2024, arXiv:2406.09044): train what matters least in W0, its smallest singular triplets.
+
+W = W_p + s·B·A starts at s·B0·A0 = W0 − W_p, the sum of the r smallest triplets. The base stays whole, so that what is
+added is s·(B·A − B0·A0): a LoRA of rank 2r whose one half does not move.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from weightlora.errors import OptionError
+from weightlora.gates import lora_layers
+from weightlora.methods.base import ExpandedMethod, Method, uniform_plan
+from weightlora.sites import find_sites
+from weightlora.spectrum import singular_factors
+from weightlora.stock import layer_factors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peft import LoraConfig, PeftModel
+
+    from weightlora.plan import AdapterPlan
+    from weightlora.sites import Site
+
+
+def build(*, r: int | None = None) -> Method:
+    """Return the method.
+
+    Args:
+        r: Rank that is trained; twice that is exported. None stands for half of the budget's, rounded down; the
+            budget's own is the paper's method, over the budget.
+    """
+
+    def attach(model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
+        sites = find_sites(model, lora).sites
+        if r is None and lora.r < 2:
+            raise OptionError(
+                f"milora exports twice the rank that it trains, for which r={lora.r} is no room; raise lora.r to 2, or "
+                "give the method r=1, over the budget"
+            )
+        rank = lora.r // 2 if r is None else r
+        _require_triplets(sites, rank)
+        alpha = lora.lora_alpha * 2 * rank / lora.r  # the strength s is plain LoRA's
+        plan = uniform_plan(model, lora, sites, r=2 * rank, alpha=alpha, rule="milora", options={"r": rank})
+        attached = plan.attach(model)
+        layers: dict[str, Any] = dict(lora_layers(attached))
+        for layer in layers.values():
+            root = layer.scaling["default"] ** 0.5
+            a, b = (factor / root for factor in singular_factors(layer, slice(-rank, None)))
+            register_parametrization(layer.lora_A["default"], "weight", Beside(a, dim=0, sign=1))
+            register_parametrization(layer.lora_B["default"], "weight", Beside(b, dim=1, sign=-1))
+        return plan, attached
+
+    return ExpandedMethod(attach, layer_factors)
+
+
+class Beside(nn.Module):
+    """A weight of two halves: X, trained from X0, and ±X0, which stays.
+
+    Args:
+        start: X0.
+        dim: Along which the halves stand.
+        sign: Of the half that stays.
+    """
+
+    def __init__(self, start: Tensor, *, dim: int, sign: int) -> None:
+        super().__init__()
+        self.dim, self.sign = dim, sign
+        self.start: Tensor
+        self.register_buffer("start", start)
+
+    def forward(self, trained: Tensor) -> Tensor:
+        """(r, in) → (2r, in), or (out, r) → (out, 2r)."""
+        return torch.cat((trained, self.sign * self.start.to(trained.dtype)), dim=self.dim)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """X at the start: X0."""
+        return self.start.to(weight.dtype, copy=True)
+
+
+def _require_triplets(sites: Sequence[Site], rank: int) -> None:
+    for site in sites:
+        there = min(site.in_features, site.out_features)
+        if rank > there:
+            raise OptionError(
+                f"r={rank} is not allowed: {site.name} ({site.in_features}→{site.out_features}) has {there} singular "
+                "triplets; lower r, or leave the site out of target_modules"
+            )

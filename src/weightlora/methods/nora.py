@@ -1,0 +1,84 @@
+"""NoRA (Lin et al. 2024, arXiv:2408.10280): a small adapter nested between the frozen outer factors of W0 itself.
+
+ΔW = s·B·(B'·A')·A: A (n, in) and B (out, n) are W0's n largest singular triplets, frozen; A' (r, n) and B' (n, r) are
+trained, B' from zero. B·B' and A'·A are a LoRA of rank r.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from weightlora.errors import OptionError
+from weightlora.gates import lora_layers
+from weightlora.methods.base import ExpandedMethod, Method, uniform_plan
+from weightlora.sites import find_sites
+from weightlora.spectrum import singular_factors
+from weightlora.stock import layer_factors
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+    from weightlora.plan import AdapterPlan
+
+
+def build(*, outer_r: int | None = None) -> Method:
+    """Return the method; the inner rank is the budget's.
+
+    Args:
+        outer_r: n, rank of the frozen factors, at a site at most what its shape allows; None stands for 4·r. The larger
+            it is, the more directions can be reached and the more is trained: 2·r·n numbers a site.
+    """
+
+    def attach(model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
+        n = 4 * lora.r if outer_r is None else outer_r
+        if n < lora.r:
+            raise OptionError(f"outer_r={n} is not allowed: give at least r={lora.r}, the rank that goes between")
+        sites = find_sites(model, lora).sites
+        plan = uniform_plan(model, lora, sites, r=lora.r, alpha=lora.lora_alpha, rule="nora", options={"outer_r": n})
+        attached = plan.attach(model)
+        layers: dict[str, Any] = dict(lora_layers(attached))
+        for layer in layers.values():
+            outer_a, outer_b = singular_factors(layer, slice(n))
+            register_parametrization(layer.lora_A["default"], "weight", InnerA(outer_a))
+            register_parametrization(layer.lora_B["default"], "weight", InnerB(outer_b))
+        return plan, attached
+
+    return ExpandedMethod(attach, layer_factors)
+
+
+class InnerA(nn.Module):
+    """The weight A'·A, of which A (n, in) stays as it is."""
+
+    def __init__(self, outer: Tensor) -> None:
+        super().__init__()
+        self.outer: Tensor
+        self.register_buffer("outer", outer)
+
+    def forward(self, inner: Tensor) -> Tensor:
+        """(r, n) → (r, in)."""
+        return inner @ self.outer.to(inner.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """A' at the start: PEFT's A is uniform within 1/√in, A' has n inputs."""
+        n, inputs = self.outer.shape
+        return weight[:, :n] * (inputs / n) ** 0.5
+
+
+class InnerB(nn.Module):
+    """The weight B·B', of which B (out, n) stays as it is."""
+
+    def __init__(self, outer: Tensor) -> None:
+        super().__init__()
+        self.outer: Tensor
+        self.register_buffer("outer", outer)
+
+    def forward(self, inner: Tensor) -> Tensor:
+        """(n, r) → (out, r)."""
+        return self.outer.to(inner.dtype) @ inner
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """B' at the start: zero."""
+        return weight.new_zeros(self.outer.shape[1], weight.shape[1])

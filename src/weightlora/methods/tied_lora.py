@@ -1,0 +1,82 @@
+"""Tied-LoRA (Renduchintala et al. 2023, arXiv:2311.09578): one A and one B for all sites of a shape, scaled at each.
+
+ΔW = s·diag(u)·B·diag(v)·A: u (out) and v (r) are trained for every site, A (r, in) and B (out, r) once for all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+from weightlora.gates import lora_layers
+from weightlora.methods.base import ExpandedMethod, Method, uniform_plan
+from weightlora.sites import find_sites
+from weightlora.stock import layer_factors
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+    from weightlora.plan import AdapterPlan
+
+
+def build(*, train_shared: bool = True) -> Method:
+    """Return the method.
+
+    Args:
+        train_shared: Train A and B beside u and v, the paper's configuration TL6. Without, they stay random and only
+            u and v are trained, as in VeRA.
+    """
+
+    def attach(model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
+        sites, own = find_sites(model, lora).sites, {"train_shared": train_shared}
+        plan = uniform_plan(model, lora, sites, r=lora.r, alpha=lora.lora_alpha, rule="tied_lora", options=own)
+        attached = plan.attach(model)
+        tie(attached, train_shared=train_shared)
+        return plan, attached
+
+    return ExpandedMethod(attach, layer_factors)
+
+
+@torch.no_grad()
+def tie(model: PeftModel, *, train_shared: bool) -> None:
+    """Let the A and B of all layers of a shape be scaled copies of the first one's; v starts at 1, u at 0."""
+    layers: dict[str, Any] = dict(lora_layers(model))
+    shared: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for layer in layers.values():
+        a, b = layer.lora_A["default"], layer.lora_B["default"]
+        shape = (layer.in_features, layer.out_features)
+        if shape not in shared:
+            nn.init.kaiming_uniform_(b.weight, a=5**0.5)  # PEFT's A is drawn like that; of its B, u is the zero
+            pair = (a.weight.clone(), b.weight.clone())
+            shared[shape] = (nn.Parameter(pair[0]), nn.Parameter(pair[1])) if train_shared else pair
+        for matrix, of_all, start in zip((a, b), shared[shape], (1.0, 0.0), strict=True):
+            register_parametrization(matrix, "weight", Scaled(of_all, start))
+
+
+class Scaled(nn.Module):
+    """A weight diag(x)·M, of which x is the layer's own and M, trained or not, belongs to several.
+
+    Args:
+        matrix: M; a parameter is trained.
+        start: x at the start.
+    """
+
+    def __init__(self, matrix: Tensor, start: float) -> None:
+        super().__init__()
+        self.start = start
+        self.matrix: Tensor
+        if isinstance(matrix, nn.Parameter):
+            self.matrix = matrix
+        else:
+            self.register_buffer("matrix", matrix)
+
+    def forward(self, scale: Tensor) -> Tensor:
+        """(rows, 1) → (rows, columns)."""
+        return scale * self.matrix.to(scale.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What takes the place of PEFT's matrix: (rows, 1), which PEFT takes for a whole one, unlike (rows,)."""
+        return weight.new_full((len(weight), 1), self.start)

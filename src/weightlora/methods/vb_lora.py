@@ -1,0 +1,99 @@
+"""VB-LoRA (Li et al. 2024, arXiv:2405.15179), on PEFT's: A and B are put together from one bank of vectors.
+
+ΔW = B·A; rows of A and columns of B are cut into pieces of length b, and each piece is Σ_k softmax(topK(σ))_k·v_k: K of
+the h vectors v of a bank that all sites share, weighted by the K largest of the piece's own h logits σ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from weightlora.errors import OptionError
+from weightlora.methods.base import ExpandedMethod, Method, uniform_plan
+from weightlora.sites import Site, find_sites, tuner_fields
+from weightlora.stock import Factors
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from torch import nn
+
+    from weightlora.plan import AdapterPlan
+
+_LONGEST = 256
+
+
+def build(
+    *,
+    r: int | None = None,
+    num_vectors: int = 256,
+    vector_length: int | None = None,
+    topk: int = 2,
+    init_vector_bank_bound: float = 0.02,
+    init_logits_std: float = 0.1,
+) -> Method:
+    """Return the method; the names are those of PEFT's ``VBLoRAConfig``.
+
+    Args:
+        r: Rank, trained and exported; None stands for the budget's, a larger one is over it.
+        num_vectors: h, vectors in the bank.
+        vector_length: b, divides both sizes of every site; None stands for the largest up to 256, PEFT's, that does.
+        topk: K, vectors that are mixed into a piece.
+        init_vector_bank_bound: The bank starts uniform within ± this.
+        init_logits_std: The logits start normal with this deviation.
+
+    Raises:
+        OptionError: K is not between 1 and h.
+    """
+    if not 1 <= topk <= num_vectors:
+        raise OptionError(f"topk={topk} is not allowed: give 1 to num_vectors={num_vectors}")
+
+    def attach(model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
+        from peft import VBLoRAConfig, get_peft_model
+
+        sites = find_sites(model, lora).sites
+        rank = lora.r if r is None else r
+        own: dict[str, Any] = {
+            "r": rank,
+            "num_vectors": num_vectors,
+            "vector_length": piece_length(sites, vector_length),
+            "topk": topk,
+            "init_vector_bank_bound": init_vector_bank_bound,
+            "init_logits_std": init_logits_std,
+        }
+        plan = uniform_plan(model, lora, sites, r=rank, alpha=rank, rule="vb_lora", options=own)  # the strength is 1
+        config = VBLoRAConfig(**own, vblora_dropout=lora.lora_dropout, **tuner_fields(lora, sites))
+        return plan, get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+    return ExpandedMethod(attach, expanded)
+
+
+def piece_length(sites: Sequence[Site], asked: int | None) -> int:
+    """Return ``asked``, or the largest length up to 256 that divides all sizes.
+
+    Raises:
+        OptionError: ``asked`` does not divide them, or 1 alone does.
+
+    Example:
+        >>> piece_length([Site("a", 768, 3072), Site("b", 3072, 640)], None)
+        128
+    """
+    sizes = sorted({size for site in sites for size in (site.in_features, site.out_features)})
+    common = math.gcd(*sizes)
+    largest = max(length for length in range(1, min(common, _LONGEST) + 1) if common % length == 0)
+    if asked is None and largest > 1:
+        return largest
+    if asked is not None and asked >= 1 and common % asked == 0:
+        return asked
+    found = "no vector_length above 1 divides" if asked is None else f"vector_length={asked} does not divide"
+    raise OptionError(
+        f"{found} all sizes {', '.join(map(str, sizes))} of the sites; give a divisor of {common}, or leave sites "
+        "out of target_modules"
+    )
+
+
+def expanded(layer: Any) -> Factors:
+    """A and B of one of PEFT's VB-LoRA layers, as its forward pass makes them."""
+    a, b = layer._get_lora_matrices("default")
+    return Factors(a, b, 1.0)
