@@ -200,7 +200,7 @@ def test_the_export_is_the_same_object_with_the_same_logits(finished):
     assert finished.exported is finished.trainer.model
     after = finished.architecture.logits(finished.exported)
     added = (finished.trained_logits - finished.logits_without).abs().max()
-    assert added > 1e-3, "the adapters are heard"
+    assert added > 1e-4, "the adapters are heard"
     assert (after - finished.trained_logits).abs().max() <= finished.architecture.tolerance * added
 
 

@@ -17,7 +17,19 @@ SOURCE = Path(weightlora.__file__).parent
 ROOMS = (
     *("errors", "files", "sites", "budget", "cost", "stoiht", "gates", "checkpointing", "dropout", "lora_step"),
     *("fast_lora", "untouched", "plan_file", "plan", "processes", "tracing", "timing", "estimate", "warmup"),
-    *("tokens", "probe", "selection", "stock", "triplets", "moving", "placement", "batches", "growth", "trainer"),
+    *(
+        "tokens",
+        "probe",
+        "selection",
+        "stock",
+        "triplets",
+        "sensitivity",
+        "moving",
+        "placement",
+        "batches",
+        "growth",
+        "trainer",
+    ),
     *("methods", "applied", "tasks", "recipe", "hub", "train"),
     *("bench", "report", "cli"),
 )
