@@ -41,8 +41,7 @@ def attach_triplets(
     Raises:
         OptionError: ``lora`` treats sites differently, or ``init_r`` leaves nothing to switch off.
     """
-    if lora.rank_pattern or lora.alpha_pattern or lora.use_dora or lora.use_rslora:
-        raise OptionError(f"{name} gives every site the same rank and alpha; leave out patterns, rsLoRA and DoRA")
+    require_alike(lora, name)
     if init_r <= lora.r:
         raise OptionError(
             f"init_r={init_r} is not allowed: give more than r={lora.r}, which is what is left at the end"
@@ -124,6 +123,16 @@ def orthogonality_gradient(rows: Tensor) -> Tensor:
     """
     rest = rows @ rows.T - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)
     return 2 * rest @ rows / rest.norm().clamp(min=1e-12)
+
+
+def require_alike(lora: LoraConfig, name: str) -> None:
+    """Raise where ``lora`` treats sites differently, or with a strength other than alpha/r.
+
+    Raises:
+        OptionError: It has patterns, rsLoRA or DoRA.
+    """
+    if lora.rank_pattern or lora.alpha_pattern or lora.use_dora or lora.use_rslora:
+        raise OptionError(f"{name} gives every site the same rank and alpha; leave out patterns, rsLoRA and DoRA")
 
 
 def require_steps(name: str, attached: int, trained: int) -> None:

@@ -22,7 +22,7 @@ from weightlora.moving import MoverCallback, warn_unless_begun
 from weightlora.plan import AdapterPlan
 from weightlora.sites import find_sites
 from weightlora.stock import Factors, become_stock, factors_plan
-from weightlora.triplets import plan_under, require_steps, triplet_plan
+from weightlora.triplets import plan_under, require_alike, require_steps, triplet_plan
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -224,8 +224,7 @@ def _kept(layer: Any, mask: Tensor) -> Factors:
 
 
 def _require_room(lora: LoraConfig, init_r: int, options: _Options, total_steps: int) -> None:
-    if lora.rank_pattern or lora.alpha_pattern or lora.use_dora or lora.use_rslora:
-        raise OptionError("pruned_lora gives every site the same rank and alpha; leave out patterns, rsLoRA and DoRA")
+    require_alike(lora, "pruned_lora")
     if init_r <= lora.r:
         raise OptionError(
             f"init_r={init_r} is not allowed: give more than r={lora.r}, which is what is left at the end"
