@@ -114,6 +114,19 @@ def test_an_uncertain_site_grows_before_a_steady_one():
     assert list(method.plan.ranks.values()) == [1, 3, 1]
 
 
+def test_a_step_that_overflows_says_nothing():
+    method, model = attached()
+    mover = method.callbacks()[0].mover
+    train(method, model, steps=3)
+    average = mover._average.clone()
+    (model(batch(4) * math.inf) - 1).square().mean().backward()
+    mover.after_step(4)
+    torch.testing.assert_close(mover._average, average)
+    assert average.all()
+    assert mover._uncertainty.isfinite().all()
+    assert sum(method.plan.ranks.values()) == 5
+
+
 class Heads(nn.Module):
     """Three layers side by side; the second is heard a hundred times as loud."""
 

@@ -285,6 +285,8 @@ class IncreLora:
         beta1, beta2 = self._options.beta1, self._options.beta2
         heard = torch.stack([self._heard.get(name, torch.zeros(())).cpu() for name in self._layers])
         self._heard = {}
+        # A step that overflows, as fp16's loss scale has them, says nothing.
+        heard = heard.where(heard.isfinite(), self._average)
         self._average = beta1 * self._average + (1 - beta1) * heard
         self._uncertainty = beta2 * self._uncertainty + (1 - beta2) * (heard - self._average).abs()
 
