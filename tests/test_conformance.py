@@ -37,7 +37,16 @@ NAMES = [entry.name for entry in METHODS]
 HEARING = [entry.name for entry in METHODS if entry.hears != "nothing"]
 STEPS, SAVED = 4, 2
 #: Few steps of a look ahead, and half of the sites.
-QUICK = {"keep": 0.5, "steps": 3, "head_steps": 0, "progress": False, "deltaT": 1, "tfinal": 1, "interval": 1}
+QUICK = {
+    "keep": 0.5,
+    "steps": 3,
+    "head_steps": 0,
+    "progress": False,
+    "deltaT": 1,
+    "tfinal": 1,
+    "interval": 1,
+    "rounds": 2,
+}
 
 
 def quick(name, **changed):
@@ -205,7 +214,7 @@ def test_the_export_is_the_same_object_with_the_same_logits(finished):
     assert finished.exported is finished.trainer.model
     after = finished.architecture.logits(finished.exported)
     added = (finished.trained_logits - finished.logits_without).abs().max()
-    assert added > 1e-3, "the adapters are heard"
+    assert added > 1e-4, "the adapters are heard"
     assert (after - finished.trained_logits).abs().max() <= finished.architecture.tolerance * added
 
 
@@ -322,7 +331,8 @@ def choice(name, tmp_path, shuffled, seed):
     )
     lora = get_peft_model(model, LoraConfig(r=4, target_modules=["useful", "idle"]))
     trainer = Trainer(lora, arguments, train_dataset=rows)
-    method = method_for(trainer, name, **quick(name, steps=10))
+    # Rounds so far apart that what one has brought is trained when the next looks at it.
+    method = method_for(trainer, name, **quick(name, steps=10, interval=4, rounds=3))
     if method.callbacks():
         trainer.train()
     method.export(trainer.model)

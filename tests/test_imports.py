@@ -24,6 +24,7 @@ ROOMS = (
         "spectrum",
         "stock",
         "triplets",
+        "sensitivity",
         "moving",
         "placement",
         "batches",

@@ -183,6 +183,53 @@ def cubic_budget(step: int, *, begin: int, end: int, high: int, low: int) -> int
     return int((high - low) * left**3 + low)
 
 
+def window(begin: float, end: float, total_steps: int) -> tuple[int, int]:
+    """Return the first and the last step in which ranks move, from shares of the training.
+
+    Raises:
+        OptionError: There is no step between them.
+
+    Example:
+        >>> window(0.15, 0.5, 20)
+        (3, 10)
+    """
+    first = math.ceil(round(begin * total_steps, 6))
+    length = math.floor(round((end - begin) * total_steps, 6))
+    if length < 1:
+        raise OptionError(
+            f"{total_steps} steps leave none between begin={begin} and end={end}; train longer or move them apart"
+        )
+    return first, first + length
+
+
+def growth(scores: Sequence[float], ranks: Sequence[int], *, total: int, count: int, max_r: int) -> list[int]:
+    """Return what each site gains: ``count`` by falling score, as long as ``total`` lasts, and again if it does.
+
+    Example:
+        >>> growth([1.0, 3.0, 2.0], [1, 3, 1], total=4, count=2, max_r=4)
+        [1, 1, 2]
+    """
+    gains, left = [0] * len(ranks), total
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    assert total <= sum(max_r - rank for rank in ranks), "there is room for the budget"
+    while left:
+        for i in order:
+            gain = min(count, left, max_r - ranks[i] - gains[i])
+            gains[i] += gain
+            left -= gain
+    return gains
+
+
+def require_window(begin: float, end: float) -> None:
+    """Raise unless ``begin`` and ``end`` are shares of a training, one after the other.
+
+    Raises:
+        OptionError: They are not.
+    """
+    if not 0 <= begin < end <= 1:
+        raise OptionError(f"begin={begin} and end={end} are not allowed: give shares with 0 <= begin < end <= 1")
+
+
 def warmup_steps(total_steps: int | None) -> int:
     """Return T: 0.5 % of the planned optimizer steps, at least 20.
 

@@ -1,9 +1,9 @@
-"""A model lent out with plain LoRA on every site, for methods that look before they choose."""
+"""A model lent out with plain LoRA on every site, and rows held out, for methods that look before they choose."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from weightlora.gates import lora_layers
 from weightlora.processes import make_whole
 from weightlora.sites import Site
 from weightlora.untouched import untouched
-from weightlora.warmup import Loss, Stage, cycled, let_train, model_loss
+from weightlora.warmup import Loss, Stage, cycled, let_train, model_loss, peeked
 
 
 @contextmanager
@@ -63,6 +63,44 @@ def probed(
         model.train()
         with tqdm(total=steps, disable=None, leave=False) as bar:
             yield Stage(model, layers, head, cycled(batches, steps), loss_fn or model_loss, bar)
+
+
+def held_out(batches: Iterable[Any], rows: int) -> list[Any]:
+    """Return the first batches, as many as have ``rows`` together, or all.
+
+    Raises:
+        SelectionError: There is none.
+    """
+    taken: list[Any] = []
+    _, shown = peeked(batches)
+    for batch in shown:
+        taken.append(batch)
+        if sum(map(rows_of, taken)) >= rows:
+            break
+    return taken
+
+
+def rows_of(batch: Any) -> int:
+    """Return the length of a batch's first tensor; 1 where there is none.
+
+    Example:
+        >>> rows_of({"input_ids": torch.zeros(4, 7)}), rows_of((torch.zeros(3, 2), "x")), rows_of("x")
+        (4, 3, 1)
+    """
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+    return next((len(part) for part in parts if isinstance(part, Tensor) and part.ndim), 1)
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Generator[None]:
+    """Let ``model`` be without dropout for the block."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def train_adapters(stage: Stage, *, steps: int, lr: float, names: Sequence[str] | None = None) -> None:

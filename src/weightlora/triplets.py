@@ -1,7 +1,7 @@
 """Adapters as sums of triplets, ΔW = s·B·diag(e)·A, each of which can be switched off: PEFT's AdaLoRA layers.
 
-AdaLoRA and Dynamic LoRA start with more triplets than the budget pays for and set numbers e to 0; what is left is stock
-LoRA.
+AdaLoRA and Dynamic LoRA start with more triplets than the budget pays for and set numbers e to 0, IncreLoRA with fewer
+and sets them free; what is on at the end is stock LoRA.
 """
 
 from __future__ import annotations
@@ -108,6 +108,17 @@ def switch_off(layer: Any, mask: Tensor) -> None:
     """Set e to 0 where ``mask`` (r,) is false."""
     e = layer.lora_E["default"]
     e.masked_fill_(~mask.to(e.device).unsqueeze(1), 0.0)
+
+
+def orthogonality_gradient(rows: Tensor) -> Tensor:
+    """Return the gradient of ‖R·Rᵀ − I‖_F by R (r, d): 2·(R·Rᵀ − I)·R / ‖R·Rᵀ − I‖_F.
+
+    Example:
+        >>> orthogonality_gradient(torch.tensor([[2.0, 0.0]]))
+        tensor([[4., 0.]])
+    """
+    rest = rows @ rows.T - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)
+    return 2 * rest @ rows / rest.norm().clamp(min=1e-12)
 
 
 def require_steps(name: str, attached: int, trained: int) -> None:

@@ -42,6 +42,12 @@ METHODS = (
     MethodEntry(
         "adalora", "singular values that matter least are pruned along the way", "Zhang et al. 2023, arXiv:2303.10512"
     ),
+    MethodEntry(
+        "alora", "ranks that do little are moved to other sites, round by round", "Liu et al. 2024, arXiv:2403.16187"
+    ),
+    MethodEntry(
+        "increlora", "every site starts at rank 1, and those that matter grow", "Zhang et al. 2023, arXiv:2308.12043"
+    ),
     MethodEntry("flexora", "the blocks whose weight grows on held-out rows", "Wei et al. 2025, ACL"),
     MethodEntry(
         "lora_drop",

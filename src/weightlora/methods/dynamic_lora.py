@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from weightlora.budget import require_window, window
 from weightlora.errors import OptionError
 from weightlora.gates import lora_layers
 from weightlora.methods.base import Method
@@ -71,8 +72,7 @@ def build(
     Raises:
         OptionError: An argument is out of its range.
     """
-    if not 0 <= begin < end <= 1:
-        raise OptionError(f"begin={begin} and end={end} are not allowed: give shares with 0 <= begin < end <= 1")
+    require_window(begin, end)
     if interval < 1:
         raise OptionError(f"interval={interval} is not allowed: give at least 1 step")
     if not 0 <= beta < 1:
@@ -103,7 +103,7 @@ class DynamicLora:
         sites = find_sites(model, lora).sites
         init_r = math.ceil(1.5 * lora.r) if self._options.init_r is None else self._options.init_r
         self._total, self._mask = total_steps, None
-        self._first, self._last = _window(self._options, total_steps)
+        self._first, self._last = window(self._options.begin, self._options.end, total_steps)
         self._low, self._high = len(sites) * lora.r, len(sites) * init_r
         record = {**asdict(self._options), "init_r": init_r}
         self._plan = triplet_plan(model, lora, sites, init_r, rule="dynamic_lora", options=record)
@@ -197,18 +197,6 @@ class DynamicLora:
         if since < 0 or (since < window and since % self._options.interval):
             return None
         return max(1, int((self._high - self._low) * (min(since, window) / window) ** 3))
-
-
-def _window(options: _Options, total_steps: int) -> tuple[int, int]:
-    """The first and the last step that may prune."""
-    first = math.ceil(round(options.begin * total_steps, 6))
-    length = math.floor(round((options.end - options.begin) * total_steps, 6))
-    if length < 1:
-        raise OptionError(
-            f"{total_steps} steps leave none between begin={options.begin} and end={options.end}; train longer "
-            "or move them apart"
-        )
-    return first, first + length
 
 
 def shares(layer: Any) -> Tensor:

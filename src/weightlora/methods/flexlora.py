@@ -20,7 +20,7 @@ from weightlora.gates import lora_layers
 from weightlora.methods.base import Method
 from weightlora.moving import MoverCallback, warn_unless_begun
 from weightlora.plan import AdapterPlan
-from weightlora.sites import find_sites
+from weightlora.sites import find_sites, require_uniform
 from weightlora.stock import Factors, become_stock, factors_plan
 from weightlora.triplets import require_steps, triplet_plan
 
@@ -72,7 +72,7 @@ class FlexLora:
 
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:  # noqa: ARG002
         """Put plain LoRA on all sites, with room for the largest client, and hand the first client its rank."""
-        _require_uniform(lora)
+        require_uniform("flexlora", lora)
         sites = find_sites(model, lora).sites
         self._ranks = rotated_ranks(lora.r, self._clients) if self._asked is None else list(self._asked)
         self._ends = turn_ends(total_steps, clients=self._clients, rounds=self._rounds)
@@ -289,8 +289,3 @@ def _matrices(layer: Any) -> tuple[Any, Any]:
 def _wide(tensor: Tensor) -> Tensor:
     """A copy on the CPU in fp32 or wider."""
     return tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32), copy=True)
-
-
-def _require_uniform(lora: LoraConfig) -> None:
-    if lora.rank_pattern or lora.alpha_pattern or lora.use_dora or lora.use_rslora:
-        raise OptionError("flexlora gives every site the same rank and alpha; leave out patterns, rsLoRA and DoRA")

@@ -1,0 +1,299 @@
+"""ALoRA (Liu et al. 2024, arXiv:2403.16187; not PEFT's aLoRA): ranks are moved from where they do little.
+
+In a few rounds every rank j is left out, and left alone, on held-out rows: IS(j) = S(M) − S(M without j) + S(M with
+only j), with S = −loss. The lowest go, and the sites that lost none get as many new ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from weightlora.budget import growth
+from weightlora.errors import OptionError, SelectionError
+from weightlora.gates import lora_layers
+from weightlora.methods.base import Method
+from weightlora.moving import MoverCallback, warn_unless_begun
+from weightlora.plan import AdapterPlan
+from weightlora.probe import evaluated, held_out, rows_of
+from weightlora.sites import find_sites, require_uniform
+from weightlora.stock import Factors, become_stock, factors_plan
+from weightlora.triplets import plan_under, require_steps, triplet_plan
+from weightlora.warmup import Loss, in_parts, model_loss
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(frozen=True)
+class _Options:
+    max_r: int | None
+    rounds: int
+    count: int | None
+    begin: float
+    interval: int | None
+    probe_rows: int
+    seed: int
+    loss_fn: Loss | None
+
+
+def build(
+    *,
+    max_r: int | None = None,
+    rounds: int = 8,
+    count: int | None = None,
+    begin: float = 0.1,
+    interval: int | None = None,
+    probe_rows: int = 32,
+    seed: int = 0,
+    loss_fn: Loss | None = None,
+) -> Method:
+    """Return the method.
+
+    Args:
+        max_r: Components that a site has room for, its largest rank; None stands for 1.5·r, rounded up.
+        rounds: How often ranks are moved.
+        count: Ranks that move in a round; None stands for one a site.
+        begin: Share of the training before the first round.
+        interval: Steps between rounds; None stands for a fortieth of the training.
+        probe_rows: Rows that a rank is measured on; whole batches are taken until there are as many.
+        seed: Decides where new ranks start.
+        loss_fn: As in :func:`weightlora.select`.
+
+    Raises:
+        OptionError: An argument is out of its range.
+    """
+    for name, value in (("rounds", rounds), ("count", count), ("interval", interval), ("probe_rows", probe_rows)):
+        if value is not None and value < 1:
+            raise OptionError(f"{name}={value} is not allowed: give at least 1")
+    if not 0 <= begin < 1:
+        raise OptionError(f"begin={begin} is not allowed: give a share of the training in [0, 1)")
+    return ALora(_Options(max_r, rounds, count, begin, interval, probe_rows, seed, loss_fn))
+
+
+class ALora:
+    """The method, and its own mover."""
+
+    def __init__(self, options: _Options) -> None:
+        self._options = options
+        self._callback = MoverCallback(self)
+
+    @property
+    def plan(self) -> AdapterPlan:
+        """The room at each site until the training begins, as in its checkpoints; then the ranks as they are."""
+        masks = dict(zip(self._layers, self._live, strict=True))
+        return plan_under(self._plan, masks if self._begun else None)
+
+    def budget(self, step: int) -> int:  # noqa: ARG002 - the same at every step
+        """Plain LoRA's ranks: what goes at one site comes at another."""
+        return len(self._layers) * self._r
+
+    def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:
+        """Put plain LoRA on all sites, with room for more ranks, and hold rows out."""
+        options, sites = self._options, find_sites(model, lora).sites
+        max_r = math.ceil(1.5 * lora.r) if options.max_r is None else options.max_r
+        require_uniform("alora", lora)
+        if max_r <= lora.r:
+            raise OptionError(f"max_r={max_r} is not allowed: give more than r={lora.r}, or no site can gain a rank")
+        self._rounds = _rounds(options, total_steps)
+        self._total, self._r, self._max_r = total_steps, lora.r, max_r
+        self._count = options.count or len(sites)
+        self._held_out = held_out(batches, options.probe_rows)
+        record = {"max_r": max_r, "rounds": self._rounds, "count": self._count, "seed": options.seed}
+        record["probe_rows"] = sum(map(rows_of, self._held_out))
+        plan = triplet_plan(model, lora, sites, max_r, rule="alora", options=record)
+        alpha = lora.lora_alpha * max_r / lora.r  # each rank as strong as one of plain LoRA
+        self._plan = replace(plan, entries=tuple(replace(e, alpha=alpha) for e in plan.entries))
+        attached = self._plan.attach(model)
+        self._model, self._layers = model, dict[str, Any](lora_layers(attached))
+        self._live = torch.arange(max_r).expand(len(sites), -1) < lora.r
+        self._used, self._step, self._begun = self._live, 0, False
+        self._guards: list[RemovableHandle] = []
+        tuner: Any = attached.base_model
+        self._remove_watch = warn_unless_begun([tuner, tuner.model], "alora")
+        return attached
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Measures and moves ranks after an optimizer step."""
+        return [self._callback]
+
+    def export(self, model: PeftModel) -> PeftModel:
+        """Return stock LoRA of the ranks that are there.
+
+        Raises:
+            SelectionError: The method did not run to its end.
+        """
+        done = sum(step <= self._step for step in self._rounds)
+        if done < len(self._rounds):
+            raise SelectionError(
+                f"alora has had {done} of its {len(self._rounds)} rounds: it did not run to its end; give the trainer "
+                "callbacks=method.callbacks(), and train all of the steps"
+            )
+        masks = dict(zip(self._layers, self._live, strict=True))
+        factors = {name: _factors(layer, masks[name]) for name, layer in lora_layers(model).items()}
+        self._plan, self._begun = factors_plan(self._plan, factors), False
+        self._remove_watch()
+        return become_stock(model, self._plan, factors)
+
+    def begin(self, total_steps: int) -> None:
+        """Let no gradient reach what is not there: of A it is zero, since B is.
+
+        Raises:
+            OptionError: The training takes more steps than the schedule was made for, or fewer.
+        """
+        require_steps("alora", self._total, total_steps)
+        self._remove_watch()
+        for guard in self._guards:
+            guard.remove()
+        self._begun = True
+        self._guards = [
+            layer.lora_B["default"].weight.register_hook(partial(self._of_live, i))
+            for i, layer in enumerate(self._layers.values())
+        ]
+
+    def before_step(self, step: int) -> None:
+        """Nothing."""
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Put back to zero what the optimizer's momentum has moved; move ranks where it is time."""
+        self._remove_watch()
+        self._step = step
+        self._silence()
+        if step in self._rounds:
+            with evaluated(self._model):
+                scores = contributions(list(self._layers.values()), self._live, self._loss)
+            if not bool(scores[self._live].isfinite().all()):
+                raise SelectionError(
+                    f"step {step}: the loss of the held-out rows is not finite, so nothing tells ranks apart; lower "
+                    "the learning rate or look at the first batches"
+                )
+            off, gains = moves(scores, self._live, count=self._count)
+            self._move(off, gains, step)
+
+    def state(self) -> dict[str, Tensor]:
+        """Which components are there, which ever were, and the last step."""
+        return {"live": self._live, "used": self._used, "step": torch.tensor(self._step)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take them."""
+        self._live, self._used, self._step = state["live"], state["used"], int(state["step"])
+
+    def _of_live(self, i: int, gradient: Tensor) -> Tensor:
+        """The gradient of a site's B, where there is a rank."""
+        return gradient * self._live[i].to(gradient)
+
+    def _silence(self) -> None:
+        """B = 0 where no rank is."""
+        for layer, live in zip(self._layers.values(), self._live, strict=True):
+            weight = layer.lora_B["default"].weight
+            weight.masked_fill_(~live.to(weight.device), 0.0)
+
+    def _loss(self) -> float:
+        """The mean loss of the held-out rows."""
+        loss_fn = self._options.loss_fn or model_loss
+        total = 0.0
+        for batch in self._held_out:
+            total += rows_of(batch) * sum(float(part) for part in in_parts(self._model, batch, loss_fn))
+        return total / sum(map(rows_of, self._held_out))
+
+    def _move(self, off: Tensor, gains: Sequence[int], step: int) -> None:
+        """Take the ranks ``off``, and start new ones: A as at the start of a training, B = 0."""
+        generator = torch.Generator().manual_seed(self._options.seed + step)
+        live = self._live & ~off
+        for i, (layer, gain) in enumerate(zip(self._layers.values(), gains, strict=True)):
+            # Places that were never used come first: an optimizer remembers the others.
+            free = torch.where(live[i], 2, self._used[i].int()).argsort(stable=True)
+            new, a = free[:gain], layer.lora_A["default"].weight
+            bound = a.shape[1] ** -0.5  # Kaiming with a = √5
+            a[new.to(a.device)] = (bound * (2 * torch.rand(gain, a.shape[1], generator=generator) - 1)).to(a)
+            live[i, new] = True
+        self._live, self._used = live, self._used | live
+        self._silence()
+
+
+def contributions(layers: Sequence[Any], live: Tensor, loss: Callable[[], float]) -> Tensor:
+    """Return IS − S(M) of each live rank: the loss without it less that with nothing else, (sites, max_r).
+
+    It is inf where no rank is.
+
+    Args:
+        layers: The sites' adapters; they come back as they were.
+        live: The ranks that there are, (sites, max_r).
+        loss: The loss with the adapters as they are; called twice a rank.
+    """
+    matrices = [layer.lora_B["default"].weight.detach() for layer in layers]
+    whole = [matrix.clone() for matrix in matrices]
+    scores = torch.full(live.shape, math.inf, dtype=torch.float64)
+    ranks: list[tuple[int, int]] = [(i, j) for i, j in live.nonzero().tolist()]
+    try:
+        for i, j in ranks:
+            matrices[i][:, j] = 0
+            scores[i, j] = loss()
+            matrices[i][:, j] = whole[i][:, j]
+        for matrix in matrices:
+            matrix.zero_()
+        for i, j in ranks:
+            matrices[i][:, j] = whole[i][:, j]
+            scores[i, j] -= loss()
+            matrices[i][:, j] = 0
+    finally:
+        for matrix, before in zip(matrices, whole, strict=True):
+            matrix.copy_(before)
+    return scores
+
+
+def moves(scores: Tensor, live: Tensor, *, count: int) -> tuple[Tensor, list[int]]:
+    """Return which ranks go, (sites, max_r), and how many come at each site.
+
+    The ``count`` lowest go, and those sites that lose none take as many, in turns by falling mean score. Where they
+    have no room for as many, fewer go.
+
+    Example:
+        >>> scores, live = torch.tensor([[2.0, 1.0, 9.0], [4.0, 3.0, 9.0]]), torch.tensor([[True, True, False]] * 2)
+        >>> moves(scores, live, count=2)  # the second site has room for one
+        (tensor([[False,  True, False],
+                [False, False, False]]), [0, 1])
+    """
+    sites, max_r = live.shape
+    ranks: list[int] = live.sum(dim=1).tolist()
+    means = [float(s[there].mean()) if there.any() else -math.inf for s, there in zip(scores, live, strict=True)]
+    lowest = scores.where(live, math.inf).flatten().argsort(stable=True)
+    for wanted in range(min(count, sum(ranks)), 0, -1):
+        off = torch.zeros(live.numel(), dtype=torch.bool)
+        off[lowest[:wanted]] = True
+        off = off.view_as(live)
+        takers = [i for i in range(sites) if not off[i].any()]
+        if sum(max_r - ranks[i] for i in takers) >= wanted:
+            taken = growth([means[i] for i in takers], [ranks[i] for i in takers], total=wanted, count=1, max_r=max_r)
+            gains = dict(zip(takers, taken, strict=True))
+            return off, [gains.get(i, 0) for i in range(sites)]
+    return torch.zeros_like(live), [0] * sites
+
+
+def _rounds(options: _Options, total_steps: int) -> list[int]:
+    """The steps after which ranks move; the training goes on after the last."""
+    first = max(1, math.ceil(round(options.begin * total_steps, 6)))
+    interval = options.interval or max(1, total_steps // 40)
+    last = first + (options.rounds - 1) * interval
+    if last >= total_steps:
+        raise OptionError(
+            f"rounds={options.rounds} every {interval} steps from step {first} on take until step {last}, and the "
+            f"training has {total_steps}; lower rounds, interval or begin, or train longer"
+        )
+    return list(range(first, last + 1, interval))
+
+
+def _factors(layer: Any, live: Tensor) -> Factors:
+    a, b = (matrix["default"].weight.detach() for matrix in (layer.lora_A, layer.lora_B))
+    kept = live.to(a.device)
+    return Factors(a[kept], b[:, kept], layer.scaling["default"])
