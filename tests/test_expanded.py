@@ -17,7 +17,7 @@ from weightlora.methods import make_method
 from weightlora.methods.base import trains_stock
 
 LORA = LoraConfig(r=4, lora_alpha=6)
-NAMES = ["vera", "vb_lora", "tied_lora", "nora", "milora"]
+NAMES = ["full", "vera", "vb_lora", "tied_lora", "nora", "milora"]
 
 
 def net(conv1d=False):
@@ -382,7 +382,7 @@ def test_a_quantised_model_is_trained_and_exported(name, quantised_net):
     model(x).square().sum().backward()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.requires_grad:
+            if parameter.grad is not None:  # all that is trained but the number in the place of an identity
                 parameter.sub_(0.1 * parameter.grad.sign())
     logits = model(x)
     with model.disable_adapter():
@@ -415,3 +415,27 @@ def test_no_rank_is_one_line(name):
 def test_topk_out_of_range_is_one_line():
     with pytest.raises(OptionError, match="topk=11 is not allowed: give 1 to num_vectors=10"):
         make_method("vb_lora", topk=11, num_vectors=10)
+
+
+# -- full ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_full_is_fine_tuning_of_the_weights_themselves(conv1d):
+    """Without decay: 8→12 trains ΔW·I, 12→4 trains I·ΔW, and AdamW cannot tell them from W."""
+    lora = LoraConfig(r=4, lora_alpha=6, fan_in_fan_out=conv1d, target_modules=["0", "2"])
+    method, model = attached("full", lora, net(conv1d))
+    assert method.plan.ranks == {"0": 8, "2": 4}
+    assert count(model) == 8 * 12 + 12 * 4 + 2
+    tuned = net(conv1d).requires_grad_(False)
+    for layer in (tuned[0], tuned[2]):
+        layer.weight.requires_grad_(True)
+    for module in (model, tuned):
+        optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.05, weight_decay=0.0)
+        for step in range(5):
+            (module(batch(step)) - 1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert (tuned(batch(9)) - net(conv1d)(batch(9))).abs().max() > 1e-2, "it was trained"
+    torch.testing.assert_close(model(batch(9)), tuned(batch(9)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(method.export(model)(batch(9)), tuned(batch(9)), rtol=1e-4, atol=1e-5)

@@ -27,10 +27,13 @@ class MethodEntry:
     paper: str
     hears: Literal["nothing", "inputs", "loss"] = "loss"
     """What decides its choice: no data at all, what the layers are given, or the loss with its labels."""
+    keeps_budget: bool = True
+    """Whether it ends within plain LoRA's ranks."""
 
 
 #: Kept as one readable list. A new method is a file with ``build(**options) -> Method`` and a line here.
 METHODS = (
+    MethodEntry("full", "all of the sites' weights: the reference", "Table 1", "nothing", keeps_budget=False),
     MethodEntry("lora", "rank r on every site: the budget", "Hu et al. 2021, arXiv:2106.09685", "nothing"),
     MethodEntry("random", "K random sites: the control", "RLoRA, Veprikov et al., Table 7", "nothing"),
     MethodEntry("weightlora", "the K sites that matter, at rank r", "Veprikov et al., section 2"),
@@ -96,6 +99,13 @@ METHODS = (
     ),
 )
 
+#: Names that are looked for here, and where they are.
+_ELSEWHERE = {
+    "dora": "DoRA is no sum of W0 and a product, so stock LoRA cannot hold it; train it on the chosen sites as PEFT's "
+    "own, with use_dora",
+    "rlora": "the paper's RLoRA is method 'random'",
+}
+
 
 def make_method(name: str, **options: Any) -> Method:
     """Return the method of that name.
@@ -126,6 +136,8 @@ def entry_of(name: str) -> MethodEntry:
     for entry in METHODS:
         if entry.name == name:
             return entry
+    if name in _ELSEWHERE:
+        raise OptionError(f"method={name!r} is none: {_ELSEWHERE[name]}")
     names = [entry.name for entry in METHODS]
     raise OptionError(f"method={name!r} is unknown{_closest(name, names)}; there are {', '.join(names)}")
 
