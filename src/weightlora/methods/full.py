@@ -1,6 +1,6 @@
 """Full fine-tuning of the sites' weights: the reference of the paper's Table 1, which no budget binds.
 
-ΔW itself is trained, from zero. It is LoRA of full rank: ΔW = B·I at a site with out ≥ in, I·A at one with out < in, and
+ΔW itself is trained, from zero. It is LoRA of full rank: ΔW = B·I at a site with out ≥ in, I·A where out < in, and
 so it ends as stock LoRA like all others.
 """
 
