@@ -30,6 +30,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from weightlora.applied import method_for
+from weightlora.bench.step_cost import Peak
 from weightlora.methods import METHODS, entry_of, options_of
 from weightlora.moving import take_up
 
@@ -144,14 +145,25 @@ class Run:
     trained_logits: torch.Tensor
     logits_without: torch.Tensor
     exported: PeftModel
+    looked: int
+    """Most adapter parameters that an optimizer held before the training."""
+    trained: int
+    """Adapter parameters that the trainer was given."""
+    peak: int
+    """What a benchmark would report."""
 
 
 def run(name, architecture, folder, checkpoint=None):
-    trainer = architecture.trainer(folder)
-    method = method_for(trainer, name, **quick(name))
+    trainer, peak = architecture.trainer(folder), Peak()
+    with peak.watched():
+        method = method_for(trainer, name, **quick(name))
+    given = {n: p.numel() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    head = sum(size for n, size in given.items() if "modules_to_save" in n)
+    looked, trained = max(0, peak.parameters - head), sum(given.values()) - head
     watch = Watch(method)
     trainer.add_callback(watch)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with peak.watched():
+        trainer.train(resume_from_checkpoint=checkpoint)
     strengthen(trainer.model, 300)
     logits = architecture.logits(trainer.model)
     with restored(trainer.model):
@@ -159,7 +171,8 @@ def run(name, architecture, folder, checkpoint=None):
         without = architecture.logits(trainer.model)
     exported = method.export(trainer.model)
     exported.save_pretrained(str(folder / "adapter"))
-    return Run(name, architecture, folder, trainer, method, watch.steps, logits, without, exported)
+    counts = (looked, trained, peak.parameters - head)
+    return Run(name, architecture, folder, trainer, method, watch.steps, logits, without, exported, *counts)
 
 
 #: What an adapter's output grows with: B, or what B is made of.
@@ -237,6 +250,13 @@ def test_the_parameters_reported_are_those_in_the_file(finished):
     trained = [p for n, p in finished.exported.named_parameters(remove_duplicate=False) if "lora_" in n]
     assert all(p.requires_grad for p in trained)
     assert sum(p.numel() for p in trained) == counted
+
+
+def test_the_parameters_at_the_peak_are_those_counted(finished):
+    """Whoever trains while looking trains plain LoRA on all sites; then the trainer trains what it was given."""
+    assert finished.looked in (0, finished.method.plan.lora_parameters)
+    assert finished.peak == max(finished.looked, finished.trained)
+    assert finished.trained > 0
 
 
 def test_the_weights_of_the_base_are_untouched(finished):
