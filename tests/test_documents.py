@@ -1,11 +1,15 @@
 """Every python block of the documents runs, each file's blocks one after another in one namespace."""
 
+import inspect
 import re
 import runpy
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from weightlora.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -39,6 +43,16 @@ def test_the_readme_lists_every_file_of_the_package():
     for path in (ROOT / "src" / "weightlora").rglob("*.py"):
         if path.name != "__init__.py":
             assert path.name in readme, f"README's file tree lacks {path.relative_to(ROOT)}"
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in METHODS])
+def test_every_method_has_a_page_and_a_row(name):
+    page = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8")
+    for part in ("**Idea.**", "**Formula.**", "| argument |", "**Cost.**", "**Exports**", "**Differs", "**Row.**"):
+        assert part in page, f"docs/methods/{name}.md lacks {part}"
+    for option in inspect.signature(import_module(f"weightlora.methods.{name}").build).parameters:
+        assert f"`{option}`" in page or option == "options", f"docs/methods/{name}.md does not explain {option}"
+    assert f"| `{name}` |" in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
 def test_the_demo_named_in_the_readme_is_the_module_of_the_command():
