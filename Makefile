@@ -40,6 +40,8 @@ bench: setup   ## the measurements of docs/: hours on two cores; each goes on wh
 	$(BIN)/python benchmarks/selection.py table
 	$(BIN)/python benchmarks/precision.py run
 	$(BIN)/python benchmarks/reasoning.py
+	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 OMP_NUM_THREADS=1 \
+		$(BIN)/weightlora bench --config benchmarks/table1.yaml --workers 2
 
 docs: setup    ## run every code block of README.md and docs/
 	$(BIN)/python -m pytest tests/test_documents.py tests/test_docstrings.py
