@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from weightlora.bench.engine import run_grid
@@ -12,6 +13,13 @@ def die_at_seed_one(job):
     """Do no work, and die where the seed is 1."""
     if job.options["seed"] == 1:
         os._exit(9)
+    return {"options": dict(job.options), "status": "ok"}
+
+
+def sleep_at_seed_one(job):
+    """Do no work, and not return where the seed is 1."""
+    if job.options["seed"] == 1:
+        time.sleep(600)
     return {"options": dict(job.options), "status": "ok"}
 
 

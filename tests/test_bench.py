@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import signal
 import statistics
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from bench_worker import die_at_seed_one
+from bench_worker import die_at_seed_one, sleep_at_seed_one
 from bench_worker import run as run_bench
 from filelock import FileLock
 from safetensors.torch import load_file
@@ -266,6 +267,16 @@ def test_a_worker_that_dies_is_a_record_and_the_others_run_once_each(tmp_path):
         (2, "ok"),
         (3, "ok"),
     ]
+
+
+def test_who_stops_waits_for_nobody(tmp_path):
+    others = set(multiprocessing.active_children())
+    runs = run_here([Job({"seed": seed}, tmp_path, 0, 1) for seed in (0, 1, 2)], 1, sleep_at_seed_one)
+    assert next(runs)["options"]["seed"] == 0
+    [worker] = set(multiprocessing.active_children()) - others
+    runs.close()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGTERM
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 
 from weightlora.bench.job import Job, die_with_parent, failure, run_job
@@ -25,6 +25,7 @@ def run_here(jobs: Sequence[Job], workers: int, run: Run = run_job) -> Iterator[
     """
     left, crowd = list(jobs), workers
     while left:
+        others, stopped = set(active_children()), True
         pool = ProcessPoolExecutor(crowd, mp_context=get_context("spawn"), initializer=die_with_parent)
         try:
             futures = {pool.submit(run, job): job for job in left}
@@ -32,8 +33,12 @@ def run_here(jobs: Sequence[Job], workers: int, run: Run = run_job) -> Iterator[
                 if not isinstance(future.exception(), BrokenProcessPool):
                     yield future.result()
                     left.remove(futures[future])
+            stopped = False
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=not stopped, cancel_futures=True)
+            if stopped:  # by Ctrl-C, or whoever takes the records wants no more: nobody waits for runs half done
+                for process in set(active_children()) - others:
+                    process.terminate()
         if left and crowd == 1:  # alone, they run in their order, and one knows who it was
             job = left.pop(0)
             yield {"options": dict(job.options), **failure(_DIED)}
