@@ -48,7 +48,7 @@ def test_the_readme_lists_every_file_of_the_package():
 @pytest.mark.parametrize("name", [entry.name for entry in METHODS])
 def test_every_method_has_a_page_and_a_row(name):
     page = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8")
-    for part in ("**Idea.**", "**Formula.**", "| argument |", "**Cost.**", "**Exports**", "**Differs", "**Row.**"):
+    for part in ("**Idea.**", "**Formula.**", "| argument |", "**Cost.**", "**Exports**", "**Differs", "**Row"):
         assert part in page, f"docs/methods/{name}.md lacks {part}"
     for option in inspect.signature(import_module(f"weightlora.methods.{name}").build).parameters:
         assert f"`{option}`" in page or option == "options", f"docs/methods/{name}.md does not explain {option}"

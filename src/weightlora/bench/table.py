@@ -46,18 +46,18 @@ class _Line:
     def values(self) -> list[float]:
         return [value for record in self.records if (value := self.row.tested(record)) is not None]
 
-    def mean(self, *names: str) -> float | None:
-        """Mean over the runs of the sum of these entries."""
-        sums = [sum(r[name] for name in names) for r in self.good if all(r.get(n) is not None for n in names)]
-        return statistics.mean(sums) if sums else None
+    def sums(self, *names: str) -> list[float]:
+        """The sum of these entries of each run that has them."""
+        return [sum(r[name] for name in names) for r in self.good if all(r.get(n) is not None for n in names)]
 
 
 def make_table(grid: Grid, records: Sequence[Record]) -> Table:
     """Return the table of a benchmark, whatever part of it has been run.
 
     Metrics are those of the runs at the chosen learning rate, in per cent. Parameters are those of the adapters, at
-    their peak, the selection included, and as exported. Times are relative to those of ``grid.reference``: of a step,
-    as measured in turns with plain LoRA, and of selection and training together.
+    their peak, the selection included, and as exported, means over the runs. Times are medians over the runs, relative
+    to those of ``grid.reference``: of a step, as measured in turns with plain LoRA, and of selection and training
+    together.
     """
     known = by_key(records)
     tasks = list(dict.fromkeys(row.task for row in grid.rows))
@@ -188,14 +188,14 @@ def _places(means: Sequence[float | None]) -> list[int]:
 
 
 def _count(lines: Sequence[_Line], name: str) -> str:
-    means = [mean for line in lines if (mean := line.mean(name)) is not None]
+    means = [statistics.mean(counts) for line in lines if (counts := line.sums(name))]
     return f"{round(statistics.mean(means)):,}" if means else "–"
 
 
 def _ratio(lines: Sequence[_Line], reference: Sequence[_Line], names: Sequence[str]) -> str:
     """Time ÷ that of the reference, the mean over the tasks where both are known."""
-    pairs = [(line.mean(*names), other.mean(*names)) for line, other in zip(lines, reference, strict=True)]
-    ratios = [own / other for own, other in pairs if own is not None and other]
+    pairs = [(line.sums(*names), other.sums(*names)) for line, other in zip(lines, reference, strict=True)]
+    ratios = [statistics.median(own) / statistics.median(other) for own, other in pairs if own and other]
     return f"{statistics.mean(ratios):.2f}" if ratios else "–"
 
 
