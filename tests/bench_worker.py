@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from weightlora.bench.engine import run_grid
 from weightlora.bench.grid import read_grid
 
@@ -25,6 +27,7 @@ def sleep_at_seed_one(job):
 
 def run(config, output_dir):
     """The whole benchmark, as the command runs it."""
+    torch.set_num_threads(1)  # as tests/conftest.py does
     run_grid(read_grid(config, Path(output_dir)), report=lambda *_: None)
 
 

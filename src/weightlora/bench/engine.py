@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from weightlora.bench.grid import Grid, Point, Record, by_key, key_of
@@ -30,7 +30,7 @@ def run_grid(
 
     Args:
         grid: The benchmark.
-        workers: Runs at once; the machine's cores are shared among them.
+        workers: Runs at once; torch's threads, which OMP_NUM_THREADS limits, are shared among them.
         on_ray: Run on a Ray cluster instead.
         retry: Run again what failed.
         report: Told of each run.
@@ -60,7 +60,7 @@ def _run_missing(grid: Grid, points: Sequence[Point], workers: int, on_ray: bool
     records = by_key(recorded(grid))
     good = {key for key, record in records.items() if not (retry and record["status"] == "failed")}
     missing = list({point.key: point for point in points if point.key not in good}.values())
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, torch.get_num_threads() // workers)
     folder = (grid.output_dir / _RUNS).absolute()
     jobs = [Job(point.options, folder / point.key, grid.timing_rounds, threads) for point in missing]
     for done, record in enumerate(_finished(jobs, workers, on_ray), 1):
