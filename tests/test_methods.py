@@ -62,7 +62,6 @@ def test_every_method_is_built_from_its_name_and_speaks_the_protocol(entry):
         ("weightlor", {}, "'weightlora'"),
         ("rondom", {}, "'random'"),
         ("xyz", {}, "there are full, lora, random"),
-        ("dora", {}, "use_dora"),
         ("rlora", {}, "'random'"),
         ("random", {"kep": 0.5}, "'keep'"),
         ("random", {"sed": 1}, "'seed'"),

@@ -99,8 +99,9 @@ class AdapterPlan:
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters of the planned adapters: Σ rᵢ·(inᵢ + outᵢ)."""
-        return sum(entry.site.parameters(entry.r) for entry in self.entries)
+        """Trainable parameters of the planned adapters: Σ rᵢ·(inᵢ + outᵢ), and DoRA's outᵢ."""
+        magnitudes = sum(entry.site.out_features for entry in self.entries if entry.r > 0 and self.lora.get("use_dora"))
+        return sum(entry.site.parameters(entry.r) for entry in self.entries) + magnitudes
 
     @property
     def lora_parameters(self) -> int:

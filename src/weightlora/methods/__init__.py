@@ -73,6 +73,7 @@ METHODS = (
         "nothing",
     ),
     MethodEntry("melora", "N mini adapters on N blocks of features", "Ren et al. 2024, ACL", "nothing"),
+    MethodEntry("dora", "PEFT's DoRA, which stays DoRA", "Liu et al. 2024, arXiv:2402.09353", "nothing"),
     MethodEntry(
         "riemannian", "LoRA with preconditioned gradients", "Zhang and Pilanci 2024, arXiv:2402.02347", "nothing"
     ),
@@ -101,8 +102,6 @@ METHODS = (
 
 #: Names that are looked for here, and where they are.
 _ELSEWHERE = {
-    "dora": "DoRA is no sum of W0 and a product, so stock LoRA cannot hold it; train it on the chosen sites as PEFT's "
-    "own, with use_dora",
     "rlora": "the paper's RLoRA is method 'random'",
 }
 
