@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from warmup import saved_bytes
 
 from weightlora.bench.records import append_record, read_records
+from weightlora.bench.step_cost import saved_bytes
 from weightlora.cost import CostBudget
 from weightlora.gates import lora_layers
 from weightlora.plan import make_plan

@@ -33,10 +33,11 @@ from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.profiler import profile
 from tqdm import tqdm
-from warmup import saved_bytes
+from warmup import gated_bytes
 
 import weightlora
 from weightlora.bench.records import append_record, read_records
+from weightlora.bench.step_cost import saved_bytes
 from weightlora.gates import gated, lora_layers
 from weightlora.sites import find_sites
 from weightlora.timing import in_turns, median_ratio
@@ -245,8 +246,10 @@ def _built(setting: Setting) -> nn.Module:
 
 
 def _bytes(row: Row, batch: dict[str, Tensor]) -> int:
-    omega = torch.ones(len(lora_layers(row.model))) if row.gated else None
-    return saved_bytes(row.model.train(), batch, omega)
+    row.model.train()
+    if row.gated:
+        return gated_bytes(row.model, batch, torch.ones(len(lora_layers(row.model))))
+    return saved_bytes(row.model, batch)
 
 
 def _step(row: Row, batch: dict[str, Tensor], bar: tqdm[Any]) -> Callable[[], None]:

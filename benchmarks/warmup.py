@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from weightlora.bench.records import append_record
+from weightlora.bench.step_cost import saved_bytes
 from weightlora.gates import gated, lora_layers
 from weightlora.timing import in_turns, median_ratio
 
@@ -42,7 +42,7 @@ def main() -> None:
         model, batch = minilm_step(dropout)
         omega = torch.ones(len(lora_layers(model)))
         omega[::2][:closed] = 0
-        stock, with_gates = saved_bytes(model, batch), saved_bytes(model, batch, omega)
+        stock, with_gates = saved_bytes(model, batch), gated_bytes(model, batch, omega)
         ratio, control = step_ratios(model, batch, omega, rounds)
         cells = (len(omega), closed, dropout, f"{with_gates / stock:.5f}", f"{ratio:.4f}", f"{control:.4f}")
         print(f"| MiniLM, 32 reviews | {' | '.join(map(str, cells))} |", flush=True)
@@ -78,23 +78,11 @@ def minilm_step(dropout: float) -> tuple[PeftModel, dict[str, Tensor]]:
     return get_peft_model(base, lora).train(), batch  # type: ignore[return-value]
 
 
-def saved_bytes(model: PeftModel, batch: dict[str, Tensor], omega: Tensor | None = None) -> int:
-    """Bytes that autograd holds for the backward pass of one step: each storage once, parameters not counted."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            held[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is used twice
-        return tensor
-
-    with ExitStack() as stack:
-        if omega is not None:
-            stack.enter_context(gated(lora_layers(model))).write(omega)
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
-        loss = model(**batch).loss
-    del loss
-    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+def gated_bytes(model: PeftModel, batch: dict[str, Tensor], omega: Tensor) -> int:
+    """What :func:`saved_bytes` counts in a step of the warm-up."""
+    with gated(lora_layers(model)) as gates:
+        gates.write(omega)
+        return saved_bytes(model, batch)
 
 
 def step_ratios(model: PeftModel, batch: dict[str, Tensor], omega: Tensor, rounds: int) -> tuple[float, float]:

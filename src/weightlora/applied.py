@@ -65,9 +65,7 @@ def method_for(
     quiet = quiet_copy(trainer)
     given = {"seed": seed, "lr": arguments.learning_rate, "loss_fn": micro_loss(quiet), "fast": fast}
     method = make_method(name, **{k: v for k, v in given.items() if k in options_of(name)}, **options)
-    _require_possible(trainer, method, name)
-    if fast is not None and isinstance(method, ExpandedMethod):
-        raise OptionError(f"fast={fast!r}: {name} does not train plain LoRA, whose step that is; leave fast out")
+    _require_possible(trainer, method, name, fast)
     total = planned_steps(trainer)
     batches: Any = ()
     if entry_of(name).hears != "nothing":
@@ -94,8 +92,10 @@ def method_for(
     return method
 
 
-def _require_possible(trainer: Trainer, method: Method, name: str) -> None:
-    """Raise where something else than stock LoRA would be trained in a model that is wrapped or parted."""
+def _require_possible(trainer: Trainer, method: Method, name: str, fast: Dropout | None) -> None:
+    """Raise where something else than stock LoRA would be trained in a model that is wrapped or parted, or fast."""
+    if fast is not None and isinstance(method, ExpandedMethod):
+        raise OptionError(f"fast={fast!r}: {name} does not train plain LoRA, whose step that is; leave fast out")
     parted = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if not trains_stock(method) and (process_count() > 1 or parted):
         raise OptionError(

@@ -12,7 +12,7 @@ import torch
 from weightlora.timing import in_turns, median_ratio
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from torch import nn
 
     from weightlora.bench.run import Outcome
 
@@ -39,8 +39,6 @@ def compare(
 ) -> list[Comparison]:
     """Return a line a method; the first one is what step times are relative to.
 
-    The timing trains the models further: save what is to be kept before.
-
     Args:
         outcomes: Finished runs by the method's name.
         batch: The batch that steps are timed on.
@@ -62,16 +60,20 @@ def compare(
     ]
 
 
-def step_ratios(models: Mapping[str, PeftModel], batch: Mapping[str, torch.Tensor], *, rounds: int) -> dict[str, float]:
-    """Return each model's step time ÷ the first model's: medians of steps taken in turns in this process."""
+def step_ratios(models: Mapping[str, nn.Module], batch: Mapping[str, torch.Tensor], *, rounds: int) -> dict[str, float]:
+    """Return each model's step time ÷ the first model's: medians of steps taken in turns in this process.
 
-    def step(model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
+    AdamW really steps, at a learning rate of 0: the weights stay what they are.
+    """
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         model.train()
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]) for model in models.values()]
+    trained = [[p for p in model.parameters() if p.requires_grad] for model in models.values()]
+    optimizers = [torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0) for parameters in trained]
     seconds = in_turns([partial(step, *pair) for pair in zip(models.values(), optimizers, strict=True)], rounds)
     return {name: median_ratio(times, seconds[0]) for name, times in zip(models, seconds, strict=True)}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from weightlora.bench.comparison import step_ratios
 from weightlora.files import write_json
-from weightlora.timing import in_turns, median_ratio
 from weightlora.tracing import now
 
 
@@ -84,30 +83,12 @@ class StepCost(TrainerCallback):
             with torch.random.fork_rng():
                 batch = next(iter(train_dataloader))
                 self._plain.to(next(model.parameters()).device)
-                cost["saved_bytes"] = saved_bytes(model, batch)
-                cost["step_ratio"] = step_ratio(model, self._plain, batch, self._rounds)
+                cost["saved_bytes"] = saved_bytes(model.train(), batch)
+                ratios = step_ratios({"plain": self._plain, "own": model}, batch, rounds=self._rounds)
+                cost["step_ratio"] = round(ratios["own"], 4)
             self._plain = None
         cost["measuring_seconds"] = now() - start  # the trainer's own clock runs on meanwhile
         write_json(self._path, cost)
-
-
-def step_ratio(model: nn.Module, plain: nn.Module, batch: Any, rounds: int) -> float:
-    """Return the time of a training step of ``model`` ÷ that of ``plain``, the median over rounds.
-
-    AdamW really steps, at a learning rate of 0.
-    """
-
-    def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        module.train()
-        module(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    trained = [[p for p in module.parameters() if p.requires_grad] for module in (model, plain)]
-    optimizers = [torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0) for parameters in trained]
-    steps = [partial(step, *pair) for pair in zip((model, plain), optimizers, strict=True)]
-    own, reference = in_turns(steps, rounds)
-    return round(median_ratio(own, reference), 4)
 
 
 def saved_bytes(model: nn.Module, batch: Any) -> int:
@@ -120,7 +101,6 @@ def saved_bytes(model: nn.Module, batch: Any) -> int:
             held[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is used twice
         return tensor
 
-    model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(**batch).loss
     del loss
