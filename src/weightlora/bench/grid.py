@@ -107,8 +107,7 @@ class Grid:
 
     def tested(self, records: Mapping[str, Record]) -> list[Point]:
         """The runs that the table shows, one seed after the other; rows whose tuning failed have none."""
-        rates = {row.label + row.task: self.rate(row, records) for row in self.rows}
-        pairs = [(row, rates[row.label + row.task]) for row in self.rows]
+        pairs = [(row, self.rate(row, records)) for row in self.rows]
         return [Point(row, rate, seed) for seed in self.seeds for row, rate in pairs if rate is not None]
 
     def rate(self, row: Row, records: Mapping[str, Record]) -> float | None:
