@@ -255,7 +255,7 @@ def _bytes(row: Row, batch: dict[str, Tensor]) -> int:
 def _step(row: Row, batch: dict[str, Tensor], bar: tqdm[Any]) -> Callable[[], None]:
     """One training step, as often as it is called."""
     trained = [p for p in row.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None  # Trainer's default
     done = 0
 
     def step() -> None:

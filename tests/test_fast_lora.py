@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import weightlora
-from weightlora.dropout import draw_mask, zeroed
+from weightlora.dropout import drop
 from weightlora.errors import OptionError, SiteError, WeightLoraWarning
 from weightlora.fast_lora import FastLora, disable_fast_lora, enable_fast_lora, fast_coverage
 from weightlora.gates import gated, lora_layers
@@ -241,7 +241,7 @@ def test_each_value_is_dropped_with_probability_p_and_independently(p):
     """n independent draws: the count is binomial, and so is that of neighbouring pairs, with p²; five deviations."""
     torch.manual_seed(0)
     n = 2_000_000
-    ones = zeroed(torch.ones(n), draw_mask(torch.empty(n), p)) == 0
+    ones = drop(torch.ones(n), p)[0] == 0
     assert abs(float(ones.sum()) - n * p) < 5 * math.sqrt(n * p * (1 - p))
     pairs = float((ones[::2] & ones[1::2]).sum())
     assert abs(pairs - n / 2 * p**2) < 5 * math.sqrt(n / 2 * p**2 * (1 - p**2)) + 1

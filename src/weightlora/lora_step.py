@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from weightlora.dropout import add_product, add_product_where_kept, draw_mask, zero, zeroed
+from weightlora.dropout import drop, unpack, zero, zeroed
 
 Dropout = Literal["input", "rank"]
 
@@ -47,8 +47,10 @@ class Fused(torch.autograd.Function):
         """Compute y and keep what the backward pass needs."""
         rows = _rows(x).to(step.dtype)  # (tokens, in)
         a_, b_ = a.to(step.dtype), b.to(step.dtype)
-        mask = draw_mask(rows, step.p) if step.p > 0 and step.dropout == "input" else None
-        u = a_ @ (rows if mask is None else zeroed(rows, mask)).t()  # (r, tokens)
+        mask = None
+        if step.p > 0 and step.dropout == "input":
+            rows, mask = drop(rows, step.p)
+        u = a_ @ rows.t()  # (r, tokens)
         if step.p > 0 and step.dropout == "rank":
             mask = torch.empty_like(u, dtype=torch.bool).bernoulli_(1 - step.p)
             u.mul_(mask)
@@ -56,7 +58,7 @@ class Fused(torch.autograd.Function):
         if step.in_place:
             ctx.mark_dirty(base)
         if ear is None:
-            add_product(_rows(y), u.t(), b_.t(), step.scale)
+            _add_product(_rows(y), u.t(), b_.t(), step.scale)
 
         _, needs_x, _, needs_a, needs_b, needs_ear, _ = ctx.needs_input_grad
         kept = None
@@ -84,9 +86,11 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     dy = _rows(gradient)
     dy_, a_, b_ = dy.to(step.dtype), a.to(step.dtype), b.to(step.dtype)
     grad_base = gradient if needs_base else None
-    grad_x = dy @ weight.to(dy.dtype) if needs_x and weight is not None else None
-    grad_a = grad_b = None
+    grad_x = grad_a = grad_b = None
+    weight_ = None if weight is None else weight.to(dy.dtype)
     if ctx.closed:
+        if needs_x and weight_ is not None:
+            grad_x = dy @ weight_
         heard = torch.sum(u.float() * (b_.t() @ dy_.t()).float()) * step.scale if needs_ear else None
         grad_a, grad_b = (torch.zeros_like(a) if needs_a else None), (torch.zeros_like(b) if needs_b else None)
         return grad_base, _shaped(grad_x, ctx.shape), None, grad_a, grad_b, heard, None
@@ -96,27 +100,35 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if mask is not None and step.dropout == "rank":
             h.mul_(mask)
             mask = None  # that was all of it
+        dropped = None if mask is None else unpack(mask)
         if needs_a:
             rows = _rows(x).to(step.dtype)
-            grad_a = h @ (rows if mask is None else zeroed(rows, mask))
+            grad_a = h @ (rows if dropped is None else zeroed(rows, dropped))
         if needs_x:
-            grad_x = _add_where_kept(grad_x, h.t(), a_, mask)
+            grad_x = _input_gradient(h.t(), a_, dropped, dy, weight_)
     if needs_b:
         grad_b = (u @ dy_).mul_(step.scale).t()
     return grad_base, _shaped(grad_x, ctx.shape), None, grad_a, grad_b, None, None
 
 
-def _add_where_kept(total: Tensor | None, left: Tensor, right: Tensor, mask: Tensor | None) -> Tensor:
-    """``total + left @ right`` where the mask keeps a value, in place; None stands for zeros and for no mask."""
-    if total is None:
-        total = left @ right
-        if mask is not None:
-            zero(total, mask)
-    elif mask is None:
-        add_product(total, left, right)
-    else:
-        add_product_where_kept(total, left, right, mask)
-    return total
+def _input_gradient(h: Tensor, a: Tensor, dropped: Tensor | None, dy: Tensor, weight: Tensor | None) -> Tensor:
+    """``dy @ weight + h @ a``, the latter with zeros where x was dropped; no ``weight`` stands for zeros.
+
+    Where there are zeros to be written, the adapter's product comes first, and they need not spare the base layer's.
+    """
+    if dropped is None and weight is not None:
+        return _add_product(dy @ weight, h, a)
+    total = h @ a
+    if dropped is not None:
+        zero(total, dropped)
+    return total if weight is None else _add_product(total, dy, weight)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """Add ``scale · left @ right`` to ``total``, in place; a ``total`` of another type is rounded once."""
+    if total.dtype == left.dtype:
+        return total.addmm_(left, right, alpha=scale)
+    return total.add_(left @ right, alpha=scale)
 
 
 def _shaped(rows: Tensor | None, shape: torch.Size) -> Tensor | None:
