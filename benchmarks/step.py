@@ -3,6 +3,7 @@
     python benchmarks/step.py minilm          # also: smollm2, llama; appends benchmarks/results/step.jsonl
     python benchmarks/step.py llama --few     # without full fine-tuning and the rivals
     python benchmarks/step.py minilm --only "limit" "PEFT LoRA, dropout 0.05" "fast, input dropout 0.05"
+    python benchmarks/step.py llama --device cuda
     python benchmarks/step.py table           # Markdown and benchmarks/results/step.png from the stored records
 
 A step is forward, backward and AdamW, on one thread. The steps of all rows are taken in turns in one process, in
@@ -22,7 +23,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -59,6 +60,11 @@ class Setting:
     head_steps: int = 0
     """Steps in which select() trains a fresh head first."""
 
+    def on(self, device: str) -> Setting:
+        """The same on ``device``; the model itself moves there."""
+        batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in self.batches]
+        return replace(self, base=self.base.to(device), batches=batches)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -75,6 +81,7 @@ def main() -> None:
     parser.add_argument("what", choices=[*SETTINGS, "table"])
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds; default: %(default)s")
     parser.add_argument("--few", action="store_true", help="leave out full fine-tuning and the rivals")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default: %(default)s")
     parser.add_argument("--only", nargs="+", default=[], help="measure these rows alone, and print without storing")
     arguments = parser.parse_args()
     if arguments.what == "table":
@@ -83,7 +90,7 @@ def main() -> None:
         draw(records, RESULTS / "step.png")
         return
     torch.set_num_threads(1)
-    setting = SETTINGS[arguments.what]()
+    setting = SETTINGS[arguments.what]().on(arguments.device)
     few = [name for name in make_rows(setting) if name not in RIVALS] if arguments.few else []
     measured = measure(setting, arguments.rounds, arguments.only or few)
     run = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -92,7 +99,8 @@ def main() -> None:
             ratio = median_ratio(record["seconds"], measured[0]["seconds"])
             print(f"{record['row']:32} {ratio:.3f} {record['saved_bytes']} {record['peak_bytes']}")
         else:
-            append_record(RESULTS / "step.jsonl", {"model": arguments.what, "run": run, **record})
+            name = arguments.what if arguments.device == "cpu" else f"{arguments.what}, {arguments.device}"
+            append_record(RESULTS / "step.jsonl", {"model": name, "run": run, **record})
     if not arguments.only:
         print_table(latest(read_records(RESULTS / "step.jsonl")))
 
@@ -105,7 +113,7 @@ def measure(setting: Setting, rounds: int, only: Sequence[str]) -> list[dict[str
     held = {name: _bytes(row, batch) for name, row in rows.items()}
     with tqdm(total=(rounds + 2) * len(rows), desc="steps") as bar:
         steps = [_step(row, batch, bar) for row in rows.values()]
-        peaks = [peak_bytes(step) for step in steps]
+        peaks = [(peak_bytes if batch["input_ids"].is_cpu else accelerator_peak_bytes)(step) for step in steps]
         seconds = in_turns(steps, rounds)
     sizes = {name: sum(p.numel() for p in row.model.parameters() if p.requires_grad) for name, row in rows.items()}
     return [
@@ -129,6 +137,14 @@ def peak_bytes(step: Callable[[], None]) -> int:
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(f"{folder}/trace.json").read_text(encoding="utf-8"))["traceEvents"]
     return max(itertools.accumulate(event["args"]["Bytes"] for event in events if event.get("name") == "[memory]"))
+
+
+def accelerator_peak_bytes(step: Callable[[], None]) -> int:
+    """The same where the device itself counts."""
+    torch.accelerator.reset_peak_memory_stats()
+    before = torch.accelerator.memory_allocated()
+    step()
+    return torch.accelerator.max_memory_allocated() - before
 
 
 def make_rows(setting: Setting) -> dict[str, Callable[[], Row]]:
@@ -222,9 +238,9 @@ class BuiltDelta(nn.Module):
     def __init__(self, base: nn.Linear, r: int, scale: float) -> None:
         super().__init__()
         self.base, self.scale = base, scale
-        self.a = nn.Parameter(torch.randn(r, base.in_features) / r)
-        self.b = nn.Parameter(torch.zeros(base.out_features, r))
-        self.omega = nn.Parameter(torch.ones(()))
+        self.a = nn.Parameter(base.weight.new_empty(r, base.in_features).normal_(std=1 / r))
+        self.b = nn.Parameter(base.weight.new_zeros(base.out_features, r))
+        self.omega = nn.Parameter(base.weight.new_ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 import weightlora
-from weightlora import warmup
+from weightlora import selection, warmup
 from weightlora.errors import OptionError, SelectionError
 from weightlora.fast_lora import fast_dropout
 from weightlora.gates import lora_layers
@@ -37,6 +37,7 @@ from weightlora.recipe import read_recipe
 from weightlora.train import train
 
 ROWS = 8  # of a step, on all processes together
+LIMITS = ("30kB", "0.9x")
 RULES = {"first_order": {}, "stoiht": {"gate_lr": 50.0}}
 LORA = LoraConfig(r=2, target_modules=r".*encoder.*(query|key|value|dense)", task_type="SEQ_CLS")
 
@@ -173,6 +174,16 @@ class Worker:
         self.tell_error("deaf", SelectionError, small_plan, small_model(), self.data)
         warmup.average_gradients = average
 
+    def limited_selection(self):
+        """Budgets that are measured, on shares of unequal size: the first process measures for both."""
+        own = self.data if self.process == 0 else shares(self.data, 0, 2)
+        for keep in LIMITS:
+            plan = small_plan(small_model(), own, keep=keep)
+            plan.save(self.folder / f"limit-{keep}-{self.process}.plan")
+        first, selection.from_first = selection.from_first, lambda make: make()
+        self.tell_error("apart", SelectionError, small_plan, small_model(), own, keep=LIMITS[0])
+        selection.from_first = first
+
     def token_selection(self, name, **arguments):
         weightlora.select_for(token_trainer(self.folder, name, ROWS // self.processes, **arguments), steps=6)
 
@@ -211,6 +222,7 @@ def main(folder):
     worker = Worker(folder)
     worker.sharded_selection()
     worker.deaf_selection()
+    worker.limited_selection()
     worker.token_selection("tokens")
     worker.token_selection("tokens_apart", average_tokens_across_devices=False)
     worker.train("ddp", "--ddp_find_unused_parameters", "False")

@@ -80,6 +80,19 @@ def test_config_file_and_command_line_agree_and_the_command_line_wins(reviews, t
     assert len(overridden.names) == 18
 
 
+def test_fast_changes_no_score(reviews, tmp_path):
+    """There is no dropout here, so that both kinds of it are PEFT's numbers."""
+    plans = []
+    for words in ([], ["--fast"], ["--fast", "rank"]):
+        out = tmp_path / f"out{len(plans)}"
+        assert main(["select", "--train_file", str(reviews), *QUICK, *words, "--output_dir", str(out)]) == 0
+        plans.append(AdapterPlan.load(out / "plan.json"))
+    stock, *fast = plans
+    assert [plan.options.get("fast") for plan in plans] == [None, "input", "rank"]
+    for plan in fast:
+        assert plan.scores == pytest.approx(stock.scores, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
@@ -92,6 +105,7 @@ def test_config_file_and_command_line_agree_and_the_command_line_wins(reviews, t
         ("--steps", "1", "steps=1"),
         ("--rule", "loudest", "rule='loudest'"),
         ("--threshold", "none", "threshold='none'"),
+        ("--fast", "very", "'very' is not allowed: give input or rank"),
         ("--learning_rate", "0", "lr=0.0"),
         ("--seed", "x", "--seed"),
         ("--lora_target_modules", "qerry", "query"),

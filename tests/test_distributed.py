@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import ROWS, RULES, recipe, shares, small_batches, small_model, small_plan, token_trainer
+from distributed_worker import (
+    LIMITS,
+    ROWS,
+    RULES,
+    recipe,
+    shares,
+    small_batches,
+    small_model,
+    small_plan,
+    token_trainer,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
@@ -134,6 +144,20 @@ def test_a_sharded_model_is_left_as_it_was(two):
 def test_processes_that_choose_differently_are_stopped(two):
     """Without the mean of the gradients each process hears its own rows: were this equal, so would all above be."""
     for error in told(two, "deaf"):
+        assert "the choice differs between the 2 processes (2 kinds)" in error
+
+
+@pytest.mark.parametrize("keep", LIMITS)
+def test_two_processes_spend_what_the_first_one_measured(two, keep):
+    first, second = (two / f"limit-{keep}-{process}.plan" for process in range(2))
+    assert first.read_bytes() == second.read_bytes()
+    plan = AdapterPlan.load(first)
+    assert 0 < plan.options["cost"] <= (30_000 if keep == "30kB" else 0.9)
+
+
+def test_a_process_that_measures_for_itself_is_stopped(two):
+    """The second has half of the first one's rows, so that its bytes pay for more sites."""
+    for error in told(two, "apart"):
         assert "the choice differs between the 2 processes (2 kinds)" in error
 
 

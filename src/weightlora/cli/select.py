@@ -40,6 +40,7 @@ def add_parser(commands: Any) -> None:
     add("--threshold", default="magnitude", help="stoiht: magnitude or signed; default: %(default)s")
     add("--learning_rate", type=float, default=1e-3, help="default: %(default)s")
     add("--gate_lr", type=float, default=5.0, help="stoiht: step size of the gates; default: %(default)s")
+    add("--fast", nargs="?", const="input", help="the cheaper LoRA step; input or rank: what its dropout drops")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--expand", action="store_true", help="WeightLoRA+: give the survivors the freed rank")
     add("--output_dir", type=Path, default=Path("runs/select"), help="default: %(default)s")
@@ -79,6 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
             threshold=options.threshold,
             lr=options.learning_rate,
             gate_lr=options.gate_lr,
+            fast=options.fast,
         )
     plan = plan.expand() if options.expand else plan
     plan.save(output / "plan.json")
