@@ -281,6 +281,24 @@ def test_dropouts_mean_variance_and_mask(kind, p):
 
 
 @pytest.mark.parametrize("kind", ["input", "rank"])
+@pytest.mark.parametrize(("dtype", "room"), [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])
+def test_dropout_spares_the_base_layer(kind, dtype, room):
+    """For L = Σy, dL/dx = W0ᵀ·1 + what the adapter adds to y, which is 0 or 1/(1−p) = 1.43; A and B are in fp32."""
+    torch.manual_seed(0)
+    model, x = one_layer(0.3)
+    base = lora_layers(model)["0"].base_layer
+    nn.init.normal_(base.weight)
+    base.to(dtype)
+    x = x.detach().to(dtype).requires_grad_()
+    y = enable_fast_lora(model, dropout=kind)(x)
+    y.sum().backward()
+    added = (y - base(x)).detach().float()
+    torch.testing.assert_close(x.grad.float(), base.weight.float().sum(0) + added, rtol=0, atol=room)
+    assert (added > 1).any()
+    assert (added < 0.5).any()
+
+
+@pytest.mark.parametrize("kind", ["input", "rank"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputed_forward_has_the_same_mask(kind, reentrant):
     model, x = one_layer(0.3)
