@@ -97,6 +97,28 @@ def test_scales_ranks_and_bias(options, bias):
     assert_same(with_lora(net, target_modules=["0", "2"], **options), lambda model: model(x))
 
 
+@pytest.mark.parametrize("tokens", [9, 10, 40])
+def test_few_and_many_tokens(tokens):
+    """From twice its outputs on, a layer's gradient goes through W0 + s·B·A; here that layer has five."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5)).double()
+    x = torch.randn(tokens, 8, dtype=torch.float64)
+    model = with_lora(net, target_modules=["0", "2"], lora_dropout=0.3, use_rslora=True).double().eval()
+    assert_same(model, lambda model: model(x), room=1e-12)
+
+
+def test_half_precision_does_not_swallow_the_adapter():
+    """W0 = (1, 1), B·A = (2^-10, 0), dL/dy = (1, -1): dL/dx = 2^-10; bf16 has nothing between 1 and 1 + 2^-7."""
+    model = with_lora(nn.Sequential(nn.Linear(1, 2)), target_modules=["0"], r=1, lora_alpha=1).bfloat16()
+    layer = lora_layers(model)["0"]
+    for weight, values in ((layer.base_layer, [[1.0], [1.0]]), (layer.lora_A["default"], [[1.0]])):
+        weight.weight.data.copy_(torch.tensor(values))
+    layer.lora_B["default"].weight.data.copy_(torch.tensor([[2.0**-10], [0.0]]))
+    x = torch.ones(8, 1, dtype=torch.bfloat16, requires_grad=True)
+    (enable_fast_lora(model)(x) @ torch.tensor([1.0, -1.0], dtype=torch.bfloat16)).sum().backward()
+    assert x.grad.tolist() == [[2.0**-10]] * 8
+
+
 def test_quantised(quantised_net):
     x = torch.randn(5, 64)
     model = with_lora(quantised_net, target_modules=["0", "2"])

@@ -104,11 +104,23 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if needs_a:
             rows = _rows(x).to(step.dtype)
             grad_a = h @ (rows if dropped is None else zeroed(rows, dropped))
-        if needs_x:
+        if needs_x and weight_ is not None and _pays_to_merge(step, dy, weight_):
+            grad_x = dy @ torch.addmm(weight_, b_, a_, alpha=step.scale)  # through W0 + s·B·A
+        elif needs_x:
             grad_x = _input_gradient(h.t(), a_, dropped, dy, weight_)
     if needs_b:
         grad_b = (u @ dy_).mul_(step.scale).t()
     return grad_base, _shaped(grad_x, ctx.shape), None, grad_a, grad_b, None, None
+
+
+def _pays_to_merge(step: Step, dy: Tensor, weight: Tensor) -> bool:
+    """Whether W0 + s·B·A is fewer numbers to go over than the gradient that s·B·A would be added to.
+
+    On a CPU the two take the same time where there are 1.6 times as many tokens as the layer has outputs. Half
+    precision would round most of B·A away, and what is dropped differs from token to token.
+    """
+    tokens, outputs = dy.shape[0], weight.shape[0]
+    return step.p == 0 and tokens >= 2 * outputs and dy.dtype == step.dtype and step.dtype.itemsize >= 4
 
 
 def _input_gradient(h: Tensor, a: Tensor, dropped: Tensor | None, dy: Tensor, weight: Tensor | None) -> Tensor:
