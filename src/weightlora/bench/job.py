@@ -15,6 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from weightlora.allocator import keep_freed_memory
 from weightlora.bench.records import provenance
 
 COST_FILE = "cost.json"
@@ -37,6 +38,7 @@ def run_job(job: Job) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(job.threads)
+    keep_freed_memory()
     _quiet()
     try:
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # a trainer without bars prints its logs

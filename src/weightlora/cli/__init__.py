@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from weightlora import __version__
+from weightlora.allocator import keep_freed_memory
 from weightlora.cli import analyse, bench, demo, estimate, methods, select, show, train
 from weightlora.errors import OptionError, WeightLoraError
 
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rest and chosen.command not in ("train", "analyse"):  # whose options are the Trainer's own as well
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         chosen.words, chosen.rest = words[1:], rest
+        keep_freed_memory()
         chosen.run(chosen)
     except WeightLoraError as error:
         print(f"weightlora: error: {error}", file=sys.stderr)
