@@ -14,9 +14,9 @@ _ENVIRONMENT = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNAB
 def keep_freed_memory() -> None:
     """Tell glibc, for this process, not to hand freed memory back to the system.
 
-    By default it may hand back at the end of a backward pass all that the forward pass had saved, and the next step gets
-    it again page by page; whether it does so hangs on what lies at the heap's end. The process then stays as large as
-    it was at its largest. Other C libraries, and what the user has set in the environment, are left alone.
+    By default it may hand back at the end of a backward pass all that the forward pass had saved, and the next step
+    gets it again page by page; whether it does so hangs on what lies at the heap's end. The process then stays as large
+    as it was at its largest. Other C libraries, and what the user has set in the environment, are left alone.
 
     Example:
         >>> keep_freed_memory()
