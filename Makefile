@@ -27,9 +27,12 @@ check: setup   ## format, lint, types, import order
 	$(BIN)/pyright
 	$(BIN)/python -m pytest tests/test_imports.py
 
+# The allocator keeps what is freed (docs/fast.md), in the Python scripts too.
+bench: export MALLOC_MMAP_THRESHOLD_ := 33554432
+bench: export MALLOC_TRIM_THRESHOLD_ := 2147483647
 bench: setup   ## the measurements of docs/: hours on two cores; each goes on where it was stopped
-	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 OMP_NUM_THREADS=1 \
-		$(BIN)/python benchmarks/warmup.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/warmup.py
+	$(BIN)/python benchmarks/faults.py
 	for model in minilm smollm2 llama; do $(BIN)/python benchmarks/step.py $$model; done
 	for model in minilm smollm2 wide; do $(BIN)/python benchmarks/budget.py $$model; done
 	$(BIN)/python benchmarks/scale.py
@@ -40,8 +43,7 @@ bench: setup   ## the measurements of docs/: hours on two cores; each goes on wh
 	$(BIN)/python benchmarks/selection.py table
 	$(BIN)/python benchmarks/precision.py run
 	$(BIN)/python benchmarks/reasoning.py
-	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 OMP_NUM_THREADS=1 \
-		$(BIN)/weightlora bench --config benchmarks/table1.yaml --workers 2
+	OMP_NUM_THREADS=1 $(BIN)/weightlora bench --config benchmarks/table1.yaml --workers 2
 
 docs: setup    ## run every code block of README.md and docs/
 	$(BIN)/python -m pytest tests/test_documents.py tests/test_docstrings.py
