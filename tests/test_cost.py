@@ -10,7 +10,7 @@ import torch
 from fingerprint import fingerprint
 from peft import LoraConfig, get_peft_model
 
-from weightlora import select
+from weightlora import enable_fast_lora, select
 from weightlora.budget import read_budget, read_limit
 from weightlora.cli import main
 from weightlora.cost import ANY, CostBudget, Item, make_cost
@@ -87,16 +87,17 @@ def counted(model, batch):
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
-def planned_on_all(base, dropout):
+def planned_on_all(base, dropout, fast=None):
     lora = LoraConfig(r=8, lora_dropout=dropout, task_type="SEQ_CLS")
     sites = find_sites(base, lora).sites
     lora.target_modules = [site.name for site in sites]
-    return sites, lora, get_peft_model(deepcopy(base), lora).train()
+    model = get_peft_model(deepcopy(base), lora).train()
+    return sites, lora, model if fast is None else enable_fast_lora(model, fast)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_saved_bytes_of_ten_plans_are_those_counted(minilm, review_batches, dropout):
-    sites, lora, model = planned_on_all(minilm, dropout)
+@pytest.mark.parametrize(("dropout", "fast"), [(0.0, None), (0.05, None), (0.0, "input"), (0.05, "rank")])
+def test_saved_bytes_of_ten_plans_are_those_counted(minilm, review_batches, dropout, fast):
+    sites, lora, model = planned_on_all(minilm, dropout, fast)
     batch = review_batches[0]
     real = saved_cost(model, lambda: [model(**batch).loss])
 
@@ -108,9 +109,29 @@ def test_saved_bytes_of_ten_plans_are_those_counted(minilm, review_batches, drop
     for _ in range(10):
         kept = draw.sample(range(36), draw.randint(1, 36))
         plan = make_plan(sites, lora, [sites[i].name for i in kept])
-        truths.append(counted(plan.attach(deepcopy(minilm)).train(), batch))
+        planned = plan.attach(deepcopy(minilm)).train()
+        truths.append(counted(planned if fast is None else enable_fast_lora(planned, fast), batch))
         assert real.of(kept) == truths[-1]
     assert max(truths) > 1.1 * min(truths)  # negative control: the plans differ
+
+
+def test_of_what_the_fast_steps_dropout_keeps_the_count_is_that_of_one_draw(minilm, review_batches):
+    """Two bytes for each value dropped at p: their number is binomial, and the same for no two draws."""
+    batch, p = review_batches[0], 0.05
+    _, _, model = planned_on_all(minilm, p, "input")
+    _, _, without = planned_on_all(minilm, 0.0, "input")
+    inputs = batch["input_ids"].numel() * 6 * (5 * 384 + 1536)  # values that may be dropped: the sites' x
+
+    def cost(model, fake=False):
+        def losses():
+            yield model(**{key: torch.zeros_like(value) if fake else value for key, value in batch.items()}).loss
+
+        return saved_cost(model, losses, fake=fake).of_all
+
+    expected, bound = 2 * p * inputs, 2 * 6 * (p * (1 - p) * inputs) ** 0.5  # six standard deviations
+    assert abs(cost(model) - cost(without) - expected) < bound
+    assert abs(cost(model, fake=True) - cost(without) - expected) <= 36  # rounded at each site
+    assert bound < 0.02 * expected
 
 
 def test_the_lowest_site_decides_and_a_forced_gradient_undoes_it(minilm, review_batches):
@@ -142,9 +163,10 @@ def test_time_grows_with_the_set_and_leaves_the_weights(minilm, review_batches):
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("keep", ["20MB", "0.8x"])
-def test_select_keeps_what_the_budget_pays_for(minilm, review_batches, keep):
+@pytest.mark.parametrize(("keep", "fast"), [("20MB", None), ("0.8x", None), ("0.8x", "input")])
+def test_select_keeps_what_the_budget_pays_for(minilm, review_batches, keep, fast):
     options = {"lora": LoraConfig(r=8, task_type="SEQ_CLS"), "steps": 2, "head_steps": 1, "progress": False}
+    options["fast"] = fast
     before = fingerprint(minilm)
     plan = select(minilm, review_batches, keep=keep, **options)
     assert fingerprint(minilm) == before
@@ -161,6 +183,16 @@ def test_a_byte_budget_is_what_is_really_held(minilm, review_batches):
     model = plan.attach(minilm).train()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert plan.options["cost"] == counted(model, review_batches[0]) + 4 * 4 * trained <= 20e6
+
+
+def test_the_fast_step_has_more_sites_for_the_same_bytes(minilm, review_batches):
+    lora = LoraConfig(r=8, lora_dropout=0.05, task_type="SEQ_CLS")
+    options = {"lora": lora, "keep": "20MB", "steps": 2, "head_steps": 1, "progress": False}
+    stock, fast = (select(minilm, review_batches, fast=fast, **options) for fast in (None, "rank"))
+    assert len(fast.names) > len(stock.names)
+    model = enable_fast_lora(fast.attach(minilm).train(), "rank")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert fast.options["cost"] == counted(model, review_batches[0]) + 4 * 4 * trained <= 20e6
 
 
 @pytest.mark.parametrize("keep", ["0MB", "-1x", "1.5x", "nanGB", "MB", "1.2.3GB"])
@@ -192,8 +224,8 @@ def test_checkpointing_and_a_detached_loss_are_refused(minilm, review_batches):
         saved_cost(model, lambda: [model(**review_batches[0]).loss])
 
 
-def test_estimate_prints_three_lines(minilm, tmp_path, capsys):
-    lora = LoraConfig(r=8, task_type="SEQ_CLS")
+def test_estimate_prints_three_lines_and_three_more_for_the_fast_step(minilm, tmp_path, capsys):
+    lora = LoraConfig(r=8, lora_dropout=0.05, task_type="SEQ_CLS")
     sites = find_sites(minilm, lora).sites
     kept = [site.name for site in sites[::2]]
     plan = make_plan(sites, lora, kept, base_model=minilm.config.name_or_path)
@@ -203,5 +235,15 @@ def test_estimate_prints_three_lines(minilm, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{plan.parameters + 384 * 2 + 2:,}" in printed
     assert "1.00" in printed
+    assert "fast" not in printed
+    assert main(["estimate", str(tmp_path / "plan.json"), "--batch", "2x16", "--fast"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    saved = {name: float(line.split()[-3]) for name in ("plan", "plan, fast") for line in lines if f"{name}  " in line}
+    model = plan.attach(minilm).train()
+    ones = torch.ones((2, 16), dtype=torch.long)
+    batch = {"input_ids": ones, "labels": ones[:, 0]}
+    for name, step in (("plan", lambda model: model), ("plan, fast", enable_fast_lora)):
+        assert saved[name] == pytest.approx(counted(step(model), batch) / 1e6, abs=0.06)
+    assert saved["plan, fast"] < saved["plan"]
     assert main(["estimate", str(tmp_path / "plan.json"), "--batch", "2 of 16"]) == 2
     assert "32x512" in capsys.readouterr().err

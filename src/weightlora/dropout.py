@@ -14,6 +14,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def drop(values: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -45,7 +46,8 @@ def drop(values: Tensor, p: float) -> tuple[Tensor, Tensor]:
     gaps = torch.rand(most, dtype=torch.float32).neg_().log1p_().div_(-rate).add_(1)
     gaps = gaps.to(torch.int16 if longest < 2**15 else torch.int32)  # rounds down
     dropped = unpack(gaps)
-    inside = int(torch.searchsorted(dropped, n))
+    # Where only bytes are counted (estimate.py) there are no numbers to look at: the expected count stands for them.
+    inside = round(n * p) if isinstance(values, FakeTensor) else int(torch.searchsorted(dropped, n))
     mask = gaps[:inside].clone()  # without the clone, the backward pass would hold the rest as well
     return zeroed(values, dropped[:inside]), mask
 

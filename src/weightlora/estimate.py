@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weightlora.fast_lora import enable_fast_lora
+from weightlora.lora_step import Dropout
 from weightlora.plan import AdapterPlan
 from weightlora.timing import step_seconds
 from weightlora.tracing import ADAMW_COPIES, parameter_cost, saved_cost
@@ -36,7 +38,7 @@ class Estimate:
     memory_bytes: int
     """Parameters, gradients, optimizer and saved bytes: what ``keep="512MB"`` counts."""
     step_ratio: float
-    """Step time ÷ that of plain LoRA."""
+    """Step time ÷ that of plain LoRA, by PEFT."""
 
 
 def plain_lora(plan: AdapterPlan) -> AdapterPlan:
@@ -45,12 +47,19 @@ def plain_lora(plan: AdapterPlan) -> AdapterPlan:
 
 
 def estimate(
-    plan: AdapterPlan, model: nn.Module, make_loss: MakeLoss, *, rows: int, length: int, rounds: int = 3
+    plan: AdapterPlan,
+    model: nn.Module,
+    make_loss: MakeLoss,
+    *,
+    rows: int,
+    length: int,
+    fast: Dropout | None = None,
+    rounds: int = 3,
 ) -> list[Estimate]:
     """Return the lines of plain LoRA, the plan and its expansion; ``model`` is left as it was.
 
-    Bytes are exact for the batch and cost no arithmetic. Steps are really taken, in turns, with as many rows as hold
-    ``TIMED_TOKENS`` tokens.
+    Bytes are exact for the batch and cost no arithmetic; of what the fast step's dropout keeps, it is the expected
+    number. Steps are really taken, in turns, with as many rows as hold ``TIMED_TOKENS`` tokens.
 
     Args:
         plan: Made for ``model``.
@@ -58,26 +67,32 @@ def estimate(
         make_loss: See :data:`MakeLoss`.
         rows: Rows of the batch.
         length: Tokens of a row.
+        fast: The ``dropout`` of :func:`weightlora.enable_fast_lora`: three more lines, with that step.
         rounds: Timed turns; the ratio is that of the medians.
 
     Raises:
         PlanMismatchError: The plan was made for another model.
     """
-    variants = {"LoRA": plain_lora(plan), "plan": plan, "plan, expanded": plan.expand()}
+    plans = {"LoRA": plain_lora(plan), "plan": plan, "expanded": plan.expand()}
+    variants: dict[str, tuple[AdapterPlan, Dropout | None]] = {name: (plans[name], None) for name in plans}
+    if fast is not None:
+        variants |= {f"{name}, fast": (plans[name], fast) for name in plans}
     timed_rows = max(1, min(rows, TIMED_TOKENS // length))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     counts: dict[str, Mapping[str, int]] = {}
     for _ in range(rounds):
-        for name, variant in variants.items():
+        for name, (variant, step) in variants.items():
             with untouched(model, seed=0), torch.enable_grad():
                 attached = variant.attach(model, init_lora_weights=True).train()  # PiSSA would write to the base
+                if step is not None:
+                    enable_fast_lora(attached, step)
                 if name not in counts:
                     counts[name] = _count(attached, make_loss, rows)
                 seconds[name] += step_seconds(attached, lambda: [make_loss(model, timed_rows)])
     first = statistics.median(seconds["LoRA"])
     return [
         Estimate(name, len(variant.names), **counts[name], step_ratio=statistics.median(seconds[name]) / first)
-        for name, variant in variants.items()
+        for name, (variant, _) in variants.items()
     ]
 
 

@@ -72,7 +72,8 @@ def select(
         keep: A fraction of the sites in (0, 1], a count, or a budget: ``"300k parameters"``, ``"512MB"`` (what is
             trained, with gradients and AdamW's state, and what is saved for the backward pass of the first batch) or
             ``"0.8x"`` (step time on the first batch, relative to LoRA on all sites). The two latter are those of
-            plain LoRA, and keep the sites of the highest total score within them; see docs/budgets.md.
+            plain LoRA with the step that ``fast`` says, and keep the sites of the highest total score within them;
+            see docs/budgets.md.
         steps: T, warm-up steps for the gates, at least 2; None stands for 20.
         seed: Decides A's random start, dropout and a shuffling loader's order, whatever the global generators hold.
         loss_fn: ``loss_fn(model, batch)`` → scalar tensor, or an iterator over those of micro-batches, whose
@@ -86,8 +87,8 @@ def select(
         threshold: ``"magnitude"`` is the paper, ``"signed"`` the authors' code; see :func:`hard_threshold`.
         lr: AdamW's learning rate for head, A and B, constant; best the one of the training.
         gate_lr: η, the step size of ω under ``"stoiht"``; 5.0 as in the authors' code, the paper gives none.
-        fast: The ``dropout`` of :func:`weightlora.enable_fast_lora`, under which the warm-up then runs; None is PEFT's
-            step. A budget in bytes or step time is that of PEFT's step in any case.
+        fast: The ``dropout`` of :func:`weightlora.enable_fast_lora`, under which the warm-up then runs and budgets in
+            bytes or step time are measured; None is PEFT's step.
         progress: Show a bar where the output is a terminal.
 
     Raises:
@@ -130,12 +131,12 @@ def select(
             raise OptionError(f"head_steps={head_steps}, but PEFT trains no module whole; name it in modules_to_save")
         if head and head_steps is None:
             options = replace(options, head_steps=HEAD_STEPS)
+        if fast is not None:
+            enable_fast_lora(attached, fast)
         if isinstance(budget, Limit):
             first, batches = peeked(batches)
             with untouched(model, seed=seed):  # the gates are heard as if nothing had been measured
                 budget = _measured(budget, attached, partial(in_parts, model, first, loss_fn), sites)
-        if fast is not None:  # after the measuring: it counts what the frozen layers do apart from the adapters
-            enable_fast_lora(attached, fast)
         total = options.head_steps + options.steps
         with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
             stage = Stage(model, layers, head, cycled(batches, total), loss_fn, bar)

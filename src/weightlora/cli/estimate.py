@@ -33,6 +33,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("path", type=Path, help="plan.json")
     parser.add_argument("--batch", required=True, help="rows x tokens, such as 32x512")
     parser.add_argument("--model_name_or_path", help="default: the base model that the plan names")
+    parser.add_argument(
+        "--fast",
+        nargs="?",
+        const="input",
+        choices=("input", "rank"),
+        help="three more lines, with the cheaper LoRA step; input or rank: what its dropout drops",
+    )
     parser.set_defaults(run=run)
 
 
@@ -42,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     if match is None:
         raise OptionError(f"--batch {arguments.batch!r} is not allowed: give rows x tokens, such as 32x512")
 
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
@@ -53,9 +61,10 @@ def run(arguments: argparse.Namespace) -> None:
     rows, length = int(match[1]), int(match[2])
     with quiet_libraries():
         model, make_loss = _model_and_loss(plan, arguments.model_name_or_path or plan.base_model, length)
-        lines = estimate(plan, model, make_loss, rows=rows, length=length)
-    table = Table("", title=f"a training step of {rows} rows of {length} tokens")
-    for header in ("adapters", "parameters", "optimizer MB", "saved MB", "together MB", "step ÷ LoRA"):
+        lines = estimate(plan, model, make_loss, rows=rows, length=length, fast=arguments.fast)
+    table = Table(title=f"a training step of {rows} rows of {length} tokens", box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column(no_wrap=True)
+    for header in ("adapters", "parameters", "AdamW MB", "saved MB", "together MB", "step ÷ LoRA"):
         table.add_column(header, justify="right")
     for line in lines:
         in_mb = (f"{n / 1e6:,.1f}" for n in (line.optimizer_bytes, line.saved_bytes, line.memory_bytes))
