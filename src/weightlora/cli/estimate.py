@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         lines = estimate(plan, model, make_loss, rows=rows, length=length, fast=arguments.fast)
     table = Table(title=f"a training step of {rows} rows of {length} tokens", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column(no_wrap=True)
-    for header in ("adapters", "parameters", "AdamW MB", "saved MB", "together MB", "step ÷ LoRA"):
+    for header in ("adapters", "trained", "AdamW MB", "saved MB", "together MB", "step ÷ LoRA"):
         table.add_column(header, justify="right")
     for line in lines:
         in_mb = (f"{n / 1e6:,.1f}" for n in (line.optimizer_bytes, line.saved_bytes, line.memory_bytes))
