@@ -12,7 +12,7 @@ Layers that this does not cover are left to stock PEFT one by one; :func:`fast_c
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast, get_args
 
@@ -33,6 +33,17 @@ _Model = TypeVar("_Model", bound=nn.Module)
 _QUANTISED = {"peft.tuners.lora.bnb.Linear8bitLt": "8-bit", "peft.tuners.lora.bnb.Linear4bit": "4-bit"}
 _KINDS = {"peft.tuners.lora.layer.Linear", *_QUANTISED}  # by name, so that bitsandbytes need not be there
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A hook that only looks on: what goes in and comes out stays as it is."""
+
+    see: Callable[[], None]
+
+    def __call__(self, *_: Any) -> None:
+        """The hook, of any kind."""
+        self.see()
 
 
 @dataclass(frozen=True)
@@ -167,7 +178,7 @@ class FastLora(LoraVariant):
             dropout=self.dropout,
             dtype=torch.get_autocast_dtype(x.device.type) if autocast else cast(torch.dtype, a.weight.dtype),
             in_place=in_place,
-            narrow=weight is not None or _name(type(module)) in _QUANTISED,
+            narrow=_is_narrow(module, result),
         )
         base = result if weight is None else result.detach()  # the base layer's own graph is not needed
         ear = gate.ear if gate is not None and closed else None
@@ -237,6 +248,16 @@ def _base_weight(layer: LoraLayer, x: Tensor, result: Tensor) -> tuple[Tensor | 
     if base.weight.device != x.device or not result.is_contiguous():
         return None, False
     return (base.weight.t() if type(base) is Conv1D else base.weight), True
+
+
+def _is_narrow(layer: LoraLayer, result: Tensor) -> bool:
+    """Whether the base layer's own input had the type of its output, before PEFT gave it the adapter's."""
+    base: Any = layer.base_layer
+    if _name(type(layer)) in _QUANTISED:
+        return True
+    if type(base) not in (nn.Linear, Conv1D) or "forward" in vars(base) or base.weight.dtype != result.dtype:
+        return False
+    return all(isinstance(hook, Watch) for hook in vars(base)["_forward_pre_hooks"].values())
 
 
 def _probability(drop: nn.Module) -> float:

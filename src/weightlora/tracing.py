@@ -23,6 +23,7 @@ from torch.autograd.function import BackwardCFunction
 
 from weightlora.cost import ANY, Cause, Cost, Item, make_cost
 from weightlora.errors import OptionError, SelectionError
+from weightlora.fast_lora import Watch
 from weightlora.gates import lora_layers
 
 Losses = Callable[[], Iterable[Tensor]]
@@ -109,8 +110,8 @@ class Marks:
     order: dict[int, None] = field(default_factory=dict[int, None])
     """The sites as they were come to."""
 
-    def begin(self, site: int | None, *_: Any) -> None:
-        """From here on it is the part of ``site``; a hook, once the site is given."""
+    def begin(self, site: int | None) -> None:
+        """From here on it is the part of ``site``."""
         self.numbers.append(torch.autograd._get_sequence_nr())  # pyright: ignore
         self.sites.append(site)
         self.seconds.append(now())
@@ -141,7 +142,7 @@ def marked(layers: Mapping[str, LoraLayer]) -> Generator[Marks]:
     marks = Marks()
     handles: list[Any] = []
     for i, layer in enumerate(layers.values()):
-        adapter, frozen = partial(marks.begin, i), partial(marks.begin, None)
+        adapter, frozen = Watch(partial(marks.begin, i)), Watch(partial(marks.begin, None))
         whole: Any = layer
         base = layer.get_base_layer()
         handles += [whole.register_forward_pre_hook(adapter), base.register_forward_pre_hook(frozen)]
