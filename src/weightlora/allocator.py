@@ -24,7 +24,7 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _ENVIRONMENT):
         return
     mallopt = ctypes.CDLL(None).mallopt
-    # Blocks above the former are never kept, and a language model's logits are large. Older glibc takes 32 MiB at most.
+    # Blocks above this are never kept, and a language model's logits are large. Older glibc takes 32 MiB at most.
     if not mallopt(_M_MMAP_THRESHOLD, 2**31 - 1):
         mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
