@@ -11,6 +11,8 @@ It is small, to be held until the backward pass; :func:`unpack` makes of it what
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -72,3 +74,12 @@ def zero(values: Tensor, unpacked: Tensor) -> None:
         values.mul_(unpacked)
     else:
         values.view(-1).index_fill_(0, unpacked, 0)
+
+
+@contextmanager
+def spared(values: Tensor, positions: Tensor) -> Generator[None]:
+    """Change the contiguous ``values`` in place but for the dropped ones, which have their old values at the end."""
+    flat = values.view(-1)
+    kept = flat.index_select(0, positions)
+    yield
+    flat.index_copy_(0, positions, kept)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from weightlora.dropout import drop, unpack, zero, zeroed
+from weightlora import onednn
+from weightlora.dropout import drop, spared, unpack, zero, zeroed
 
 Dropout = Literal["input", "rank"]
 
@@ -37,16 +38,34 @@ class Step(NamedTuple):  # made at each call: a fifth of a frozen dataclass's ti
 class Fused(torch.autograd.Function):
     """y = base + s·B·A·drop(x). With ``weight`` (out, in), ``base`` is the constant W0·x and its gradient is ours too.
 
-    With ``ear`` the gate is closed: nothing is added, and ``ear`` hears ∂L/∂ω.
+    Without ``base`` it is computed here, and ``bias`` (out,) belongs to it. With ``ear`` the gate is closed: nothing is
+    added, and ``ear`` hears ∂L/∂ω.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, base: Tensor, x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, ear: Tensor | None, step: Step
+        ctx: Any,
+        base: Tensor | None,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        ear: Tensor | None,
+        step: Step,
     ) -> Tensor:
         """Compute y and keep what the backward pass needs."""
         rows = _rows(x).to(step.dtype)  # (tokens, in)
         a_, b_ = a.to(step.dtype), b.to(step.dtype)
+        merged = base is None and ear is None and _pays_to_merge(step, rows)
+        if base is None:
+            assert weight is not None
+            through = torch.addmm(weight, b_, a_, alpha=step.scale) if merged else weight
+            y = onednn.product(rows, through.t(), bias).view(*x.shape[:-1], -1)
+        else:
+            y = base if step.in_place else base.clone(memory_format=torch.contiguous_format)
+            if step.in_place:
+                ctx.mark_dirty(base)
         mask = None
         if step.p > 0 and step.dropout == "input":
             rows, mask = drop(rows, step.p)
@@ -54,16 +73,13 @@ class Fused(torch.autograd.Function):
         if step.p > 0 and step.dropout == "rank":
             mask = torch.empty_like(u, dtype=torch.bool).bernoulli_(1 - step.p)
             u.mul_(mask)
-        y = base if step.in_place else base.clone(memory_format=torch.contiguous_format)
-        if step.in_place:
-            ctx.mark_dirty(base)
-        if ear is None:
+        if ear is None and not merged:
             _add_product(_rows(y), u.t(), b_.t(), step.scale)
 
-        _, needs_x, _, needs_a, needs_b, needs_ear, _ = ctx.needs_input_grad
+        _, needs_x, _, _, needs_a, needs_b, needs_ear, _ = ctx.needs_input_grad
         kept = None
         if needs_a:
-            narrowest = min(step.dtype, base.dtype if step.narrow else step.dtype, key=lambda dtype: dtype.itemsize)
+            narrowest = min(step.dtype, y.dtype if step.narrow else step.dtype, key=lambda dtype: dtype.itemsize)
             kept = x.to(narrowest) if narrowest.itemsize < x.dtype.itemsize else x
         ctx.save_for_backward(
             kept, weight, a, b, u if needs_b or needs_ear else None, mask if needs_x or needs_a else None
@@ -82,7 +98,7 @@ class Fused(torch.autograd.Function):
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, a, b, u, mask = ctx.saved_tensors
     step: Step = ctx.step
-    needs_base, needs_x, _, needs_a, needs_b, needs_ear, _ = ctx.needs_input_grad
+    needs_base, needs_x, _, _, needs_a, needs_b, needs_ear, _ = ctx.needs_input_grad
     dy = _rows(gradient)
     dy_, a_, b_ = dy.to(step.dtype), a.to(step.dtype), b.to(step.dtype)
     grad_base = gradient if needs_base else None
@@ -90,10 +106,10 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     weight_ = None if weight is None else weight.to(dy.dtype)
     if ctx.closed:
         if needs_x and weight_ is not None:
-            grad_x = dy @ weight_
+            grad_x = onednn.product(dy, weight_)
         heard = torch.sum(u.float() * (b_.t() @ dy_.t()).float()) * step.scale if needs_ear else None
         grad_a, grad_b = (torch.zeros_like(a) if needs_a else None), (torch.zeros_like(b) if needs_b else None)
-        return grad_base, _shaped(grad_x, ctx.shape), None, grad_a, grad_b, heard, None
+        return grad_base, _shaped(grad_x, ctx.shape), None, None, grad_a, grad_b, heard, None
 
     if needs_x or needs_a:
         h = (b_.t() @ dy_.t()).mul_(step.scale)  # (r, tokens)
@@ -104,32 +120,35 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if needs_a:
             rows = _rows(x).to(step.dtype)
             grad_a = h @ (rows if dropped is None else zeroed(rows, dropped))
-        if needs_x and weight_ is not None and _pays_to_merge(step, dy, weight_):
-            grad_x = dy @ torch.addmm(weight_, b_, a_, alpha=step.scale)  # through W0 + s·B·A
+        if needs_x and weight_ is not None and _pays_to_merge(step, dy):
+            grad_x = onednn.product(dy, torch.addmm(weight_, b_, a_, alpha=step.scale))  # through W0 + s·B·A
         elif needs_x:
             grad_x = _input_gradient(h.t(), a_, dropped, dy, weight_)
     if needs_b:
         grad_b = (u @ dy_).mul_(step.scale).t()
-    return grad_base, _shaped(grad_x, ctx.shape), None, grad_a, grad_b, None, None
+    return grad_base, _shaped(grad_x, ctx.shape), None, None, grad_a, grad_b, None, None
 
 
-def _pays_to_merge(step: Step, dy: Tensor, weight: Tensor) -> bool:
-    """Whether W0 + s·B·A is fewer numbers to go over than the gradient that s·B·A would be added to.
+def _pays_to_merge(step: Step, rows: Tensor) -> bool:
+    """Whether W0 + s·B·A is fewer numbers to go over than the product with W0 that s·B·A would be added to.
 
-    On a CPU the two take the same time where there are 1.6 times as many tokens as the layer has outputs. Half
+    On a CPU the two take the same time where there are 1.6 times as many tokens as features that come in. Half
     precision would round most of B·A away, and what is dropped differs from token to token.
     """
-    tokens, outputs = dy.shape[0], weight.shape[0]
-    return step.p == 0 and tokens >= 2 * outputs and dy.dtype == step.dtype and step.dtype.itemsize >= 4
+    tokens, features = rows.shape
+    return step.p == 0 and tokens >= 2 * features and rows.dtype == step.dtype and step.dtype.itemsize >= 4
 
 
 def _input_gradient(h: Tensor, a: Tensor, dropped: Tensor | None, dy: Tensor, weight: Tensor | None) -> Tensor:
     """``dy @ weight + h @ a``, the latter with zeros where x was dropped; no ``weight`` stands for zeros.
 
-    Where there are zeros to be written, the adapter's product comes first, and they need not spare the base layer's.
+    What the sum must not change is put back where the product is oneDNN's. MKL adds to what is there for nothing: then
+    the adapter's product comes first, and its zeros need not spare the base layer's.
     """
-    if dropped is None and weight is not None:
-        return _add_product(dy @ weight, h, a)
+    if weight is not None and (dropped is None or onednn.takes(dy, weight)):
+        total = onednn.product(dy, weight)
+        with nullcontext() if dropped is None else spared(total, dropped):
+            return _add_product(total, h, a)
     total = h @ a
     if dropped is not None:
         zero(total, dropped)

@@ -23,7 +23,7 @@ from torch.autograd.function import BackwardCFunction
 
 from weightlora.cost import ANY, Cause, Cost, Item, make_cost
 from weightlora.errors import OptionError, SelectionError
-from weightlora.fast_lora import Watch
+from weightlora.fast_layer import Watch
 from weightlora.gates import lora_layers
 
 Losses = Callable[[], Iterable[Tensor]]
