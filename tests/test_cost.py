@@ -21,29 +21,38 @@ from weightlora.timing import time_cost
 from weightlora.tracing import parameter_cost, saved_cost
 
 
-def random_cost(draw, n):
-    """Sites one above the other, some side by side with a shared input, each with things of all kinds that cost."""
+def random_cost(draw, n, spared=0.0):
+    """Sites one above the other, some side by side with a shared input, each with things of all kinds that cost.
+
+    Each of an adapter's own items is with probability ``spared`` one that it saves; then, as in time, none is shared.
+    """
+
+    def own(low, high):
+        return draw.randint(low, high) * (-1 if draw.random() < spared else 1)
+
     order = draw.sample(range(n), n)
     items = [Item(draw.randint(0, 30), ((ANY, 1 << n),))]
     place = 0
     while place < n:
         group = order[place : place + draw.randint(1, 3)]
         under = sum(1 << i for i in order[:place])
-        items.append(Item(draw.randint(0, 20), tuple((1 << i, 1 << i) for i in group)))
+        if not spared:
+            items.append(Item(draw.randint(0, 20), tuple((1 << i, 1 << i) for i in group)))
         for i in group:
-            items.append(Item(draw.randint(1, 10), ((1 << i, 1 << i),)))
-            items.append(Item(draw.randint(0, 5), ((1 << i, under),)))
+            items.append(Item(own(1, 10), ((1 << i, 1 << i),)))
+            items.append(Item(own(0, 5), ((1 << i, under),)))
             items.append(Item(draw.randint(0, 10), ((ANY, under | 1 << i),)))
         place += len(group)
     return make_cost(n, items, order)
 
 
-def test_choice_against_all_sets():
+@pytest.mark.parametrize("spared", [0.0, 0.5, 1.0])
+def test_choice_against_all_sets(spared):
     draw, ratios = random.Random(0), []
     for _ in range(200):
         n = draw.randint(1, 8)
-        cost, sizes = random_cost(draw, n), [draw.random() ** 2 for _ in range(n)]
-        limit = draw.randint(0, cost.of_all)
+        cost, sizes = random_cost(draw, n, spared), [draw.random() ** 2 for _ in range(n)]
+        limit = draw.randint(0, max(cost.of_all, 0))
         kept = CostBudget(cost, limit).choose(sizes)
         size = fsum(sizes[i] for i in kept)
         assert not kept or cost.of(kept) <= limit

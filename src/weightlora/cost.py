@@ -13,6 +13,7 @@ import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from math import fsum, inf
 
 Cause = tuple[int, int]
@@ -33,6 +34,7 @@ class Item:
     """
 
     amount: int
+    """Below zero only where an adapter spares the frozen model something."""
     causes: tuple[Cause, ...]
     """Paid, once, where any of these holds."""
 
@@ -87,12 +89,13 @@ class Cost:
 
     @cached_property
     def least(self) -> tuple[int, ...]:
-        """For each site what it costs whatever else is kept: the items that are its own alone."""
+        """For each site the least that it adds whatever else is kept: what is its own alone, and all that it spares."""
         prices = [0] * self.n
         for i, places in enumerate(self.in_adapters):
             for place, below in places:
-                if len(self.items[place].causes) == 1 and below >> i & 1:
-                    prices[i] += self.items[place].amount
+                item = self.items[place]
+                if item.amount < 0 or (len(item.causes) == 1 and below >> i & 1):
+                    prices[i] += item.amount
         return tuple(prices)
 
     @cached_property
@@ -173,7 +176,8 @@ class CostBudget:
         A knapsack whose first piece decides the price of the sack. For each site that may be the lowest, and again
         with the largest other one that fits beside it, the rest is filled by size per cost from the sites above it;
         one more candidate goes by falling size and passes over what no longer fits, so that the total is never below
-        that of any top K within the limit. Where prices simply add up, the total is at least half of the highest
+        that of any top K within the limit. (A site that saves more than it costs belongs to the first piece, and then
+        there is a candidate by size for each; the promise is kept where such sites share no item.) Where prices add up, the total is at least half of the highest
         possible one; `tests/test_cost.py` measures how far it is.
         """
         ranked = sorted((i for i in range(self.cost.n) if sizes[i] > 0), key=lambda i: -sizes[i])
@@ -198,29 +202,39 @@ class CostBudget:
     def _bounds(self, ranked: Sequence[int], sizes: Sequence[float]) -> Iterator[tuple[float, int]]:
         """For each site the most that it can come to as the lowest: with pieces of sites, at their least price."""
         least = self.cost.least
-        dense = sorted(ranked, key=lambda i: -_density(sizes[i], least[i]))
+        dense = sorted(ranked, key=lambda i: -_density(sizes[i], least[i]))  # what costs nothing, or less, comes first
         for lowest in ranked:
-            left = self.limit - self.cost.of([lowest])
+            above = self._above(lowest, dense)
+            left = self.limit - self.cost.of([lowest]) - sum(least[i] for i in above if least[i] < 0)
             if left < 0:
                 continue
             bound = sizes[lowest]
-            for i in self._above(lowest, dense):
+            for i in above:
                 if least[i] > left:
                     bound += sizes[i] * left / least[i]
                     break
                 bound += sizes[i]
-                left -= least[i]
+                left -= max(least[i], 0)
             yield bound * (1 + 1e-9), lowest  # sums of floats in another order may be larger by a hair
 
     def _starts(self, lowest: int, above: Sequence[int]) -> Iterator[_Purse]:
-        """The lowest site alone, and with the largest of those above that fits beside it."""
+        """The lowest site and those above that pay for themselves; beside these the largest one that fits, or all."""
         purse = _Purse(self)
-        purse.buy(lowest)
+        purse.take(lowest)
+        for i in above:
+            if purse.price(i) < 0:
+                purse.take(i)
+        if purse.is_overspent:
+            return
+        alone = list(purse.kept)
         yield purse
-        purse = _Purse(self)
-        purse.buy(lowest)
-        if any(purse.buy(i) for i in above):  # they come by falling size, and the first that fits ends it
-            yield purse
+        for most in (1, len(above)) if len(alone) > 1 else (1,):
+            purse = _Purse(self)
+            for i in alone:
+                purse.take(i)
+            bought = (i for i in above if i not in alone and purse.buy(i))  # they come by falling size
+            if any(True for _ in islice(bought, most)):
+                yield purse
 
 
 class _Purse:
@@ -237,16 +251,29 @@ class _Purse:
         """What the kept sites come to."""
         return fsum(sizes[i] for i in self.kept)
 
+    @property
+    def is_overspent(self) -> bool:
+        """Whether more is kept than the limit pays for."""
+        return self._spent > self._limit
+
+    def price(self, i: int) -> int:
+        """What keeping ``i`` too would add."""
+        return self._amount(self._new_items(i))
+
     def buy(self, i: int) -> bool:
         """Keep a site if it fits."""
-        new = self._new_items(i)
-        if self._spent + self._amount(new) > self._limit:
+        if self._spent + self.price(i) > self._limit:
             return False
+        self.take(i)
+        return True
+
+    def take(self, i: int) -> None:
+        """Keep a site."""
+        new = self._new_items(i)
         self.kept.append(i)
         self._open = [(place, below) for place, below in (*self._open, *self._cost.in_adapters[i])]
         self._pay(1 << i, new)
         self._open = [(place, below) for place, below in self._open if not self._paid >> place & 1]
-        return True
 
     def fill(self, sites: Iterable[int], sizes: Sequence[float]) -> None:
         """Keep of ``sites`` those of the most size per cost, one after the other."""
@@ -261,8 +288,7 @@ class _Purse:
                     heapq.heappush(queue, self._entry(other, sizes))
 
     def _entry(self, i: int, sizes: Sequence[float]) -> tuple[float, int]:
-        price = self._amount(self._new_items(i))
-        return -_density(sizes[i], price), i
+        return -_density(sizes[i], self.price(i)), i
 
     def _new_items(self, i: int) -> int:
         """The items that keeping ``i`` too would add, as bits."""
@@ -283,7 +309,7 @@ class _Purse:
 
 
 def _density(size: float, price: int) -> float:
-    return size / price if price else inf
+    return size / price if price > 0 else inf
 
 
 def _bits(number: int) -> Iterator[int]:

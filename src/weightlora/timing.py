@@ -30,7 +30,9 @@ def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5) -> Cost:
         all − first  = a · (adapters' shares but the first one's)
         first − none = b · (frozen model's shares below which the first site lies) + a · (first adapter's share)
 
-    The factors a and b would be 1 if looking at the clock took no time. All numbers are medians over the rounds.
+    The factors a and b would be 1 if looking at the clock took no time, and a layer the same without its adapter. On a
+    CPU the fast step makes an adapted layer's own products cheaper, so that a may be below zero. All numbers are
+    medians over the rounds.
 
     Args:
         model: It carries LoRA on all sites and is in the mode that it is trained in; nothing of it moves, but its
@@ -56,7 +58,7 @@ def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5) -> Cost:
     one, every = own.order[:1], range(n)
     none, first, whole = map(_ns, _steps(layers, losses, optimizer, [(), one, every], rounds))
     a = _factor(whole - first, own.of_all - own.of(one)) if n > 1 else 1.0
-    b = _factor(first - none - a * own.of(one), below.of(one))
+    b = max(_factor(first - none - a * own.of(one), below.of(one)), 0.0)
     items = [Item(round(factor * i.amount), i.causes) for factor, cost in ((a, own), (b, below)) for i in cost.items]
     return make_cost(n, [*items, Item(none, (always,))], own.order)
 
@@ -174,4 +176,4 @@ def _ns(seconds: float) -> int:
 
 
 def _factor(measured: float, shares: float) -> float:
-    return max(measured, 0.0) / shares if shares else 0.0
+    return measured / shares if shares else 0.0
