@@ -176,9 +176,9 @@ class CostBudget:
         A knapsack whose first piece decides the price of the sack. For each site that may be the lowest, and again
         with the largest other one that fits beside it, the rest is filled by size per cost from the sites above it;
         one more candidate goes by falling size and passes over what no longer fits, so that the total is never below
-        that of any top K within the limit. (A site that saves more than it costs belongs to the first piece, and then
-        there is a candidate by size for each; the promise is kept where such sites share no item.) Where prices add up, the total is at least half of the highest
-        possible one; `tests/test_cost.py` measures how far it is.
+        that of any top K within the limit. (Sites that save more than they cost belong to the first piece, and then
+        there is a candidate by size for each; the promise holds where such sites share no item.) Where prices simply
+        add up, the total is at least half of the highest possible one; `tests/test_cost.py` measures how far it is.
         """
         ranked = sorted((i for i in range(self.cost.n) if sizes[i] > 0), key=lambda i: -sizes[i])
         best = _Purse(self)
