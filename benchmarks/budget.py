@@ -159,7 +159,7 @@ def print_table() -> None:
             f"{max(in_time):.1%}",
             f"{statistics.median(in_time):.1%}",
             f"{last['time']:.3f}",
-            f"{last['score'] / last['top_score']:.2f}",
+            f"{last['score'] / last['top_score']:.2f}" if last["top_score"] else "no top K fits",
         )
         print(f"| {' | '.join(map(str, cells))} |")
 
