@@ -10,7 +10,7 @@ import torch
 from fingerprint import fingerprint
 from peft import LoraConfig, get_peft_model
 
-from weightlora import enable_fast_lora, select
+from weightlora import enable_fast_lora, select, timing
 from weightlora.budget import read_budget, read_limit
 from weightlora.cli import main
 from weightlora.cost import ANY, CostBudget, Item, make_cost
@@ -173,13 +173,24 @@ def test_parameters_are_counted_four_times_and_the_head_in_any_case(minilm):
     assert cost.of([3, 5]) == 4 * 4 * (head + sites[3].parameters(8) + sites[5].parameters(8))
 
 
-def test_time_grows_with_the_set_and_leaves_the_weights(minilm, review_batches):
-    """Nothing is asserted of the clock but what holds by construction."""
+def test_time_is_positive_and_leaves_the_weights(minilm, review_batches):
     _, _, model = planned_on_all(minilm, 0.0)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     cost = time_cost(model, lambda: [model(**review_batches[0]).loss], rounds=1)
-    assert 0 < cost.of([]) <= cost.of([0]) <= cost.of([0, 1]) <= cost.of_all
+    assert cost.of([]) > 0
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("whole", [20, 14, 12])
+def test_the_price_is_exact_for_the_three_sets_whose_steps_are_timed(monkeypatch, whole):
+    """No site 10 s, the lowest alone 14 s; all may take less than that, where a layer is cheaper with its adapter."""
+    shares = {(0b01, 0b01): 1.0, (0b10, 0b10): 2.0, (ANY, 0b01): 3.0}
+    monkeypatch.setattr(timing, "_profile", lambda *_: timing._Profile(shares, order=(0, 1)))
+    monkeypatch.setattr(timing, "_steps", lambda *_: [10, 14, whole])
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    cost = time_cost(get_peft_model(net, LoraConfig(r=1, target_modules=["0", "1"])), list, rounds=1)
+    found = [cost.of(kept) / 1e9 for kept in ([], [0], [0, 1], [1])]
+    assert found == pytest.approx([10, 14, whole, 10 + whole - 14])  # the second adapter is all but the first
 
 
 @pytest.mark.parametrize(("keep", "fast"), [("20MB", None), ("0.8x", None), ("0.8x", "input")])
