@@ -67,6 +67,12 @@ def test_choice_against_all_sets(spared):
     assert fsum(ratios) / len(ratios) > 0.99
 
 
+def test_the_top_k_is_found_where_only_a_site_that_saves_lets_it_fit():
+    """By falling size 0, 2 and 3 cost 16 before 1 gives 2 back; by size per cost, 4 would take the place of 3."""
+    items = [Item(price, ((1 << i, 1 << i),)) for i, price in enumerate([10, -2, 1, 5, 1])]
+    assert CostBudget(make_cost(5, items, range(5)), limit=14).choose([1.0, 0.14, 0.56, 0.15, 0.11]) == [0, 1, 2, 3]
+
+
 def test_a_set_costs_no_less_than_a_part_of_it():
     draw = random.Random(1)
     for _ in range(50):

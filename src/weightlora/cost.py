@@ -233,7 +233,7 @@ class CostBudget:
             for i in alone:
                 purse.take(i)
             bought = (i for i in above if i not in alone and purse.buy(i))  # they come by falling size
-            if any(True for _ in islice(bought, most)):
+            if list(islice(bought, most)):
                 yield purse
 
 
