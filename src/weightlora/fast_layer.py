@@ -113,7 +113,9 @@ class FastLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what PEFT's layer returns, in each of its modes."""
-        plain = x.is_cpu and not (args or kwargs or torch.compiler.is_compiling())
+        # Small layers, where each microsecond counts, are sorted out first.
+        large = x.is_cpu and x.numel() * cast(int, self.out_features) >= onednn.LEAST_WORK
+        plain = large and not (args or kwargs or torch.compiler.is_compiling())
         weight = _frozen_weight(self, x) if plain else None
         adapter = None if weight is None else _alone(self, x, weight)
         if weight is None or adapter is None:
