@@ -1,8 +1,9 @@
 """The large products of a frozen layer on a CPU, by oneDNN where torch would ask MKL.
 
 torch gives a product of float32 matrices to MKL, whatever the processor. oneDNN, which every build for x86 carries too
-(for convolutions, half precision and compiled models), takes 0.73 to 0.96 of MKL's time on an AMD EPYC for products of
-more than 2²⁵ multiplications, on two threads 0.58 to 0.96. Both add up in float32, in another order.
+(for convolutions, half precision and compiled models), takes 0.74 to 0.96 of MKL's time on an AMD EPYC for products of
+2²⁵ multiplications and more, on two threads 0.57 to 0.94 (``benchmarks/products.py``). Both add up in float32, in
+another order.
 """
 
 from __future__ import annotations
