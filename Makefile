@@ -36,6 +36,7 @@ bench: setup   ## the measurements of docs/: hours on two cores; each goes on wh
 	$(BIN)/python benchmarks/products.py
 	for model in minilm smollm2 llama; do $(BIN)/python benchmarks/step.py $$model; done
 	for model in minilm smollm2 wide; do $(BIN)/python benchmarks/budget.py $$model; done
+	for model in minilm smollm2 wide; do $(BIN)/python benchmarks/budget.py $$model --fast; done
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/checkpointing.py
 	$(BIN)/python benchmarks/noise.py
