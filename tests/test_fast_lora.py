@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import weightlora
@@ -23,11 +24,22 @@ pytestmark = pytest.mark.usefixtures("either_library")
 NAMES = r".*\.layer\.\d+\..*(query|key|value|dense)"
 
 
-@pytest.fixture(params=["torch", "onednn"])
+@pytest.fixture(params=["apart", "mkl", "onednn"])
 def either_library(request, monkeypatch):
-    """oneDNN takes large products alone: once all of them go to it, and once none."""
-    monkeypatch.setattr(onednn, "LEAST_WORK", 0 if request.param == "onednn" else 2**62)
+    """Large layers alone make their base's output themselves: once none does, and once all, by each of the two."""
+    monkeypatch.setattr(onednn, "LEAST_WORK", 2**62 if request.param == "apart" else 0)
+    monkeypatch.setattr(onednn, "is_quicker_here", lambda: request.param == "onednn")
     return request.param
+
+
+class Added(TorchDispatchMode):
+    """Counts the products that are added in place."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.addmm_.default
+        return func(*args, **(kwargs or {}))
 
 
 def with_lora(net, **options):
@@ -116,6 +128,15 @@ def test_few_and_many_tokens(tokens, dtype, room):
     x = torch.randn(tokens, 8, dtype=dtype)
     model = with_lora(net, target_modules=["0", "2"], lora_dropout=0.3, use_rslora=True).to(dtype).eval()
     assert_same(model, lambda model: model(x), room=room)
+
+
+@pytest.mark.parametrize("tokens", [15, 16])
+def test_a_large_output_goes_through_the_sum(tokens, either_library):
+    """W0 + s·B·A from twice as many tokens as inputs on; else the adapter's product is added to the output in place."""
+    model = enable_fast_lora(with_lora(nn.Sequential(nn.Linear(8, 6)), target_modules=["0"]))
+    with Added() as added:
+        model(torch.randn(tokens, 8))
+    assert added.count == (0 if tokens == 16 and either_library != "apart" else 1)
 
 
 def test_half_precision_does_not_swallow_the_adapter():

@@ -12,6 +12,12 @@ from weightlora import enable_fast_lora, onednn
 LARGE = 336  # 336³ is more than 2²⁵, 320³ is less
 
 
+@pytest.fixture
+def quicker_here(monkeypatch):
+    """As on the processors that oneDNN is for."""
+    monkeypatch.setattr(onednn, "is_quicker_here", lambda: True)
+
+
 class Count(TorchDispatchMode):
     """Counts the products that oneDNN is asked for."""
 
@@ -33,6 +39,26 @@ def test_this_torch_has_the_operator():
     assert torch.backends.mkldnn.is_available() == (onednn._linear() is not None)
 
 
+@pytest.mark.parametrize(
+    ("name", "instructions", "quicker"),
+    [
+        ("AMD EPYC 9654 96-Core Processor", "AVX512", True),
+        ("AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", "AVX512", True),  # as Windows has it
+        ("AMD EPYC 7763 64-Core Processor", "AVX2", False),
+        ("Intel(R) Xeon(R) Platinum 8480C", "AVX512", False),
+        ("Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", "AVX512", False),
+        ("AMD64", "AVX512", False),  # the machine's kind alone, which Intel's have too
+        ("aarch64", "DEFAULT", False),
+    ],
+)
+def test_where_it_is_quicker(name, instructions, quicker, monkeypatch):
+    """Two processors, both named AMD EPYC, were measured: 0.74 to 0.96 of MKL's time, and 0.93 to 1.49."""
+    monkeypatch.setattr(onednn, "processor_name", lambda: name)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    assert onednn.is_quicker_here.__wrapped__() == quicker
+
+
+@pytest.mark.usefixtures("quicker_here")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "expanded", "strided"])
@@ -53,6 +79,7 @@ def test_products_are_right(transposed, biased, layout):
     assert not ((left.bfloat16() @ right.bfloat16() - exact).abs() <= room).all()
 
 
+@pytest.mark.usefixtures("quicker_here")
 def test_what_is_left_to_torch(monkeypatch):
     large, small = torch.ones(LARGE, LARGE), torch.ones(320, 320)
     assert products(large, large) == 1
@@ -63,11 +90,15 @@ def test_what_is_left_to_torch(monkeypatch):
         assert products(large, large) == 0
     with FakeTensorMode() as mode:
         assert not onednn.takes(mode.from_tensor(large), large)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(onednn, "is_quicker_here", lambda: False)
+        assert products(large, large) == 0
     monkeypatch.setattr(onednn, "_linear", lambda: None)
     assert products(large, large, bias=torch.ones(LARGE)) == 0
     torch.testing.assert_close(onednn.product(large, large, torch.ones(LARGE))[0, 0], torch.tensor(LARGE + 1.0))
 
 
+@pytest.mark.usefixtures("quicker_here")
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_a_layer_asks_it_once_each_way(p):
     """Its own product forwards, its gradient backwards; PEFT's way asks for none, nor does a base that is watched."""

@@ -4,8 +4,9 @@ With probability p a value is dropped, independently of the others; the distance
 geometric. Drawing these distances takes p·n random numbers instead of n and keeps two bytes for each, which on a CPU
 is twenty times faster than a mask at p = 0.05. Other devices draw n numbers at once and keep a byte for each.
 
-A *mask* below is either of the two: a vector of gaps (an integer type), or booleans of the values' shape, True = kept.
-It is small, to be held until the backward pass; :func:`unpack` makes of it what :func:`zeroed` goes by.
+A *mask* below is either of the two: a vector of gaps (an integer type; the first one less, so that running sums are
+positions), or booleans of the values' shape, True = kept. It is small, to be held until the backward pass;
+:func:`unpack` makes of it what :func:`zeroed` goes by.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def drop(values: Tensor, p: float) -> tuple[Tensor, Tensor]:
     longest = 24 * math.log(2) / rate + 1
     gaps = torch.rand(most, dtype=torch.float32).neg_().log1p_().div_(-rate).add_(1)
     gaps = gaps.to(torch.int16 if longest < 2**15 else torch.int32)  # rounds down
+    gaps[:1].sub_(1)
     dropped = unpack(gaps)
     # Where only bytes are counted (estimate.py) there are no numbers to look at: the expected count stands for them.
     inside = round(n * p) if isinstance(values, FakeTensor) else int(torch.searchsorted(dropped, n))
@@ -56,7 +58,7 @@ def drop(values: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 def unpack(mask: Tensor) -> Tensor:
     """Return what :func:`zeroed` and :func:`zero` go by: flat positions of the dropped values, or the booleans."""
-    return mask if mask.dtype == torch.bool else mask.cumsum(0).sub_(1)
+    return mask if mask.dtype == torch.bool else mask.cumsum(0)
 
 
 def zeroed(values: Tensor, unpacked: Tensor) -> Tensor:

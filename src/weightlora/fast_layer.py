@@ -1,7 +1,8 @@
 """One LoRA layer's step without waste: what PEFT asks in place of its own arithmetic, and when it is asked.
 
-PEFT asks a variant once the base layer has run. On a CPU oneDNN makes the base layer's output faster (``onednn.py``),
-so there the layer itself is a :class:`FastLinear` meanwhile, which leaves all but the plain case to PEFT's forward.
+PEFT asks a variant once the base layer has run. On a CPU the two are sooner done together: by oneDNN (``onednn.py``),
+or through W0 + s·B·A. So the layer itself is a :class:`FastLinear` meanwhile, which leaves all but the plain case to
+PEFT's forward.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weightlora import onednn
 from weightlora.gates import Gate
-from weightlora.lora_step import Dropout, Fused, Step, without_autocast
+from weightlora.lora_step import Dropout, Fused, Step, pays_to_merge, without_autocast
 
 #: By name, so that bitsandbytes need not be there.
 _QUANTISED = {"peft.tuners.lora.bnb.Linear8bitLt", "peft.tuners.lora.bnb.Linear4bit"}
@@ -109,7 +110,7 @@ class FastLora(LoraVariant):
 
 
 class FastLinear(Linear):
-    """PEFT's layer while the fast step is on: on a CPU it makes the base layer's output itself, if nobody looks on."""
+    """PEFT's layer while the fast step is on: a large one on a CPU makes its base's output itself, unless watched."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what PEFT's layer returns, in each of its modes."""
@@ -156,11 +157,15 @@ def _is_left_to_modules(layer: LoraLayer, adapter: str, x: Tensor, *, autocast: 
 
 
 def _alone(layer: Linear, x: Tensor, weight: Tensor) -> str | None:
-    """The adapter of this call, where base layer and adapter may be computed together and oneDNN takes the product."""
-    if not onednn.takes(x, weight.t()) or layer.merged or layer.disable_adapters or torch.is_autocast_enabled("cpu"):
+    """The adapter of this call, where it pays to compute base layer and adapter together."""
+    if layer.merged or layer.disable_adapters or torch.is_autocast_enabled("cpu"):
         return None
     names = [name for name in layer.active_adapters if isinstance(layer.lora_variant.get(name), FastLora)]
-    return names[0] if names and not _is_left_to_modules(layer, names[0], x, autocast=False) else None
+    if not names:
+        return None
+    p = _probability(layer.lora_dropout[names[0]])
+    pays = onednn.takes(x, weight.t()) or pays_to_merge(p, x, weight.dtype)
+    return names[0] if pays and not _is_left_to_modules(layer, names[0], x, autocast=False) else None
 
 
 def _frozen_weight(layer: LoraLayer, x: Tensor) -> Tensor | None:

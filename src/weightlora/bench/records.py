@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from weightlora.plan import library_versions
+from weightlora.processor import processor_name
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -44,21 +45,19 @@ def provenance() -> dict[str, Any]:
     """Versions, hardware, time and git revision of this moment."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {**library_versions(), "python": platform.python_version()},
-        "hardware": {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "hardware": {
+            "device": device,
+            "instructions": torch.backends.cpu.get_cpu_capability(),  # processors of one name may differ in these
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
         "git": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", ":/src")),
     }
-
-
-def _processor() -> str:
-    """The processor's name where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _git(*arguments: str) -> str | None:
