@@ -3,8 +3,8 @@
     python benchmarks/products.py             # one thread; appends benchmarks/results/products.jsonl, some minutes
     python benchmarks/products.py --threads 2
 
-The two take turns; a ratio is the median over the rounds, below 1 where oneDNN is the faster. It is asked for all
-products here, so that the table shows from where on that pays (``onednn.LEAST_WORK``).
+The two take turns; a ratio is the median over the rounds, below 1 where oneDNN is the quicker. It is asked for all
+products here, also where the fast step would leave them to MKL (``onednn.LEAST_WORK``, ``onednn.is_quicker``).
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ def main() -> None:
         forwards, backwards = ratios(out, features, tokens, arguments.rounds)
         work = out * features * tokens
         shape = {"out": out, "in": features, "tokens": tokens, "threads": arguments.threads}
-        append_record(RESULTS, {**shape, "forwards": forwards, "backwards": backwards})
+        taken = {"onednn_is_quicker": onednn.is_quicker(arguments.threads)}
+        append_record(RESULTS, {**shape, "forwards": forwards, "backwards": backwards, **taken})
         tqdm.write(f"| {out} × {features} | {tokens} | {work / 2**20:.1f} M | {forwards:.2f} | {backwards:.2f} |")
+    print(f"the fast step {'asks' if onednn.is_quicker(arguments.threads) else 'does not ask'} oneDNN here")
 
 
 def ratios(out: int, features: int, tokens: int, rounds: int) -> tuple[float, float]:
@@ -48,19 +50,14 @@ def ratios(out: int, features: int, tokens: int, rounds: int) -> tuple[float, fl
     draw = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(out, features, generator=draw), torch.randn(out, generator=draw)
     x, dy = torch.randn(tokens, features, generator=draw), torch.randn(tokens, out, generator=draw)
-    steps = [by(least, *of) for of in ((x, weight.t(), bias), (dy, weight, None)) for least in (0, 2**62)]
+    steps: list[Callable[[], Tensor]] = [
+        lambda: onednn.by_onednn(x, weight.t(), bias),
+        lambda: torch.addmm(bias, x, weight.t()),
+        lambda: onednn.by_onednn(dy, weight),
+        lambda: dy @ weight,
+    ]
     onednn_y, mkl_y, onednn_x, mkl_x = in_turns(steps, rounds)
     return median_ratio(onednn_y, mkl_y), median_ratio(onednn_x, mkl_x)
-
-
-def by(least: int, left: Tensor, right: Tensor, bias: Tensor | None) -> Callable[[], Tensor]:
-    """A product of which oneDNN takes those of at least so much work."""
-
-    def step() -> Tensor:
-        onednn.LEAST_WORK = least
-        return onednn.product(left, right, bias)
-
-    return step
 
 
 if __name__ == "__main__":

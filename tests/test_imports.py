@@ -16,8 +16,8 @@ SOURCE = Path(weightlora.__file__).parent
 # A room may import only what stands to its left, and its own files.
 ROOMS = (
     *("errors", "files", "allocator", "sites", "budget", "cost", "stoiht", "gates", "checkpointing", "dropout"),
-    *("processor", "onednn", "lora_step", "fast_layer", "fast_lora", "untouched", "plan_file", "plan", "processes"),
-    *("tracing", "timing", "estimate"),
+    *("onednn", "lora_step", "fast_layer", "fast_lora", "untouched", "plan_file", "plan", "processes", "tracing"),
+    *("timing", "estimate"),
     *(
         "warmup",
         "tokens",

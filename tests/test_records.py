@@ -77,6 +77,7 @@ def test_provenance_tells_versions_hardware_time_and_revision():
     assert here["hardware"]["cores"] == os.cpu_count()
     assert here["hardware"]["threads"] == torch.get_num_threads()
     assert here["hardware"]["device"]
+    assert f"CPU capability usage: {here['hardware']['instructions']}" in torch.__config__.show()
     assert here["time"].endswith("+00:00"), "one clock for all machines"
 
 

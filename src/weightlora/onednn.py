@@ -1,21 +1,20 @@
-"""The large products of a frozen layer on a CPU, by oneDNN where torch would ask MKL.
+"""The large products of a frozen layer on a CPU, by oneDNN where that is quicker than MKL, which torch would ask.
 
 torch gives a product of float32 matrices to MKL, whatever the processor. oneDNN, which every build for x86 carries too
-(for convolutions, half precision and compiled models), takes 0.74 to 0.96 of MKL's time on an AMD EPYC with AVX-512 for
-products of 2²⁵ multiplications and more, on two threads 0.57 to 0.94; on one with AVX2 alone it takes 0.93 to 1.49
-(``benchmarks/products.py``). Both add up in float32, in another order.
+(for convolutions, half precision and compiled models), takes 0.74 to 0.96 of MKL's time on one AMD EPYC, for products
+of 2²⁵ multiplications and more, and 0.93 to 1.49 on another of that name (``benchmarks/products.py``). So the two are
+timed once in a process. Both add up in float32, in another order.
 """
 
 from __future__ import annotations
 
-import re
+import time
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from weightlora.processor import processor_name
 
 #: Multiplications below which a call (10 µs more than torch's, 0.5 ms for a new shape) costs what it gains.
 LEAST_WORK = 2**25
@@ -37,8 +36,8 @@ def takes(left: Tensor, right: Tensor) -> bool:
         and type(right) in (Tensor, nn.Parameter)
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and is_quicker_here()
-        and _linear() is not None
+        and not torch.are_deterministic_algorithms_enabled()  # the next process may find the other one quicker
+        and is_quicker(torch.get_num_threads())
     )
 
 
@@ -55,21 +54,36 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
         tensor([[3.],
                 [3.]])
     """
-    linear = _linear() if takes(left, right) else None
-    if linear is not None:
-        return linear.default(left, right.t(), bias, "none", [], "")
+    if takes(left, right):
+        return by_onednn(left, right, bias)
     return left @ right if bias is None else torch.addmm(bias, left, right)
 
 
 @cache
-def is_quicker_here() -> bool:
-    """Whether this processor is of the kind where oneDNN was measured to be the quicker: AMD's with AVX-512.
+def is_quicker(_threads: int) -> bool:
+    """Whether oneDNN won on this processor with so many threads: a race of some 0.1 s at the first large product.
 
-    A clock would know better, but a training would then not repeat itself bit by bit: where the two are close, the
-    library, and with it the rounding, would be another at the next run.
+    They run a layer of MiniLM forwards and backwards, eight times in turns; the quickest run counts.
     """
-    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return wide and bool(re.search(r"\bAMD\b|AuthenticAMD", processor_name()))  # "AMD64" is any x86 to Windows
+    if _linear() is None:
+        return False
+    cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    x, dy, weight = torch.ones(256, 384, **cpu), torch.ones(256, 1536, **cpu), torch.ones(1536, 384, **cpu)
+    runners: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (by_onednn, torch.mm)
+    best = [float("inf")] * len(runners)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for _ in range(8):
+            for place, run in enumerate(runners):
+                start = time.perf_counter()
+                run(x, weight.t())
+                run(dy, weight)
+                best[place] = min(best[place], time.perf_counter() - start)
+    return best[0] < best[1]
+
+
+def by_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return what :func:`product` returns, computed by oneDNN whatever its size."""
+    return _linear().default(left, right.t(), bias, "none", [], "")
 
 
 @cache

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from weightlora.plan import library_versions
-from weightlora.processor import processor_name
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -45,7 +44,7 @@ def provenance() -> dict[str, Any]:
     """Versions, hardware, time and git revision of this moment."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {**library_versions(), "python": platform.python_version()},
@@ -58,6 +57,13 @@ def provenance() -> dict[str, Any]:
         "git": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", ":/src")),
     }
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _git(*arguments: str) -> str | None:
