@@ -355,19 +355,25 @@ SETTINGS = {"minilm": _minilm, "smollm2": _smollm2, "llama": _llama}
 
 
 def latest(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The rows of each model's last run."""
-    last = {record["model"]: record["run"] for record in records}
+    """The rows of each model's last run on each kind of processor."""
+    last = {_label(record): record["run"] for record in records}
     return {
-        model: {record["row"]: record for record in records if (record["model"], record["run"]) == (model, run)}
-        for model, run in last.items()
+        label: {record["row"]: record for record in records if (_label(record), record["run"]) == (label, run)}
+        for label, run in last.items()
     }
+
+
+def _label(record: dict[str, Any]) -> str:
+    """The model, and the processor's instructions where they are on record: not all of one name have the same."""
+    instructions = record["provenance"]["hardware"].get("instructions")
+    return f"{record['model']}, {instructions}" if instructions and record["model"] in SETTINGS else record["model"]
 
 
 def print_table(found: dict[str, dict[str, dict[str, Any]]]) -> None:
     """Print each model's rows, against the limit and against stock LoRA with the same dropout."""
     for model, rows in found.items():
         limit, stock = rows[LIMIT], rows[STOCK]
-        threads = ", one thread" if model in SETTINGS else ""  # other devices are named behind the model
+        threads = ", one thread" if limit["model"] in SETTINGS else ""  # other devices are named behind the model
         print(f"\n{model}, {limit['batch']}, {limit['provenance']['hardware']['device']}{threads}; ", end="")
         print(f"the limit takes {1e3 * statistics.median(limit['seconds']):.0f} ms")
         print(f"and saves {limit['saved_bytes'] / 2**20:.1f} MiB\n")
@@ -382,15 +388,16 @@ def print_table(found: dict[str, dict[str, dict[str, Any]]]) -> None:
 
 
 def draw(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Write one chart: time and saved bytes of each row over the limit's, a column a model."""
+    """Write one chart: time and saved bytes of each row over the limit's, three models side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(name for rows in found.values() for name in rows))
-    figure = Figure(figsize=(4 + 3.5 * len(found), 1.5 + 0.3 * len(names)), layout="constrained", dpi=120)
+    down, across = -(-len(found) // 3), min(len(found), 3)
+    figure = Figure(figsize=(4 + 3.5 * across, (1.5 + 0.3 * len(names)) * down), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
-    columns = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    for axes, (model, rows) in zip(columns, found.items(), strict=True):
+    fields = figure.subplots(down, across, sharey=True, squeeze=False)
+    for axes, (model, rows) in zip(fields.flat, found.items(), strict=False):  # the last row may have free places
         limit = rows[LIMIT]
         times = {name: median_ratio(row["seconds"], limit["seconds"]) for name, row in rows.items()}
         held = {name: row["saved_bytes"] / limit["saved_bytes"] for name, row in rows.items()}
@@ -401,8 +408,8 @@ def draw(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
         axes.set_yticks(range(len(names)), names, fontsize=7)
         axes.set_title(f"{model}: {rows[LIMIT]['batch']}", size=9)
         axes.set_xlabel("÷ limit (frozen model)")
-    columns[0].invert_yaxis()
-    columns[-1].legend(fontsize=8)
+    fields[0, 0].invert_yaxis()
+    fields[0, -1].legend(fontsize=8)
     figure.savefig(path)
 
 

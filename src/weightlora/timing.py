@@ -32,7 +32,7 @@ def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5) -> Cost:
 
     The factors a and b would be 1 if looking at the clock took no time, and a layer the same without its adapter. On a
     CPU the fast step makes an adapted layer's own products cheaper, so that a may be below zero. All numbers are
-    medians over the rounds.
+    medians over the rounds, of whole steps those of their ratios to the step with all sites.
 
     Args:
         model: It carries LoRA on all sites and is in the mode that it is trained in; nothing of it moves, but its
@@ -147,7 +147,7 @@ def _steps(
     sets: Sequence[Iterable[int]],
     rounds: int,
 ) -> list[float]:
-    """Median seconds of whole steps with each set of sites, taken in turns."""
+    """Seconds of whole steps with each set of sites, taken in turns; medians of their ratios to the last set's step."""
 
     def step(kept: frozenset[int]) -> None:
         for i, layer in enumerate(layers.values()):
@@ -157,7 +157,8 @@ def _steps(
     seconds = in_turns([partial(step, frozenset(kept)) for kept in sets], rounds)
     for layer in layers.values():
         layer.enable_adapters(True)
-    return list(map(statistics.median, seconds))
+    last = statistics.median(seconds[-1])
+    return [last * median_ratio(times, seconds[-1]) for times in seconds]
 
 
 def _step(losses: Losses, optimizer: torch.optim.Optimizer) -> float:
