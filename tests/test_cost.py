@@ -199,6 +199,12 @@ def test_the_price_is_exact_for_the_three_sets_whose_steps_are_timed(monkeypatch
     assert found == pytest.approx([10, 14, whole, 10 + whole - 14])  # the second adapter is all but the first
 
 
+def test_whole_steps_are_compared_round_by_round(monkeypatch):
+    """Ratios 0.1, 0.3 and 0.15 to the last, whose median is 10 s: 1.5 s. The rounds' own median is 3 s."""
+    monkeypatch.setattr(timing, "in_turns", lambda *_: [[1.0, 3.0, 6.0], [10.0, 10.0, 40.0]])
+    assert timing._steps({}, list, None, [(), ()], 3) == pytest.approx([1.5, 10.0])
+
+
 @pytest.mark.parametrize(("keep", "fast"), [("20MB", None), ("0.8x", None), ("0.8x", "input")])
 def test_select_keeps_what_the_budget_pays_for(minilm, review_batches, keep, fast):
     options = {"lora": LoraConfig(r=8, task_type="SEQ_CLS"), "steps": 2, "head_steps": 1, "progress": False}

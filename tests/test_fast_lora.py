@@ -305,6 +305,13 @@ def test_each_value_is_dropped_with_probability_p_and_independently(p):
         assert abs(float(edge.sum()) - n / 100 * p) < 5 * math.sqrt(n / 100 * p * (1 - p)) + 1
 
 
+def test_the_first_and_the_last_value_are_dropped_as_often_as_others():
+    """1,000 draws with p = 1/2: each of three counts is within five deviations of 500."""
+    torch.manual_seed(0)
+    counts = sum((drop(torch.ones(3), 0.5)[0] == 0).int() for _ in range(1000))
+    assert ((counts - 500).abs() < 5 * math.sqrt(250)).all()
+
+
 def one_layer(p, d=50, tokens=4000):
     """y = s·B·A·drop(x) alone: the base layer is zero, x is 1, A = B = the identity."""
     net = nn.Sequential(nn.Linear(d, d, bias=False))

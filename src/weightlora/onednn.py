@@ -2,7 +2,7 @@
 
 torch gives a product of float32 matrices to MKL, whatever the processor. oneDNN, which every build for x86 carries too
 (for convolutions, half precision and compiled models), takes 0.74 to 0.96 of MKL's time on one AMD EPYC, for products
-of 2²⁵ multiplications and more, and 0.93 to 1.49 on another of that name (``benchmarks/products.py``). So the two are
+of 2²⁵ multiplications and more, and 0.93 to 1.41 on another of that name (``benchmarks/products.py``). So the two are
 timed once in a process. Both add up in float32, in another order.
 """
 
