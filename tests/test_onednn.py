@@ -44,7 +44,7 @@ def test_this_torch_has_the_operator():
 
 @pytest.mark.parametrize(("seconds", "quicker"), [(0.0, True), (0.1, False)])
 def test_the_quicker_one_wins(seconds, quicker, monkeypatch):
-    """Against torch's 2·256·384·1536 multiplications, some 3 ms: one that computes nothing, and one that sleeps."""
+    """Against torch's 2·256·384·1536 multiplications, some milliseconds: one that computes nothing, one that sleeps."""
     sleeper = SimpleNamespace(default=lambda *_: time.sleep(seconds))
     monkeypatch.setattr(onednn, "_linear", lambda: sleeper)
     assert onednn.is_quicker.__wrapped__(1) == quicker
