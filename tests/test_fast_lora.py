@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import weightlora
-from weightlora import onednn
+from weightlora import fast_layer, onednn
 from weightlora.dropout import drop
 from weightlora.errors import OptionError, SiteError, WeightLoraWarning
 from weightlora.fast_layer import FastLora
@@ -26,8 +26,10 @@ NAMES = r".*\.layer\.\d+\..*(query|key|value|dense)"
 
 @pytest.fixture(params=["apart", "mkl", "onednn"])
 def either_library(request, monkeypatch):
-    """Large layers alone make their base's output themselves: once none does, and once all, by each of the two."""
-    monkeypatch.setattr(onednn, "LEAST_WORK", 2**62 if request.param == "apart" else 0)
+    """On a CPU a layer makes its base's output itself: once none does, as on a GPU, and once all, by either library."""
+    if request.param == "apart":
+        monkeypatch.setattr(fast_layer, "_alone", lambda *_: None)
+    monkeypatch.setattr(onednn, "LEAST_WORK", 0)
     monkeypatch.setattr(onednn, "is_quicker", lambda _: request.param == "onednn")
     return request.param
 
@@ -137,6 +139,18 @@ def test_a_large_output_goes_through_the_sum(tokens, either_library):
     with Added() as added:
         model(torch.randn(tokens, 8))
     assert added.count == (0 if tokens == 16 and either_library != "apart" else 1)
+
+
+@pytest.mark.parametrize("shape", [(8,), (0, 8), (3, 0, 8), (2, 3, 8)])
+@pytest.mark.parametrize("kind", ["input", "rank"])
+def test_shapes_that_a_linear_layer_takes(shape, kind):
+    """One token without a batch, and an expert that no token is sent to, among them."""
+    model = with_lora(nn.Sequential(nn.Linear(8, 6)), target_modules=["0"], lora_dropout=0.3)
+    fast, x = enable_fast_lora(deepcopy(model), dropout=kind), torch.randn(shape, requires_grad=True)
+    assert fast(x).shape == model(x).shape
+    fast(x).sum().backward()
+    assert x.grad.shape == x.shape
+    torch.testing.assert_close(fast.eval()(x), model.eval()(x))
 
 
 def test_half_precision_does_not_swallow_the_adapter():

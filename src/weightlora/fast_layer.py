@@ -1,8 +1,8 @@
 """One LoRA layer's step without waste: what PEFT asks in place of its own arithmetic, and when it is asked.
 
-PEFT asks a variant once the base layer has run. On a CPU the two are sooner done together: by oneDNN (``onednn.py``),
-or through W0 + s·B·A. So the layer itself is a :class:`FastLinear` meanwhile, which leaves all but the plain case to
-PEFT's forward.
+PEFT asks a variant once the base layer has run. On a CPU the two are sooner done together: the adapter's product is
+what W0·x is added to, both are one through W0 + s·B·A, or oneDNN computes them (``onednn.py``). So the layer itself is
+a :class:`FastLinear` meanwhile, which leaves all but the plain case to PEFT's forward.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
 from transformers.pytorch_utils import Conv1D
 
-from weightlora import onednn
 from weightlora.gates import Gate
-from weightlora.lora_step import Dropout, Fused, Step, pays_to_merge, without_autocast
+from weightlora.lora_step import Dropout, Fused, Step, without_autocast
 
 #: By name, so that bitsandbytes need not be there.
 _QUANTISED = {"peft.tuners.lora.bnb.Linear8bitLt", "peft.tuners.lora.bnb.Linear4bit"}
@@ -110,15 +109,13 @@ class FastLora(LoraVariant):
 
 
 class FastLinear(Linear):
-    """PEFT's layer while the fast step is on: a large one on a CPU makes its base's output itself, unless watched."""
+    """PEFT's layer while the fast step is on: on a CPU it makes its base's output itself, unless that is watched."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what PEFT's layer returns, in each of its modes."""
-        # Small layers, where each microsecond counts, are sorted out first.
-        large = x.is_cpu and x.numel() * cast(int, self.out_features) >= onednn.LEAST_WORK
-        plain = large and not (args or kwargs or torch.compiler.is_compiling())
+        plain = x.is_cpu and not (args or kwargs or torch.compiler.is_compiling())
         weight = _frozen_weight(self, x) if plain else None
-        adapter = None if weight is None else _alone(self, x, weight)
+        adapter = None if weight is None else _alone(self, x)
         if weight is None or adapter is None:
             return super().forward(x, *args, **kwargs)
         return cast(FastLora, self.lora_variant[adapter]).fused(self, adapter, x, None, weight)
@@ -156,16 +153,12 @@ def _is_left_to_modules(layer: LoraLayer, adapter: str, x: Tensor, *, autocast: 
     )
 
 
-def _alone(layer: Linear, x: Tensor, weight: Tensor) -> str | None:
-    """The adapter of this call, where it pays to compute base layer and adapter together."""
+def _alone(layer: Linear, x: Tensor) -> str | None:
+    """The adapter of this call, where the fast step covers it and there is no other."""
     if layer.merged or layer.disable_adapters or torch.is_autocast_enabled("cpu"):
         return None
     names = [name for name in layer.active_adapters if isinstance(layer.lora_variant.get(name), FastLora)]
-    if not names:
-        return None
-    p = _probability(layer.lora_dropout[names[0]])
-    pays = onednn.takes(x, weight.t()) or pays_to_merge(p, x, weight.dtype)
-    return names[0] if pays and not _is_left_to_modules(layer, names[0], x, autocast=False) else None
+    return names[0] if names and not _is_left_to_modules(layer, names[0], x, autocast=False) else None
 
 
 def _frozen_weight(layer: LoraLayer, x: Tensor) -> Tensor | None:

@@ -57,24 +57,22 @@ class Fused(torch.autograd.Function):
         """Compute y and keep what the backward pass needs."""
         rows = _rows(x).to(step.dtype)  # (tokens, in)
         a_, b_ = a.to(step.dtype), b.to(step.dtype)
-        merged = base is None and ear is None and pays_to_merge(step.p, rows, step.dtype)
+        left, mask = drop(rows, step.p) if step.p > 0 and step.dropout == "input" else (rows, None)
+        u = a_ @ left.t()  # (r, tokens)
+        if step.p > 0 and step.dropout == "rank":
+            mask = torch.empty_like(u, dtype=torch.bool).bernoulli_(1 - step.p)
+            u.mul_(mask)
+        del left
         if base is None:
             assert weight is not None
-            through = torch.addmm(weight, b_, a_, alpha=step.scale) if merged else weight
-            y = onednn.product(rows, through.t(), bias).view(*x.shape[:-1], -1)
+            y = _layer(rows, weight, bias, a_, b_, u if ear is None else None, step)
+            y = y.view(*x.shape[:-1], len(weight))
         else:
             y = base if step.in_place else base.clone(memory_format=torch.contiguous_format)
             if step.in_place:
                 ctx.mark_dirty(base)
-        mask = None
-        if step.p > 0 and step.dropout == "input":
-            rows, mask = drop(rows, step.p)
-        u = a_ @ rows.t()  # (r, tokens)
-        if step.p > 0 and step.dropout == "rank":
-            mask = torch.empty_like(u, dtype=torch.bool).bernoulli_(1 - step.p)
-            u.mul_(mask)
-        if ear is None and not merged:
-            _add_product(_rows(y), u.t(), b_.t(), step.scale)
+            if ear is None:
+                _add_product(_rows(y), u.t(), b_.t(), step.scale)
 
         _, needs_x, _, _, needs_a, needs_b, needs_ear, _ = ctx.needs_input_grad
         kept = None
@@ -95,7 +93,7 @@ class Fused(torch.autograd.Function):
             return _gradients(ctx, gradient)
 
 
-def pays_to_merge(p: float, rows: Tensor, dtype: torch.dtype) -> bool:
+def _pays_to_merge(p: float, rows: Tensor, dtype: torch.dtype) -> bool:
     """Whether W0 + s·B·A is fewer numbers to go over than the product with W0 that s·B·A would be added to.
 
     On a CPU the two take the same time where there are 1.6 times as many tokens as features that come in. Half
@@ -126,6 +124,8 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         grad_a, grad_b = (torch.zeros_like(a) if needs_a else None), (torch.zeros_like(b) if needs_b else None)
         return grad_base, _shaped(grad_x, ctx.shape), None, None, grad_a, grad_b, heard, None
 
+    if needs_b:  # first, so that dy is still in the cache for h
+        grad_b = (u @ dy_).mul_(step.scale).t()
     if needs_x or needs_a:
         h = (b_.t() @ dy_.t()).mul_(step.scale)  # (r, tokens)
         if mask is not None and step.dropout == "rank":
@@ -135,29 +135,46 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if needs_a:
             rows = _rows(x).to(step.dtype)
             grad_a = h @ (rows if dropped is None else zeroed(rows, dropped))
-        if needs_x and weight_ is not None and pays_to_merge(step.p, dy, step.dtype):
+        if needs_x and weight_ is not None and _pays_to_merge(step.p, dy, step.dtype):
             grad_x = onednn.product(dy, torch.addmm(weight_, b_, a_, alpha=step.scale))  # through W0 + s·B·A
         elif needs_x:
-            grad_x = _input_gradient(h.t(), a_, dropped, dy, weight_)
-    if needs_b:
-        grad_b = (u @ dy_).mul_(step.scale).t()
+            grad_x = _sum(None if weight_ is None else (dy, weight_), (h.t(), a_), dropped=dropped)
     return grad_base, _shaped(grad_x, ctx.shape), None, None, grad_a, grad_b, None, None
 
 
-def _input_gradient(h: Tensor, a: Tensor, dropped: Tensor | None, dy: Tensor, weight: Tensor | None) -> Tensor:
-    """``dy @ weight + h @ a``, the latter with zeros where x was dropped; no ``weight`` stands for zeros.
+def _layer(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, u: Tensor | None, step: Step
+) -> Tensor:
+    """W0·x + bias + s·B·u; no ``u`` stands for zeros."""
+    if u is None:
+        return onednn.product(rows, weight.t(), bias)
+    if _pays_to_merge(step.p, rows, step.dtype):
+        return onednn.product(rows, torch.addmm(weight, b, a, alpha=step.scale).t(), bias)
+    return _sum((rows, weight.t()), (u.t(), b.t()), bias=bias, scale=step.scale)
 
-    What the sum must not change is put back where the product is oneDNN's. MKL adds to what is there for nothing: then
-    the adapter's product comes first, and its zeros need not spare the base layer's.
+
+def _sum(
+    large: tuple[Tensor, Tensor] | None,
+    low: tuple[Tensor, Tensor],
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    dropped: Tensor | None = None,
+) -> Tensor:
+    """The product ``large`` (none is zeros) + bias + scale · the product ``low``, the latter zero where x was dropped.
+
+    MKL adds to what is there for nothing: so the product of low rank comes first, while its output is in the cache, and
+    its zeros need not spare the large one. oneDNN does not add; then what the sum must not change is put back.
     """
-    if weight is not None and (dropped is None or onednn.takes(dy, weight)):
-        total = onednn.product(dy, weight)
+    if large is not None and onednn.takes(*large):
+        total = onednn.product(*large, bias)
         with nullcontext() if dropped is None else spared(total, dropped):
-            return _add_product(total, h, a)
-    total = h @ a
+            return _add_product(total, *low, scale)
+    start = low[0].new_zeros(()) if bias is None else bias
+    total = torch.addmm(start, *low, beta=0 if bias is None else 1, alpha=scale)
     if dropped is not None:
         zero(total, dropped)
-    return total if weight is None else _add_product(total, dy, weight)
+    return total if large is None else _add_product(total, *large)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:

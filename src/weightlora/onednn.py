@@ -63,7 +63,8 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 def is_quicker(_threads: int) -> bool:
     """Whether oneDNN won on this processor with so many threads: a race of some 0.1 s at the first large product.
 
-    They run a layer of MiniLM forwards and backwards, eight times in turns; the quickest run counts.
+    They run a layer of MiniLM forwards and backwards, eight times in turns; the quickest run counts. MKL may take 3 %
+    longer: it adds to the adapter's product for nothing, where oneDNN's takes another pass over the output.
     """
     if _linear() is None:
         return False
@@ -78,7 +79,7 @@ def is_quicker(_threads: int) -> bool:
                 run(x, weight.t())
                 run(dy, weight)
                 best[place] = min(best[place], time.perf_counter() - start)
-    return best[0] < best[1]
+    return best[0] < 0.97 * best[1]
 
 
 def by_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
