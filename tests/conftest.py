@@ -1,6 +1,7 @@
 """A real encoder and real sentences, small and quick enough for every test."""
 
 import gc
+import os
 from copy import deepcopy
 
 import bitsandbytes
@@ -15,7 +16,9 @@ from weightlora.tasks.embedded import minilm as minilm_folder
 from weightlora.tasks.embedded import rotten_tomatoes
 
 # Models this small gain nothing from threads, which wait long for each other where other work runs beside the tests.
+# Processes that the tests start have one, too: on some processors MKL's sums differ in the last bit with two.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
