@@ -141,6 +141,17 @@ def test_a_large_output_goes_through_the_sum(tokens, either_library):
     assert added.count == (0 if tokens == 16 and either_library != "apart" else 1)
 
 
+def test_an_adapter_added_later_is_pefts_until_it_is_enabled():
+    model = enable_fast_lora(with_lora(nn.Sequential(nn.Linear(8, 6)), target_modules=["0"]))
+    model.add_adapter("late", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    model.set_adapter("late")
+    x, layer = torch.randn(3, 8), lora_layers(model)["0"]
+    assert "late" not in layer.lora_variant
+    torch.testing.assert_close(model(x), layer.base_layer(x) + x @ layer.get_delta_weight("late").t())
+    enable_fast_lora(model)
+    assert isinstance(layer.lora_variant["late"], FastLora)
+
+
 @pytest.mark.parametrize("shape", [(8,), (0, 8), (3, 0, 8), (2, 3, 8)])
 @pytest.mark.parametrize("kind", ["input", "rank"])
 def test_shapes_that_a_linear_layer_takes(shape, kind):
