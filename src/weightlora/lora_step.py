@@ -57,12 +57,12 @@ class Fused(torch.autograd.Function):
         """Compute y and keep what the backward pass needs."""
         rows = _rows(x).to(step.dtype)  # (tokens, in)
         a_, b_ = a.to(step.dtype), b.to(step.dtype)
-        left, mask = drop(rows, step.p) if step.p > 0 and step.dropout == "input" else (rows, None)
-        u = a_ @ left.t()  # (r, tokens)
+        seen, mask = drop(rows, step.p) if step.p > 0 and step.dropout == "input" else (rows, None)
+        u = a_ @ seen.t()  # (r, tokens)
         if step.p > 0 and step.dropout == "rank":
             mask = torch.empty_like(u, dtype=torch.bool).bernoulli_(1 - step.p)
             u.mul_(mask)
-        del left
+        del seen  # a copy as large as x: not held while y is made
         if base is None:
             assert weight is not None
             y = _layer(rows, weight, bias, a_, b_, u if ear is None else None, step)
