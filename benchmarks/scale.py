@@ -1,9 +1,10 @@
-"""How the step's and the selection's cost grow: over 36, 210 and 2,000 sites, and over ranks 1 to 128.
+"""How the step's and the selection's cost grow: over 36, 210 and 2,000 sites, over ranks 1 to 128, and with few tokens.
 
     python benchmarks/scale.py          # prints Markdown, appends benchmarks/results/scale.jsonl
 
 The overhead of adapters is the time of a step with them, less that of the frozen model, on the same batch and one
-thread; the steps are taken in turns. Small layers show what a site costs, wide ones what a rank costs.
+thread; the steps are taken in turns. Small layers show what a site costs, wide ones what a rank costs. With few tokens,
+as where text is generated, the fast step may be no slower than PEFT's: its time as a ratio, on SmolLM2's width.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from torch import Tensor, nn
 
 from weightlora import enable_fast_lora, select
 from weightlora.bench.records import append_record
-from weightlora.timing import in_turns
+from weightlora.timing import in_turns, median_ratio
 
 RESULTS = Path(__file__).parent / "results" / "scale.jsonl"
 SITES = (36, 210, 2000)
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 #: MiniLM's: layers, width and tokens of a batch.
 WIDE = (36, 384, 1024)
+TOKENS = (1, 4, 16, 64, 128, 256)
 
 
 def main() -> None:
@@ -40,7 +42,7 @@ def main() -> None:
 
     costs: dict[str, list[float]] = {"PEFT step": [], "fast step": [], "selection": []}
     for sites in SITES:
-        net, x = chain(sites, width=64), torch.randn(64, 64)
+        net, x = chain(sites, width=64), torch.randn(1024, 64)  # fewer tokens would be PEFT's
         costs["PEFT step"] += overheads(net, x, [8], rounds, fast=False)
         costs["fast step"] += overheads(net, x, [8], rounds, fast=True)
         costs["selection"].append(selection_seconds(net, x, rounds))
@@ -48,6 +50,8 @@ def main() -> None:
 
     net, x = chain(WIDE[0], WIDE[1]), torch.randn(WIDE[2], WIDE[1])
     report("rank", RANKS, {f"{k} step": overheads(net, x, RANKS, rounds, fast=k == "fast") for k in ("PEFT", "fast")})
+
+    report_few_tokens(rounds)
 
 
 def chain(sites: int, width: int) -> nn.Module:
@@ -110,6 +114,39 @@ def report(over: str, sizes: Sequence[int], costs: dict[str, list[float]]) -> No
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
         fit = {"slope": float(slope), "fixed": float(fixed), "worst": float(off)}
         append_record(RESULTS, {"over": over, "what": name, "sizes": list(sizes), "seconds": seconds, **fit})
+
+
+def report_few_tokens(rounds: int) -> None:
+    """Print and store the time of the fast step over PEFT's, for a forward pass of its own and for a step."""
+    print(f"\n| fast ÷ PEFT, tokens | {' | '.join(map(str, TOKENS))} |\n|{' --- |' * (len(TOKENS) + 1)}")
+    for what, dropout, p in (
+        ("forward, no gradients", "input", 0.0),
+        ("step, dropout 0", "input", 0.0),
+        ("step, input dropout 0.05", "input", 0.05),
+        ("step, rank dropout 0.05", "rank", 0.05),
+    ):
+        targets = [str(index) for index in range(20)]
+        lora = LoraConfig(r=8, lora_dropout=p, target_modules=targets)
+        stock, fast = (get_peft_model(chain(len(targets), 576), lora).train() for _ in range(2))  # type: ignore[arg-type]
+        enable_fast_lora(fast, dropout)
+        run = forward if "forward" in what else step
+        ratios = []
+        for tokens in TOKENS:
+            x = torch.randn(tokens, 576)
+            theirs, ours = in_turns([run(stock, x), run(fast, x)], 3 * rounds, warmups=2)
+            ratios.append(median_ratio(ours, theirs))
+        print(f"| {what} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |", flush=True)
+        append_record(RESULTS, {"over": "tokens", "what": what, "sizes": list(TOKENS), "ratios": ratios})
+
+
+def forward(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """A pass as where text is generated, as often as it is called."""
+
+    def run() -> None:
+        with torch.no_grad():
+            model(x)
+
+    return run
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from weightlora.fast_lora import disable_fast_lora, enable_fast_lora, fast_cover
 from weightlora.gates import gated, lora_layers
 
 pytestmark = pytest.mark.usefixtures("either_library")
+IS_SMALL = fast_layer._is_small
 NAMES = r".*\.layer\.\d+\..*(query|key|value|dense)"
 
 
@@ -29,6 +30,7 @@ def either_library(request, monkeypatch):
     """On a CPU a layer makes its base's output itself: once none does, as on a GPU, and once all, by either library."""
     if request.param == "apart":
         monkeypatch.setattr(fast_layer, "_alone", lambda *_: None)
+    monkeypatch.setattr(fast_layer, "_is_small", lambda *_, **__: False)  # nothing here is large
     monkeypatch.setattr(onednn, "LEAST_WORK", 0)
     monkeypatch.setattr(onednn, "is_quicker", lambda _: request.param == "onednn")
     return request.param
@@ -438,6 +440,24 @@ def test_saved_bytes_are_what_the_structure_needs(p, kind):
 
 
 # -- what falls back -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "p", "least"), [("input", 0.05, 2**14), ("input", 0.0, 2**16), ("rank", 0.05, 2**16)])
+def test_a_small_call_is_pefts(kind, p, least, monkeypatch):
+    """x has 64 numbers a token: with one token fewer than the least there is no node of ours, and PEFT's mask."""
+    monkeypatch.setattr(fast_layer, "_is_small", IS_SMALL)
+    model = with_lora(nn.Sequential(nn.Linear(64, 8)), target_modules=["0"], lora_dropout=p).train()
+    few, enough = torch.randn(least // 64 - 1, 64), torch.randn(least // 64, 64)
+
+    def seeded(model):
+        torch.manual_seed(0)
+        return model(few)
+
+    stock = outcome(model, seeded)
+    enable_fast_lora(model, kind)
+    assert (distance(outcome(model, seeded), stock) < 1e-6) == (kind == "input")
+    assert model(few).grad_fn.name() == "AddBackward0"
+    assert model(enough).grad_fn.name() == "FusedBackward"
 
 
 def test_hooks_are_called():

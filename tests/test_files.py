@@ -143,9 +143,16 @@ def test_json_that_cannot_be_written_leaves_nothing(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [2]}
 
 
-def test_a_writable_folder_is_made_and_left_empty(tmp_path):
+def test_a_writable_folder_is_found_and_not_made(tmp_path):
     assert writable_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
-    assert names(tmp_path / "a" / "b") == []
+    assert writable_folder(tmp_path) == tmp_path
+    assert names(tmp_path) == []
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match=r"cannot write .*/file/b: Not a directory"):
         writable_folder(tmp_path / "file" / "b")
+
+
+def test_a_folder_that_does_not_exist_yet_is_asked_where_it_would_be_made():
+    """Not even the superuser makes folders in /proc."""
+    with pytest.raises(OutputError, match="cannot write /proc/a/b"):
+        writable_folder("/proc/a/b")

@@ -21,6 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from weightlora.gates import Gate
 from weightlora.lora_step import Dropout, Fused, Step, without_autocast
 
+#: Numbers in x below which PEFT's way is the quicker, that of a token being generated among them: a node written in
+#: Python takes longer than what it saves. Where numbers of x are dropped, it saves more.
+LEAST_NUMBERS, LEAST_WITH_DROPOUT = 2**16, 2**14
 #: By name, so that bitsandbytes need not be there.
 _QUANTISED = {"peft.tuners.lora.bnb.Linear8bitLt", "peft.tuners.lora.bnb.Linear4bit"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -73,7 +76,7 @@ class FastLora(LoraVariant):
     ) -> Tensor:
         """Return ``result``, the base layer's output, with the adapter's added."""
         autocast = torch.is_autocast_enabled(x.device.type)
-        if _is_left_to_modules(module, active_adapter, x, autocast=autocast):
+        if self.leaves(module, active_adapter, x, autocast=autocast):
             return self._by_modules(module, active_adapter, x, result, autocast=autocast)
         return self.fused(module, active_adapter, x, result, _frozen_weight(module, x))
 
@@ -99,11 +102,24 @@ class FastLora(LoraVariant):
         with without_autocast(x):
             return Fused.apply(base, x, weight, bias, a.weight, b.weight, ear, step)  # pyright: ignore[reportReturnType]
 
+    def leaves(self, module: LoraLayer, adapter: str, x: Tensor, *, autocast: bool) -> bool:
+        """Whether this one call takes PEFT's arithmetic: it is too small, or nothing that the fast step covers."""
+        p = _probability(module.lora_dropout[adapter])
+        return (
+            torch.compiler.is_compiling()  # which fuses PEFT's arithmetic itself
+            or _is_small(x, drops=p > 0 and self.dropout == "input")
+            or [name for name in module.active_adapters if name in module.lora_A] != [adapter]
+            or p == 1
+            or bool(_has_any_global_hook())
+            or not (autocast or x.dtype == module.lora_A[adapter].weight.dtype)
+            or why_stock(module, adapter) is not None
+        )
+
     def _by_modules(self, module: LoraLayer, adapter: str, x: Tensor, result: Tensor, *, autocast: bool) -> Tensor:
         """PEFT's own arithmetic, through the modules and their hooks."""
         a, b, drop = module.lora_A[adapter], module.lora_B[adapter], module.lora_dropout[adapter]
         output = b(a(drop(x)) if self.dropout == "input" else drop(a(x))) * module.scaling[adapter]
-        if _name(type(module)) in _QUANTISED and not autocast:  # as PEFT rounds it there
+        if not autocast and _name(type(module)) in _QUANTISED:  # as PEFT rounds it there
             output = output.to(result.dtype)
         return result + output
 
@@ -113,7 +129,7 @@ class FastLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what PEFT's layer returns, in each of its modes."""
-        plain = x.is_cpu and not (args or kwargs or torch.compiler.is_compiling())
+        plain = x.is_cpu and not (args or kwargs or torch.compiler.is_compiling() or _is_small(x, drops=True))
         weight = _frozen_weight(self, x) if plain else None
         adapter = None if weight is None else _alone(self, x)
         if weight is None or adapter is None:
@@ -140,25 +156,18 @@ def why_stock(layer: LoraLayer, adapter: str) -> str | None:
     return None
 
 
-def _is_left_to_modules(layer: LoraLayer, adapter: str, x: Tensor, *, autocast: bool) -> bool:
-    """Whether this one call takes PEFT's arithmetic: the state of the moment is nothing the fast step covers."""
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    return (
-        torch.compiler.is_compiling()  # which fuses PEFT's arithmetic itself
-        or active != [adapter]
-        or _probability(layer.lora_dropout[adapter]) == 1
-        or bool(_has_any_global_hook())
-        or not (autocast or x.dtype == layer.lora_A[adapter].weight.dtype)
-        or why_stock(layer, adapter) is not None
-    )
-
-
 def _alone(layer: Linear, x: Tensor) -> str | None:
     """The adapter of this call, where the fast step covers it and there is no other."""
     if layer.merged or layer.disable_adapters or torch.is_autocast_enabled("cpu"):
         return None
     names = [name for name in layer.active_adapters if isinstance(layer.lora_variant.get(name), FastLora)]
-    return names[0] if names and not _is_left_to_modules(layer, names[0], x, autocast=False) else None
+    if not names or cast(FastLora, layer.lora_variant[names[0]]).leaves(layer, names[0], x, autocast=False):
+        return None
+    return names[0]
+
+
+def _is_small(x: Tensor, *, drops: bool) -> bool:
+    return x.numel() < (LEAST_WITH_DROPOUT if drops else LEAST_NUMBERS)
 
 
 def _frozen_weight(layer: LoraLayer, x: Tensor) -> Tensor | None:

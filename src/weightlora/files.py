@@ -42,7 +42,7 @@ def whole_file(path: str | Path) -> Generator[Path]:
         yield draft
         draft.replace(path)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another output folder") from error
+        raise _cannot_write(path, error) from error
     finally:
         if draft is not None:
             draft.unlink(missing_ok=True)
@@ -73,7 +73,7 @@ def whole_folder(path: str | Path) -> Generator[Path]:
     except OutputError:
         raise
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another output folder") from error
+        raise _cannot_write(path, error) from error
     finally:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
@@ -99,16 +99,25 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def writable_folder(path: str | Path) -> Path:
-    """Make the folder if need be and return it; long work asks before it begins.
+    """Return ``path``, a folder that can be written, or made where it is missing; long work asks before it begins.
+
+    Nothing is made: where the work is refused afterwards, nothing is left.
 
     Raises:
         OutputError: The folder cannot be made or written.
     """
     path = Path(path)
-    with whole_file(path / ".writable"):
-        pass
-    (path / ".writable").unlink()
+    try:
+        nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     return path
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write {path}: {error.strerror or error}; choose another output folder")
 
 
 def _umask() -> int:
