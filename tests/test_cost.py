@@ -273,16 +273,16 @@ def test_estimate_prints_three_lines_and_three_more_for_the_fast_step(minilm, tm
     plan = make_plan(sites, lora, kept, base_model=minilm.config.name_or_path)
     plan.save(tmp_path / "plan.json")
     assert AdapterPlan.load(tmp_path / "plan.json") == plan
-    assert main(["estimate", str(tmp_path / "plan.json"), "--batch", "4x64"]) == 0
+    assert main(["estimate", str(tmp_path / "plan.json"), "--batch", "2x32"]) == 0
     printed = capsys.readouterr().out
     assert f"{plan.parameters + 384 * 2 + 2:,}" in printed
     assert "1.00" in printed
     assert "fast" not in printed
-    assert main(["estimate", str(tmp_path / "plan.json"), "--batch", "4x64", "--fast"]) == 0
+    assert main(["estimate", str(tmp_path / "plan.json"), "--batch", "2x32", "--fast"]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     saved = {name: float(line.split()[-3]) for name in ("plan", "plan, fast") for line in lines if f"{name}  " in line}
     model = plan.attach(minilm).train()
-    ones = torch.ones((4, 64), dtype=torch.long)
+    ones = torch.ones((2, 32), dtype=torch.long)
     batch = {"input_ids": ones, "labels": ones[:, 0]}
     for name, step in (("plan", lambda model: model), ("plan, fast", enable_fast_lora)):
         assert saved[name] == pytest.approx(counted(step(model), batch) / 1e6, abs=0.06)
