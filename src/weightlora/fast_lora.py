@@ -6,7 +6,8 @@ Stock PEFT lets autograd differentiate this one operation after the other. Here 
 node (``lora_step.py``): it adds to the base output in place, in the backward pass to the base layer's gradient, and
 keeps x, r numbers a token and two bytes for each dropped value.
 
-Layers that this does not cover are left to stock PEFT one by one; :func:`fast_coverage` says which, and why.
+Layers that this does not cover are left to stock PEFT one by one; :func:`fast_coverage` says which, and why. So are
+calls with little to compute, that of a token being generated among them (``fast_layer.LEAST_NUMBERS``).
 """
 
 from __future__ import annotations
