@@ -219,7 +219,7 @@ def main(folder):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     dist.init_process_group("gloo")
-    fast_layer.LEAST_NUMBERS = fast_layer.LEAST_WITH_DROPOUT = 0  # or nothing here is large enough for the fast step
+    fast_layer.LEAST_NUMBERS = fast_layer.LEAST_WITH_INPUT_DROPOUT = 0  # or all calls here were too small for it
     worker = Worker(folder)
     worker.sharded_selection()
     worker.deaf_selection()

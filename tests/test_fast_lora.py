@@ -296,8 +296,10 @@ def test_disabling_leaves_no_trace(lora_minilm):
 
 
 @pytest.mark.parametrize("omega", [0.7, 0.0])
-@pytest.mark.parametrize("tokens", [4, 16])
-def test_gates_go_through_the_same_path(omega, tokens):
+@pytest.mark.parametrize(("tokens", "small"), [(4, False), (16, False), (4, True)])
+def test_gates_go_through_the_same_path(omega, tokens, small, monkeypatch):
+    if small:  # then it is PEFT's
+        monkeypatch.setattr(fast_layer, "_is_small", IS_SMALL)
     torch.manual_seed(0)
     x = torch.randn(tokens, 8, requires_grad=True)
     model = with_lora(nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5)), target_modules=["0", "2"])

@@ -21,9 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from weightlora.gates import Gate
 from weightlora.lora_step import Dropout, Fused, Step, without_autocast
 
-#: Numbers in x below which PEFT's way is the quicker, that of a token being generated among them: a node written in
-#: Python takes longer than what it saves. Where numbers of x are dropped, it saves more.
-LEAST_NUMBERS, LEAST_WITH_DROPOUT = 2**16, 2**14
+#: Numbers in x below which PEFT's way is the quicker, as for a token being generated: a node written in Python takes
+#: longer than what it saves. Where numbers of x are dropped, it saves more.
+LEAST_NUMBERS, LEAST_WITH_INPUT_DROPOUT = 2**16, 2**14
 #: By name, so that bitsandbytes need not be there.
 _QUANTISED = {"peft.tuners.lora.bnb.Linear8bitLt", "peft.tuners.lora.bnb.Linear4bit"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -76,7 +76,7 @@ class FastLora(LoraVariant):
     ) -> Tensor:
         """Return ``result``, the base layer's output, with the adapter's added."""
         autocast = torch.is_autocast_enabled(x.device.type)
-        if self.leaves(module, active_adapter, x, autocast=autocast):
+        if self.leaves_to_peft(module, active_adapter, x, autocast=autocast):
             return self._by_modules(module, active_adapter, x, result, autocast=autocast)
         return self.fused(module, active_adapter, x, result, _frozen_weight(module, x))
 
@@ -102,7 +102,7 @@ class FastLora(LoraVariant):
         with without_autocast(x):
             return Fused.apply(base, x, weight, bias, a.weight, b.weight, ear, step)  # pyright: ignore[reportReturnType]
 
-    def leaves(self, module: LoraLayer, adapter: str, x: Tensor, *, autocast: bool) -> bool:
+    def leaves_to_peft(self, module: LoraLayer, adapter: str, x: Tensor, *, autocast: bool) -> bool:
         """Whether this one call takes PEFT's arithmetic: it is too small, or nothing that the fast step covers."""
         p = _probability(module.lora_dropout[adapter])
         return (
@@ -161,13 +161,15 @@ def _alone(layer: Linear, x: Tensor) -> str | None:
     if layer.merged or layer.disable_adapters or torch.is_autocast_enabled("cpu"):
         return None
     names = [name for name in layer.active_adapters if isinstance(layer.lora_variant.get(name), FastLora)]
-    if not names or cast(FastLora, layer.lora_variant[names[0]]).leaves(layer, names[0], x, autocast=False):
+    if not names:
         return None
-    return names[0]
+    variant = cast(FastLora, layer.lora_variant[names[0]])
+    return None if variant.leaves_to_peft(layer, names[0], x, autocast=False) else names[0]
 
 
 def _is_small(x: Tensor, *, drops: bool) -> bool:
-    return x.numel() < (LEAST_WITH_DROPOUT if drops else LEAST_NUMBERS)
+    """Whether PEFT's way is the quicker; ``drops`` says that numbers of x are dropped."""
+    return x.numel() < (LEAST_WITH_INPUT_DROPOUT if drops else LEAST_NUMBERS)
 
 
 def _frozen_weight(layer: LoraLayer, x: Tensor) -> Tensor | None:
