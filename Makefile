@@ -33,7 +33,6 @@ bench: export MALLOC_TRIM_THRESHOLD_ := 2147483647
 bench: setup   ## the measurements of docs/: hours on two cores; each goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/warmup.py
 	$(BIN)/python benchmarks/faults.py
-	$(BIN)/python benchmarks/products.py
 	for model in minilm smollm2 llama; do $(BIN)/python benchmarks/step.py $$model; done
 	for model in minilm smollm2 wide; do $(BIN)/python benchmarks/budget.py $$model; done
 	for model in minilm smollm2 wide; do $(BIN)/python benchmarks/budget.py $$model --fast; done

@@ -26,12 +26,12 @@ from torch import nn
 from weightlora import enable_fast_lora
 from weightlora.bench.records import append_record, read_records
 from weightlora.bench.step_cost import saved_bytes
-from weightlora.cost import CostBudget
-from weightlora.gates import lora_layers
-from weightlora.plan import make_plan
-from weightlora.sites import find_sites
-from weightlora.timing import in_turns, median_ratio, time_cost
-from weightlora.tracing import saved_cost
+from weightlora.cost.knapsack import CostBudget
+from weightlora.cost.saved_bytes import saved_cost
+from weightlora.cost.step_time import in_turns, median_ratio, time_cost
+from weightlora.model.layers import lora_layers
+from weightlora.model.sites import find_sites
+from weightlora.plan.plan import make_plan
 
 RESULTS = Path(__file__).parent / "results" / "budget.jsonl"
 PLANS = 10

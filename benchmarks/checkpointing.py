@@ -24,11 +24,11 @@ from transformers.utils import logging
 
 from weightlora import shorten_backward
 from weightlora.bench.records import append_record
-from weightlora.plan import make_plan
-from weightlora.sites import find_sites
+from weightlora.cost.step_time import in_turns, median_ratio
+from weightlora.model.sites import find_sites
+from weightlora.plan.plan import make_plan
 from weightlora.tasks.embedded import embedded_model
 from weightlora.tasks.pretrained import load_pretrained
-from weightlora.timing import in_turns, median_ratio
 
 RESULTS = Path(__file__).parent / "results" / "checkpointing.jsonl"
 LAYERS = 30

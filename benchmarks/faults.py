@@ -22,9 +22,9 @@ import torch
 from step import RESULTS, SETTINGS, STOCK_0, make_rows
 from tqdm import tqdm
 
-from weightlora.allocator import keep_freed_memory
 from weightlora.bench.records import append_record
-from weightlora.timing import now
+from weightlora.cost.step_time import now
+from weightlora.fast.allocator import keep_freed_memory
 
 ROWS = (STOCK_0, "fast, dropout 0")
 ALLOCATORS = ("default", "keeps freed memory")

@@ -18,8 +18,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from weightlora.bench.records import append_record
-from weightlora.gates import lora_layers
-from weightlora.sites import find_sites
+from weightlora.model.layers import lora_layers
+from weightlora.model.sites import find_sites
 from weightlora.tasks.classification import encode, load_classifier, shuffled_batches
 from weightlora.tasks.embedded import minilm, rotten_tomatoes
 from weightlora.tasks.pretrained import load_tokenizer

@@ -141,7 +141,7 @@ def lora_model(seed: int, bits: int | None = None, **loading: Any) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import BitsAndBytesConfig
 
-    from weightlora.sites import find_sites
+    from weightlora.model.sites import find_sites
     from weightlora.tasks.embedded import minilm
     from weightlora.tasks.pretrained import load_pretrained
 

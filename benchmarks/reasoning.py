@@ -38,8 +38,8 @@ def main() -> None:
 
 def run(method: str, seed: int) -> None:
     """Train one method with one seed: other puzzles' order and another A; the puzzles are the same."""
-    from weightlora.recipe import read_recipe
-    from weightlora.train import train
+    from weightlora.runs.recipe import read_recipe
+    from weightlora.runs.train import train
 
     key = {"method": method, "seed": seed}
     if any({k: record[k] for k in key} == key for record in read_records(RECORDS)):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from weightlora import enable_fast_lora, select
 from weightlora.bench.records import append_record
-from weightlora.timing import in_turns, median_ratio
+from weightlora.cost.step_time import in_turns, median_ratio
 
 RESULTS = Path(__file__).parent / "results" / "scale.jsonl"
 SITES = (36, 210, 2000)

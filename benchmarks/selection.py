@@ -25,11 +25,11 @@ from typing import Any
 from tqdm import tqdm
 
 from weightlora.bench.records import append_record, read_records
-from weightlora.budget import Keep, read_budget
 from weightlora.methods import make_method
 from weightlora.methods.base import ChoosingMethod, Method
-from weightlora.plan import AdapterPlan, make_plan
-from weightlora.sites import find_sites
+from weightlora.model.sites import find_sites
+from weightlora.plan.budget import Keep, read_budget
+from weightlora.plan.plan import AdapterPlan, make_plan
 
 RESULTS = Path(__file__).parent / "results"
 LEARNING_RATES = (6e-4, 1.5e-3, 4e-3)
@@ -229,7 +229,7 @@ def run_smollm2() -> None:
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from weightlora.selection import select
+    from weightlora.selection.select import select
     from weightlora.tasks.embedded import smollm2
 
     path, file = RESULTS / "selection-smollm2.jsonl", smollm2()

@@ -39,9 +39,10 @@ from warmup import gated_bytes
 import weightlora
 from weightlora.bench.records import append_record, read_records
 from weightlora.bench.step_cost import saved_bytes
-from weightlora.gates import gated, lora_layers
-from weightlora.sites import find_sites
-from weightlora.timing import in_turns, median_ratio
+from weightlora.cost.step_time import in_turns, median_ratio
+from weightlora.model.gates import gated
+from weightlora.model.layers import lora_layers
+from weightlora.model.sites import find_sites
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT, CONTROL, STOCK, STOCK_0 = "limit", "limit again", "PEFT LoRA, dropout 0.05", "PEFT LoRA, dropout 0"

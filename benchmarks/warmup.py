@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from weightlora.bench.records import append_record
 from weightlora.bench.step_cost import saved_bytes
-from weightlora.gates import gated, lora_layers
-from weightlora.timing import in_turns, median_ratio
+from weightlora.cost.step_time import in_turns, median_ratio
+from weightlora.model.gates import gated
+from weightlora.model.layers import lora_layers
 
 RESULTS = Path(__file__).parent / "results" / "warmup.jsonl"
 
@@ -62,7 +63,7 @@ def minilm_step(dropout: float) -> tuple[PeftModel, dict[str, Tensor]]:
     from transformers import DataCollatorWithPadding
     from transformers.utils import logging
 
-    from weightlora.sites import find_sites
+    from weightlora.model.sites import find_sites
     from weightlora.tasks.classification import encode, load_classifier, shuffled_batches
     from weightlora.tasks.embedded import minilm, rotten_tomatoes
     from weightlora.tasks.pretrained import load_tokenizer

@@ -29,12 +29,14 @@ from transformers import (
 )
 
 import weightlora
-from weightlora import fast_layer, selection, warmup
 from weightlora.errors import OptionError, SelectionError
-from weightlora.fast_lora import fast_dropout
-from weightlora.gates import lora_layers
-from weightlora.recipe import read_recipe
-from weightlora.train import train
+from weightlora.fast import _layer as fast_layer
+from weightlora.fast.enable import fast_dropout
+from weightlora.model.layers import lora_layers
+from weightlora.runs.recipe import read_recipe
+from weightlora.runs.train import train
+from weightlora.selection import select as selection
+from weightlora.selection import warmup
 
 ROWS = 8  # of a step, on all processes together
 LIMITS = ("30kB", "0.9x")

@@ -11,19 +11,10 @@ import weightlora
 MODULES = sorted(
     info.name for info in pkgutil.walk_packages(weightlora.__path__, "weightlora.") if "__main__" not in info.name
 )
-#: Rooms whose functions are called by users: each shows how.
+#: Files whose functions are called by users: each shows how.
 SHOWN = (
-    "sites",
-    "budget",
-    "stoiht",
-    "gates",
-    "dropout",
-    "fast_lora",
-    "untouched",
-    "plan",
-    "selection",
-    "trainer",
-    "methods",
+    *("model.sites", "model.gates", "model.restore", "plan.budget", "plan.plan", "fast.dropout", "fast.enable"),
+    *("selection.select", "selection.rules.stoiht", "trainer.select_for", "trainer.attach", "methods", "text"),
 )
 
 
@@ -42,7 +33,7 @@ def test_examples_are_true(module, tmp_path):
 
 
 @pytest.mark.parametrize("room", SHOWN)
-def test_every_public_room_has_an_example(room):
+def test_what_users_call_has_an_example(room):
     assert examples(f"weightlora.{room}")
 
 

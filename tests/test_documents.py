@@ -38,13 +38,6 @@ def test_there_are_blocks_to_run():
     assert sum(len(list(blocks(path.read_text(encoding="utf-8")))) for path in DOCUMENTS) >= 3
 
 
-def test_the_readme_lists_every_file_of_the_package():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in (ROOT / "src" / "weightlora").rglob("*.py"):
-        if path.name != "__init__.py":
-            assert path.name in readme, f"README's file tree lacks {path.relative_to(ROOT)}"
-
-
 @pytest.mark.parametrize("name", [entry.name for entry in METHODS])
 def test_every_method_has_a_page_and_a_row(name):
     page = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """Imports run one way, the package loads nothing heavy, and no shortcuts are taken."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,34 +14,19 @@ import pytest
 import weightlora
 
 SOURCE = Path(weightlora.__file__).parent
-# A room may import only what stands to its left, and its own files.
+ROOT = SOURCE.parents[1]
+#: The rooms in their order: a file imports from rooms that stand before its own, and from its own.
 ROOMS = (
-    *("errors", "files", "allocator", "sites", "budget", "cost", "stoiht", "gates", "checkpointing", "dropout"),
-    *("onednn", "lora_step", "fast_layer", "fast_lora", "untouched", "plan_file", "plan", "processes", "tracing"),
-    *("timing", "estimate"),
-    *(
-        "warmup",
-        "tokens",
-        "probe",
-        "selection",
-        "spectrum",
-        "stock",
-        "triplets",
-        "sensitivity",
-        "moving",
-        "placement",
-        "batches",
-        "growth",
-        "trainer",
-    ),
-    *("methods", "applied", "tasks", "recipe", "hub", "train", "analysis"),
-    *("bench", "report", "cli"),
+    *("errors", "files", "text"),
+    *("model", "plan", "fast", "cost", "selection", "methods", "trainer", "tasks", "runs", "report", "bench", "cli"),
 )
+#: Files that a registry finds by the name that a user types; nothing else need import them.
+REGISTERED = re.compile(r"methods\.[a-z_]+|selection\.rules\.[a-z_]+|tasks\.[a-z_]+|cli\.[a-z_]+")
 HEAVY = {"torch", "peft", "transformers", "numpy", "matplotlib"}
 
 
 def modules() -> dict[str, str]:
-    """Source of every module by its dotted name, without the package's door."""
+    """Source of every module by its dotted name, without the package itself."""
     found = {path.relative_to(SOURCE).with_suffix("").parts: path for path in sorted(SOURCE.rglob("*.py"))}
     named = {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for parts, path in found.items()}
     return {name: path.read_text(encoding="utf-8") for name, path in named.items() if name not in ("", "__main__")}
@@ -63,19 +49,41 @@ def imported(source: str) -> Iterator[str]:
         yield from (name.removeprefix("weightlora.") for name in names if f"{name}.".startswith("weightlora."))
 
 
+def room_of(name: str) -> str:
+    return name.split(".")[0]
+
+
+def is_private(name: str) -> bool:
+    """Whether a dotted name leads to a file of one room alone; ``__version__`` is no file."""
+    return any(part.startswith("_") and not part.startswith("__") for part in name.split(".")[:-1])
+
+
 def wrong_imports(module: str, source: str) -> list[str]:
     """What ``module`` may not import."""
-    room = module.split(".")[0]
-    allowed = ROOMS[: ROOMS.index(room)] if room in ROOMS else ()
-    allowed = (*allowed, room, "__version__")  # the version is text in the door itself
-    wrong = [name for name in imported(source) if name.split(".")[0] not in allowed]
-    if module.startswith("methods."):  # a method stands on the protocol alone, not on its neighbours
-        wrong += [name for name in imported(source) if name.startswith("methods") and name.split(".")[1] != "base"]
+    room = room_of(module)
+    before = ROOMS[: ROOMS.index(room)] if room in ROOMS else ()
+    wrong: list[str] = []
+    for name in imported(source):
+        upward = room_of(name) not in (*before, room, "__version__")
+        private = is_private(f"{name}.") and room_of(name) != room
+        method = module.startswith("methods.") and name.startswith("methods.")
+        neighbour = method and name.split(".")[1] not in ("base", "common")
+        if upward or private or neighbour:
+            wrong.append(name)
     return wrong
 
 
+def users_outside(module: str) -> list[str]:
+    """Modules of other rooms, benchmarks and public names that import ``module``."""
+    others = {name: source for name, source in modules().items() if room_of(name) != room_of(module)}
+    others |= {str(path): path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")}
+    others["weightlora"] = (SOURCE / "__init__.py").read_text(encoding="utf-8")
+    return [name for name, source in others.items() if any(f"{n}.".startswith(f"{module}.") for n in imported(source))]
+
+
 def test_every_module_belongs_to_a_room():
-    assert {name.split(".")[0] for name in modules()} <= set(ROOMS)
+    assert {room_of(name) for name in modules()} <= set(ROOMS)
+    assert {room_of(name) for name in modules() if "." in name} == set(ROOMS[3:])
     assert len(modules()) >= 20
 
 
@@ -84,23 +92,48 @@ def test_imports_run_one_way(module):
     assert wrong_imports(module, modules()[module]) == []
 
 
+@pytest.mark.parametrize("module", [name for name in modules() if "." in name])
+def test_a_file_is_private_exactly_where_only_its_room_uses_it(module):
+    shared = module.startswith("methods.common")  # the room's own, named so
+    package = (SOURCE / module.replace(".", "/")).is_dir()
+    if not (shared or package or REGISTERED.fullmatch(module)):
+        assert is_private(f"{module}.") == (not users_outside(module))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.name)
+def test_a_test_of_a_room_uses_the_private_files_of_that_room_alone(path):
+    room, *inside = path.relative_to(ROOT / "tests").parts
+    private = [name for name in imported(path.read_text(encoding="utf-8")) if is_private(f"{name}.")]
+    if inside:  # the others are about the whole package
+        assert room in ROOMS
+        assert {room_of(name) for name in private} <= {room}
+
+
+def test_the_docs_show_the_rooms_in_their_order():
+    rooms = " · ".join(ROOMS)
+    assert rooms in (ROOT / "docs" / "design.md").read_text(encoding="utf-8").replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("sites", "from weightlora.plan import AdapterPlan"),
-        ("sites", "import weightlora.plan as p"),
-        ("sites", "def f():\n    from weightlora.plan import AdapterPlan"),
-        ("sites", "if TYPE_CHECKING:\n    from weightlora.plan import AdapterPlan"),
-        ("sites", "from weightlora import plan"),
-        ("sites", "from weightlora import AdapterPlan"),
-        ("sites", "import weightlora"),
-        ("sites", "from . import errors"),
-        ("sites", "from .plan import AdapterPlan"),
-        ("sites", "importlib.import_module('weightlora.plan')"),
+        ("model.sites", "from weightlora.plan.plan import AdapterPlan"),
+        ("model.sites", "import weightlora.plan.plan as p"),
+        ("model.sites", "def f():\n    from weightlora.plan.plan import AdapterPlan"),
+        ("model.sites", "if TYPE_CHECKING:\n    from weightlora.plan.plan import AdapterPlan"),
+        ("model.sites", "from weightlora import plan"),
+        ("model.sites", "from weightlora import AdapterPlan"),
+        ("model.sites", "import weightlora"),
+        ("model.sites", "from . import errors"),
+        ("model.sites", "from .layers import lora_layers"),
+        ("model.sites", "importlib.import_module('weightlora.plan')"),
+        ("trainer.attach", "from weightlora.fast._step import Step"),
+        ("trainer.attach", "from weightlora.fast import _step"),
+        ("trainer.attach", "import weightlora.fast._step"),
         ("errors", "from weightlora.files import whole_file"),
         ("methods.a", "from weightlora.methods.b import build"),
         ("methods.a", "from weightlora.methods import make_method"),
-        ("methods.a", "from weightlora.bench.run import Settings"),
+        ("methods.a", "from weightlora.bench.grid import read_grid"),
         ("attic", "from weightlora.errors import OptionError"),
     ],
 )
@@ -111,18 +144,20 @@ def test_the_walk_sees_a_wrong_import_wherever_it_hides(module, source):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("plan", "import json\nfrom torch import nn\nfrom weightlora.sites import Site"),
-        ("methods.a", "from weightlora.methods.base import Method\nfrom weightlora.selection import select"),
+        ("plan.plan", "import json\nfrom torch import nn\nfrom weightlora.model.sites import Site"),
+        ("plan.plan", "from weightlora.plan._schema import read_plan_file"),
+        ("methods.a", "from weightlora.methods.base import Method\nfrom weightlora.selection.select import select"),
+        ("methods.a", "from weightlora.methods.common.export import become_stock"),
         ("methods", "from weightlora.methods.base import Method"),
-        ("cli.show", "from weightlora.cli.errors import exits\nfrom weightlora import errors"),
-        ("plan", "import weightlora_of_someone_else"),
+        ("cli.show", "from weightlora import __version__\nfrom weightlora import errors"),
+        ("plan.plan", "import weightlora_of_someone_else"),
     ],
 )
 def test_the_walk_lets_right_imports_pass(module, source):
     assert wrong_imports(module, source) == []
 
 
-# -- the door --------------------------------------------------------------------------------------------------------
+# -- the public names -------------------------------------------------------------------------------------------------
 
 
 def test_every_public_name_resolves_and_no_other_does():
@@ -157,12 +192,12 @@ def loaded_by(statement: str) -> set[str]:
     ("statement", "light"),
     [
         ("import weightlora", "weightlora"),
-        ("from weightlora import AdapterPlan", "weightlora.plan"),
+        ("from weightlora import AdapterPlan", "weightlora.plan.plan"),
         ("from weightlora import METHODS, make_method", "weightlora.methods"),
-        ("from weightlora import Site, find_sites, WeightLoraError", "weightlora.sites"),
+        ("from weightlora import Site, find_sites, WeightLoraError", "weightlora.model.sites"),
     ],
 )
-def test_the_door_loads_nothing_heavy(statement, light):
+def test_the_package_loads_nothing_heavy(statement, light):
     loaded = loaded_by(statement)
     assert light in loaded
     assert loaded & HEAVY == set()

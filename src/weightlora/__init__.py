@@ -13,33 +13,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weightlora.applied import method_for
-    from weightlora.checkpointing import shorten_backward
     from weightlora.errors import WeightLoraError, WeightLoraWarning
-    from weightlora.fast_lora import disable_fast_lora, enable_fast_lora
+    from weightlora.fast.enable import disable_fast_lora, enable_fast_lora
     from weightlora.methods import METHODS, Method, make_method
-    from weightlora.plan import AdapterPlan
-    from weightlora.selection import select
-    from weightlora.sites import Site, find_sites
-    from weightlora.trainer import select_for
+    from weightlora.model.checkpointing import shorten_backward
+    from weightlora.model.sites import Site, find_sites
+    from weightlora.plan.plan import AdapterPlan
+    from weightlora.selection.select import select
+    from weightlora.trainer.attach import method_for
+    from weightlora.trainer.select_for import select_for
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdapterPlan": "plan",
+    "AdapterPlan": "plan.plan",
     "METHODS": "methods",
     "Method": "methods",
-    "Site": "sites",
+    "Site": "model.sites",
     "WeightLoraError": "errors",
     "WeightLoraWarning": "errors",
-    "disable_fast_lora": "fast_lora",
-    "enable_fast_lora": "fast_lora",
-    "find_sites": "sites",
+    "disable_fast_lora": "fast.enable",
+    "enable_fast_lora": "fast.enable",
+    "find_sites": "model.sites",
     "make_method": "methods",
-    "method_for": "applied",
-    "select": "selection",
-    "select_for": "trainer",
-    "shorten_backward": "checkpointing",
+    "method_for": "trainer.attach",
+    "select": "selection.select",
+    "select_for": "trainer.select_for",
+    "shorten_backward": "model.checkpointing",
 }
 
 __all__ = [

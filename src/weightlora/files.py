@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from weightlora.errors import OutputError
+from weightlora.errors import DataError, OutputError
 
 
 @contextmanager
@@ -96,6 +96,28 @@ def write_text(path: str | Path, text: str) -> None:
     """
     with whole_file(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """Return the mapping of a YAML file; an empty file is an empty one.
+
+    Raises:
+        DataError: The file is missing, no YAML, or holds something else.
+
+    Example:
+        >>> write_text(tmp_path / "a.yaml", "keep: 0.5")
+        >>> read_mapping(tmp_path / "a.yaml")
+        {'keep': 0.5}
+    """
+    import yaml
+
+    try:
+        content: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a {type(content).__name__}; give lines of 'option: value'")
+    return content  # pyright: ignore[reportUnknownVariableType]
 
 
 def writable_folder(path: str | Path) -> Path:

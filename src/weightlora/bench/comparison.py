@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weightlora.timing import in_turns, median_ratio
+from weightlora.cost.step_time import in_turns, median_ratio
 
 if TYPE_CHECKING:
     from torch import nn

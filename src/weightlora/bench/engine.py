@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from weightlora.bench._job import Job
+from weightlora.bench._workers import run_here, run_on_ray
 from weightlora.bench.grid import Grid, Point, Record, by_key, key_of
-from weightlora.bench.job import Job
 from weightlora.bench.records import append_record, read_records
-from weightlora.bench.workers import run_here, run_on_ray
 from weightlora.errors import OptionError
 from weightlora.files import writable_folder
 

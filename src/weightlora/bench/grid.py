@@ -6,7 +6,6 @@ with the tuning seeds; its numbers come from the runs of all seeds at that rate,
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import statistics
@@ -16,13 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from weightlora.errors import DataError, OptionError
+from weightlora.errors import OptionError
+from weightlora.files import read_mapping
 from weightlora.methods import options_of
-from weightlora.recipe import option_words, read_recipe
+from weightlora.runs.recipe import option_words, read_recipe
 from weightlora.tasks import find_task
 from weightlora.tasks.rows import HELD_OUT
+from weightlora.text import closest
 
 Record = dict[str, Any]
 #: A run is an entry of the records and leaves nothing else behind; all of it can be overridden in ``base``.
@@ -139,17 +138,10 @@ def read_grid(path: str | Path, output_dir: Path | None = None) -> Grid:
         DataError: The file is not readable.
         OptionError: Something in it is unknown, missing or out of its range.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds no mapping; give methods, learning_rates and seeds")
+    content = read_mapping(path)
     for key in content:
         if key not in _KEYS:
-            close = difflib.get_close_matches(str(key), _KEYS, n=1)
-            hint = f" (closest: {close[0]!r})" if close else f"; there are {', '.join(_KEYS)}"
-            raise OptionError(f"{path}: unknown entry {key!r}{hint}")
+            raise OptionError(f"{path}: unknown entry {key!r}{closest(str(key), _KEYS)}; there are {', '.join(_KEYS)}")
     given: dict[str, Any] = {
         "output_dir": f"runs/{Path(path).stem}",
         "tasks": ["rotten_tomatoes"],

@@ -17,8 +17,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from weightlora.fast_lora import enable_fast_lora
-from weightlora.plan import AdapterPlan
+from weightlora.fast.enable import enable_fast_lora
+from weightlora.plan.plan import AdapterPlan
 from weightlora.tasks.classification import Row, accuracy, load_classifier, shuffled_batches
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.bench.comparison import step_ratios
+from weightlora.cost.saved_bytes import now
 from weightlora.files import write_json
-from weightlora.tracing import now
 
 
 class Peak:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from weightlora import __version__
-from weightlora.allocator import keep_freed_memory
 from weightlora.cli import analyse, bench, demo, estimate, methods, select, show, train
 from weightlora.errors import OptionError, WeightLoraError
+from weightlora.fast.allocator import keep_freed_memory
 
 _COMMANDS = (demo, select, train, show, estimate, analyse, bench, methods)
 

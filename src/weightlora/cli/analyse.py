@@ -34,11 +34,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Look, write numbers and picture, then print both."""
     from rich.console import Console
 
-    from weightlora.analysis import dot_product_study
-    from weightlora.cli.quiet import quiet_libraries
+    from weightlora.cli._quiet import quiet_libraries
     from weightlora.files import writable_folder, write_json
-    from weightlora.recipe import read_recipe
     from weightlora.report.bars import draw_bars, overlap_text, terminal_bars
+    from weightlora.runs.gradient_study import dot_product_study
+    from weightlora.runs.recipe import read_recipe
 
     recipe = read_recipe(arguments.config, arguments.rest, output_dir="runs/dot_product")
     output = writable_folder(recipe.output_dir)

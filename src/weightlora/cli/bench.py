@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.bench.engine import recorded, run_grid
     from weightlora.bench.grid import read_grid
     from weightlora.bench.table import make_table, to_latex, to_markdown, to_terminal
-    from weightlora.cli.quiet import quiet_libraries
+    from weightlora.cli._quiet import quiet_libraries
     from weightlora.files import write_text
 
     console = Console()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from weightlora.bench.comparison import Comparison
     from weightlora.bench.run import Outcome
-    from weightlora.cli.progress import Steps
+    from weightlora.cli._progress import Steps
 
 #: Everything the methods share but the seed.
 _EPOCHS, _BATCH_SIZE, _MAX_LENGTH, _LR = 2, 32, 32, 1.5e-3
@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Train the four methods, leave adapters, plan, picture and numbers, and print the table."""
     from rich.console import Console
 
-    from weightlora.cli.progress import Steps
-    from weightlora.cli.quiet import quiet_libraries
+    from weightlora.cli._progress import Steps
+    from weightlora.cli._quiet import quiet_libraries
     from weightlora.files import writable_folder
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weightlora.errors import OptionError
 
 if TYPE_CHECKING:
-    from weightlora.plan import AdapterPlan
+    from weightlora.plan.plan import AdapterPlan
 
 #: transformers' loader and the shape of the labels, by PEFT's task type: those of a row, or one a token.
 _LOADERS = {
@@ -53,9 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from weightlora.cli.quiet import quiet_libraries
-    from weightlora.estimate import estimate
-    from weightlora.plan import AdapterPlan
+    from weightlora.cli._quiet import quiet_libraries
+    from weightlora.cost.estimate import estimate
+    from weightlora.plan.plan import AdapterPlan
 
     plan = AdapterPlan.load(arguments.path)
     rows, length = int(match[1]), int(match[2])

@@ -58,11 +58,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from weightlora.budget import read_keep
-    from weightlora.cli.quiet import quiet_libraries
+    from weightlora.cli._quiet import quiet_libraries
     from weightlora.files import writable_folder
+    from weightlora.plan.budget import read_keep
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
-    from weightlora.selection import select
+    from weightlora.selection.select import select
 
     output = writable_folder(options.output_dir)
     with quiet_libraries():
@@ -122,8 +122,8 @@ def _model_and_batches(options: argparse.Namespace) -> tuple[Any, list[dict[str,
     """Load the model and as many training batches as the warm-up can use."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-    from weightlora.budget import warmup_steps
-    from weightlora.selection import HEAD_STEPS
+    from weightlora.plan.budget import warmup_steps
+    from weightlora.selection.select import HEAD_STEPS
     from weightlora.tasks import causal_lm, classification, embedded, local, pretrained
 
     causal = options.task == "causal_lm"

@@ -21,8 +21,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Print what the plan keeps, where, and how it was found."""
     from rich.console import Console
 
-    from weightlora.plan import AdapterPlan
-    from weightlora.report.adapter import read_adapter
+    from weightlora.plan.from_adapter import read_adapter
+    from weightlora.plan.plan import AdapterPlan
     from weightlora.report.coverage import fast_gaps, fast_text
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
 

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from weightlora.recipe import MethodOptions, ModelOptions, TaskOptions
+from weightlora.runs.recipe import MethodOptions, ModelOptions, TaskOptions
 
 
 def add_parser(commands: Any) -> None:
@@ -29,13 +29,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, then print the heat map and the metrics."""
     from rich.console import Console
 
-    from weightlora.cli.quiet import one_line_warnings
-    from weightlora.plan import AdapterPlan
-    from weightlora.processes import is_first
-    from weightlora.recipe import read_recipe
+    from weightlora.cli._quiet import one_line_warnings
+    from weightlora.model.distributed import is_first
+    from weightlora.plan.plan import AdapterPlan
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
-    from weightlora.train import ADAPTER, HEATMAP_FILE, train
-    from weightlora.trainer import PLAN_FILE
+    from weightlora.runs.recipe import read_recipe
+    from weightlora.runs.train import ADAPTER, HEATMAP_FILE, train
+    from weightlora.trainer.select_for import PLAN_FILE
 
     recipe = read_recipe(arguments.config, arguments.rest)
     with one_line_warnings():

@@ -5,7 +5,6 @@ model = make_method("weightlora", keep=0.5).attach(model, lora, batches, total_s
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from weightlora.errors import OptionError
+from weightlora.text import closest
 
 if TYPE_CHECKING:
     from weightlora.methods.base import Method as Method
@@ -122,7 +122,7 @@ def make_method(name: str, **options: Any) -> Method:
     """
     known = options_of(name)
     for option in sorted(set(options) - known):
-        raise OptionError(f"{name} has no option {option!r}{_closest(option, sorted(known))}")
+        raise OptionError(f"{name} has no option {option!r}{closest(option, sorted(known))}")
     return _build_of(name)(**options)
 
 
@@ -138,7 +138,7 @@ def entry_of(name: str) -> MethodEntry:
     if name in _ELSEWHERE:
         raise OptionError(f"method={name!r} is none: {_ELSEWHERE[name]}")
     names = [entry.name for entry in METHODS]
-    raise OptionError(f"method={name!r} is unknown{_closest(name, names)}; there are {', '.join(names)}")
+    raise OptionError(f"method={name!r} is unknown{closest(name, names)}; there are {', '.join(names)}")
 
 
 def options_of(name: str) -> set[str]:
@@ -153,7 +153,7 @@ def options_of(name: str) -> set[str]:
     """
     parameters = inspect.signature(_build_of(name)).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):  # they go on to select()
-        further = set(inspect.signature(import_module("weightlora.selection").select).parameters)
+        further = set(inspect.signature(import_module("weightlora.selection.select").select).parameters)
         return (set(parameters) | further) - {"model", "batches", "lora", "options"}
     return set(parameters)
 
@@ -166,8 +166,3 @@ def __getattr__(attribute: str) -> Any:
     if attribute == "Method":  # the protocol's file needs torch's types, the registry does not
         return import_module("weightlora.methods.base").Method
     raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
-
-
-def _closest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (closest: {close[0]!r})" if close else ""

@@ -15,13 +15,20 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from weightlora.budget import cubic_budget
 from weightlora.errors import OptionError
 from weightlora.methods.base import Method
-from weightlora.moving import MoverCallback, warn_unless_begun
-from weightlora.plan import AdapterPlan
-from weightlora.sites import find_sites
-from weightlora.triplets import Alpha, attach_triplets, export_triplets, plan_under, require_steps, triplet_plan
+from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
+from weightlora.methods.common.schedules import cubic_budget
+from weightlora.methods.common.triplets import (
+    Alpha,
+    attach_triplets,
+    export_triplets,
+    plan_under,
+    require_steps,
+    triplet_plan,
+)
+from weightlora.model.sites import find_sites
+from weightlora.plan.plan import AdapterPlan
 
 if TYPE_CHECKING:
     from peft import AdaLoraConfig, LoraConfig, PeftModel

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from weightlora.errors import OptionError
-from weightlora.gates import adapter_layers
-from weightlora.plan import AdapterPlan, base_model_name, make_plan
-from weightlora.sites import Site, require_uniform
-from weightlora.stock import Factors, become_stock, factors_plan
+from weightlora.methods.common.export import Factors, become_stock, factors_plan
+from weightlora.model.layers import adapter_layers
+from weightlora.model.sites import Site, require_uniform
+from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -10,8 +10,8 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from weightlora.methods.base import ChoosingMethod, Method
-from weightlora.plan import AdapterPlan, base_model_name, make_plan
-from weightlora.sites import find_sites
+from weightlora.model.sites import find_sites
+from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
 
 if TYPE_CHECKING:
     from peft import LoraConfig

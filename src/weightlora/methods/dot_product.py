@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from weightlora.budget import Keep, read_budget
 from weightlora.errors import OptionError, SelectionError
 from weightlora.methods.base import ChoosingMethod, Method
-from weightlora.plan import AdapterPlan, base_model_name, make_plan
-from weightlora.probe import adapter_weights, probed, train_adapters
-from weightlora.sites import Site, adapter_parameters, find_sites
-from weightlora.warmup import Loss, Stage, cycled, let_train
+from weightlora.model.sites import Site, adapter_parameters, find_sites
+from weightlora.plan.budget import Keep, read_budget
+from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.selection.stage import adapter_weights, probed, train_adapters
+from weightlora.selection.warmup import Loss, Stage, cycled, let_train
 
 if TYPE_CHECKING:
     from peft import LoraConfig

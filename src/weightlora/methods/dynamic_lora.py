@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from weightlora.budget import require_window, window
 from weightlora.errors import OptionError
-from weightlora.gates import lora_layers
 from weightlora.methods.base import Method
-from weightlora.moving import MoverCallback, warn_unless_begun
-from weightlora.plan import AdapterPlan
-from weightlora.sites import find_sites
-from weightlora.triplets import (
+from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
+from weightlora.methods.common.schedules import require_window, window
+from weightlora.methods.common.triplets import (
     Alpha,
     attach_triplets,
     export_triplets,
@@ -31,6 +28,9 @@ from weightlora.triplets import (
     switch_off,
     triplet_plan,
 )
+from weightlora.model.layers import lora_layers
+from weightlora.model.sites import find_sites
+from weightlora.plan.plan import AdapterPlan
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

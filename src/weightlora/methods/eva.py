@@ -20,14 +20,14 @@ from peft.tuners.lora.eva import get_eva_state_dict
 from torch import Tensor
 
 from weightlora.errors import OptionError, SelectionError
-from weightlora.gates import lora_layers
 from weightlora.methods.base import ChoosingMethod, Method, Prepared
-from weightlora.plan import AdapterPlan, base_model_name, make_plan
-from weightlora.probe import attach_plain_lora
-from weightlora.sites import Site, find_sites, rank_and_alpha
-from weightlora.tokens import counted_tokens
-from weightlora.untouched import untouched
-from weightlora.warmup import Loss, in_parts, model_loss, to_device
+from weightlora.methods.common.token_mask import counted_tokens
+from weightlora.model.layers import lora_layers
+from weightlora.model.restore import untouched
+from weightlora.model.sites import Site, find_sites, rank_and_alpha
+from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.selection.stage import attach_plain_lora
+from weightlora.selection.warmup import Loss, in_parts, model_loss, to_device
 
 if TYPE_CHECKING:
     from peft import PeftModel

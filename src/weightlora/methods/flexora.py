@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from weightlora.budget import Budget, Keep, read_budget
 from weightlora.errors import OptionError, SelectionError
-from weightlora.gates import gated
 from weightlora.methods.base import ChoosingMethod, Method
-from weightlora.plan import AdapterPlan, base_model_name, make_plan
-from weightlora.probe import adapter_weights, probed
-from weightlora.sites import Site, adapter_parameters, find_sites
-from weightlora.warmup import Loss, Stage, cycled, let_train
+from weightlora.model.gates import gated
+from weightlora.model.sites import Site, adapter_parameters, find_sites
+from weightlora.plan.budget import Budget, Keep, read_budget
+from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.selection.stage import adapter_weights, probed
+from weightlora.selection.warmup import Loss, Stage, cycled, let_train
 
 if TYPE_CHECKING:
     from peft import LoraConfig

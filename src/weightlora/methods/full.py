@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from weightlora.gates import lora_layers
 from weightlora.methods.base import ExpandedMethod, Method, uniform_plan
-from weightlora.sites import find_sites
-from weightlora.stock import layer_factors
+from weightlora.methods.common.export import layer_factors
+from weightlora.model.layers import lora_layers
+from weightlora.model.sites import find_sites
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-    from weightlora.plan import AdapterPlan
+    from weightlora.plan.plan import AdapterPlan
 
 
 def build() -> Method:

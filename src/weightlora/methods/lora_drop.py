@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from weightlora.budget import Keep, read_budget
 from weightlora.errors import OptionError, SelectionError
-from weightlora.gates import lora_layers
 from weightlora.methods.base import ChoosingMethod, Method, Prepared
-from weightlora.plan import base_model_name, make_plan
-from weightlora.probe import probed, train_adapters
-from weightlora.processes import add_up
-from weightlora.sites import adapter_parameters, find_sites
-from weightlora.tokens import TokenRows, counted_tokens
-from weightlora.warmup import Loss, Stage, cycled, in_parts
+from weightlora.methods.common.token_mask import TokenRows, counted_tokens
+from weightlora.model.distributed import add_up
+from weightlora.model.layers import lora_layers
+from weightlora.model.sites import adapter_parameters, find_sites
+from weightlora.plan.budget import Keep, read_budget
+from weightlora.plan.plan import base_model_name, make_plan
+from weightlora.selection.stage import probed, train_adapters
+from weightlora.selection.warmup import Loss, Stage, cycled, in_parts
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

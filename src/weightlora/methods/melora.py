@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from weightlora.errors import OptionError
-from weightlora.gates import lora_layers
 from weightlora.methods.base import ChoosingMethod, Method, Prepared
-from weightlora.plan import base_model_name, make_plan
-from weightlora.sites import Site, find_sites, rank_and_alpha
+from weightlora.model.layers import lora_layers
+from weightlora.model.sites import Site, find_sites, rank_and_alpha
+from weightlora.plan.plan import base_model_name, make_plan
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

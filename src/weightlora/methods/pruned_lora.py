@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from weightlora.errors import OptionError, SelectionError
-from weightlora.gates import lora_layers
 from weightlora.methods.base import Method
-from weightlora.moving import MoverCallback, warn_unless_begun
-from weightlora.plan import AdapterPlan
-from weightlora.sites import find_sites, require_uniform
-from weightlora.stock import Factors, become_stock, factors_plan
-from weightlora.triplets import plan_under, require_steps, triplet_plan
+from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
+from weightlora.methods.common.export import Factors, become_stock, factors_plan
+from weightlora.methods.common.triplets import plan_under, require_steps, triplet_plan
+from weightlora.model.layers import lora_layers
+from weightlora.model.sites import find_sites, require_uniform
+from weightlora.plan.plan import AdapterPlan
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

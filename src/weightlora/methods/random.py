@@ -6,10 +6,10 @@ import random
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from weightlora.budget import Keep, read_budget
 from weightlora.methods.base import ChoosingMethod, Method
-from weightlora.plan import AdapterPlan, base_model_name, make_plan
-from weightlora.sites import adapter_parameters, find_sites
+from weightlora.model.sites import adapter_parameters, find_sites
+from weightlora.plan.budget import Keep, read_budget
+from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
 
 if TYPE_CHECKING:
     from peft import LoraConfig

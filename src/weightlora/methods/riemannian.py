@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from weightlora.errors import OptionError, SelectionError
-from weightlora.gates import lora_layers
 from weightlora.methods.base import Method
-from weightlora.moving import MoverCallback, warn_unless_begun
-from weightlora.plan import AdapterPlan, base_model_name, make_plan
-from weightlora.sites import find_sites
+from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
+from weightlora.model.layers import lora_layers
+from weightlora.model.sites import find_sites
+from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

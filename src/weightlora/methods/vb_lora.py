@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError
 from weightlora.methods.base import ExpandedMethod, Method, uniform_plan
-from weightlora.sites import Site, find_sites, tuner_fields
-from weightlora.stock import Factors
+from weightlora.methods.common.export import Factors
+from weightlora.model.sites import Site, find_sites, tuner_fields
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from torch import nn
 
-    from weightlora.plan import AdapterPlan
+    from weightlora.plan.plan import AdapterPlan
 
 _LONGEST = 256
 

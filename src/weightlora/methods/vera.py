@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from weightlora.methods.base import ExpandedMethod, Method, uniform_plan
-from weightlora.sites import find_sites, tuner_fields
-from weightlora.stock import Factors
+from weightlora.methods.common.export import Factors
+from weightlora.model.sites import find_sites, tuner_fields
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from torch import nn
 
-    from weightlora.plan import AdapterPlan
+    from weightlora.plan.plan import AdapterPlan
 
 
 def build(*, r: int | None = None, d_initial: float = 0.1, projection_prng_key: int = 0) -> Method:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
-from weightlora.budget import Keep, warmup_steps
 from weightlora.methods.base import ChoosingMethod, Method
-from weightlora.plan import AdapterPlan
-from weightlora.selection import select
+from weightlora.plan.budget import Keep, warmup_steps
+from weightlora.plan.plan import AdapterPlan
+from weightlora.selection.select import select
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weightlora.analysis import DotProducts
 from weightlora.files import whole_file
 from weightlora.report.heatmap import natural, short_blocks
+from weightlora.runs.gradient_study import DotProducts
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightlora.plan import AdapterPlan
-from weightlora.report.adapter import ADAPTER_FILES, tensor_shapes
+from weightlora.plan.from_adapter import ADAPTER_FILES, tensor_shapes
+from weightlora.plan.plan import AdapterPlan
 
 #: Fields of a LoraConfig under which PEFT computes a layer in another way than plain LoRA, and what that is called.
 VARIANTS = {
@@ -31,15 +31,15 @@ _VARIANT_STARTS = {"mica": "MiCA"}
 def fast_gaps(path: str | Path, plan: AdapterPlan) -> tuple[int, dict[str, str]]:
     """Return how many layers carry an adapter, and those that ``enable_fast_lora`` leaves to PEFT, with their reasons.
 
-    What only a model shows, such as others' hooks, is not in it: :func:`weightlora.fast_lora.fast_coverage` says that.
+    Only a loaded model shows other reasons, such as hooks: see :func:`weightlora.fast.enable.fast_coverage`.
 
     Args:
         path: A plan, or a directory that PEFT saved an adapter into, which says more.
         plan: What was read from it.
 
     Example:
-        >>> from weightlora.plan import PlannedSite
-        >>> from weightlora.sites import Site
+        >>> from weightlora.plan.plan import PlannedSite
+        >>> from weightlora.model.sites import Site
         >>> entries = (PlannedSite(Site("a", 8, 8), 4, 8, r=4, alpha=8, score=2.0),)
         >>> fast_gaps("plan.json", AdapterPlan(entries, lora={"use_dora": True}))
         (1, {'a': 'DoRA'})

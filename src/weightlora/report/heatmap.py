@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlora.files import whole_file
-from weightlora.plan import AdapterPlan
+from weightlora.plan.plan import AdapterPlan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,8 +43,8 @@ def make_grid(plan: AdapterPlan) -> Grid:
     """Return the plan's sites as a grid of layers and projections.
 
     Example:
-        >>> from weightlora.plan import PlannedSite
-        >>> from weightlora.sites import Site
+        >>> from weightlora.plan.plan import PlannedSite
+        >>> from weightlora.model.sites import Site
         >>> grid = make_grid(AdapterPlan((
         ...     PlannedSite(Site("layer.0.q", 8, 8), 4, 8, r=0, alpha=8, score=1.0),
         ...     PlannedSite(Site("layer.1.q", 8, 8), 4, 8, r=4, alpha=8, score=3.0),

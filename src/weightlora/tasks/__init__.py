@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 from typing import Any
 
 from weightlora.errors import OptionError
 from weightlora.tasks import completion
 from weightlora.tasks.base import Task
+from weightlora.text import closest
 
 _ENTAILMENT = ("entailment", "not_entailment")
 _MNLI = ("entailment", "neutral", "contradiction")
@@ -77,9 +77,7 @@ def find_task(name: str) -> Task:
         if task.name == name:
             return task
     names = [task.name for task in TASKS]
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f" (closest: {close[0]!r})" if close else ""
-    raise OptionError(f"task={name!r} is unknown{hint}; there are {', '.join(names)}")
+    raise OptionError(f"task={name!r} is unknown{closest(name, names)}; there are {', '.join(names)}")
 
 
 def kind_of(task: Task) -> Any:

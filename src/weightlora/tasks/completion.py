@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError, OptionError, WeightLoraWarning
+from weightlora.tasks._judge import judge_model
+from weightlora.tasks._prompts import solves, to_prompts
 from weightlora.tasks.base import Prepared, RowOptions, Task
-from weightlora.tasks.judge import judge_model
 from weightlora.tasks.pretrained import load_pretrained
-from weightlora.tasks.prompts import solves, to_prompts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +34,7 @@ _HELLASWAG = {"activity": "activity_label", "ctx_a": "ctx_a", "ctx_b": "ctx_b", 
 _ARC = {"question": "question", "choices": "choices", "answer": "answerKey"}
 
 #: ``options["harness"]`` names the task of lm-evaluation-harness that judges, and the metrics are the harness's;
-#: ``include_path``, ``limit`` and ``num_fewshot`` beside it are those of :func:`weightlora.tasks.judge.judge`.
+#: ``include_path``, ``limit`` and ``num_fewshot`` beside it are those of :func:`weightlora.tasks._judge.judge`.
 TASKS = (
     # The same rows as allenai/math_qa, which is a script: datasets reads none since its version 4.
     _judged("mathqa", "regisss/math_qa", None, _ACC, problem="Problem", options="options", correct="correct"),

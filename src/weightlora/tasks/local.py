@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 from collections.abc import Iterable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from weightlora.errors import DataError
+from weightlora.text import closest
 
 
 def read_rows(path: str | Path, *, text: str = "text", label: str | None = "label") -> list[tuple[str, str]]:
@@ -39,9 +39,7 @@ def read_rows(path: str | Path, *, text: str = "text", label: str | None = "labe
         raise DataError(f"{path} has no rows")
     for column in filter(None, (text, label)):
         if column not in rows[0]:
-            close = difflib.get_close_matches(column, list(rows[0]), n=1)
-            hint = f" (closest: {close[0]!r})" if close else ""
-            raise DataError(f"{path} has no column {column!r}{hint}; it has {', '.join(rows[0])}")
+            raise DataError(f"{path} has no column {column!r}{closest(column, rows[0])}; it has {', '.join(rows[0])}")
     return [(str(row[text]), str(row[label]) if label else "") for row in rows]
 
 

@@ -7,9 +7,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError, OptionError
+from weightlora.tasks._squad_metric import Span, Window, best_span, null_score, squad_scores, squad_v2_scores
 from weightlora.tasks.base import Prepared, RowOptions, Task
 from weightlora.tasks.pretrained import load_pretrained
-from weightlora.tasks.squad_metric import Span, Window, best_span, null_score, squad_scores, squad_v2_scores
 
 if TYPE_CHECKING:
     from pathlib import Path

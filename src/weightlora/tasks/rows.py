@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError, OptionError
 from weightlora.tasks.base import Task
+from weightlora.text import closest
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -128,7 +128,7 @@ def _dataset(task: Task, source: Source, seed: int) -> Any:
     if name is None:
         raise OptionError(f"{task.name} has no data of its own: give dataset_name, or train_file and validation_file")
     if name.startswith("reasoning_gym/"):
-        from weightlora.tasks.prompts import reasoning_rows
+        from weightlora.tasks._prompts import reasoning_rows
 
         train, validation = source.max_train_samples or 1000, source.max_eval_samples or 200
         settings = _generator_settings(source.dataset_config_name)
@@ -179,9 +179,7 @@ def _load(*arguments: Any, **named: Any) -> Any:
 def _check_columns(task: Task, split: str, present: Sequence[str]) -> None:
     for role, column in task.columns.items():
         if column not in present:
-            close = difflib.get_close_matches(column, present, n=1)
-            hint = f" (closest: {close[0]!r})" if close else ""
             raise DataError(
-                f"the split {split!r} has no column {column!r}{hint} for the role {role!r} of {task.name}; "
-                f"it has {', '.join(present)}; name yours with columns: {role}=..."
+                f"the split {split!r} has no column {column!r}{closest(column, present)} for the role {role!r} of "
+                f"{task.name}; it has {', '.join(present)}; name yours with columns: {role}=..."
             )

@@ -1,0 +1,97 @@
+"""One run of a benchmark in a process of its own: options → trained adapter and its numbers → a record."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import warnings
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from weightlora.bench.records import provenance
+from weightlora.fast.allocator import keep_freed_memory
+
+COST_FILE = "cost.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is told."""
+
+    options: Mapping[str, Any]
+    """Of ``weightlora train``."""
+    folder: Path
+    """The run's own folder; what an interrupted run left there is taken up, and nothing is left in the end."""
+    timing_rounds: int
+    threads: int
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Return the record of a run; a run that fails is a record with ``status: failed`` and the reason."""
+    import torch
+
+    torch.set_num_threads(job.threads)
+    keep_freed_memory()
+    _quiet()
+    try:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # a trainer without bars prints its logs
+            outcome = {"status": "ok", **_results(job)}
+    except Exception as error:  # a broken run must not stop the others
+        outcome = failure(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return {"options": dict(job.options), **outcome, "provenance": provenance()}
+
+
+def failure(reason: str) -> dict[str, Any]:
+    """Return the part of a record that says that its run failed."""
+    return {"status": "failed", "error": reason}
+
+
+def die_with_parent() -> None:
+    """Let this process end when the one that started it does: nobody works on for a benchmark that was killed."""
+    parent = parent_process()
+    assert parent is not None, "a worker is started by multiprocessing"
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _results(job: Job) -> dict[str, Any]:
+    from weightlora.bench.step_cost import Peak, StepCost
+    from weightlora.runs.recipe import option_words, read_recipe
+    from weightlora.runs.train import RESULTS_FILE, train
+
+    cost_path = job.folder / COST_FILE
+    if (job.folder / RESULTS_FILE).exists() and not cost_path.exists():
+        shutil.rmtree(job.folder)  # its training went on from its very end, where no step is left to be measured
+    recipe = read_recipe(words=[*option_words(job.options), "--output_dir", str(job.folder)])
+    peak = Peak()
+    with peak.watched():
+        results = train(recipe, callbacks=[StepCost(cost_path, job.timing_rounds, peak)])
+    cost = json.loads(cost_path.read_text(encoding="utf-8"))
+    training = round(results["training_seconds"] - cost.pop("measuring_seconds"), 2)
+    return {**{k: v for k, v in results.items() if k not in _LEFT_OUT}, "training_seconds": training, **cost}
+
+
+#: Of a run's results: in the options already, or too long.
+_LEFT_OUT = {"before", "losses", "method", "per_device_train_batch_size", "gradient_accumulation_steps"}
+
+
+def _quiet() -> None:
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # of torch's loader, where there is no accelerator

@@ -1,0 +1,69 @@
+"""Where the runs of a benchmark run: processes of this machine, or a Ray cluster. Records come as they are finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context
+from typing import Any
+
+from weightlora.bench._job import Job, die_with_parent, failure, run_job
+from weightlora.errors import OptionError
+
+Run = Callable[[Job], dict[str, Any]]
+_DIED = "the worker died, as one does that is killed for want of memory"
+
+
+def run_here(jobs: Sequence[Job], workers: int, run: Run = run_job) -> Iterator[dict[str, Any]]:
+    """Run jobs in parallel processes; one that kills its process is a record too.
+
+    Args:
+        jobs: They are begun in this order.
+        workers: Processes.
+        run: What each is given to.
+    """
+    left, crowd = list(jobs), workers
+    while left:
+        others, stopped = set(active_children()), True
+        pool = ProcessPoolExecutor(crowd, mp_context=get_context("spawn"), initializer=die_with_parent)
+        try:
+            futures = {pool.submit(run, job): job for job in left}
+            for future in as_completed(futures):
+                if not isinstance(future.exception(), BrokenProcessPool):
+                    yield future.result()
+                    left.remove(futures[future])
+            stopped = False
+        finally:
+            pool.shutdown(wait=not stopped, cancel_futures=True)
+            if stopped:  # by Ctrl-C, or whoever takes the records wants no more: nobody waits for runs half done
+                for process in set(active_children()) - others:
+                    process.terminate()
+        if left and crowd == 1:  # alone, they run in their order, and one knows who it was
+            job = left.pop(0)
+            yield {"options": dict(job.options), **failure(_DIED)}
+        crowd = workers if crowd == 1 else 1
+
+
+def run_on_ray(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
+    """Run jobs on the Ray cluster that ``RAY_ADDRESS`` names, else on one that is started on this machine.
+
+    Raises:
+        OptionError: Ray is not installed.
+    """
+    try:
+        import ray
+        from ray.exceptions import RayError
+    except ImportError as error:
+        raise OptionError("--ray needs Ray; run: pip install 'weightlora[ray]'") from error
+    ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
+    remote: Any = ray.remote(run_job)
+    pending = {remote.options(num_cpus=job.threads).remote(job): job for job in jobs}
+    while pending:
+        [done], _ = ray.wait(list(pending), num_returns=1)
+        job = pending.pop(done)
+        try:
+            yield ray.get(done)
+        except RayError as error:
+            reason = next(iter(str(error).splitlines()), _DIED)
+            yield {"options": dict(job.options), **failure(f"{type(error).__name__}: {reason}")}

@@ -1,0 +1,112 @@
+"""What training a plan takes, beside plain LoRA and the plan's expansion: parameters, bytes, step time."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weightlora.cost.saved_bytes import ADAMW_COPIES, parameter_cost, saved_cost
+from weightlora.cost.step_time import step_seconds
+from weightlora.fast.dropout import Dropout
+from weightlora.fast.enable import enable_fast_lora
+from weightlora.model.restore import untouched
+from weightlora.plan.plan import AdapterPlan
+
+#: Tokens of the steps that are timed: the ratio to plain LoRA hardly depends on the number of rows.
+TIMED_TOKENS = 1024
+MakeLoss = Callable[[nn.Module, int], Tensor]
+"""``make_loss(model, rows)``: the loss of a batch of so many rows, made on the spot."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One line of the comparison."""
+
+    name: str
+    sites: int
+    parameters: int
+    """All that is trained, a head too."""
+    optimizer_bytes: int
+    """AdamW's two moments."""
+    saved_bytes: int
+    """Saved for the backward pass, each storage once."""
+    memory_bytes: int
+    """Parameters, gradients, optimizer and saved bytes: what ``keep="512MB"`` counts."""
+    step_ratio: float
+    """Step time ÷ that of plain LoRA, by PEFT."""
+
+
+def plain_lora(plan: AdapterPlan) -> AdapterPlan:
+    """Return LoRA on all of the plan's candidates: the budget that it was made from."""
+    return replace(plan, entries=tuple(replace(e, r=e.lora_r, alpha=e.lora_alpha) for e in plan.entries))
+
+
+def estimate(
+    plan: AdapterPlan,
+    model: nn.Module,
+    make_loss: MakeLoss,
+    *,
+    rows: int,
+    length: int,
+    fast: Dropout | None = None,
+    rounds: int = 3,
+) -> list[Estimate]:
+    """Return the lines of plain LoRA, the plan and its expansion; ``model`` is left as it was.
+
+    Bytes are exact for the batch and cost no arithmetic; of what the fast step's dropout keeps, it is the expected
+    number. Steps are really taken, in turns, with as many rows as hold ``TIMED_TOKENS`` tokens.
+
+    Args:
+        plan: Made for ``model``.
+        model: The base model.
+        make_loss: See :data:`MakeLoss`.
+        rows: Rows of the batch.
+        length: Tokens of a row.
+        fast: The ``dropout`` of :func:`weightlora.enable_fast_lora`: three more lines, with that step.
+        rounds: Timed turns; the ratio is that of the medians.
+
+    Raises:
+        PlanMismatchError: The plan was made for another model.
+    """
+    plans = {"LoRA": plain_lora(plan), "plan": plan, "expanded": plan.expand()}
+    variants: dict[str, tuple[AdapterPlan, Dropout | None]] = {name: (plans[name], None) for name in plans}
+    if fast is not None:
+        variants |= {f"{name}, fast": (plans[name], fast) for name in plans}
+    timed_rows = max(1, min(rows, TIMED_TOKENS // length))
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    counts: dict[str, Mapping[str, int]] = {}
+    for _ in range(rounds):
+        for name, (variant, step) in variants.items():
+            with untouched(model, seed=0), torch.enable_grad():
+                attached = variant.attach(model, init_lora_weights=True).train()  # PiSSA would write to the base
+                if step is not None:
+                    enable_fast_lora(attached, step)
+                if name not in counts:
+                    counts[name] = _count(attached, make_loss, rows)
+                seconds[name] += step_seconds(attached, lambda: [make_loss(model, timed_rows)])
+    first = statistics.median(seconds["LoRA"])
+    return [
+        Estimate(name, len(variant.names), **counts[name], step_ratio=statistics.median(seconds[name]) / first)
+        for name, (variant, _) in variants.items()
+    ]
+
+
+def _count(attached: nn.Module, make_loss: MakeLoss, rows: int) -> dict[str, int]:
+    trained: int = sum(p.numel() for p in attached.parameters() if p.requires_grad)
+    in_bytes = parameter_cost(attached).of_all
+
+    def losses() -> Any:
+        yield make_loss(attached, rows)
+
+    saved = saved_cost(attached, losses, fake=True).of_all
+    return {
+        "parameters": trained,
+        "optimizer_bytes": in_bytes * 2 // ADAMW_COPIES,
+        "saved_bytes": saved,
+        "memory_bytes": in_bytes + saved,
+    }

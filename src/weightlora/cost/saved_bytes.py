@@ -1,0 +1,241 @@
+"""A forward pass with LoRA on all sites, followed once: the bytes that each set of sites would save.
+
+Autograd's own graph tells it. Each node knows what it saved, and which nodes a set of sites leaves in the graph is a
+matter of reachability: those with a kept adapter below them, and of those inside an adapter only the kept ones'. So
+one forward pass, under a ``FakeTensorMode`` even without arithmetic, has the exact bytes of all 2ⁿ sets.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import BackwardCFunction
+
+from weightlora.cost.knapsack import ANY, Cause, Cost, Item, make_cost
+from weightlora.errors import OptionError, SelectionError
+from weightlora.model.hooks import Watch
+from weightlora.model.layers import lora_layers
+
+Losses = Callable[[], Iterable[Tensor]]
+"""Runs the forward passes of one optimizer step; each loss that it gives is one backward pass."""
+
+#: A trained number, its gradient and AdamW's two moments.
+ADAMW_COPIES = 4
+#: A product keeps a factor for the gradient of the other one only: name of what is saved → place of that other input.
+_FACTORS = {
+    "MulBackward0": {"self": 1, "other": 0},
+    "MmBackward0": {"self": 1, "mat2": 0},
+    "BmmBackward0": {"self": 1, "mat2": 0},
+    "AddmmBackward0": {"mat1": 2, "mat2": 1},
+    "BaddbmmBackward0": {"batch1": 2, "batch2": 1},
+}
+LEAF = "torch::autograd::AccumulateGrad"
+
+
+def parameter_cost(model: nn.Module) -> Cost:
+    """Bytes of the trained parameters with their gradients and the state of AdamW.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 6)), LoraConfig(r=2, target_modules=["0"]))
+        >>> parameter_cost(model).of([0]) == 4 * 4 * 2 * (4 + 6)  # four copies of fp32 numbers
+        True
+    """
+    layers = lora_layers(model)
+    causes = leaf_causes(layers)
+    items = [
+        Item(ADAMW_COPIES * p.numel() * p.element_size(), (causes.get(id(p), (ANY, 1 << len(layers))),))
+        for p in model.parameters()
+        if p.requires_grad
+    ]
+    return make_cost(len(layers), items, order=())
+
+
+def saved_cost(model: nn.Module, losses: Losses, *, fake: bool = False) -> Cost:
+    """Bytes that autograd holds when the forward pass ends: each storage once, parameters not counted.
+
+    Args:
+        model: It carries LoRA on all sites and is in the mode that it is trained in.
+        losses: Runs the forward pass; of several, such as those of micro-batches, the largest counts.
+        fake: Do no arithmetic: ``losses`` makes its batch, and what is called with it is fake as well. The model
+            stays real.
+
+    Raises:
+        OptionError: Gradient checkpointing is on, which saves other things than the graph says.
+        SelectionError: The loss depends on nothing that is trained.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+        >>> model = get_peft_model(net, LoraConfig(r=1, target_modules=["0", "2"]))
+        >>> cost = saved_cost(model, lambda: [model(torch.ones(5, 4)).sum()])
+        >>> inputs, ranks, tanh = 4 * 5 * 4, 4 * 5 * 1, 4 * 5 * 4  # what tanh saves is the upper site's input
+        >>> cost.of([0]) == inputs + ranks + tanh, cost.of([1]) == tanh + ranks, cost.of([0, 1]) == cost.of([0]) + ranks
+        (True, True, True)
+    """
+    _require_no_checkpointing(model)
+    layers = lora_layers(model)
+    parameters = list(model.parameters())
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+    if mode is not None:  # the very fakes that operations find in the place of these
+        parameters += [mode.from_tensor(parameter) for parameter in parameters]
+    ours = {_storage(parameter) for parameter in parameters}
+    costs: list[Cost] = []
+    with marked(layers) as marks, mode or nullcontext():
+        for loss in losses():
+            costs.append(_saved_by(loss, layers, marks, ours))
+            marks.clear()
+    return max(costs, key=lambda cost: cost.of_all)
+
+
+@dataclass
+class Marks:
+    """Whose part each of autograd's nodes is, and how long it took to run forwards."""
+
+    numbers: list[int] = field(default_factory=list[int])
+    """Autograd's count of nodes where a part begins."""
+    sites: list[int | None] = field(default_factory=list["int | None"])
+    """The part: a site's adapter, or None for the frozen model."""
+    seconds: list[float] = field(default_factory=list[float])
+    order: dict[int, None] = field(default_factory=dict[int, None])
+    """The sites as they were come to."""
+
+    def begin(self, site: int | None) -> None:
+        """From here on it is the part of ``site``."""
+        self.numbers.append(torch.autograd._get_sequence_nr())  # pyright: ignore
+        self.sites.append(site)
+        self.seconds.append(now())
+        if site is not None:
+            self.order[site] = None
+
+    def own(self, node: Any) -> int:
+        """The site whose adapter made the node, as a set; any for the frozen model."""
+        place = bisect_right(self.numbers, node._sequence_nr()) - 1
+        site = self.sites[place] if place >= 0 else None
+        return ANY if site is None else 1 << site
+
+    def forward_seconds(self) -> Iterator[tuple[int, float]]:
+        """Each time that an adapter took."""
+        for site, start, end in zip(self.sites, self.seconds, self.seconds[1:], strict=False):
+            if site is not None:
+                yield site, end - start
+
+    def clear(self) -> None:
+        """Forget a forward pass, but not the order of its sites."""
+        for marks in (self.numbers, self.sites, self.seconds):
+            marks.clear()
+
+
+@contextmanager
+def marked(layers: Mapping[str, LoraLayer]) -> Generator[Marks]:
+    """Mark what the LoRA layers do themselves, apart from the frozen layers in them."""
+    marks = Marks()
+    handles: list[Any] = []
+    for i, layer in enumerate(layers.values()):
+        adapter, frozen = Watch(partial(marks.begin, i)), Watch(partial(marks.begin, None))
+        whole: Any = layer
+        base = layer.get_base_layer()
+        handles += [whole.register_forward_pre_hook(adapter), base.register_forward_pre_hook(frozen)]
+        handles += [base.register_forward_hook(adapter), whole.register_forward_hook(frozen)]
+    try:
+        yield marks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def graph(loss: Any, leaves: Mapping[int, Cause], rest: int) -> dict[Any, int]:
+    """Each node under the loss, inputs first, with the set of sites that lie below it."""
+    if not isinstance(loss, Tensor) or loss.grad_fn is None:
+        raise SelectionError("the loss depends on nothing that is trained; does loss_fn detach it?")
+    below: dict[Any, int] = {}
+    stack: list[Any] = [loss.grad_fn]
+    while stack:
+        node = stack[-1]
+        inputs = [node_below for node_below, _ in node.next_functions if node_below is not None]
+        waiting = [node_below for node_below in inputs if node_below not in below]
+        if waiting:
+            stack += waiting
+            continue
+        stack.pop()
+        if node.name() == LEAF:  # what is no adapter's, a head or an input that wants a gradient, is always there
+            below[node] = leaves.get(id(node.variable), (ANY, rest))[1]
+        else:
+            below[node] = 0
+            for node_below in inputs:
+                below[node] |= below[node_below]
+    return below
+
+
+def _saved_by(loss: Any, layers: Mapping[str, LoraLayer], marks: Marks, parameters: set[int]) -> Cost:
+    """The bytes of one forward pass."""
+    below = graph(loss, leaf_causes(layers), 1 << len(layers))
+    causes: dict[int, list[Cause]] = {}
+    sizes: dict[int, int] = {}
+    for node, sites in below.items():
+        wanted_for = _FACTORS.get(node.name(), {})
+        for name, tensor in _saved(node):
+            storage = _storage(tensor)
+            if storage in parameters or _is_number(tensor):
+                continue
+            other = node.next_functions[wanted_for[name]][0] if name in wanted_for else None
+            cause = (marks.own(node), sites if name not in wanted_for else below.get(other, 0))
+            causes.setdefault(storage, []).append(cause)
+            sizes[storage] = tensor.untyped_storage().nbytes()
+    return make_cost(len(layers), [Item(sizes[s], tuple(causes[s])) for s in sizes], marks.order)
+
+
+def _saved(node: Any) -> Iterator[tuple[str, Tensor]]:
+    """What a node keeps for its backward pass, with its name; autograd shows it as ``_saved_<name>``."""
+    if isinstance(node, BackwardCFunction):
+        named: list[tuple[str, Any]] = [("", node.saved_tensors)]
+    else:
+        names = [name.removeprefix("_raw_saved_") for name in dir(node) if name.startswith("_raw_saved_")]
+        named = [(name, getattr(node, f"_saved_{name}")) for name in names]
+    for name, value in named:
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(tensor, Tensor):
+                yield name, tensor
+
+
+def leaf_causes(layers: Mapping[str, LoraLayer]) -> dict[int, Cause]:
+    """The cause of each adapter's parameters, by their identity."""
+    modules: dict[int, Any] = dict(enumerate(layers.values()))
+    return {id(p): (1 << i, 1 << i) for i, layer in modules.items() for p in layer.parameters() if p.requires_grad}
+
+
+def _require_no_checkpointing(model: nn.Module) -> None:
+    from transformers import PreTrainedModel
+
+    if any(isinstance(module, PreTrainedModel) and module.is_activation_checkpointing for module in model.modules()):
+        raise OptionError(
+            "bytes are not counted under gradient checkpointing, which saves the blocks' inputs alone; turn it off, "
+            'or give a count, parameters or a step time such as keep="0.8x"'
+        )
+
+
+def _storage(tensor: Tensor) -> int:
+    """Identity of the memory that a tensor looks at, also where it is fake and has no address."""
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]  # as torch.multiprocessing does
+
+
+def _is_number(tensor: Tensor) -> bool:
+    """Whether it is a Python number, as which a product keeps the adapters' scale: no memory of the device."""
+    return tensor.dim() == 0 and tensor.dtype == torch.float64
+
+
+def now() -> float:
+    """The time when everything that was asked of the device is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,179 @@
+"""A training step with LoRA on all sites, timed in its parts: how long the step of each set of sites would take."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from weightlora.cost.knapsack import ANY, Cause, Cost, Item, make_cost
+from weightlora.cost.saved_bytes import LEAF, Losses, graph, leaf_causes, marked, now
+from weightlora.model.layers import lora_layers
+
+
+def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5) -> Cost:
+    """Nanoseconds of a training step: forward passes, backward passes and AdamW.
+
+    The step of a set has three parts: the frozen model's forward pass and the head's step, which are always there; the
+    frozen model's backward pass down to the lowest site; and the adapters. How the two latter are *shared* among
+    layers and sites is measured node by node in backward passes of plain LoRA, and in its adapters' forward passes.
+    What they *sum up* to comes from whole steps, which no clock disturbs: with no adapter, with the first site alone
+    and with all, so that the price is exact for these three::
+
+        all − first  = a · (adapters' shares but the first one's)
+        first − none = b · (frozen model's shares below which the first site lies) + a · (first adapter's share)
+
+    The factors a and b would be 1 if reading the clock took no time. All numbers are medians over the rounds; those of
+    whole steps are medians of their ratios to the step with all sites.
+
+    Args:
+        model: It carries LoRA on all sites and is in the mode that it is trained in; nothing of it moves, but its
+            gradients are lost.
+        losses: Runs the forward passes; all of them count.
+        rounds: Steps of each kind, beside one that warms up.
+
+    Raises:
+        SelectionError: The loss depends on nothing that is trained.
+    """
+    layers = lora_layers(model)
+    n = len(layers)
+    always = (ANY, 1 << n)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    profiles = [_profile(layers, losses, optimizer) for _ in range(rounds + 1)][1:]
+    order = profiles[0].order
+    causes = sorted({cause for profile in profiles for cause in profile.seconds})
+    shares = {c: statistics.median(profile.seconds.get(c, 0.0) for profile in profiles) for c in causes}
+    own = make_cost(n, [Item(_ns(s), (c,)) for c, s in shares.items() if c[0] != ANY], order)
+    frozen = [Item(_ns(s), (c,)) for c, s in shares.items() if c[0] == ANY and not c[1] & always[1]]
+    below = make_cost(n, frozen, order)
+
+    one, every = own.order[:1], range(n)
+    none, first, whole = map(_ns, _steps(layers, losses, optimizer, [(), one, every], rounds))
+    a = _factor(whole - first, own.of_all - own.of(one)) if n > 1 else 1.0
+    b = _factor(first - none - a * own.of(one), below.of(one))
+    items = [Item(round(factor * i.amount), i.causes) for factor, cost in ((a, own), (b, below)) for i in cost.items]
+    return make_cost(n, [*items, Item(none, (always,))], own.order)
+
+
+def in_turns(steps: Sequence[Callable[[], object]], rounds: int, *, warmups: int = 1) -> list[list[float]]:
+    """Return the seconds of each step in each of ``rounds``; the steps are taken in turns, in an order drawn anew.
+
+    Args:
+        steps: Each does one step when it is called.
+        rounds: Timed rounds.
+        warmups: Rounds before them, which do not count.
+
+    Example:
+        >>> [quick, slow] = in_turns([lambda: sum(range(10)), lambda: sum(range(100_000))], rounds=3)
+        >>> len(quick), median_ratio(slow, quick) > 1
+        (3, True)
+    """
+    seconds: list[list[float]] = [[] for _ in steps]
+    order, turns = list(range(len(steps))), random.Random(0)
+    for _ in range(rounds + warmups):
+        turns.shuffle(order)
+        for place in order:
+            start = now()
+            steps[place]()
+            seconds[place].append(now() - start)
+    return [times[warmups:] for times in seconds]
+
+
+def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
+    """Return the median of ``seconds ÷ reference``, round by round: what drifts slower than a round cancels out."""
+    return statistics.median(time / other for time, other in zip(seconds, reference, strict=True))
+
+
+def step_seconds(model: nn.Module, losses: Losses, *, steps: int = 2) -> list[float]:
+    """Seconds of each of ``steps`` training steps, after one that warms up; nothing of ``model`` moves."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+    return [_step(losses, optimizer) for _ in range(steps + 1)][1:]
+
+
+@dataclass(frozen=True)
+class _Profile:
+    """Seconds of one step of plain LoRA by what causes them."""
+
+    seconds: Mapping[Cause, float]
+    order: tuple[int, ...]
+
+
+def _profile(layers: Mapping[str, LoraLayer], losses: Losses, optimizer: torch.optim.Optimizer) -> _Profile:
+    """Time the adapters' forward passes, each node's backward pass and the optimizer's step.
+
+    A node's time goes on until the next node begins: adding up gradients that meet belongs to it.
+    """
+    optimizer.zero_grad()
+    seconds: dict[Cause, float] = {}
+    with marked(layers) as marks:
+        for loss in losses():
+            below = graph(loss, leaf_causes(layers), 1 << len(layers))
+            clock: list[tuple[Cause, float]] = []
+            for node, sites in below.items():
+                is_leaf = node.name() == LEAF
+                own = sites if is_leaf and not sites >> len(layers) else ANY if is_leaf else marks.own(node)
+                node.register_prehook(partial(_note, clock, (own, sites)))
+            forwards = [((1 << site, 1 << site), t) for site, t in marks.forward_seconds()]
+            loss.backward()
+            ends = [start for _, start in clock[1:]] + [now()]
+            backwards = [(cause, end - start) for (cause, start), end in zip(clock, ends, strict=True)]
+            for cause, duration in (*forwards, *backwards):
+                seconds[cause] = seconds.get(cause, 0.0) + duration
+            marks.clear()
+    start = now()
+    optimizer.step()
+    share = (now() - start) / len(layers)
+    for i in range(len(layers)):
+        seconds[1 << i, 1 << i] = seconds.get((1 << i, 1 << i), 0.0) + share
+    return _Profile(seconds, tuple(marks.order))
+
+
+def _note(clock: list[tuple[Cause, float]], cause: Cause, *_: Any) -> None:
+    clock.append((cause, now()))
+
+
+def _steps(
+    layers: Mapping[str, LoraLayer],
+    losses: Losses,
+    optimizer: torch.optim.Optimizer,
+    sets: Sequence[Iterable[int]],
+    rounds: int,
+) -> list[float]:
+    """Seconds of whole steps with each set of sites, taken in turns; medians of their ratios to the last set's step."""
+
+    def step(kept: frozenset[int]) -> None:
+        for i, layer in enumerate(layers.values()):
+            layer.enable_adapters(i in kept)
+        _step(losses, optimizer)
+
+    seconds = in_turns([partial(step, frozenset(kept)) for kept in sets], rounds)
+    for layer in layers.values():
+        layer.enable_adapters(True)
+    last = statistics.median(seconds[-1])
+    return [last * median_ratio(times, seconds[-1]) for times in seconds]
+
+
+def _step(losses: Losses, optimizer: torch.optim.Optimizer) -> float:
+    """Seconds of one step."""
+    optimizer.zero_grad()
+    start = now()
+    for loss in losses():
+        if loss.requires_grad:  # without adapters and head there is no backward pass
+            loss.backward()
+    optimizer.step()
+    return now() - start
+
+
+def _ns(seconds: float) -> int:
+    return round(1e9 * seconds)
+
+
+def _factor(measured: float, shares: float) -> float:
+    return max(measured, 0.0) / shares if shares else 0.0

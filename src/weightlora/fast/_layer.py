@@ -1,0 +1,178 @@
+"""The fast step as a PEFT ``LoraVariant``: which layers and calls it covers; the others keep PEFT's arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from weightlora.fast._step import Fused, Step, without_autocast
+from weightlora.fast.dropout import Dropout
+from weightlora.model.gates import Gate
+from weightlora.model.hooks import has_global_hooks, hooks_of, is_hooked, is_watched, only_watched_before
+
+#: Numbers in x below which PEFT's way is the quicker, as for a token being generated: a node written in Python takes
+#: longer than what it saves. Where numbers of x are dropped, it saves more.
+LEAST_NUMBERS, LEAST_WITH_INPUT_DROPOUT = 2**16, 2**14
+#: By name, so that bitsandbytes need not be there.
+_QUANTISED = {"peft.tuners.lora.bnb.Linear8bitLt", "peft.tuners.lora.bnb.Linear4bit"}
+
+
+@dataclass(frozen=True)
+class FastLora(LoraVariant):
+    """What PEFT calls in place of its own LoRA arithmetic."""
+
+    dropout: Dropout
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **_kwargs: Any) -> None:
+        """Nothing to make: the layer keeps PEFT's parameters."""
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """W0 + ΔW, rounded as PEFT does it for plain LoRA."""
+        delta: Tensor = module.get_delta_weight(active_adapter)
+        if _name(type(module)) in _QUANTISED:
+            return orig_weight.to(delta.dtype).to(delta.device) + delta
+        return orig_weight + delta.to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        """W0 + ΔW in place."""
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """W0 from W0 + ΔW."""
+        delta: Tensor = module.get_delta_weight(active_adapter)
+        if _name(type(module)) in _QUANTISED:
+            return orig_weight.to(delta.dtype).to(delta.device) - delta
+        return orig_weight.data - delta.to(orig_weight.dtype)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_kwargs: Any
+    ) -> Tensor:
+        """Return ``result``, the base layer's output, with the adapter's added."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if self._leaves_to_peft(module, active_adapter, x, autocast=autocast):
+            return self._by_modules(module, active_adapter, x, result, autocast=autocast)
+        return self._fused(module, active_adapter, x, result, autocast=autocast)
+
+    def _fused(self, module: Any, adapter: str, x: Tensor, result: Tensor, *, autocast: bool) -> Tensor:
+        """The base layer's output plus the adapter's, as one autograd function (``_step.py``)."""
+        weight = _frozen_weight(module, x)
+        a, b = module.lora_A[adapter], module.lora_B[adapter]
+        gate = _gate(a)
+        closed = gate is not None and gate.omega == 0
+        p = _probability(module.lora_dropout[adapter])
+        omega = 1.0 if gate is None or closed else gate.omega
+        step = Step(
+            scale=module.scaling[adapter] * omega / (1 - p),
+            p=p,
+            dropout=self.dropout,
+            dtype=torch.get_autocast_dtype(x.device.type) if autocast else cast(torch.dtype, a.weight.dtype),
+            in_place=_is_ours(module, result, weight),
+            narrow=_is_narrow(module, result),
+        )
+        base = result if weight is None else result.detach()  # its own graph is not needed
+        ear = gate.ear if gate is not None and closed else None
+        with without_autocast(x):
+            return Fused.apply(base, x, weight, a.weight, b.weight, ear, step)  # pyright: ignore[reportReturnType]
+
+    def _leaves_to_peft(self, module: LoraLayer, adapter: str, x: Tensor, *, autocast: bool) -> bool:
+        """Whether this one call takes PEFT's arithmetic: it is too small, or nothing that the fast step covers."""
+        p = _probability(module.lora_dropout[adapter])
+        return (
+            torch.compiler.is_compiling()  # which fuses PEFT's arithmetic itself
+            or _is_small(x, drops=p > 0 and self.dropout == "input")
+            or [name for name in module.active_adapters if name in module.lora_A] != [adapter]
+            or p == 1
+            or bool(has_global_hooks())
+            or not (autocast or x.dtype == module.lora_A[adapter].weight.dtype)
+            or why_stock(module, adapter) is not None
+        )
+
+    def _by_modules(self, module: LoraLayer, adapter: str, x: Tensor, result: Tensor, *, autocast: bool) -> Tensor:
+        """PEFT's own arithmetic, through the modules and their hooks."""
+        a, b, drop = module.lora_A[adapter], module.lora_B[adapter], module.lora_dropout[adapter]
+        output = b(a(drop(x)) if self.dropout == "input" else drop(a(x))) * module.scaling[adapter]
+        if not autocast and _name(type(module)) in _QUANTISED:  # as PEFT rounds it there
+            output = output.to(result.dtype)
+        return result + output
+
+
+def why_stock(layer: LoraLayer, adapter: str) -> str | None:
+    """Why the adapter stays as PEFT computes it, or None."""
+    if type(layer) is not Linear and _name(type(layer)) not in _QUANTISED:
+        return f"{type(layer).__name__} is no kind of layer that the fast step knows"
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None and not isinstance(variant, FastLora):
+        return f"it is no plain LoRA but {type(variant).__name__}"
+    a, b, drop = (part[adapter] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+    if type(a) is not nn.Linear or type(b) is not nn.Linear:
+        return "lora_A or lora_B is no nn.Linear"
+    if vars(b)["_parameters"]["bias"] is not None:
+        return "lora_bias"
+    if not isinstance(drop, (nn.Dropout, nn.Identity)):
+        return f"its dropout is a {type(drop).__name__}"
+    if is_hooked(b) or is_hooked(drop) or (is_hooked(a) and _gate(a) is None):
+        return "hooks on lora_A, lora_B or lora_dropout"
+    return None
+
+
+def _is_small(x: Tensor, *, drops: bool) -> bool:
+    """Whether PEFT's way is the quicker; ``drops`` says that numbers of x are dropped."""
+    return x.numel() < (LEAST_WITH_INPUT_DROPOUT if drops else LEAST_NUMBERS)
+
+
+def _frozen_weight(layer: LoraLayer, x: Tensor) -> Tensor | None:
+    """The weight (out, in) of a frozen base layer that computes W0·x + bias, and nothing that others have a say in."""
+    base: Any = layer.base_layer
+    if type(base) not in (nn.Linear, Conv1D) or type(base.weight) not in (Tensor, nn.Parameter):
+        return None
+    if is_watched(base) or base.weight.device != x.device:
+        return None
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return None
+    return base.weight.t() if type(base) is Conv1D else base.weight
+
+
+def _is_ours(layer: LoraLayer, result: Tensor, weight: Tensor | None) -> bool:
+    """Whether the base layer has made ``result`` for this call alone, so that it may be changed in place."""
+    if weight is None and (_name(type(layer)) not in _QUANTISED or is_watched(layer.base_layer)):
+        return False
+    return result.is_contiguous() and (weight is not None or result._base is None)
+
+
+def _is_narrow(layer: LoraLayer, result: Tensor) -> bool:
+    """Whether the base layer's own input had the type of its output, before PEFT gave it the adapter's."""
+    base: Any = layer.base_layer
+    if _name(type(layer)) in _QUANTISED:
+        return True
+    if type(base) not in (nn.Linear, Conv1D) or "forward" in vars(base) or base.weight.dtype != result.dtype:
+        return False
+    return only_watched_before(base)
+
+
+def _probability(drop: nn.Module) -> float:
+    return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+
+
+def _gate(a: nn.Module) -> Gate | None:
+    """The gate on ``lora_A`` when it is the only hook there."""
+    if not is_hooked(a):
+        return None
+    match hooks_of(a):
+        case [Gate() as gate]:
+            return gate
+        case _:
+            return None
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

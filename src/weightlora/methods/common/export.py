@@ -1,0 +1,113 @@
+"""Stock LoRA from whatever a method trained: ΔW = scale·B·A on each site, the rank what is left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.vera.layer import VeraLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from weightlora.model.layers import lora_layers
+from weightlora.plan.plan import AdapterPlan
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a site's adapter adds: ΔW = scale·B·A."""
+
+    a: Tensor  # (r, in)
+    b: Tensor  # (out, r)
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Components that are left; 0 = no adapter."""
+        return int(self.a.shape[0])
+
+
+def layer_factors(layer: Any) -> Factors:
+    """What a LoRA layer computes with, also where its A and B are made of other parameters."""
+    a, b = _weights(layer)
+    return Factors(a.detach(), b.detach(), layer.scaling["default"])
+
+
+def factors_plan(plan: AdapterPlan, factors: Mapping[str, Factors]) -> AdapterPlan:
+    """Return ``plan`` with the ranks of ``factors`` and alphas that keep each site's scale.
+
+    PEFT's scale is alpha/r, so alpha = scale·r; rsLoRA's, alpha/√r, is left out of the config.
+
+    Example:
+        >>> from weightlora.plan.plan import PlannedSite
+        >>> from weightlora.model.sites import Site
+        >>> plan = AdapterPlan((PlannedSite(Site("a", 4, 4), 4, 8, r=4, alpha=8, score=0.0),))
+        >>> (entry,) = factors_plan(plan, {"a": Factors(torch.ones(3, 4), torch.ones(4, 3), scale=2.0)}).entries
+        >>> entry.r, entry.alpha
+        (3, 6.0)
+    """
+    entries = tuple(
+        replace(e, r=f.rank, alpha=f.scale * f.rank if f.rank else e.lora_alpha)
+        for e in plan.entries
+        for f in [factors[e.site.name]]
+    )
+    return replace(plan, entries=entries, lora={k: v for k, v in plan.lora.items() if k != "use_rslora"})
+
+
+@torch.no_grad()
+def become_stock(model: PeftModel, plan: AdapterPlan, factors: Mapping[str, Factors]) -> PeftModel:
+    """Give ``model`` stock LoRA adapters that hold ``factors``; it stays the same object and has the same logits.
+
+    Modules that PEFT trains whole keep what they learned, beside the untouched originals.
+
+    Args:
+        model: A PEFT model with any tuner.
+        plan: What :func:`factors_plan` gave.
+        factors: One a site; those of rank 0 are left out.
+    """
+    learned = [wrapper.modules_to_save["default"].state_dict() for _, wrapper in _wrappers(model)]
+    base: nn.Module = model.get_base_model()
+    for name, wrapper in list(_wrappers(model)):
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, wrapper.original_module)
+    tuner: Any = model.base_model
+    new = plan.attach(tuner.unload())
+    for name, layer in lora_layers(new).items():
+        a, b = _weights(layer)
+        a.copy_(factors[name].a)
+        b.copy_(factors[name].b)
+    for (_, wrapper), state in zip(_wrappers(new), learned, strict=True):
+        wrapper.modules_to_save["default"].load_state_dict(state)
+    take_tuner(model, new)
+    return model
+
+
+def take_tuner(model: PeftModel, other: PeftModel) -> None:
+    """Let ``model`` stay the same object with the adapters of ``other``: trainers and callbacks hold it already."""
+    model.base_model = other.base_model
+    model.set_adapter("default")
+
+
+def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give everything of ``model`` that is trained one number type."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype=dtype)
+    for layer in model.modules():
+        if isinstance(layer, VeraLayer):  # which multiplies them with its frozen projections
+            projections: Any = (layer.vera_A, layer.vera_B)
+            for projection in projections:
+                projection["default"] = projection["default"].to(dtype=dtype)
+
+
+def _wrappers(model: PeftModel) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            yield name, module
+
+
+def _weights(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight

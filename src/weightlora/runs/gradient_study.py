@@ -1,0 +1,171 @@
+"""The paper's motivating example (section 2.1, Figure 2) on your model: adapters trained alone, and the gradient.
+
+recipe → plan, and |⟨∂L/∂W_i(W0), s·B_i·A_i⟩| of each site's adapter trained alone → how far the two choices agree
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weightlora.errors import OptionError
+from weightlora.plan.plan import AdapterPlan
+
+if TYPE_CHECKING:
+    from weightlora.runs.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many of K sites two choices among n share, and what a choice by lot would."""
+
+    n: int
+    k: int
+    shared: int
+
+    @property
+    def jaccard(self) -> float:
+        """|A∩B| / |A∪B|."""
+        return self.shared / (2 * self.k - self.shared)
+
+    @property
+    def by_lot(self) -> float:
+        """Sites that K random ones share with any K: the hypergeometric mean K²/n."""
+        return self.k**2 / self.n
+
+    @property
+    def jaccard_by_lot(self) -> float:
+        """Mean of the Jaccard index of a choice by lot."""
+        return sum(self._chance(i) * i / (2 * self.k - i) for i in range(self.k + 1))
+
+    @property
+    def chance(self) -> float:
+        """Probability that a choice by lot shares as many or more.
+
+        Example:
+            >>> overlap = Overlap(n=4, k=2, shared=2)
+            >>> overlap.by_lot, round(overlap.chance, 4)
+            (1.0, 0.1667)
+        """
+        return sum(self._chance(i) for i in range(self.shared, self.k + 1))
+
+    def _chance(self, shared: int) -> float:
+        ways = math.comb(self.k, shared) * math.comb(self.n - self.k, self.k - shared)
+        return ways / math.comb(self.n, self.k)
+
+
+@dataclass(frozen=True)
+class DotProducts:
+    """What was found: a number a site, and the plan that it is held against."""
+
+    plan: AdapterPlan
+    products: Mapping[str, float]
+    """⟨∂L/∂W(W0), s·B·A⟩ of each of the plan's candidates, signed: negative went downhill."""
+
+    @property
+    def largest(self) -> tuple[str, ...]:
+        """The K sites with the largest |product|, K as many as the plan keeps; ties go by name."""
+        ranked = sorted(self.products, key=lambda name: (-abs(self.products[name]), name))
+        return tuple(ranked[: len(self.plan.names)])
+
+    @property
+    def overlap(self) -> Overlap:
+        """Of the plan's sites and :attr:`largest`."""
+        shared = len(set(self.largest) & set(self.plan.names))
+        return Overlap(n=len(self.products), k=len(self.plan.names), shared=shared)
+
+    @property
+    def by_lot_within(self) -> float:
+        """Mean that a choice by lot shares which keeps as many of each projection as the plan does: Σ_p k_p·m_p/n_p.
+
+        Products grow with the size of a site, and so do gates; what the two share beyond this is not size alone.
+        """
+        of = {entry.site.name: entry.site.projection for entry in self.plan.entries}
+        kept, largest, all_of = (Counter(map(of.__getitem__, names)) for names in (self.plan.names, self.largest, of))
+        return sum(kept[projection] * largest[projection] / count for projection, count in all_of.items())
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers, for a file."""
+        overlap = self.overlap
+        fields = ("n", "k", "shared", "jaccard", "by_lot", "jaccard_by_lot", "chance")
+        sites = [
+            {"name": name, "product": product, "kept": name in self.plan.names, "largest": name in self.largest}
+            for name, product in self.products.items()
+        ]
+        numbers = {field: getattr(overlap, field) for field in fields}
+        return {"overlap": {**numbers, "by_lot_within": self.by_lot_within}, "sites": sites}
+
+
+def dot_product_study(recipe: Recipe) -> DotProducts:
+    """Return how far each site's adapter moves along the frozen model's gradient when it is trained alone.
+
+    The rows, the loss and the learning rate are those of the recipe's training; ``steps`` are taken with each adapter
+    and the gradient is the mean over the same batches. The choice is the plan of the recipe: ``plan``, or what its
+    method chooses on the spot, which leaves ``plan.json`` in ``output_dir``.
+
+    Args:
+        recipe: Model, task, method and training arguments.
+
+    Raises:
+        OptionError: An option does not fit, or the plan keeps all sites, so that there is nothing to compare.
+        PlanMismatchError: The plan was made for another model.
+    """
+    from weightlora.methods.dot_product import dot_products
+    from weightlora.model.distributed import process_count
+    from weightlora.model.restore import seeded
+    from weightlora.model.sites import find_sites, trained_modules
+    from weightlora.plan.budget import warmup_steps
+    from weightlora.runs.train import make_trainer, plan_for
+    from weightlora.selection.select import HEAD_STEPS
+    from weightlora.selection.warmup import peeked
+    from weightlora.trainer.loader import micro_batches, micro_loss, quiet_copy
+    from weightlora.trainer.placement import placed, require_weights
+    from weightlora.trainer.select_for import lora_of
+
+    options, training = recipe.method, recipe.training
+    steps = warmup_steps(None) if options.steps is None else options.steps
+    if steps < 1:
+        raise OptionError(f"steps={steps} is not allowed: give at least 1 batch")
+    _, trainer = make_trainer(recipe)
+    if process_count() > 1:
+        raise OptionError("weightlora analyse is one process; start it without torchrun or accelerate")
+    require_weights(trainer)
+    lora = lora_of(trainer, None)
+    head_steps = HEAD_STEPS if options.head_steps is None else options.head_steps
+    plan, _ = plan_for(trainer, recipe)
+    model: Any = trainer.model
+    base = model.base_model.unload()
+    sites = find_sites(base, lora).sites
+    _require_comparable(plan, {site.name for site in sites})
+    quiet = quiet_copy(trainer)
+    with seeded(training.seed):
+        _, batches = peeked(micro_batches(quiet))
+    with placed(trainer), seeded(training.seed):
+        products = dot_products(
+            base,
+            lora,
+            sites,
+            batches,
+            steps=steps,
+            alone=True,
+            lr=training.learning_rate,
+            head_steps=head_steps if trained_modules(lora) else 0,
+            seed=training.seed,
+            loss_fn=micro_loss(quiet),
+        )
+    return DotProducts(plan, products)
+
+
+def _require_comparable(plan: AdapterPlan, sites: set[str]) -> None:
+    planned = set(plan.ranks)
+    if planned != sites:
+        name = sorted(planned ^ sites)[0]
+        raise OptionError(
+            f"the plan chose among {len(planned)} sites and the recipe has {len(sites)}, {name} is in one of them "
+            "alone; give the lora_target_modules that the plan was made with"
+        )
+    if len(plan.names) == len(sites):
+        raise OptionError(f"the plan keeps all of {len(sites)} sites, so that any choice agrees with it; lower keep")

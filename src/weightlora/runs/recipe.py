@@ -1,0 +1,240 @@
+"""A recipe: model, task, method and training arguments in one flat YAML file, overridden from the command line.
+
+Training arguments keep transformers' own names; ours are the fields of the three classes below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from weightlora.errors import OptionError
+from weightlora.files import read_mapping
+from weightlora.methods import make_method
+from weightlora.text import closest
+
+if TYPE_CHECKING:
+    from argparse import Action
+
+    from transformers import HfArgumentParser, TrainingArguments
+
+
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class ModelOptions:
+    """The base model."""
+
+    model_name_or_path: str = _option("embedded/minilm", "hub name, folder, embedded/minilm or embedded/smollm2")
+    model_revision: str = _option("main", "branch, tag or commit on the hub")
+    gguf_file: str | None = _option(None, "a GGUF file in that folder")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "auto, float32, bfloat16 or float16: how the base is loaded"
+    )
+    load_in_8bit: bool = _option(False, "quantise the base to 8 bit with bitsandbytes")
+    load_in_4bit: bool = _option(False, "quantise the base to 4 bit (NF4) with bitsandbytes")
+    trust_remote_code: bool = _option(False, "run code that comes with the model")
+
+    def __post_init__(self) -> None:
+        if self.load_in_8bit and self.load_in_4bit:
+            raise OptionError("load_in_8bit and load_in_4bit exclude each other; give one")
+
+
+@dataclass
+class TaskOptions:
+    """The rows, and how they become tokens."""
+
+    task: str = _option("rotten_tomatoes", "see `weightlora methods --tasks`")
+    dataset_name: str | None = _option(None, "hub name or folder, instead of the task's own")
+    dataset_config_name: str | None = _option(None, "its configuration; of a generator: setting=value ...")
+    train_file: str | None = _option(None, ".csv, .json, .jsonl or .parquet, instead of dataset_name")
+    validation_file: str | None = _option(None, "what is measured")
+    columns: list[str] = field(default_factory=list[str], metadata={"help": "role=column, where yours differ"})
+    max_train_samples: int | None = _option(None, "only so many rows to train on")
+    max_eval_samples: int | None = _option(None, "only so many rows a measured split")
+    held_out_samples: int = _option(0, "training rows set aside and measured too: what options are chosen on")
+    max_seq_length: int = _option(128, "tokens of a row or source text")
+    max_target_length: int = _option(128, "tokens of a summary or generated answer")
+    doc_stride: int = _option(128, "tokens that pieces of a long context share")
+    num_beams: int = _option(1, "beams of a generated summary")
+    harness_path: str | None = _option(None, "folder of your own lm-evaluation-harness tasks")
+
+
+@dataclass
+class MethodOptions:
+    """The budget, and how it is spent."""
+
+    method: str = _option("weightlora", "see `weightlora methods`")
+    plan: str | None = _option(None, "a plan.json that decides instead of a method")
+    keep: str = _option("0.5", 'fraction, count, "300k parameters", 512MB or 0.8x')
+    rule: str = _option("first_order", "first_order or stoiht (the paper)")
+    steps: int | None = _option(None, "T; default: 0.5 % of the training's steps, at least 20")
+    head_steps: int | None = _option(
+        None, "steps for a fresh head alone; 0 is the paper; default: 20 where there is one"
+    )
+    threshold_every: int = _option(1, "stoiht: steps between thresholds")
+    threshold: str = _option("magnitude", "stoiht: magnitude or signed")
+    gate_lr: float = _option(5.0, "stoiht: step size of the gates")
+    method_options: list[str] = field(default_factory=list[str], metadata={"help": "a method's own, as name=value"})
+    lora_r: int = _option(8, "rank of plain LoRA: the budget")
+    lora_alpha: int = _option(16, "its lora_alpha")
+    lora_dropout: float = _option(0.0, "its dropout")
+    lora_target_modules: list[str] = field(
+        default_factory=list[str], metadata={"help": "default: every linear layer but head and pooler"}
+    )
+    lora_modules_to_save: list[str] = field(
+        default_factory=list[str], metadata={"help": "modules to train whole, beside the task's head"}
+    )
+    use_rslora: bool = _option(False, "scale by alpha/√r")
+    use_dora: bool = _option(False, "train DoRA on the chosen sites")
+    fast: Literal["input", "rank"] | None = _option(
+        None, "the cheaper LoRA step; rank drops behind lora_A, input (alone) as PEFT does", nargs="?", const="input"
+    )
+    grow_batch: bool = _option(False, "then train larger batches with less accumulation, in the memory of plain LoRA")
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """What ``method_options`` say, read as YAML.
+
+        Raises:
+            OptionError: One is no ``name=value``.
+        """
+        import yaml
+
+        pairs = [text.partition("=") for text in self.method_options]
+        for name, equals, _ in pairs:
+            if not (name and equals):
+                raise OptionError(f"method_options={name!r} is not allowed: give name=value, such as whiten=true")
+        return {name: yaml.safe_load(value) for name, _, value in pairs}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run needs."""
+
+    model: ModelOptions
+    task: TaskOptions
+    method: MethodOptions
+    training: TrainingArguments
+    settings: Mapping[str, Any]
+    """The effective options as YAML can hold them: all of ours, and the training's that are not the default."""
+
+    @property
+    def output_dir(self) -> Path:
+        """Where everything of the run is written."""
+        return Path(str(self.training.output_dir))
+
+
+def read_recipe(
+    config: str | Path | None = None, words: Sequence[str] = (), *, output_dir: str = "runs/train"
+) -> Recipe:
+    """Return the recipe of a YAML file under the options of the command line, all checked.
+
+    Args:
+        config: A YAML file of ``option: value`` lines; None where there is none.
+        words: ``["--learning_rate", "1e-3", ...]``; they win over the file.
+        output_dir: Where neither says so.
+
+    Raises:
+        DataError: The file is not readable as such lines.
+        OptionError: An option is unknown (the text names the closest), or has a value it cannot have.
+
+    Example:
+        >>> recipe = read_recipe(words=["--task", "rte", "--keep", "18", "--learning_rate", "1e-3"])
+        >>> recipe.task.task, recipe.method.keep, recipe.training.learning_rate
+        ('rte', '18', 0.001)
+    """
+    from weightlora.tasks import find_task, kind_of
+
+    content = read_mapping(config) if config is not None else {}
+    # Ours first: the task decides which training arguments there are. TRL's have a trust_remote_code too, for models
+    # that it loads itself; ours is the one that counts.
+    ours = _parser(ModelOptions, TaskOptions, MethodOptions)
+    model, rows, method, rest = _parse(ours, [*option_words(content), *words])
+    theirs = _parser(kind_of(find_task(rows.task)).arguments_class())
+    theirs.set_defaults(output_dir=output_dir)
+    known = {action.dest for parser in (ours, theirs) for action in _actions(parser)}
+    for key in content:
+        if key not in known:
+            raise OptionError(f"{config}: unknown option {key!r}{closest(str(key), known)}")
+    training, rest = _parse(theirs, rest)
+    if rest:
+        name = rest[0].lstrip("-").partition("=")[0]
+        raise OptionError(f"unknown option {rest[0]!r}{closest(name, known)}")
+    make_method(method.method, **method.own)  # a mistake in them is found before anything is loaded
+    return Recipe(model, rows, method, training, _settings((model, rows, method), training))
+
+
+def _settings(ours: Sequence[Any], training: Any) -> dict[str, Any]:
+    # Named in any case: some classes' own default, such as TRL's bf16, is refused by machines without a GPU.
+    named = {name: getattr(training, name) for name in ("output_dir", "use_cpu", "bf16", "fp16")}
+    # Now or never: making training arguments resets accelerate's state, which a trainer made before relies on.
+    default = type(training)(**named)
+    theirs = {
+        f.name: _plain(getattr(training, f.name))
+        for f in dataclasses.fields(training)
+        if f.init and _plain(getattr(training, f.name)) != _plain(getattr(default, f.name))
+    }
+    return {**{k: v for part in ours for k, v in dataclasses.asdict(part).items()}, **named, **theirs}
+
+
+def _parser(*parts: Any) -> HfArgumentParser:
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        """Says what is wrong in one line."""
+
+        def error(self, message: str) -> NoReturn:
+            raise OptionError(message)
+
+    return Parser(parts, allow_abbrev=False, add_help=False)  # pyright: ignore[reportArgumentType]
+
+
+def _parse(parser: HfArgumentParser, words: Sequence[str]) -> tuple[Any, ...]:
+    """The parts of the parser with their values, and the words that it does not know."""
+    try:
+        return parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True, look_for_args_file=False)
+    except OptionError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # what a TrainingArguments says about its values
+        raise OptionError(" ".join(str(error).split())) from error
+
+
+def _actions(parser: HfArgumentParser) -> list[Action]:
+    return parser._actions  # pyright: ignore[reportPrivateUsage]  # argparse has no public list
+
+
+def option_words(content: Mapping[str, Any]) -> list[str]:
+    """Return the options of a YAML mapping as the words of a command line.
+
+    Example:
+        >>> option_words({"keep": 0.5, "method_options": ["init_r=12"], "plan": None})
+        ['--keep=0.5', '--method_options', 'init_r=12']
+    """
+    words: list[str] = []
+    for key, value in content.items():
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)] if value else []
+        elif isinstance(value, dict):
+            words += [f"--{key}", json.dumps(value)]
+        elif value is not None:
+            words += [f"--{key}={value}"]
+    return words
+
+
+def _plain(value: Any) -> Any:
+    """The value as YAML can hold it."""
+    if isinstance(value, Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {k: v for k, v in dataclasses.asdict(value).items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str, dict)) else str(value)

@@ -1,0 +1,1 @@
+"""Which sites are kept: the warm-up and its rules."""

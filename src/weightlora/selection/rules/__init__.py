@@ -1,0 +1,1 @@
+"""Rules that score the sites, one file each."""

@@ -1,0 +1,236 @@
+"""Prompt and completion of a row, worded as lm-evaluation-harness words them: training and judge see one text."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+from weightlora.errors import DataError, OptionError
+from weightlora.tasks.base import Task
+from weightlora.text import closest
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+Row = Mapping[str, Any]
+
+#: How often a generator is asked for each row wanted, before it is said to have too few.
+_DRAWS = 10
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def mathqa(row: Row) -> tuple[str, str]:
+    r"""Return a problem and the text of its right option: the harness scores the texts, not their letters.
+
+    Example:
+        >>> mathqa({"problem": "1 + 1 = ?", "options": "a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5", "correct": "b"})
+        ('Question: 1 + 1 = ?\nAnswer:', '2')
+    """
+    options = [found[4:].rstrip(" ,") for found in re.findall(r"[abcd] \) .*?, |e \) .*?$", row["options"])]
+    return f"Question: {row['problem']}\nAnswer:", options["abcde".index(row["correct"])]
+
+
+def gsm8k(row: Row) -> tuple[str, str]:
+    """Return a question and its worked answer, which ends with ``#### number``."""
+    return f"Question: {row['question']}\nAnswer:", row["answer"]
+
+
+def hellaswag(row: Row) -> tuple[str, str]:
+    """Return the beginning of a story and its right ending."""
+    beginning = f"{row['activity']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return _without_marks(beginning), _without_marks(row["endings"][int(row["label"])])
+
+
+def _without_marks(text: str) -> str:
+    """Return a text of WikiHow without its ``[title]``, ``[step]`` and the like."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def boolq(row: Row) -> tuple[str, str]:
+    """Return a passage with a question, and yes or no."""
+    return f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", "yes" if row["answer"] else "no"
+
+
+def arc(row: Row) -> tuple[str, str]:
+    """Return a question and the text of its right choice."""
+    right = row["choices"]["label"].index(row["answer"])
+    return f"Question: {row['question']}\nAnswer:", row["choices"]["text"][right]
+
+
+def own_text(row: Row) -> tuple[str, str]:
+    """Return the user's own prompt and completion; a number that a reader of CSV made of one is text again."""
+    for role in ("prompt", "completion"):
+        if not isinstance(row[role], (str, int, float)):
+            raise ValueError(f"{role} is {row[role]!r}, no text")
+    return str(row["prompt"]), str(row["completion"])
+
+
+def last_turn(messages: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Return a conversation up to its last assistant message, and that message.
+
+    Example:
+        >>> last_turn([{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}])[1]
+        [{'role': 'assistant', 'content': '2'}]
+    """
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers or answers[-1] == 0:
+        raise ValueError("no assistant message answers another message")
+    return list(messages[: answers[-1]]), [messages[answers[-1]]]
+
+
+#: By the name of the task; all others are the user's own texts.
+PROMPTS: Mapping[str, Callable[[Row], tuple[str, str]]] = {
+    "mathqa": mathqa,
+    "gsm8k": gsm8k,
+    "hellaswag": hellaswag,
+    "boolq": boolq,
+    "arc_challenge": arc,
+    "reasoning_gym": own_text,
+}
+
+
+def to_prompts(task: Task, rows: Dataset, split: str, *, chat: bool) -> Dataset:
+    """Return the rows as TRL takes them: ``prompt`` and ``completion``, and ``entry`` where the task has it.
+
+    A conversation has ``chat_template_kwargs``, too: templates of models that can think write an empty thought in
+    front of an answer without one, and in front of the answer that is asked for only where they are told to.
+
+    Args:
+        task: The roles of its columns are those of its prompt.
+        rows: A split of its rows.
+        split: The name of that split, for errors.
+        chat: Prompts are conversations, not plain text. Then, as in the harness, no blank stands before the answer.
+
+    Raises:
+        DataError: A row is not as the task needs it.
+    """
+    from datasets import Dataset
+
+    if "messages" in task.columns and not chat:
+        raise DataError(
+            f"{task.name} has conversations and the tokenizer has no chat template; take the tokenizer of an instruct "
+            "model, or task=completion with plain texts"
+        )
+    made: list[dict[str, Any]] = []
+    for number, row in enumerate(rows):
+        roles = {role: dict(row)[column] for role, column in task.columns.items()}
+        try:
+            made.append(_example(task, roles, chat))
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            like = f"as in {task.dataset}" if task.dataset else "each of them filled in"
+            raise DataError(
+                f"row {number} of the split {split!r} is no row of {task.name} ({error}): "
+                f"{shorten(repr(roles), 200)}; it needs {', '.join(task.columns)}, {like}"
+            ) from error
+    return Dataset.from_list(made)
+
+
+def _example(task: Task, row: Row, chat: bool) -> dict[str, Any]:
+    if "messages" in row:
+        prompt, completion = last_turn(row["messages"])
+    else:
+        prompt, completion = PROMPTS.get(task.name, own_text)(row)
+        if chat:
+            prompt = [{"role": "user", "content": prompt}]
+            completion = [{"role": "assistant", "content": completion}]
+        elif task.name in PROMPTS:
+            completion = f" {completion}"
+    example: dict[str, Any] = {"prompt": prompt, "completion": completion}
+    if chat:
+        answer: Any = completion[-1]
+        example["chat_template_kwargs"] = template_options(thinking="</think>" in answer["content"])
+    if "entry" in row:
+        example["entry"] = row["entry"]
+    return example
+
+
+def template_options(*, thinking: bool = False) -> dict[str, Any]:
+    """Return what a chat template is told in training, in generation and in the harness; most do not listen."""
+    return {"enable_thinking": thinking}
+
+
+# -- reasoning gym ---------------------------------------------------------------------------------------------------
+
+
+def reasoning_rows(generator: str, train: int, validation: int, seed: int, **settings: Any) -> DatasetDict:
+    """Return puzzles of a generator of ``reasoning_gym`` in two splits that share no question.
+
+    Args:
+        generator: Such as ``"chain_sum"``.
+        train: Puzzles to train on.
+        validation: Puzzles to measure on; the same ones whatever ``train`` is.
+        seed: Decides the puzzles.
+        settings: The generator's own, such as ``min_terms`` of ``chain_sum``.
+
+    Raises:
+        DataError: The generator has not as many questions, or has no answers to train on.
+        OptionError: There is no such generator, or it has no such setting.
+    """
+    from datasets import Dataset, DatasetDict
+
+    # Row i of a generator is made from seed + i: seeds next to each other would give nearly the same rows.
+    draw, seen = random.Random(seed), set[str]()
+    splits: dict[str, Dataset] = {}
+    for split, count in (("validation", validation), ("train", train)):
+        puzzles = _puzzles(generator, {**settings, "size": _DRAWS * count, "seed": draw.getrandbits(31)})
+        splits[split] = Dataset.from_list(_distinct(puzzles, count, seen))
+        if len(splits[split]) < count:
+            raise DataError(
+                f"{_DRAWS * count} draws of {generator!r} had {len(splits[split])} new questions for {split}, not "
+                f"{count}; lower train={train} or validation={validation}, or make the puzzles larger"
+            )
+    return DatasetDict({split: splits[split] for split in ("train", "validation")})
+
+
+def _puzzles(generator: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if generator not in DATASETS:
+        known = closest(generator, DATASETS)
+        raise OptionError(f"generator={generator!r} is unknown{known}; reasoning_gym has {', '.join(sorted(DATASETS))}")
+    try:
+        puzzles = reasoning_gym.create_dataset(generator, **settings)
+    except (AssertionError, TypeError, ValueError) as error:  # what the generators raise on a setting of theirs
+        raise OptionError(f"generator={generator!r} does not take {settings}: {error}") from error
+    return iter(puzzles)
+
+
+def _distinct(puzzles: Iterator[dict[str, Any]], count: int, seen: set[str]) -> list[dict[str, str]]:
+    """Return up to ``count`` rows whose questions are not in ``seen`` yet; it gets to know them."""
+    rows: list[dict[str, str]] = []
+    while len(rows) < count and (puzzle := next(puzzles, None)) is not None:
+        question, answer = puzzle["question"], puzzle["answer"]
+        if not isinstance(answer, str):
+            name = puzzle["metadata"]["source_dataset"]
+            raise DataError(f"generator={name!r} gives no answers, so there is nothing to train on; take another")
+        if question not in seen:
+            seen.add(question)
+            rows.append({"prompt": question, "completion": answer, "entry": json.dumps(puzzle, default=str)})
+    return rows
+
+
+def solves(answer: str, entry: str) -> bool:
+    """Whether ``answer`` solves the puzzle, in any form that its generator lets pass.
+
+    Args:
+        answer: What the model wrote.
+        entry: The puzzle as :func:`reasoning_rows` stored it.
+    """
+    import reasoning_gym
+
+    puzzle = json.loads(entry)
+    if answer == puzzle["answer"]:  # some scorers compare tuples, which are lists once stored
+        return True
+    score: Any = reasoning_gym.get_score_answer_fn(puzzle["metadata"]["source_dataset"])
+    try:
+        return score(answer, puzzle) == 1
+    except Exception:  # some scorers parse the answer, and raise whatever their parser does
+        return False

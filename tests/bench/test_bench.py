@@ -1,0 +1,375 @@
+"""``weightlora bench``: what is run, how a rate is chosen, what the table says, and that nothing stops it for good."""
+
+import json
+import multiprocessing
+import random
+import signal
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from bench_worker import die_at_seed_one, sleep_at_seed_one
+from bench_worker import run as run_bench
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from weightlora.bench._job import Job, run_job
+from weightlora.bench._workers import run_here
+from weightlora.bench.engine import recorded, run_grid
+from weightlora.bench.grid import Point, by_key, key_of, read_grid
+from weightlora.bench.step_cost import Peak, StepCost
+from weightlora.bench.table import make_table, to_latex, to_markdown
+from weightlora.cli import main
+from weightlora.errors import DataError, OptionError
+from weightlora.runs.recipe import option_words, read_recipe
+from weightlora.runs.train import train
+
+BASE = {
+    "max_train_samples": 16,
+    "held_out_samples": 8,
+    "max_eval_samples": 8,
+    "max_seq_length": 12,
+    "per_device_train_batch_size": 4,
+    "max_steps": 2,
+    "use_cpu": True,
+}
+SMALL = {
+    "base": BASE,
+    "methods": {"lora": None, "random": {"keep": [1, 0.5]}},
+    "learning_rates": ["5e-4", 5e-3],
+    "seeds": [0, 1],
+    "timing_rounds": 1,
+}
+
+
+def grid_of(folder, **changed):
+    content = {**SMALL, **changed}
+    path = folder / "b.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not ...}, sort_keys=False))
+    return read_grid(path, folder / "out")
+
+
+# -- what is run -----------------------------------------------------------------------------------------------------
+
+
+def test_methods_times_budgets_times_tasks_are_the_rows(tmp_path):
+    tasks = {"rotten_tomatoes": {}, "sst2": {"max_seq_length": 64}}
+    grid = grid_of(tmp_path, tasks=tasks, budgets=[3, "0.8x"], methods=["lora", "random"])
+    assert [(row.label, row.task, row.options.get("keep")) for row in grid.rows] == [
+        ("lora", "rotten_tomatoes", None),  # it takes no budget
+        ("lora", "sst2", None),
+        ("random, K = 3", "rotten_tomatoes", "3"),
+        ("random, K = 3", "sst2", "3"),
+        ("random, keep 0.8x", "rotten_tomatoes", "0.8x"),
+        ("random, keep 0.8x", "sst2", "0.8x"),
+    ]
+    assert [row.options["max_seq_length"] for row in grid.rows[:2]] == [12, 64]
+    assert grid.learning_rates == (5e-4, 5e-3)
+    assert len(grid.tuning) == len(grid.rows) * len(grid.learning_rates)  # one tuning seed
+    assert {point.seed for point in grid.tuning} == {0}
+
+
+def test_one_rate_needs_no_tuning(tmp_path):
+    grid = grid_of(tmp_path, learning_rates=[1e-3], base={k: v for k, v in BASE.items() if k != "held_out_samples"})
+    assert grid.tuning == []
+    assert len(grid.tested({})) == len(grid.rows) * 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"method": ["lora"]}, "'methods'"),
+        ({"methods": ["lorra"]}, "'lora'"),
+        ({"methods": {"lora": {"lora_rr": 4}}}, "lora_r"),
+        ({"methods": {"adalora": {"method_options": ["init=3"]}}}, "init"),
+        ({"methods": 3}, "methods=3"),
+        ({"tasks": ["rte2"]}, "'rte'"),
+        ({"learning_rates": 1e-3}, "learning_rates=0.001"),
+        ({"learning_rates": ...}, "learning_rates=None"),
+        ({"seeds": []}, "seeds=[]"),
+        ({"reference": "full"}, "reference='full'"),
+        ({"base": {}}, "held_out_samples"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line_before_anything_runs(tmp_path, changed, named, capsys):
+    with pytest.raises(OptionError) as error:
+        grid_of(tmp_path, **changed)
+    assert named in str(error.value)
+    assert main(["bench", "--config", str(tmp_path / "b.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "list.yaml").write_text("- 1")
+    for path in (tmp_path / "none.yaml", tmp_path / "list.yaml", tmp_path):
+        with pytest.raises(DataError, match=path.name):
+            read_grid(path)
+
+
+# -- how a rate is chosen --------------------------------------------------------------------------------------------
+
+
+def record(point, tested, held_out, **more):
+    metrics = {"validation_accuracy": tested, "held_out_accuracy": held_out}
+    times = {"selection_seconds": 1.0, "training_seconds": 3.0, "step_ratio": 0.5}
+    counts = {"peak_parameters": 2000, "adapter_parameters": 1000}
+    return {"options": point.options, "status": "ok", "metrics": metrics, **times, **counts, **more}
+
+
+def test_a_rate_is_chosen_on_the_rows_held_out_and_on_no_others(tmp_path):
+    grid = grid_of(tmp_path)
+    row = grid.rows[0]
+    low, high = (Point(row, rate, 0) for rate in grid.learning_rates)
+
+    def rate(*records):
+        return grid.rate(row, by_key(records))
+
+    assert rate(record(low, 0.1, 0.9), record(high, 0.9, 0.1)) == low.learning_rate  # whatever the test says
+    assert rate(record(low, 0.9, 0.1), record(high, 0.1, 0.9)) == high.learning_rate
+    assert rate(record(low, 0.5, 0.7), record(high, 0.5, 0.7)) == low.learning_rate
+    assert rate(record(low, 0.9, 0.9, status="failed"), record(high, 0.1, 0.1)) == high.learning_rate
+    assert rate() is None
+    assert grid.tested({}) == []
+    # A seed that no rate is tuned with changes nothing.
+    other = record(Point(row, grid.learning_rates[1], 1), 1.0, 1.0)
+    assert rate(record(low, 0.1, 0.9), record(high, 0.9, 0.1), other) == low.learning_rate
+
+
+def test_what_is_reported_is_the_mean_over_the_tasks_own_splits(tmp_path):
+    grid = grid_of(tmp_path, tasks=["mnli"])
+    metrics = {"validation_matched_accuracy": 0.6, "validation_mismatched_accuracy": 0.8, "held_out_accuracy": 0.1}
+    assert grid.rows[0].tested({"status": "ok", "metrics": metrics}) == pytest.approx(0.7)
+
+
+# -- what the table says ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def synthetic(tmp_path):
+    """Three rows of two seeds at one rate: 0.80 and 0.90, 0.70 and 0.72, and one run that failed."""
+    grid = grid_of(tmp_path, learning_rates=[1e-3])
+    values = {0: (0.80, 0.90), 1: (0.70, 0.72)}
+    records = [
+        record(Point(grid.rows[i], 1e-3, seed), values[i][seed], 0.0, training_seconds=3.0 + 4 * i)
+        for i in values
+        for seed in (0, 1)
+    ]
+    failed = {"options": Point(grid.rows[2], 1e-3, 0).options, "status": "failed", "error": "MemoryError: too much"}
+    return grid, [*records, failed]
+
+
+def test_the_table_has_means_errors_places_and_relative_times(synthetic):
+    table = make_table(*synthetic)
+    assert table.header[:4] == ("method", "rate", "peak", "exported")
+    cells = {row[0].text: row for row in table.rows}
+    # The standard error of two numbers is half of their distance.
+    assert (cells["lora"][4].text, cells["lora"][4].place) == ("85.0 ± 5.0", 1)
+    assert (cells["random, K = 1"][4].text, cells["random, K = 1"][4].place) == ("71.0 ± 1.0", 2)
+    assert (cells["random, keep 0.5"][4].text, cells["random, keep 0.5"][4].place) == ("failed", 0)
+    assert [cell.text for cell in cells["random, K = 1"][1:4]] == ["0.001", "2,000", "1,000"]
+    assert [cell.text for cell in cells["random, K = 1"][5:]] == ["1.00", "2.00"]  # (1 + 7) / (1 + 3)
+
+
+def test_a_table_of_what_is_there_says_what_is_missing(synthetic):
+    grid, records = synthetic
+    assert "80.0 (1 of 2 runs)" in to_markdown(make_table(grid, records[:1]))
+    assert {cell.text for cell in make_table(grid, []).rows[0][1:]} == {"–", "0.001"}
+
+
+def test_several_tasks_have_an_average(tmp_path):
+    grid = grid_of(
+        tmp_path, tasks=["rotten_tomatoes", "rte"], learning_rates=[1e-3], methods=["lora", "eva"], seeds=[0]
+    )
+    scores = {("lora", "rotten_tomatoes"): 0.5, ("lora", "rte"): 0.7, ("eva", "rotten_tomatoes"): 0.9}
+    rows = {(row.label, row.task): row for row in grid.rows}
+    table = make_table(grid, [record(Point(rows[key], 1e-3, 0), value, 0.0) for key, value in scores.items()])
+    assert [row[6].text for row in table.rows] == ["60.0", "–"]
+
+
+def test_markdown_and_latex_mark_the_best_and_the_second(synthetic):
+    table = make_table(*synthetic)
+    lines = to_markdown(table).splitlines()
+    assert lines[2].startswith("| lora | 0.001 | 2,000 | 1,000 | **85.0 ± 5.0** |")
+    assert "<u>71.0 ± 1.0</u>" in lines[3]
+    assert {line.count("|") for line in lines} == {len(table.header) + 1}
+    latex = to_latex(table)
+    assert r"\textbf{85.0 $\pm$ 5.0}" in latex
+    assert r"\underline{71.0 $\pm$ 1.0}" in latex
+    assert r"rotten\_tomatoes accuracy" in latex
+
+
+# -- one run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_says_what_the_same_recipe_says(tmp_path):
+    """And measuring the step moves neither weights nor metrics."""
+    grid = grid_of(tmp_path, methods=["adalora"], learning_rates=[5e-3])
+    options = grid.tested({})[0].options
+    found = run_job(Job(options, tmp_path / "run", timing_rounds=2, threads=1))
+    assert found["status"] == "ok", found
+    plain = train(read_recipe(words=[*option_words(options), "--output_dir", str(tmp_path / "plain")]))
+    assert found["metrics"] == plain["metrics"]
+    assert found["adapter_parameters"] == plain["adapter_parameters"]
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", "plain"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    # PEFT's AdaLoRA starts at 1.5 r: A, B and E of 12 components on 36 layers of 384 or 1,536 features.
+    sizes = 6 * (4 * (384 + 384) + 2 * (384 + 1536))
+    assert found["peak_parameters"] == 12 * (sizes + 36)
+    assert found["saved_bytes"] > 0
+    assert found["step_ratio"] > 0
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_the_peak_counts_what_any_optimizer_held():
+    """The head's 3 numbers, then 3 and 4 more in another optimizer, one of them twice."""
+    head, adapter = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(4))
+    peak = Peak()
+    with peak.watched():
+        torch.optim.SGD([head], lr=0.1).step()
+        assert peak.parameters == 3
+        torch.optim.AdamW([{"params": [head]}, {"params": [adapter]}]).step()
+        torch.optim.SGD([head], lr=0.1).step()
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(100))], lr=0.1).step()
+    assert peak.parameters == 7
+
+
+def test_the_step_is_timed_against_plain_lora_not_dora(tmp_path, minilm):
+    from peft import LoraConfig, get_peft_model
+
+    cost = StepCost(tmp_path / "cost.json", 1, Peak())
+    cost.on_init_end(None, None, None, model=get_peft_model(minilm, LoraConfig(use_dora=True, task_type="SEQ_CLS")))
+    assert not any("magnitude" in name for name, _ in cost._plain.named_parameters())
+    assert any("lora_A" in name for name, _ in cost._plain.named_parameters())
+
+
+def test_a_run_that_fails_is_a_record(tmp_path):
+    options = {**BASE, "task": "text_classification", "train_file": str(tmp_path / "none.csv"), "seed": 0}
+    found = run_job(Job({**options, "validation_file": "none.csv"}, tmp_path / "run", 0, 1))
+    assert found["status"] == "failed"
+    assert found["error"].startswith("DataError: there is no file")
+    assert found["provenance"]["versions"]["torch"]
+
+
+# -- nothing stops it for good ---------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_dies_is_a_record_and_the_others_run_once_each(tmp_path):
+    jobs = [Job({"seed": seed}, tmp_path, 0, 1) for seed in range(4)]
+    records = list(run_here(jobs, 2, die_at_seed_one))
+    assert sorted((r["options"]["seed"], r["status"]) for r in records) == [
+        (0, "ok"),
+        (1, "failed"),
+        (2, "ok"),
+        (3, "ok"),
+    ]
+
+
+def test_who_stops_waits_for_nobody(tmp_path):
+    others = set(multiprocessing.active_children())
+    runs = run_here([Job({"seed": seed}, tmp_path, 0, 1) for seed in (0, 1, 2)], 1, sleep_at_seed_one)
+    assert next(runs)["options"]["seed"] == 0
+    [worker] = set(multiprocessing.active_children()) - others
+    runs.close()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGTERM
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The records of a benchmark that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    grid = grid_of(folder, methods=["lora", "random"])
+    reports = []
+    run_grid(grid, workers=2, report=lambda _, *counts: reports.append(counts))
+    # Two rows: two rates with seed 0, then the better one with seed 1.
+    assert reports == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 2), (2, 2)]
+    return grid
+
+
+def lasting(records):
+    """What of the records must not depend on how they came about."""
+    passing = {"selection_seconds", "training_seconds", "step_ratio", "provenance"}
+    return {key_of(r["options"]): {k: v for k, v in r.items() if k not in passing} for r in records}
+
+
+def test_killed_at_five_moments_it_ends_with_the_same_records(unbroken, tmp_path):
+    """None is lost and none is there twice."""
+    config, out = unbroken.output_dir.parent / "b.yaml", tmp_path / "out"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["weightlora.bench.engine", "weightlora.runs.train"])
+    lot, counts = random.Random(0), []
+    for moment in range(6):
+        process = context.Process(target=run_bench, args=(str(config), str(out)))
+        process.start()
+        seen = (out / "records.jsonl").read_bytes().count(b"\n") if (out / "records.jsonl").exists() else 0
+        if moment < 5:  # after its first new record at the latest, so that each start comes somewhere
+            deadline = time.monotonic() + lot.uniform(2, 9)
+            while time.monotonic() < deadline and process.is_alive():
+                there = (out / "records.jsonl").read_bytes().count(b"\n") if (out / "records.jsonl").exists() else 0
+                if there > seen:
+                    time.sleep(lot.uniform(0, 0.5))
+                    break
+                time.sleep(0.02)
+            process.kill()
+        process.join()
+        counts.append(len(recorded(read_grid(config, out))))
+    assert process.exitcode == 0
+    assert counts[0] < counts[-1], "the last start had something left to do"
+    records = recorded(read_grid(config, out))
+    assert len(records) == len(lasting(records)) == 6
+    assert lasting(records) == lasting(recorded(unbroken))
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "records.jsonl"]
+
+
+def test_ray_gives_the_same_records(unbroken, tmp_path, capsys):
+    config = unbroken.output_dir.parent / "b.yaml"
+    assert main(["bench", "--config", str(config), "--output_dir", str(tmp_path / "out"), "--ray"]) == 0
+    import ray
+
+    ray.shutdown()
+    assert lasting(recorded(read_grid(config, tmp_path / "out"))) == lasting(recorded(unbroken))
+    assert "6 records" in capsys.readouterr().out
+
+
+def test_what_is_recorded_is_not_run_again_but_for_failures_on_demand(unbroken, tmp_path):
+    grid = read_grid(unbroken.output_dir.parent / "b.yaml", tmp_path)
+    lines = (unbroken.output_dir / "records.jsonl").read_text().splitlines()
+    broken = {**json.loads(lines[-1]), "status": "failed", "error": "x"}
+    (tmp_path / "records.jsonl").write_text("\n".join([*lines[:-1], json.dumps(broken)]) + "\n")
+    reports = []
+    run_grid(grid, report=lambda *report: reports.append(report))
+    assert reports == []
+    run_grid(grid, retry=True, report=lambda record, *_: reports.append(record["options"]))
+    assert reports == [broken["options"]]
+    assert lasting(recorded(grid)) == lasting(recorded(unbroken))
+
+
+def test_the_command_writes_and_prints_the_table(unbroken, capsys):
+    out = unbroken.output_dir
+    words = ["bench", "--config", str(out.parent / "b.yaml"), "--output_dir", str(out)]
+    assert main([*words, "--table"]) == 0
+    shown = capsys.readouterr().out
+    markdown = (out / "table.md").read_text()
+    tested = [r["metrics"]["validation_accuracy"] for r in recorded(unbroken) if r["options"]["method"] == "lora"]
+    assert markdown.count("\n") == 2 + 2
+    assert "6 records" in shown
+    # Of three runs of LoRA two are at the better rate, one of them the last; both means are possible, no other.
+    assert any(f"{100 * statistics.mean([other, tested[-1]]):.1f} ±" in markdown for other in tested[:2])
+    assert (out / "table.tex").read_text().startswith(r"\begin{tabular}{lrrrrrr}")
+
+
+def test_two_cannot_work_on_one_benchmark(tmp_path):
+    grid = grid_of(tmp_path)
+    Path(grid.output_dir).mkdir()
+    with FileLock(grid.output_dir / ".lock"), pytest.raises(OptionError, match="another process works in"):
+        run_grid(grid, report=lambda *_: None)
+
+
+def test_no_workers_are_refused(tmp_path):
+    with pytest.raises(OptionError, match="workers=0"):
+        run_grid(grid_of(tmp_path), workers=0, report=lambda *_: None)

@@ -1,0 +1,198 @@
+"""The command line: light to start, one clear line for a mistake, nothing half-written."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from weightlora.cli import main
+from weightlora.plan.plan import AdapterPlan
+from weightlora.tasks.embedded import minilm as minilm_folder
+
+REVIEWS = "text,label\n" + "".join(f"a {word} film number {i},{word}\n" for i in range(12) for word in ("good", "bad"))
+QUICK = ["--steps", "2", "--head_steps", "0", "--per_device_train_batch_size", "4", "--max_length", "16"]
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    path = tmp_path / "reviews.csv"
+    path.write_text(REVIEWS)
+    return path
+
+
+def failure(capsys, *words):
+    """Run a command that must fail as a user's mistake does; return its one line."""
+    assert main([str(word) for word in words]) == 2
+    captured = capsys.readouterr()
+    assert re.fullmatch(r"weightlora: error: [^\n]+\n", captured.err), captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("select",), ("show",), ("estimate",), ("methods",), ("analyse",)])
+def test_help_is_there_and_imports_nothing_heavy(command):
+    words = [sys.executable, "-X", "importtime", "-m", "weightlora", *command, "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    imported = {line.rsplit("|", 1)[-1].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "weightlora" in imported
+    assert imported.isdisjoint({"torch", "peft", "transformers", "matplotlib", "numpy"})
+    assert "example:" in done.stdout
+
+
+def test_methods_lists_the_registry(capsys):
+    from weightlora.methods import METHODS
+
+    assert main(["methods"]) == 0
+    printed = capsys.readouterr().out
+    assert all(entry.name in printed for entry in METHODS)
+
+
+def test_methods_lists_the_tasks(capsys):
+    from weightlora.tasks import TASKS
+
+    assert main(["methods", "--tasks"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f" {task.name} " in printed for task in TASKS)
+
+
+def test_select_writes_a_plan_that_fits_the_model(reviews, tmp_path, minilm, capsys):
+    out = tmp_path / "out"
+    assert main(["select", "--train_file", str(reviews), "--keep", "5", "--output_dir", str(out), *QUICK]) == 0
+    plan = AdapterPlan.load(out / "plan.json")
+    assert len(plan.names) == 5
+    plan.check_sites(minilm)
+    assert (out / "heatmap.png").stat().st_size > 1000
+    assert capsys.readouterr().out.count("●") == 5 + 1  # the caption explains the sign
+
+    assert main(["show", str(out / "plan.json")]) == 0
+    assert "5 of 36 sites" in capsys.readouterr().out
+
+
+def test_config_file_and_command_line_agree_and_the_command_line_wins(reviews, tmp_path):
+    config = tmp_path / "r.yaml"
+    config.write_text(f"train_file: {reviews}\nkeep: 3\nexpand: true\nseed: 7\noutput_dir: {tmp_path / 'a'}\n")
+    assert main(["select", "--config", str(config), *QUICK]) == 0
+    # 0.5 is the option's default: it has to win over the file all the same.
+    assert main(["select", "--config", str(config), *QUICK, "--keep", "0.5", "--output_dir", str(tmp_path / "b")]) == 0
+    from_file, overridden = (AdapterPlan.load(tmp_path / name / "plan.json") for name in "ab")
+    assert (len(from_file.names), from_file.seed, from_file.options["expand"]) == (3, 7, "scale")
+    assert len(overridden.names) == 18
+
+
+def test_fast_changes_no_score(reviews, tmp_path):
+    """There is no dropout here, so that both kinds of it are PEFT's numbers."""
+    plans = []
+    for words in ([], ["--fast"], ["--fast", "rank"]):
+        out = tmp_path / f"out{len(plans)}"
+        assert main(["select", "--train_file", str(reviews), *QUICK, *words, "--output_dir", str(out)]) == 0
+        plans.append(AdapterPlan.load(out / "plan.json"))
+    stock, *fast = plans
+    assert [plan.options.get("fast") for plan in plans] == [None, "input", "rank"]
+    for plan in fast:
+        assert plan.scores == pytest.approx(stock.scores, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--keep", "0", "keep=0"),
+        ("--keep", "-1", "keep=-1"),
+        ("--keep", "nan", "keep=nan"),
+        ("--keep", "1.5", "keep=1.5"),
+        ("--keep", "37", "keep=37 exceeds the 36 adapter sites"),
+        ("--keep", "half", "keep='half'"),
+        ("--steps", "1", "steps=1"),
+        ("--rule", "loudest", "rule='loudest'"),
+        ("--threshold", "none", "threshold='none'"),
+        ("--fast", "very", "'very' is not allowed: give input or rank"),
+        ("--learning_rate", "0", "lr=0.0"),
+        ("--seed", "x", "--seed"),
+        ("--lora_target_modules", "qerry", "query"),
+        ("--label_column", "lable", "closest: 'label'"),
+        ("--train_file", "missing.csv", "missing.csv"),
+        ("--model_name_or_path", "./nowhere", "./nowhere"),
+        ("--nonsense", "1", "--nonsense"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(reviews, tmp_path, capsys, option, value, says):
+    out = tmp_path / "out"
+    words = ["--train_file", reviews, "--output_dir", out, *QUICK, option, value]
+    assert says in failure(capsys, "select", *words)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("keeep: 3\n", "closest: 'keep'"),
+        ("keep: [\n", "cannot read"),
+        ("- keep\n", "option: value"),
+        ("seed: many\n", "--seed"),
+    ],
+)
+def test_a_bad_config_is_one_line(tmp_path, capsys, text, says):
+    config = tmp_path / "r.yaml"
+    config.write_text(text)
+    assert says in failure(capsys, "select", "--config", config)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 99}', '{"schema": 1}'])
+def test_a_bad_plan_is_one_line(tmp_path, capsys, content):
+    path = tmp_path / "plan.json"
+    path.write_text(content)
+    assert "plan" in failure(capsys, "show", path)
+
+
+def test_an_unwritable_folder_is_told_before_the_work(reviews, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for command in (["demo"], ["select", "--train_file", reviews]):
+        assert "cannot write" in failure(capsys, *command, "--output_dir", tmp_path / "file" / "out")
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_plan(reviews, tmp_path):
+    """Files may grow to one kilobyte: the plan is larger."""
+    out = tmp_path / "out"
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
+        "from weightlora.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["select", "--train_file", reviews, "--output_dir", out, *QUICK]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "cannot write" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert list(out.iterdir()) == []
+
+
+def test_show_reads_any_peft_adapter(tmp_path, capsys):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2))
+    get_peft_model(net, LoraConfig(r=3, target_modules=["1"])).save_pretrained(tmp_path / "adapter")
+    assert main(["show", str(tmp_path / "adapter"), "--png", str(tmp_path / "a.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 1 sites, rank 3" in printed
+    assert f"{3 * (6 + 2)} (100.0 %" in printed
+    assert (tmp_path / "a.png").exists()
+
+
+def test_causal_lm_from_a_folder(tmp_path):
+    """A small random Llama with MiniLM's tokenizer: the road for language models, offline."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=30522, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    AutoTokenizer.from_pretrained(minilm_folder()).save_pretrained(tmp_path / "llama")
+    lines = [json.dumps({"text": f"sentence number {i} of some text"}) for i in range(12)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    words = ["--task", "causal_lm", "--model_name_or_path", tmp_path / "llama", "--train_file", tmp_path / "text.jsonl"]
+    assert main(["select", *map(str, words), *QUICK, "--output_dir", str(tmp_path / "out")]) == 0
+    plan = AdapterPlan.load(tmp_path / "out" / "plan.json")
+    assert (len(plan.entries), len(plan.names)) == (14, 7)  # two layers of seven projections, and no head

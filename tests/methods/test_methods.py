@@ -1,0 +1,206 @@
+import random
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+import weightlora
+from weightlora.errors import OptionError, PlanMismatchError
+from weightlora.methods import METHODS, make_method
+from weightlora.model.sites import find_sites
+
+NAMES = [entry.name for entry in METHODS]
+LORA = LoraConfig(r=4, lora_alpha=8)
+QUICK = {"steps": 3, "head_steps": 2, "progress": False}  # six batches are enough, so nothing is used twice
+
+
+def llama() -> LlamaForCausalLM:
+    """14 sites in four shapes."""
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, **shape))
+
+
+def adapters(model: PeftModel) -> dict[str, int]:
+    base = model.get_base_model()
+    return {name: m.r["default"] for name, m in base.named_modules() if isinstance(m, LoraLayer)}
+
+
+def drawn(seed: int, *, keep=5, lora: LoraConfig = LORA):
+    method = make_method("random", keep=keep, seed=seed)
+    method.attach(llama(), lora, [], 100)
+    return method.plan
+
+
+# -- the registry ----------------------------------------------------------------------------------------------------
+
+
+def test_the_registry_and_the_files_are_the_same():
+    files = {path.stem for path in (Path(weightlora.__file__).parent / "methods").glob("*.py")}
+    assert files - {"__init__", "base"} == set(NAMES)
+    assert len(NAMES) == len(set(NAMES))
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=NAMES)
+def test_every_method_is_built_from_its_name_and_speaks_the_protocol(entry):
+    assert callable(import_module(f"weightlora.methods.{entry.name}").build)
+    assert entry.summary
+    assert entry.paper
+    method = make_method(entry.name)
+    for verb in ("attach", "callbacks", "export"):
+        assert callable(getattr(method, verb))
+    assert all(isinstance(callback, TrainerCallback) for callback in method.callbacks())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "text"),
+    [
+        ("weightlor", {}, "'weightlora'"),
+        ("rondom", {}, "'random'"),
+        ("xyz", {}, "there are full, lora, random"),
+        ("rlora", {}, "'random'"),
+        ("random", {"kep": 0.5}, "'keep'"),
+        ("random", {"sed": 1}, "'seed'"),
+        ("lora", {"keep": 0.5}, "lora has no option 'keep'"),
+        pytest.param(
+            "weightlora",
+            {"kep": 0.5},
+            "'keep'",
+        ),
+        pytest.param(
+            "weightlora_plus",
+            {"alhpa": "keep"},
+            "'alpha'",
+        ),
+    ],
+)
+def test_an_unknown_method_or_option_is_one_line_that_names_the_closest(name, options, text):
+    with pytest.raises(OptionError) as caught:
+        make_method(name, **options)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# -- plain LoRA ------------------------------------------------------------------------------------------------------
+
+
+def test_lora_is_rank_r_on_all_sites():
+    method = make_method("lora")
+    model = method.attach(llama(), LORA, [], 100)
+    assert adapters(model) == {site.name: 4 for site in find_sites(llama(), LORA).sites}
+    assert method.plan.parameters == method.plan.lora_parameters
+    assert method.plan.rule == "lora"
+
+
+# -- the control -----------------------------------------------------------------------------------------------------
+
+
+def test_random_keeps_k_sites_and_counts_their_parameters():
+    method = make_method("random", keep=5, seed=3)
+    model = method.attach(llama(), LORA, [], 100)
+    assert adapters(model) == dict.fromkeys(method.plan.names, 4)
+    assert len(method.plan.names) == 5
+    assert method.plan.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (method.plan.rule, method.plan.seed, method.plan.options) == ("random", 3, {"keep": 5})
+
+
+def test_the_draw_depends_on_the_seed_alone():
+    random.seed(1)
+    torch.manual_seed(1)
+    one = drawn(0).names
+    random.seed(2)
+    torch.manual_seed(2)
+    state = random.getstate()
+    assert drawn(0).names == one
+    assert random.getstate() == state
+    assert len({drawn(seed).names for seed in range(10)}) > 5
+
+
+def test_every_site_is_drawn_equally_often():
+    draws, k, n = 200, 5, 14
+    counts = Counter(name for seed in range(draws) for name in drawn(seed, keep=k).names)
+    mean = draws * k / n
+    deviation = (mean * (1 - k / n)) ** 0.5
+    assert len(counts) == n
+    assert all(abs(count - mean) < 4 * deviation for count in counts.values())
+
+
+def test_a_parameter_budget_is_spent_and_not_exceeded():
+    for seed in range(10):
+        plan = drawn(seed, keep="600 parameters")
+        left = 600 - plan.parameters
+        assert left >= 0
+        assert all(e.site.parameters(e.lora_r) > left for e in plan.entries if e.r == 0), "another would have fitted"
+
+
+def test_a_parameter_budget_also_holds_under_a_rank_pattern():
+    lora = LoraConfig(r=4, rank_pattern={"q_proj": 16})
+    assert all(drawn(seed, keep="600 parameters", lora=lora).parameters <= 600 for seed in range(10))
+
+
+# -- WeightLoRA ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["weightlora", "weightlora_plus"])
+@pytest.mark.parametrize("rule", ["first_order", "stoiht"])
+def test_a_selection_is_in_force_after_attach_and_export_returns_stock_lora(minilm, review_batches, name, rule):
+    lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
+    method = make_method(name, keep=9, seed=5, rule=rule, threshold_every=3, **QUICK)
+    model = method.attach(minilm, lora, review_batches, 100)
+    plan = method.plan
+    assert (len(plan.entries), len(plan.names)) == (36, 9)
+    assert (plan.rule, plan.seed, plan.options["keep"], plan.options["steps"]) == (rule, 5, 9, 3)
+    assert adapters(model) == {name: plan.ranks[name] for name in plan.names}
+    # The kept are those with the largest scores.
+    assert min(plan.scores[n] for n in plan.names) >= max(s for n, s in plan.scores.items() if n not in plan.names)
+    if name == "weightlora":
+        assert set(plan.ranks.values()) == {0, 4}
+    else:
+        assert plan.parameters <= plan.lora_parameters
+        assert plan == plan.expand()
+        assert 4 < max(plan.ranks.values()) <= 4 * 36 // 9
+    exported = method.export(model)
+    assert exported is model
+    assert exported.peft_config["default"].target_modules == list(plan.names)
+    assert not any(module._forward_hooks for module in exported.modules()), "no gate is left"
+
+
+def test_plus_can_leave_alpha(minilm, review_batches):
+    lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
+    method = make_method("weightlora_plus", keep=9, alpha="keep", **QUICK)
+    model = method.attach(minilm, lora, review_batches, 100)
+    assert model.peft_config["default"].lora_alpha == 8
+    assert model.peft_config["default"].r > 4
+
+
+def test_both_choose_the_same_sites(minilm, review_batches):
+    plans = []
+    for name in ("weightlora", "weightlora_plus"):
+        method = make_method(name, keep=9, **QUICK)
+        model = method.attach(minilm, LoraConfig(r=4, task_type="SEQ_CLS"), review_batches, 100)
+        minilm = model.unload()  # select() leaves the model as it was, attach() does not
+        plans.append(method.plan)
+    assert plans[0].names == plans[1].names
+    assert plans[0].expand() == plans[1]
+
+
+def test_the_warmup_follows_from_the_length_of_the_training(minilm, review_batches):
+    method = make_method("weightlora", keep=9, progress=False)
+    batches = [
+        {key: tensor[:1, :4] if tensor.ndim == 2 else tensor[:1] for key, tensor in review_batches[0].items()}
+    ] * 26
+    method.attach(minilm, LoraConfig(r=2), batches, 5001)  # no head is trained: no task type
+    assert method.plan.options["steps"] == 26  # 0.5 % of 5001, rounded up
+    assert len(method.plan.history) == 26
+
+
+def test_export_refuses_a_model_that_does_not_carry_the_plan():
+    method = make_method("random", keep=5)
+    method.attach(llama(), LORA, [], 100)
+    other = make_method("random", keep=6).attach(llama(), LORA, [], 100)
+    with pytest.raises(PlanMismatchError):
+        method.export(other)

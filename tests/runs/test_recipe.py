@@ -1,0 +1,105 @@
+"""A recipe: the file under the command line, every word checked, and what is written down runs again."""
+
+import re
+
+import pytest
+import yaml
+from transformers import Seq2SeqTrainingArguments
+from trl import SFTConfig
+
+from weightlora.errors import DataError, OptionError
+from weightlora.runs.recipe import read_recipe
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write a recipe file of these options and return its path."""
+
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+        return path
+
+    return write
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(written):
+    file = written({"task": "rte", "keep": 18, "learning_rate": 2e-3, "columns": ["text=a"], "bf16": False})
+    recipe = read_recipe(file, ["--learning_rate", "5e-4", "--use_rslora"])
+    assert (recipe.task.task, recipe.method.keep, recipe.task.columns) == ("rte", "18", ["text=a"])
+    assert (recipe.training.learning_rate, recipe.method.use_rslora) == (5e-4, True)
+    assert (recipe.method.lora_r, recipe.training.output_dir) == (8, "runs/train")
+
+
+def test_fast_alone_means_the_dropout_of_peft(written):
+    assert [read_recipe(words=words).method.fast for words in ([], ["--fast"], ["--fast", "rank"])] == [
+        *(None, "input", "rank")
+    ]
+    assert read_recipe(written({"fast": "input"})).method.fast == "input"
+    with pytest.raises(OptionError, match="invalid choice: 'both'"):
+        read_recipe(words=["--fast=both"])
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "word"),
+    [
+        ("xsum", Seq2SeqTrainingArguments, "--predict_with_generate"),
+        ("gsm8k", SFTConfig, "--completion_only_loss"),
+    ],
+)
+def test_the_task_decides_which_training_arguments_there_are(task, arguments, word):
+    words = ["--task", task, word, "true", "--bf16", "false"]  # TRL's default, which asks for a GPU
+    assert type(read_recipe(words=words).training) is arguments
+    with pytest.raises(OptionError, match=f"unknown option '{word}'"):
+        read_recipe(words=["--task", "rte", word, "true"])
+
+
+def test_what_is_written_down_is_the_same_recipe_again(written):
+    words = [
+        "--task=gsm8k",
+        "--lora_target_modules",
+        "q_proj",
+        "v_proj",
+        "--keep=0.25",
+        "--max_steps=7",
+        "--bf16=false",
+    ]
+    words += ["--lr_scheduler_type=cosine", "--optim_args=a=1", "--eval_steps=0.5", "--load_in_4bit", "--use_cpu"]
+    words += ["--lr_scheduler_kwargs", '{"num_cycles": 2}']
+    recipe = read_recipe(words=words)
+    settings = recipe.settings
+    assert settings["lr_scheduler_type"] == "cosine"
+    assert "weight_decay" not in settings  # the default is not worth a line
+    assert read_recipe(written(settings)).settings == settings
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "text"),
+    [
+        ({"learning_rat": 1}, [], r"recipe.yaml: unknown option 'learning_rat' \(closest: 'learning_rate'\)"),
+        ({"lora_rs": 1}, [], r"unknown option 'lora_rs' \(closest: 'lora_r'\)"),
+        ({}, ["--lerning_rate", "1"], r"unknown option '--lerning_rate' \(closest: 'learning_rate'\)"),
+        ({}, ["--learning", "1"], r"unknown option '--learning'"),  # an abbreviation may mean another one tomorrow
+        ({"task": "rtee"}, [], r"task='rtee' is unknown \(closest: 'rte'\)"),
+        ({"method": "adalor"}, [], r"method='adalor' is unknown \(closest: 'adalora'\)"),
+        ({}, ["--method=eva", "--method_options", "whitn=true"], r"eva has no option 'whitn' \(closest: 'whiten'\)"),
+        ({}, ["--method_options", "stps=3"], r"weightlora has no option 'stps' \(closest: 'steps'\)"),
+        ({"learning_rate": "fast"}, [], r"--learning_rate.*: invalid float value: 'fast'"),
+        ({"lr_scheduler_type": "cosin"}, [], r"--lr_scheduler_type.*: invalid choice: 'cosin'"),
+        ({"load_in_8bit": "perhaps"}, [], r"--load_in_8bit.*: .*perhaps"),
+        ({"save_strategy": "steps", "eval_strategy": "epoch", "load_best_model_at_end": True}, [], "load_best_model"),
+    ],
+)
+def test_a_mistake_is_one_line(written, content, words, text):
+    with pytest.raises(OptionError, match=text) as caught:
+        read_recipe(written(content), words)
+    assert re.fullmatch(r"[^\n]+", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("content", "text"), [("- 1\n- 2\n", "holds a list"), ("a: [", "cannot read"), (None, "cannot read")]
+)
+def test_a_file_that_is_no_recipe(written, tmp_path, content, text):
+    path = tmp_path / "missing.yaml" if content is None else written(content)
+    with pytest.raises(DataError, match=text):
+        read_recipe(path)
