@@ -92,10 +92,26 @@ def select_attach_save_reload(folder: Path) -> str:
     return f"{len(plan.names)} of {len(plan.entries)} sites kept, reloaded logits differ by {largest:.0e}"
 
 
+def an_encoder_decoder_is_selected_and_attached(_: Path) -> str:
+    from peft import LoraConfig
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    import weightlora
+
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    )
+    lora = LoraConfig(r=4, task_type="SEQ_2_SEQ_LM")
+    plan = weightlora.select(model, token_batches(), lora=lora, keep=0.5, steps=2, progress=False)
+    plan.attach(model)(**token_batches()[0]).loss.backward()
+    return f"{len(plan.names)} of {len(plan.entries)} sites kept"
+
+
 def the_fast_step_computes_the_same(_: Path) -> str:
     from peft import LoraConfig, get_peft_model
 
     import weightlora
+    from weightlora.fast.enable import fast_coverage
 
     batch = token_batches()[0]
     lora = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
@@ -104,7 +120,7 @@ def the_fast_step_computes_the_same(_: Path) -> str:
     for fast in (False, True):
         if fast:
             weightlora.enable_fast_lora(adapted)
-            assert len(weightlora.fast_coverage(adapted).covered) == 14
+            assert len(fast_coverage(adapted).covered) == 14
         adapted.zero_grad()
         adapted(**batch).loss.backward()
         gradients.append([p.grad.clone() for p in adapted.parameters() if p.requires_grad])
@@ -212,6 +228,7 @@ CHECKS: tuple[Callable[[Path], str], ...] = (
     public_names_load,
     help_of_each_command,
     select_attach_save_reload,
+    an_encoder_decoder_is_selected_and_attached,
     the_fast_step_computes_the_same,
     the_paper_s_rule_for_a_trainer,
     show_needs_no_picture,

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from weightlora import __version__
 from weightlora.cli import analyse, bench, demo, estimate, methods, select, show, train
+from weightlora.cli._quiet import quiet_imports
 from weightlora.errors import OptionError, WeightLoraError
 from weightlora.fast.allocator import keep_freed_memory
 
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rest and chosen.command not in ("train", "analyse"):  # whose options are the Trainer's own as well
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         chosen.words, chosen.rest = words[1:], rest
+        quiet_imports()
         keep_freed_memory()
         chosen.run(chosen)
     except WeightLoraError as error:
