@@ -25,8 +25,8 @@ from weightlora.methods.common.triplets import plan_under, require_steps, triple
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites, require_uniform
 from weightlora.plan.plan import AdapterPlan
-from weightlora.selection.stage import evaluated, held_out, rows_of
-from weightlora.selection.warmup import Loss, in_parts, model_loss
+from weightlora.selection.batches import Loss, held_out, in_parts, model_loss, rows_of
+from weightlora.selection.stage import evaluated
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

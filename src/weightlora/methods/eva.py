@@ -26,8 +26,8 @@ from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, find_sites, rank_and_alpha
 from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.selection.batches import Loss, in_parts, model_loss, to_device
 from weightlora.selection.stage import attach_plain_lora
-from weightlora.selection.warmup import Loss, in_parts, model_loss, to_device
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -20,8 +20,8 @@ from weightlora.model.gates import gated
 from weightlora.model.sites import Site, adapter_parameters, find_sites
 from weightlora.plan.budget import Budget, Keep, read_budget
 from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
-from weightlora.selection.stage import adapter_weights, probed
-from weightlora.selection.warmup import Loss, Stage, cycled, let_train
+from weightlora.selection.batches import Loss, cycled
+from weightlora.selection.stage import Stage, adapter_weights, let_train, probed
 
 if TYPE_CHECKING:
     from peft import LoraConfig

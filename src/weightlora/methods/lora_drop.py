@@ -22,8 +22,8 @@ from weightlora.model.layers import lora_layers
 from weightlora.model.sites import adapter_parameters, find_sites
 from weightlora.plan.budget import Keep, read_budget
 from weightlora.plan.plan import base_model_name, make_plan
-from weightlora.selection.stage import probed, train_adapters
-from weightlora.selection.warmup import Loss, Stage, cycled, in_parts
+from weightlora.selection.batches import Loss, cycled, in_parts
+from weightlora.selection.stage import Stage, probed, train_adapters
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
