@@ -12,7 +12,7 @@ import pytest
 from weightlora.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
 
 
@@ -24,7 +24,7 @@ def blocks(text):
         yield "\n" * text[: match.start("code")].count("\n") + code
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_code_blocks_run(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "document"}
@@ -45,7 +45,7 @@ def test_every_method_has_a_page_and_a_row(name):
         assert part in page, f"docs/methods/{name}.md lacks {part}"
     for option in inspect.signature(import_module(f"weightlora.methods.{name}").build).parameters:
         assert f"`{option}`" in page or option == "options", f"docs/methods/{name}.md does not explain {option}"
-    assert f"| `{name}` |" in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert f"| `{name}` |" in (ROOT / "docs" / "guides" / "methods.md").read_text(encoding="utf-8")
 
 
 def test_the_demo_named_in_the_readme_is_the_module_of_the_command():
