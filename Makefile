@@ -54,7 +54,7 @@ bench: setup   ## the measurements of docs/: hours on two cores; each goes on wh
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(DOCS)  ## run every code block of README.md and docs/, build the site into build/site
 	$(BIN)/python -m pytest tests/test_documents.py tests/test_docstrings.py
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build runs .pytest_cache .ruff_cache
