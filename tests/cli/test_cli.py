@@ -73,11 +73,12 @@ def test_config_file_and_command_line_agree_and_the_command_line_wins(reviews, t
     config = tmp_path / "r.yaml"
     config.write_text(f"train_file: {reviews}\nkeep: 3\nexpand: true\nseed: 7\noutput_dir: {tmp_path / 'a'}\n")
     assert main(["select", "--config", str(config), *QUICK]) == 0
-    # 0.5 is the option's default: it has to win over the file all the same.
+    # 0.5 is the option's default: it must still win over the file.
     assert main(["select", "--config", str(config), *QUICK, "--keep", "0.5", "--output_dir", str(tmp_path / "b")]) == 0
     from_file, overridden = (AdapterPlan.load(tmp_path / name / "plan.json") for name in "ab")
     assert (len(from_file.names), from_file.seed, from_file.options["expand"]) == (3, 7, "scale")
-    assert len(overridden.names) == 18
+    assert 3 < len(overridden.names) < 36
+    assert 2 * sum(e.site.parameters(e.lora_r) for e in overridden.entries if e.r) <= overridden.lora_parameters
 
 
 def test_fast_changes_no_score(reviews, tmp_path):

@@ -94,7 +94,7 @@ def test_layers_that_can_lower_the_loss_are_found_and_noise_prefers_none(rule):
 
 
 def test_the_better_half_of_minilm_is_kept(minilm, review_batches):
-    plan = quietly(minilm, review_batches, lora=LoraConfig(r=4, task_type="SEQ_CLS"), keep=0.5, head_steps=3)
+    plan = quietly(minilm, review_batches, lora=LoraConfig(r=4, task_type="SEQ_CLS"), keep=18, head_steps=3)
     assert len(plan.entries) == 36
     assert plan.names == tuple(sorted(sorted(plan.scores, key=plan.scores.get, reverse=True)[:18]))
     assert {entry.r for entry in plan.entries} == {0, 4}
@@ -333,7 +333,7 @@ def test_architecture(name, rule):
     batch = {"input_ids": tokens, "labels": torch.tensor([0, 1, 1, 0]) if task == "SEQ_CLS" else tokens}
     before = fingerprint(model)
     lora = LoraConfig(r=2, task_type=task, fan_in_fan_out=name == "gpt2")
-    plan = quietly(model, [batch] * 5, lora=lora, keep=0.5, head_steps=2 if task == "SEQ_CLS" else 0, rule=rule)
+    plan = quietly(model, [batch] * 5, lora=lora, keep=count // 2, head_steps=2 if task == "SEQ_CLS" else 0, rule=rule)
     assert fingerprint(model) == before
     assert (len(plan.entries), len(plan.names)) == (count, count // 2)
     assert tuple(lora_layers(plan.attach(model))) == plan.names
