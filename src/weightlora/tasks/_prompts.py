@@ -151,6 +151,26 @@ def _example(task: Task, row: Row, chat: bool) -> dict[str, Any]:
     return example
 
 
+def to_texts(task: Task, rows: Dataset, split: str) -> Dataset:
+    """Return the rows with one column, ``text``, as TRL takes them.
+
+    Args:
+        task: Its role ``text`` says which column.
+        rows: A split of its rows.
+        split: The name of that split, for errors.
+
+    Raises:
+        DataError: A row has no text.
+    """
+    from datasets import Dataset
+
+    texts: list[Any] = list(rows[task.columns["text"]])
+    for number, text in enumerate(texts):
+        if not isinstance(text, (str, int, float)) or text == "":
+            raise DataError(f"row {number} of the split {split!r} has no text: {text!r}; fill it in or remove the row")
+    return Dataset.from_dict({"text": [str(text) for text in texts]})  # the CSV reader makes numbers of some
+
+
 def template_options(*, thinking: bool = False) -> dict[str, Any]:
     """Return what a chat template is told in training, in generation and in the harness; most do not listen."""
     return {"enable_thinking": thinking}

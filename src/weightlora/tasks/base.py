@@ -25,6 +25,7 @@ class Task:
     columns: Mapping[str, str]
     """Role → column: ``{"text": "premise", "pair": "hypothesis", "label": "label"}``."""
     metrics: tuple[str, ...]
+    """The first one is what options are chosen by."""
     dataset: str | None = None
     """Hub name; None where the rows are the user's own."""
     subset: str | None = None
@@ -32,7 +33,9 @@ class Task:
     labels: tuple[str, ...] | None = None
     """Names in the order of their numbers; () is a regression, None is read from the rows."""
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """What only this task needs, such as the prompt of a completion."""
+    """What only this task needs, such as the harness's name of it."""
+    lower_is_better: bool = False
+    """Whether smaller values of the metrics are better, as of a loss."""
 
 
 @dataclass(frozen=True)
