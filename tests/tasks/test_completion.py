@@ -209,8 +209,8 @@ def test_the_last_assistant_message_is_the_completion():
 @pytest.mark.parametrize(
     ("task", "row", "chat", "text"),
     [
-        ("completion", {"prompt": "a", "completion": None}, False, "completion is None, no text"),
-        ("completion", {"prompt": ["a"], "completion": "b"}, True, r"prompt is \['a'\], no text"),
+        ("completion", {"prompt": "a", "completion": None}, False, "completion is None, which is no text"),
+        ("completion", {"prompt": ["a"], "completion": "b"}, True, r"prompt is \['a'\], which is no text"),
         ("chat", {"messages": [{"role": "user", "content": "a"}]}, True, "no assistant message answers"),
         ("chat", {"messages": [{"role": "assistant", "content": "a"}]}, True, "no assistant message answers"),
         ("chat", {"messages": [{"role": "user", "content": "a"}]}, False, "no chat template"),
@@ -338,7 +338,9 @@ def test_of_plain_text_every_token_is_learnt_and_its_loss_is_measured(plain, tin
     prepared = prepare(replace(task_of("language_modelling"), columns={"text": "words"}), rows, plain, RowOptions())
     trainer = prepared.make_trainer(tiny, arguments(learning_rate=2e-2, per_device_train_batch_size=4), [])
     batch = next(iter(trainer.get_train_dataloader()))
-    texts = {plain.decode(ids[mask == 1]) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)}
+    texts = {
+        plain.decode(ids[mask == 1]) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    }
     assert texts == {f"{row['words']}<|im_end|>" for row in rows["train"]}
     assert torch.equal(batch["labels"], batch["input_ids"].where(batch["attention_mask"] == 1, -100))
 

@@ -36,7 +36,7 @@ _HELLASWAG = {"activity": "activity_label", "ctx_a": "ctx_a", "ctx_b": "ctx_b", 
 _ARC = {"question": "question", "choices": "choices", "answer": "answerKey"}
 
 #: ``options["harness"]`` names the task of lm-evaluation-harness that measures it, and the metrics are the harness's.
-#: The further options ``include_path``, ``limit`` and ``num_fewshot`` go to :func:`weightlora.tasks._judge.judge_model`.
+#: Further options, ``include_path``, ``limit`` and ``num_fewshot``, go to :func:`weightlora.tasks._judge.judge_model`.
 TASKS = (
     # The same rows as allenai/math_qa, which is a script: datasets reads none since its version 4.
     _judged("mathqa", "regisss/math_qa", None, _ACC, problem="Problem", options="options", correct="correct"),
@@ -253,7 +253,9 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=_ends(model, tokenizer),
     )
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the largest first: out of memory at once or never
+    order = sorted(
+        range(len(prompts)), key=lambda i: -len(prompts[i])
+    )  # the largest first: out of memory at once or never
     answers = [""] * len(prompts)
     training = model.training
     model.eval()

@@ -104,7 +104,9 @@ def load_rows(task: Task, source: Source, *, seed: int = 0, measured: bool = Tru
 
 def _hold_out(rows: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
     if not 0 < count < len(rows):
-        raise OptionError(f"held_out_samples={count} is not allowed: give 0 to {len(rows) - 1}, so that rows to train on are left")
+        raise OptionError(
+            f"held_out_samples={count} is not allowed: give 0 to {len(rows) - 1}, so that rows to train on are left"
+        )
     parts = rows.train_test_split(test_size=count, seed=seed)
     return parts["train"], parts["test"]
 
@@ -121,7 +123,7 @@ def _files(source: Source, measured: bool) -> Mapping[str, Dataset]:
             raise DataError(f"{path} ends with {path.suffix!r}; give a file that ends with {', '.join(_READERS)}")
         if not path.is_file():
             raise DataError(f"there is no file {path}")
-        splits[name] = _load(reader, data_files={name: str(path)})[name]
+        splits[name] = _load(str(path), reader, data_files={name: str(path)})[name]
     return splits
 
 
@@ -142,7 +144,7 @@ def _dataset(task: Task, source: Source, seed: int) -> Any:
     if (Path(name) / "dataset_dict.json").is_file():  # what DatasetDict.save_to_disk wrote
         return load_from_disk(name)
     subset = source.dataset_config_name or (task.subset if source.dataset_name is None else None)
-    return _load(name, subset)
+    return _load(" ".join(filter(None, (name, subset))), name, subset)
 
 
 def _generator_settings(text: str | None) -> dict[str, Any]:
@@ -169,15 +171,14 @@ def _embedded(source: Source, seed: int) -> Any:
     return DatasetDict({name: Dataset.from_list(split) for name, split in rows.items()})
 
 
-def _load(*arguments: Any, **named: Any) -> Any:
+def _load(what: str, *arguments: Any, **named: Any) -> Any:
     from datasets import load_dataset
 
     try:
         return load_dataset(*arguments, **named)
     except Exception as error:  # the readers raise whatever pandas, pyarrow or the hub's client raise
-        where = " ".join(str(part) for part in (*arguments, *named.values()) if part)
         reason = next(iter(str(error).splitlines()), "it has no rows")  # an empty file ends in a bare StopIteration
-        raise DataError(f"cannot load {where}: {reason}") from error
+        raise DataError(f"cannot load {what}: {reason}") from error
 
 
 def _check_columns(task: Task, split: str, present: Sequence[str]) -> None:
