@@ -368,7 +368,7 @@ def test_whole_blocks_are_kept_within_the_budget():
     assert len(chosen(keep=5)) == 4
     assert len({name.split(".")[0] for name in chosen(keep=5)}) == 2
     assert len(chosen(keep=5, unit="site")) == 5
-    with pytest.raises(SelectionError, match="keep=1 pays for no whole block; raise keep, or take unit='site'"):
+    with pytest.raises(SelectionError, match="no whole block fits keep=1; raise keep, or take unit='site'"):
         chosen(keep=1)
 
 

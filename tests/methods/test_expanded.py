@@ -330,7 +330,7 @@ def test_milora_trains_half_of_what_it_exports(budget, options, trained_r):
 
 
 def test_milora_says_where_there_is_no_room():
-    with pytest.raises(OptionError, match="exports twice the rank that it trains, for which r=1 is no room"):
+    with pytest.raises(OptionError, match="exports twice the rank that it trains, and r=1 cannot be halved"):
         attached("milora", LoraConfig(r=1))
     with pytest.raises(OptionError, match=r"r=5 is not allowed: 2 \(12→4\) has 4 singular triplets; lower r"):
         attached("milora", LoraConfig(r=10))
