@@ -275,7 +275,7 @@ def test_nora_trains_two_small_matrices_a_site():
         method, model = attached("nora", LoraConfig(r=2), **options)
         assert count(model) == sum(2 * 2 * each for each in n)
         assert method.plan.ranks == {"0": 2, "2": 2}
-    with pytest.raises(OptionError, match="outer_r=3 is not allowed: give at least r=4"):
+    with pytest.raises(OptionError, match="outer_r=3 is not allowed: give at least the inner rank r=4"):
         attached("nora", outer_r=3)
 
 
