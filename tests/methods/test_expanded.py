@@ -274,7 +274,7 @@ def test_nora_trains_two_small_matrices_a_site():
         method, model = attached("nora", LoraConfig(r=2), **options)
         assert count(model) == sum(2 * 2 * each for each in n)
         assert method.plan.ranks == {"0": 2, "2": 2}
-    with pytest.raises(OptionError, match="outer_r=3 is not allowed: give at least r=4"):
+    with pytest.raises(OptionError, match="outer_r=3 is not allowed: give at least the inner rank r=4"):
         attached("nora", outer_r=3)
 
 
@@ -329,7 +329,7 @@ def test_milora_trains_half_of_what_it_exports(budget, options, trained_r):
 
 
 def test_milora_says_where_there_is_no_room():
-    with pytest.raises(OptionError, match="exports twice the rank that it trains, for which r=1 is no room"):
+    with pytest.raises(OptionError, match="exports twice the rank that it trains, and r=1 cannot be halved"):
         attached("milora", LoraConfig(r=1))
     with pytest.raises(OptionError, match=r"r=5 is not allowed: 2 \(12→4\) has 4 singular triplets; lower r"):
         attached("milora", LoraConfig(r=10))
