@@ -6,13 +6,13 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DOCS   := $(VENV)/.docs
 
-.PHONY: setup demo test check bench docs clean
+.PHONY: setup demo test check fresh bench docs clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements/embedded.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,llm]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/embedded.txt
 	touch $@
 
@@ -31,6 +31,9 @@ check: setup   ## format, lint, types, import order
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/pyright
 	$(BIN)/python -m pytest tests/test_imports.py
+
+fresh:         ## the built wheel without extras in two new environments, about four minutes
+	PYTHON=$(PYTHON) .ci/fresh
 
 # The allocator keeps what is freed (docs/lab/fast-step.md), in the Python scripts too.
 bench: export MALLOC_MMAP_THRESHOLD_ := 33554432
