@@ -5,6 +5,8 @@ The text of an error names the value found, what is allowed, and which knob to t
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 
 class WeightLoraError(Exception):
     """Root of all errors that a user can cause; the command line prints its text and exits 2."""
@@ -34,9 +36,34 @@ class DataError(WeightLoraError, ValueError):
     """A data file is missing, malformed or lacks a column."""
 
 
+class MissingPackageError(WeightLoraError, ImportError):
+    """A package of an extra is not installed; the text says how to install it."""
+
+
 class OutputError(WeightLoraError, OSError):
     """A result could not be written; nothing half-written was left behind."""
 
 
 class WeightLoraWarning(UserWarning):
     """Something was done differently from what was asked; the text says what and how to silence it."""
+
+
+def require_extra(package: str, extra: str) -> None:
+    """Raise where a package that comes with an extra is not installed; call it before long work begins.
+
+    Args:
+        package: The name that is imported.
+        extra: The extra of weightlora that installs it.
+
+    Raises:
+        MissingPackageError: It is not installed.
+
+    Example:
+        >>> require_extra("json", "tasks")
+        >>> require_extra("no_such_package", "tasks")
+        Traceback (most recent call last):
+        ...
+        weightlora.errors.MissingPackageError: no_such_package is not installed; run: pip install 'weightlora[tasks]'
+    """
+    if find_spec(package) is None:
+        raise MissingPackageError(f"{package} is not installed; run: pip install 'weightlora[{extra}]'")

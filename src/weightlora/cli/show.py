@@ -21,11 +21,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Print what the plan keeps, where, and how it was found."""
     from rich.console import Console
 
+    from weightlora.errors import require_extra
     from weightlora.plan.from_adapter import read_adapter
     from weightlora.plan.plan import AdapterPlan
     from weightlora.report.coverage import fast_gaps, fast_text
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
 
+    if arguments.png:
+        require_extra("matplotlib", "plots")
     path: Path = arguments.path
     plan = read_adapter(path) if path.is_dir() else AdapterPlan.load(path)
     console = Console()
