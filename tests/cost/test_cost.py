@@ -241,7 +241,7 @@ def test_a_limit_below_the_cheapest_site(minilm, review_batches, keep, knob):
 
 def test_what_sees_no_batch_cannot_measure():
     with pytest.raises(OptionError, match="keep='512MB' has to be measured on a batch"):
-        read_budget("512MB", [1, 1])
+        read_budget("512MB", {"a": 1, "b": 1})
 
 
 def test_checkpointing_and_a_detached_loss_are_refused(minilm, review_batches):
