@@ -139,8 +139,8 @@ def run_point(point: Point) -> dict[str, Any]:
     import torch
     from peft import LoraConfig
     from transformers.utils import logging
-
     from weightlora.bench.run import Settings, train_classifier
+
     from weightlora.errors import SelectionError
     from weightlora.tasks.classification import encode
     from weightlora.tasks.embedded import minilm, rotten_tomatoes

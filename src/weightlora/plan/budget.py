@@ -169,24 +169,6 @@ def read_keep(text: str) -> Keep:
     return text
 
 
-def require_keep(keep: Keep) -> None:
-    """Raise unless ``keep`` can be a budget of some model.
-
-    Raises:
-        OptionError: It is out of its range, or its text is no budget.
-
-    Example:
-        >>> require_keep(0.5), require_keep("0.8x")
-        (None, None)
-    """
-    allowed = f"{_NUMBERS.format(n='the number of sites')}, {_COSTS}"
-    if isinstance(keep, str):
-        if read_limit(keep) is None:
-            _read_parameters(keep, allowed)
-    elif isinstance(keep, bool) or not math.isfinite(keep) or keep <= 0 or (keep > 1 and not isinstance(keep, int)):
-        raise OptionError(f"keep={keep} is not allowed: give {allowed}")
-
-
 def expanded_ranks(ranks: Sequence[int], kept: Sequence[bool], sizes: Sequence[int], *, step: int = 1) -> list[int]:
     """Return the ranks of WeightLoRA+, which spends the freed budget on the kept sites, all by the same factor.
 
