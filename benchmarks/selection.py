@@ -28,7 +28,7 @@ from weightlora.bench.records import append_record, read_records
 from weightlora.methods import make_method
 from weightlora.methods.base import ChoosingMethod, Method
 from weightlora.model.sites import find_sites
-from weightlora.plan.budget import Keep, read_budget
+from weightlora.plan.budget import Budget
 from weightlora.plan.plan import AdapterPlan, make_plan
 
 RESULTS = Path(__file__).parent / "results"
@@ -139,8 +139,8 @@ def run_point(point: Point) -> dict[str, Any]:
     import torch
     from peft import LoraConfig
     from transformers.utils import logging
-
     from weightlora.bench.run import Settings, train_classifier
+
     from weightlora.errors import SelectionError
     from weightlora.tasks.classification import encode
     from weightlora.tasks.embedded import minilm, rotten_tomatoes
@@ -183,11 +183,11 @@ def build(variant: Variant, *, keep: int, seed: int, lr: float) -> Method:
     return make_method(variant.method, keep=keep, seed=seed, lr=lr, progress=False, **variant.options)
 
 
-def nearest_the_output(model: Any, lora: Any, keep: Keep) -> AdapterPlan:
+def nearest_the_output(model: Any, lora: Any, keep: int) -> AdapterPlan:
     """Keep the sites that the model defines last."""
     sites = find_sites(model, lora).sites
     defined = [name for name, _ in model.named_modules()]
-    budget = read_budget(keep, [site.parameters(lora.r) for site in sites])
+    budget = Budget.of_count(keep, n=len(sites))
     kept = budget.choose([defined.index(site.name) for site in sites])
     return make_plan(sites, lora, [sites[i].name for i in kept], rule="nearest")
 

@@ -150,12 +150,13 @@ def accelerator_peak_bytes(step: Callable[[], None]) -> int:
 
 def make_rows(setting: Setting) -> dict[str, Callable[[], Row]]:
     """Every way to train. The frozen weights are the same tensors in all rows but full fine-tuning."""
+    n = len(find_sites(setting.base, setting.lora).sites)
 
     @cache
-    def plan(keep: float) -> weightlora.AdapterPlan:
+    def plan(keep: int) -> weightlora.AdapterPlan:
         return _plan(setting, keep)
 
-    def planned(keep: float, *, expand: bool = False, **overrides: Any) -> Any:
+    def planned(keep: int, *, expand: bool = False, **overrides: Any) -> Any:
         return (plan(keep).expand() if expand else plan(keep)).attach(_shared(setting.base), **overrides)
 
     return {
@@ -170,14 +171,14 @@ def make_rows(setting: Setting) -> dict[str, Callable[[], Row]]:
         "gates, dropout 0.05": lambda: Row(_lora(setting, P), gated=True),
         "gates, fast, dropout 0.05": lambda: Row(_fast(_lora(setting, P)), gated=True),
         "gates, fast, dropout 0": lambda: Row(_fast(_lora(setting, 0.0)), gated=True),
-        "WeightLoRA, K = n/2": lambda: Row(planned(0.5)),
-        "WeightLoRA, K = n/2, fast": lambda: Row(_fast(planned(0.5))),
-        "WeightLoRA, K = n/2, fast, rank dropout": lambda: Row(_fast(planned(0.5), "rank")),
-        "WeightLoRA, K = n/2, fast, dropout 0": lambda: Row(_fast(planned(0.5, lora_dropout=0.0))),
-        "WeightLoRA, K = n/4": lambda: Row(planned(0.25)),
-        "WeightLoRA, K = n/4, fast": lambda: Row(_fast(planned(0.25))),
-        "WeightLoRA+": lambda: Row(planned(0.5, expand=True)),
-        "WeightLoRA+, fast": lambda: Row(_fast(planned(0.5, expand=True))),
+        "WeightLoRA, K = n/2": lambda: Row(planned(n // 2)),
+        "WeightLoRA, K = n/2, fast": lambda: Row(_fast(planned(n // 2))),
+        "WeightLoRA, K = n/2, fast, rank dropout": lambda: Row(_fast(planned(n // 2), "rank")),
+        "WeightLoRA, K = n/2, fast, dropout 0": lambda: Row(_fast(planned(n // 2, lora_dropout=0.0))),
+        "WeightLoRA, K = n/4": lambda: Row(planned(n // 4)),
+        "WeightLoRA, K = n/4, fast": lambda: Row(_fast(planned(n // 4))),
+        "WeightLoRA+": lambda: Row(planned(n // 2, expand=True)),
+        "WeightLoRA+, fast": lambda: Row(_fast(planned(n // 2, expand=True))),
         "PEFT AdaLoRA": lambda: _adalora(setting),
         "PEFT DoRA": lambda: Row(_lora(setting, P, use_dora=True)),
         "PEFT VeRA": lambda: Row(get_peft_model(_shared(setting.base), VeraConfig(vera_dropout=P, **_common(setting)))),
@@ -225,7 +226,7 @@ def _adalora(setting: Setting) -> Row:
     return Row(model, after_backward=model.base_model.update_and_allocate)
 
 
-def _plan(setting: Setting, keep: float) -> weightlora.AdapterPlan:
+def _plan(setting: Setting, keep: int) -> weightlora.AdapterPlan:
     lora = deepcopy(setting.lora)
     lora.lora_dropout = P
     return weightlora.select(

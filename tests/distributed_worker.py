@@ -36,11 +36,13 @@ from weightlora.model.layers import lora_layers
 from weightlora.runs.recipe import read_recipe
 from weightlora.runs.train import train
 from weightlora.selection import select as selection
-from weightlora.selection import warmup
+from weightlora.selection import stage
+from weightlora.selection.rules.first_order import FirstOrder
+from weightlora.selection.rules.stoiht import StoIHT
 
 ROWS = 8  # of a step, on all processes together
 LIMITS = ("30kB", "0.9x")
-RULES = {"first_order": {}, "stoiht": {"gate_lr": 50.0}}
+RULES = {"first_order": FirstOrder(head_steps=4), "stoiht": StoIHT(head_steps=4, gate_lr=50.0)}
 LORA = LoraConfig(r=2, target_modules=r".*encoder.*(query|key|value|dense)", task_type="SEQ_CLS")
 
 
@@ -58,7 +60,7 @@ def recipe(folder, name, rows, *words):
             ),
             *("--train_file", f"{folder}/train.csv", "--validation_file", f"{folder}/validation.csv"),
             *("--max_seq_length", "16", "--per_device_train_batch_size", str(rows), "--max_steps", "4"),
-            *("--head_steps", "4", "--steps", "4", "--keep", "5", "--lora_r", "4"),
+            *("--rule_options", "head_steps=4", "--steps", "4", "--keep", "5", "--lora_r", "4"),
             *("--optim", "sgd", "--learning_rate", "0.1", "--lr_scheduler_type", "constant", "--seed", "3"),
             *("--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--save_strategy", "no", *words),
         ]
@@ -84,8 +86,8 @@ def small_batches():
 
 
 def small_plan(model, batches, rule="first_order", **options):
-    arguments = {"lora": LORA, "keep": 5, "steps": 8, "head_steps": 4, "lr": 1e-2, "progress": False, **RULES[rule]}
-    return weightlora.select(model, batches, rule=rule, **{**arguments, **options})
+    arguments = {"lora": LORA, "keep": 5, "steps": 8, "lr": 1e-2, "progress": False}
+    return weightlora.select(model, batches, rule=RULES[rule], **{**arguments, **options})
 
 
 def shares(batches, process, processes):
@@ -170,11 +172,11 @@ class Worker:
         losses.append(model.eval()(**own).loss.item())
         self.tell("afterwards", {"losses": losses, "gathered": gathered})
 
-    def deaf_selection(self):
-        """Nothing said to the other process about the gradients: must not go unnoticed."""
-        average, warmup.average_gradients = warmup.average_gradients, lambda _: None
-        self.tell_error("deaf", SelectionError, small_plan, small_model(), self.data)
-        warmup.average_gradients = average
+    def unaveraged_selection(self):
+        """Gradients that are not averaged over the processes: an error."""
+        average, stage.average_gradients = stage.average_gradients, lambda _: None
+        self.tell_error("unaveraged", SelectionError, small_plan, small_model(), self.data)
+        stage.average_gradients = average
 
     def limited_selection(self):
         """Budgets that are measured, on shares of unequal size: the first process measures for both."""
@@ -224,7 +226,7 @@ def main(folder):
     fast_layer.LEAST_NUMBERS = fast_layer.LEAST_WITH_INPUT_DROPOUT = 0  # or all calls here were too small for it
     worker = Worker(folder)
     worker.sharded_selection()
-    worker.deaf_selection()
+    worker.unaveraged_selection()
     worker.limited_selection()
     worker.token_selection("tokens")
     worker.token_selection("tokens_apart", average_tokens_across_devices=False)

@@ -24,6 +24,7 @@ from distributed_worker import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
+from weightlora.trainer.select_for import adopt, select_for
 
 from weightlora.cli import main
 from weightlora.errors import OptionError
@@ -32,7 +33,6 @@ from weightlora.plan.plan import AdapterPlan
 from weightlora.runs.train import train
 from weightlora.tasks.classification import load_classifier
 from weightlora.tasks.embedded import rotten_tomatoes
-from weightlora.trainer.select_for import adopt, select_for
 
 #: Halves of a batch are summed in another order than the whole. That moves an fp32 sum by some 1e-7 of its terms, which
 #: partly cancel: 4e-6 of the largest number of a matrix was seen, and 3e-7 of a score.
@@ -143,7 +143,7 @@ def test_a_sharded_model_is_left_as_it_was(two):
 
 def test_processes_that_choose_differently_are_stopped(two):
     """Without the mean of the gradients each process hears its own rows: were this equal, so would all above be."""
-    for error in told(two, "deaf"):
+    for error in told(two, "unaveraged"):
         assert "the choice differs between the 2 processes (2 kinds)" in error
 
 

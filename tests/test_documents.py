@@ -1,19 +1,55 @@
-"""Every python block of the documents runs, each file's blocks one after another in one namespace."""
+"""The documents are true: python blocks run, shell commands exist, public names are described, links lead somewhere."""
 
 import inspect
 import re
 import runpy
+import shlex
 import warnings
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
+import weightlora
+from weightlora.bench.grid import read_grid
+from weightlora.cli import main
 from weightlora.methods import METHODS
+from weightlora.model.sites import Site
+from weightlora.plan.plan import AdapterPlan, PlannedSite
+from weightlora.runs.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md", *PAGES]
+#: What runs a command of the documents: the file of this repository that runs it, and the text it runs it with.
+#: Commands that need a hub, several processes or hours are run there with local substitutes; each is also parsed below.
+RUN_BY = {
+    "make setup": ("Makefile", "check: setup"),
+    "make check": (".ci/run", "make check"),
+    "make test": (".ci/run", "make test"),
+    "make docs": ("Makefile", "mkdocs build --strict"),
+    "make demo": ("Makefile", "weightlora demo"),
+    "pip install": ("Makefile", "-m pip install"),
+    ".venv/bin/pre-commit install": (".pre-commit-config.yaml", "repos:"),
+    "weightlora demo": ("tests/cli/test_demo.py", '"demo"'),
+    "weightlora select": ("tests/cli/test_cli.py", '"select"'),
+    "weightlora show": ("tests/test_documents.py", '"show"'),
+    "weightlora methods": ("tests/test_documents.py", '"methods"'),
+    "weightlora train": ("tests/runs/test_train.py", '"train"'),
+    "weightlora estimate": ("tests/cost/test_cost.py", '"estimate"'),
+    "weightlora bench": ("tests/bench/test_bench.py", '"bench"'),
+    "weightlora analyse": ("tests/runs/test_gradient_study.py", '"analyse"'),
+    "torchrun": ("tests/test_distributed.py", "select_for"),
+    "accelerate launch": ("tests/test_distributed.py", "select_for"),
+}
 _BLOCK = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
+_SHELL = re.compile(r"^ *```(?:sh|bash|shell|console)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
 
 
 def blocks(text):
@@ -24,7 +60,26 @@ def blocks(text):
         yield "\n" * text[: match.start("code")].count("\n") + code
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def commands(text):
+    """The words of each command in the shell blocks, without comments; continued lines are one command."""
+    for block in _SHELL.findall(text):
+        lines = block.replace("\\\n", " ").splitlines()
+        yield from filter(None, (shlex.split(line, comments=True) for line in lines))
+
+
+def documented():
+    found = {shlex.join(words): words for path in DOCUMENTS for words in commands(path.read_text(encoding="utf-8"))}
+    return list(found.values())
+
+
+def own(words):
+    """The words that ``weightlora`` is given, whatever launches it; None where it is another program."""
+    if "-m" in words:
+        words = words[words.index("-m") + 1 :]
+    return words[1:] if words[0] == "weightlora" else None
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_code_blocks_run(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "document"}
@@ -35,7 +90,72 @@ def test_code_blocks_run(document, tmp_path, monkeypatch):
 
 
 def test_there_are_blocks_to_run():
-    assert sum(len(list(blocks(path.read_text(encoding="utf-8")))) for path in DOCUMENTS) >= 3
+    assert sum(len(list(blocks(path.read_text(encoding="utf-8")))) for path in DOCUMENTS) >= 10
+    for guide in ("getting-started", "training", "budgets", "methods", "fast-step"):
+        assert list(blocks((ROOT / "docs" / "guides" / f"{guide}.md").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_every_block_names_its_language(document):
+    """A command in a block without one would be neither run nor parsed."""
+    opening = re.findall(r"^ *```(.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)[::2]
+    assert all(opening)
+
+
+@pytest.mark.parametrize("words", documented(), ids=shlex.join)
+def test_every_command_is_run_somewhere(words):
+    rows = [RUN_BY[start] for start in RUN_BY if f"{shlex.join(words)} ".startswith(f"{start} ")]
+    assert rows, "no row of RUN_BY says what runs it"
+    for file, text in rows:
+        assert text in (ROOT / file).read_text(encoding="utf-8"), f"{file} does not run it with {text}"
+
+
+def parsed(words, monkeypatch, capsys):
+    """What the command line makes of ``words``, all options checked, without running the command."""
+    chosen = []
+    assert words[0] in {path.stem for path in (ROOT / "src" / "weightlora" / "cli").glob("[a-z]*.py")}
+    monkeypatch.setattr(import_module(f"weightlora.cli.{words[0]}"), "run", chosen.append)
+    assert main(words) == 0, capsys.readouterr().err
+    if chosen[0].rest:  # options of a recipe and of transformers' TrainingArguments
+        read_recipe(words=chosen[0].rest)
+    return chosen[0]
+
+
+@pytest.mark.parametrize("words", list(filter(None, map(own, documented()))), ids=shlex.join)
+def test_every_command_is_one_of_ours_with_known_options(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    parsed(words, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "words", [["train", "--kep", "0.5"], ["show"], ["methods", "--taks"], ["train", "--keep", "2.5"]]
+)
+def test_a_wrong_command_would_be_seen(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((AssertionError, weightlora.WeightLoraError)):
+        parsed(words, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "words", [words for words in filter(None, map(own, documented())) if words[0] in ("show", "methods")]
+)
+def test_quick_commands_are_run_as_they_are(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "select").mkdir(parents=True)
+    sites = [Site(f"layers.{i}.{name}", 8, 8) for i in range(2) for name in ("key", "query")]
+    entries = tuple(PlannedSite(site, 4, 8, r=4 * site.name.endswith("query"), alpha=8, score=1.0) for site in sites)
+    AdapterPlan(entries).save(tmp_path / "runs" / "select" / "plan.json")
+    assert main(words) == 0
+    assert ("query" if words[0] == "show" else METHODS[0].name if len(words) == 1 else "rte") in capsys.readouterr().out
+
+
+def test_the_benchmark_of_the_guide_can_be_read(tmp_path):
+    text = (ROOT / "docs" / "guides" / "benchmarks.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    path = tmp_path / "b.yaml"
+    path.write_text(block, encoding="utf-8")
+    grid = read_grid(path)
+    assert [row.label for row in grid.rows][:2] == ["lora", "random, K = 1"]
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in METHODS])
@@ -45,7 +165,28 @@ def test_every_method_has_a_page_and_a_row(name):
         assert part in page, f"docs/methods/{name}.md lacks {part}"
     for option in inspect.signature(import_module(f"weightlora.methods.{name}").build).parameters:
         assert f"`{option}`" in page or option == "options", f"docs/methods/{name}.md does not explain {option}"
-    assert f"| `{name}` |" in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert f"| `{name}` |" in (ROOT / "docs" / "guides" / "methods.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", weightlora.__all__)
+def test_every_public_name_is_on_an_api_page(name):
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md")]
+    assert sum(f"::: weightlora.{name}\n" in page for page in pages) == 1
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    def paths(entry):
+        children = entry.values() if isinstance(entry, dict) else entry
+        return {entry} if isinstance(entry, str) else {path for child in children for path in paths(child)}
+
+    navigation = paths(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert navigation == {path.relative_to(ROOT / "docs").as_posix() for path in PAGES if path.name != "table.md"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_links_lead_to_files(document):
+    for target in _LINK.findall(document.read_text(encoding="utf-8")):
+        assert (document.parent / target).exists(), f"{name_of(document)} links to {target}"
 
 
 def test_the_demo_named_in_the_readme_is_the_module_of_the_command():

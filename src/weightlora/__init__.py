@@ -19,17 +19,20 @@ if TYPE_CHECKING:
     from weightlora.model.checkpointing import shorten_backward
     from weightlora.model.sites import Site, find_sites
     from weightlora.plan.plan import AdapterPlan
+    from weightlora.selection.rules.first_order import FirstOrder
+    from weightlora.selection.rules.stoiht import StoIHT
     from weightlora.selection.select import select
-    from weightlora.trainer.attach import method_for
-    from weightlora.trainer.select_for import select_for
+    from weightlora.trainer.attach import method_for, select_for
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterPlan": "plan.plan",
+    "FirstOrder": "selection.rules.first_order",
     "METHODS": "methods",
     "Method": "methods",
     "Site": "model.sites",
+    "StoIHT": "selection.rules.stoiht",
     "WeightLoraError": "errors",
     "WeightLoraWarning": "errors",
     "disable_fast_lora": "fast.enable",
@@ -38,15 +41,17 @@ _HOMES = {
     "make_method": "methods",
     "method_for": "trainer.attach",
     "select": "selection.select",
-    "select_for": "trainer.select_for",
+    "select_for": "trainer.attach",
     "shorten_backward": "model.checkpointing",
 }
 
 __all__ = [
     "METHODS",
     "AdapterPlan",
+    "FirstOrder",
     "Method",
     "Site",
+    "StoIHT",
     "WeightLoraError",
     "WeightLoraWarning",
     "disable_fast_lora",

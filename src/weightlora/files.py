@@ -79,6 +79,17 @@ def whole_folder(path: str | Path) -> Generator[Path]:
             shutil.rmtree(draft, ignore_errors=True)
 
 
+def replace_folder(source: Path, target: Path) -> None:
+    """Move the folder ``source`` to ``target``, in the place of what is there.
+
+    Raises:
+        OutputError: The folder cannot be moved.
+    """
+    with whole_folder(target) as draft:
+        draft.rmdir()
+        shutil.move(source, draft)
+
+
 def write_json(path: str | Path, value: Any, *, default: Callable[[Any], Any] | None = None) -> None:
     """Write ``value`` as JSON, whole or not at all.
 

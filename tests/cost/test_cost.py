@@ -9,6 +9,7 @@ import pytest
 import torch
 from fingerprint import fingerprint
 from peft import LoraConfig, get_peft_model
+from ruled import ruled
 
 from weightlora import enable_fast_lora, select
 from weightlora.cli import main
@@ -193,7 +194,7 @@ def test_whole_steps_are_compared_round_by_round(monkeypatch):
 
 @pytest.mark.parametrize(("keep", "fast"), [("20MB", None), ("0.8x", None), ("0.8x", "input")])
 def test_select_keeps_what_the_budget_pays_for(minilm, review_batches, keep, fast):
-    options = {"lora": LoraConfig(r=8, task_type="SEQ_CLS"), "steps": 2, "head_steps": 1, "progress": False}
+    options = {"lora": LoraConfig(r=8, task_type="SEQ_CLS"), "steps": 2, "progress": False, **ruled(head_steps=1)}
     options["fast"] = fast
     before = fingerprint(minilm)
     plan = select(minilm, review_batches, keep=keep, **options)
@@ -206,7 +207,7 @@ def test_select_keeps_what_the_budget_pays_for(minilm, review_batches, keep, fas
 
 
 def test_a_byte_budget_is_what_is_really_held(minilm, review_batches):
-    options = {"lora": LoraConfig(r=8, task_type="SEQ_CLS"), "steps": 2, "head_steps": 1, "progress": False}
+    options = {"lora": LoraConfig(r=8, task_type="SEQ_CLS"), "steps": 2, "progress": False, **ruled(head_steps=1)}
     plan = select(minilm, review_batches, keep="20MB", **options)
     model = plan.attach(minilm).train()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -215,7 +216,7 @@ def test_a_byte_budget_is_what_is_really_held(minilm, review_batches):
 
 def test_the_fast_step_has_more_sites_for_the_same_bytes(minilm, review_batches):
     lora = LoraConfig(r=8, lora_dropout=0.05, task_type="SEQ_CLS")
-    options = {"lora": lora, "keep": "20MB", "steps": 2, "head_steps": 1, "progress": False}
+    options = {"lora": lora, "keep": "20MB", "steps": 2, "progress": False, **ruled(head_steps=1)}
     stock, fast = (select(minilm, review_batches, fast=fast, **options) for fast in (None, "rank"))
     assert len(fast.names) > len(stock.names)
     model = enable_fast_lora(fast.attach(minilm).train(), "rank")
@@ -234,13 +235,13 @@ def test_a_limit_below_the_cheapest_site(minilm, review_batches, keep, knob):
     before = fingerprint(minilm)
     lora = LoraConfig(r=8, task_type="SEQ_CLS")
     with pytest.raises(OptionError, match=rf"keep='{keep}' pays for no site: the cheapest, bert\S+, takes.*{knob}"):
-        select(minilm, review_batches, lora=lora, keep=keep, steps=2, head_steps=1, progress=False)
+        select(minilm, review_batches, lora=lora, keep=keep, steps=2, progress=False, **ruled(head_steps=1))
     assert fingerprint(minilm) == before
 
 
 def test_what_sees_no_batch_cannot_measure():
     with pytest.raises(OptionError, match="keep='512MB' has to be measured on a batch"):
-        read_budget("512MB", [1, 1])
+        read_budget("512MB", {"a": 1, "b": 1})
 
 
 def test_checkpointing_and_a_detached_loss_are_refused(minilm, review_batches):

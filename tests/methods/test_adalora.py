@@ -188,7 +188,7 @@ def test_a_site_without_a_gradient_is_pruned_and_no_crash():
     ("options", "lora", "text"),
     [
         ({"init_r": 2}, LORA, "init_r=2 is not allowed: give more than r=2"),
-        ({"tinit": 9}, LORA, "tinit=9 and tfinal=3 leave none of 12 steps to prune in"),
+        ({"tinit": 9}, LORA, "tinit=9 and tfinal=3 leave none of 12 steps for pruning"),
         ({"deltaT": 0}, LORA, "deltaT=0 is not allowed"),
         ({"alpha": "x"}, LORA, "alpha='x' is not allowed"),
         ({}, LoraConfig(r=2, rank_pattern={"0": 4}), "adalora gives every site the same rank"),

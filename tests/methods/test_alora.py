@@ -11,7 +11,7 @@ from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
 from weightlora.methods import make_method
 from weightlora.methods.alora import contributions, moves
 from weightlora.model.layers import lora_layers
-from weightlora.selection.stage import held_out
+from weightlora.selection.batches import held_out
 
 STEPS, SITES = 20, 3
 LORA = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.25)

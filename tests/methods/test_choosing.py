@@ -284,8 +284,8 @@ def test_a_classifier_whose_projections_are_called_on_positions_is_no_obstacle(n
     assert model(**data[0]).loss.isfinite()
 
 
-def test_eva_says_when_the_directions_do_not_settle():
-    with pytest.raises(SelectionError, match="not settled after 3 batches"):
+def test_eva_says_when_the_directions_do_not_converge():
+    with pytest.raises(SelectionError, match="not converged after 3 batches"):
         plan_of("eva", data=batches(2), steps=2, most=3, tau=1.0)
 
 
@@ -368,7 +368,7 @@ def test_whole_blocks_are_kept_within_the_budget():
     assert len(chosen(keep=5)) == 4
     assert len({name.split(".")[0] for name in chosen(keep=5)}) == 2
     assert len(chosen(keep=5, unit="site")) == 5
-    with pytest.raises(SelectionError, match="keep=1 pays for no whole block; raise keep, or take unit='site'"):
+    with pytest.raises(SelectionError, match="no whole block fits keep=1; raise keep, or take unit='site'"):
         chosen(keep=1)
 
 

@@ -11,8 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from weightlora.errors import OptionError
-from weightlora.methods import make_method
-from weightlora.methods.base import trains_stock
+from weightlora.methods import entry_of, make_method
 from weightlora.model.layers import adapter_layers, lora_layers
 from weightlora.trainer.attach import method_for
 
@@ -275,7 +274,7 @@ def test_nora_trains_two_small_matrices_a_site():
         method, model = attached("nora", LoraConfig(r=2), **options)
         assert count(model) == sum(2 * 2 * each for each in n)
         assert method.plan.ranks == {"0": 2, "2": 2}
-    with pytest.raises(OptionError, match="outer_r=3 is not allowed: give at least r=4"):
+    with pytest.raises(OptionError, match="outer_r=3 is not allowed: give at least the inner rank r=4"):
         attached("nora", outer_r=3)
 
 
@@ -330,7 +329,7 @@ def test_milora_trains_half_of_what_it_exports(budget, options, trained_r):
 
 
 def test_milora_says_where_there_is_no_room():
-    with pytest.raises(OptionError, match="exports twice the rank that it trains, for which r=1 is no room"):
+    with pytest.raises(OptionError, match="exports twice the rank that it trains, and r=1 cannot be halved"):
         attached("milora", LoraConfig(r=1))
     with pytest.raises(OptionError, match=r"r=5 is not allowed: 2 \(12→4\) has 4 singular triplets; lower r"):
         attached("milora", LoraConfig(r=10))
@@ -392,7 +391,7 @@ def test_a_quantised_model_is_trained_and_exported(name, quantised_net):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_does_not_fit_is_one_line(name, tmp_path):
-    with pytest.raises(OptionError, match=f"fast='input': {name} does not train plain LoRA, whose step that is"):
+    with pytest.raises(OptionError, match=f"fast='input': {name} does not train LoRA's A and B"):
         method_for(trainer_of(tmp_path, torch.float32), name, fast="input")
     with pytest.raises(OptionError, match=f"{name} gives every site the same rank and alpha"):
         attached(name, LoraConfig(r=4, use_dora=True))
@@ -401,9 +400,10 @@ def test_what_does_not_fit_is_one_line(name, tmp_path):
 
 
 def test_who_trains_stock_lora_is_known_before_anything_is_wrapped():
-    """What several processes, FSDP and --grow_batch are refused by."""
-    stock = {name: trains_stock(make_method(name)) for name in ("lora", "melora", "eva", "adalora", *NAMES)}
-    assert stock == {"lora": True, "melora": True, "eva": True, "adalora": False, **dict.fromkeys(NAMES, False)}
+    """Several processes, FSDP and --grow_batch go by it."""
+    kinds = {name: entry_of(name).trains for name in ("lora", "melora", "eva", "adalora", *NAMES)}
+    stock = dict.fromkeys(("lora", "melora", "eva"), "lora")
+    assert kinds == {**stock, "adalora": "ranks", **dict.fromkeys(NAMES, "other")}
 
 
 @pytest.mark.parametrize("name", ["vera", "vb_lora", "milora"])

@@ -9,7 +9,7 @@ from torch import nn
 
 from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
 from weightlora.methods import make_method
-from weightlora.methods.common.importance import listen, sensitivity
+from weightlora.methods.common.importance import sensitivity, watch_backward
 from weightlora.methods.common.triplets import orthogonality_gradient
 from weightlora.model.layers import lora_layers
 
@@ -237,7 +237,7 @@ def test_the_sensitivity_needs_no_whole_matrix():
     method.callbacks()[0].mover.begin(STEPS)
     (layer,) = lora_layers(model).values()
     heard = []
-    handles = listen(layer, lambda x, g: heard.append((x, g)))
+    handles = watch_backward(layer, lambda x, g: heard.append((x, g)))
     model.train()(torch.randn(2, 3, 4096)).square().mean().backward()
     ((x, g),) = heard
     whole = g.flatten(0, 1).T @ x.flatten(0, 1)

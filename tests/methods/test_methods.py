@@ -7,16 +7,22 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from ruled import ruled
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import weightlora
 from weightlora.errors import OptionError, PlanMismatchError
 from weightlora.methods import METHODS, make_method
 from weightlora.model.sites import find_sites
+from weightlora.selection.rules.first_order import FirstOrder
 
 NAMES = [entry.name for entry in METHODS]
 LORA = LoraConfig(r=4, lora_alpha=8)
-QUICK = {"steps": 3, "head_steps": 2, "progress": False}  # six batches are enough, so nothing is used twice
+QUICK = {
+    "steps": 3,
+    "rule": FirstOrder(head_steps=2),
+    "progress": False,
+}  # six batches are enough, so nothing is used twice
 
 
 def llama() -> LlamaForCausalLM:
@@ -149,7 +155,7 @@ def test_a_parameter_budget_also_holds_under_a_rank_pattern():
 @pytest.mark.parametrize("rule", ["first_order", "stoiht"])
 def test_a_selection_is_in_force_after_attach_and_export_returns_stock_lora(minilm, review_batches, name, rule):
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
-    method = make_method(name, keep=9, seed=5, rule=rule, threshold_every=3, **QUICK)
+    method = make_method(name, keep=9, seed=5, **{**QUICK, **ruled(rule, head_steps=2, threshold_every=3)})
     model = method.attach(minilm, lora, review_batches, 100)
     plan = method.plan
     assert (len(plan.entries), len(plan.names)) == (36, 9)

@@ -118,7 +118,7 @@ def test_without_the_callback_it_is_plain_lora_and_says_so():
     method, model = attached()
     with pytest.warns(WeightLoraWarning, match="riemannian is being trained, but its callback is missing"):
         trained(model)
-    with pytest.raises(SelectionError, match="this is plain LoRA: riemannian was never begun"):
+    with pytest.raises(SelectionError, match="this is plain LoRA: riemannian's callback did not run"):
         method.export(model)
 
 

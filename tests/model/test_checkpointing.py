@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from weightlora.trainer.select_for import adopt
 
 import weightlora
 from weightlora.errors import WeightLoraWarning
@@ -15,7 +16,6 @@ from weightlora.model.checkpointing import release_inputs
 from weightlora.model.sites import find_sites
 from weightlora.plan.plan import make_plan
 from weightlora.tasks.embedded import minilm as minilm_folder
-from weightlora.trainer.select_for import adopt
 
 LAYERS, LOWEST = 4, 2
 TOKENS = torch.arange(24).reshape(2, 12)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from fingerprint import fingerprint
 from peft import LoraConfig, get_peft_model
+from ruled import ruled
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -191,7 +192,7 @@ def interrupted(error):
 def run(model, rule, error, **options):
     lora = None if hasattr(model, "peft_config") else LoraConfig(r=2, modules_to_save=["classifier", "score"])
     arguments = {"steps": 3, "head_steps": 2, "rule": rule, "keep": 2, "lora": lora, "progress": False, **options}
-    return select(model, [TOKENS] * 5, loss_fn=interrupted(error), **arguments)
+    return select(model, [TOKENS] * 5, loss_fn=interrupted(error), **ruled(**arguments))
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
@@ -228,7 +229,7 @@ def test_warm_up_does_touch_the_model_while_it_runs(make):
 def test_select_leaves_minilm_untouched(minilm, review_batches):
     before = fingerprint(minilm)
     config = LoraConfig(r=4, task_type="SEQ_CLS")
-    plan = select(minilm, review_batches, lora=config, steps=4, head_steps=2, rule="stoiht", progress=False)
+    plan = select(minilm, review_batches, lora=config, steps=4, **ruled("stoiht", head_steps=2), progress=False)
     assert len(plan.names) == 18
     assert fingerprint(minilm) == before
 
@@ -271,7 +272,9 @@ def test_the_fast_warm_up_leaves_the_model_untouched(make, rule):
         return model(**batch).loss
 
     lora = None if make is lora_bert else LoraConfig(r=2, modules_to_save=["classifier"])
-    plan = select(model, [TOKENS] * 3, lora=lora, loss_fn=loss, steps=3, head_steps=0, keep=2, rule=rule, fast="rank")
+    plan = select(
+        model, [TOKENS] * 3, lora=lora, loss_fn=loss, steps=3, keep=2, **ruled(rule, head_steps=0), fast="rank"
+    )
     assert fingerprint(model) == before
     assert fast == {"rank"}  # it was on meanwhile
     assert plan.options["fast"] == "rank"

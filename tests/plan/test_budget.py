@@ -1,3 +1,4 @@
+from fractions import Fraction
 from itertools import combinations
 
 import pytest
@@ -5,9 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightlora.errors import OptionError
-from weightlora.plan.budget import Budget, expanded_ranks, read_budget, read_keep, warmup_steps
+from weightlora.plan.budget import Budget, check_keep, expanded_ranks, read_budget, read_keep, warmup_steps
 
+#: Parameters of four adapters, 60 together.
+FOUR = {"a": 10, "b": 10, "c": 20, "d": 20}
 SIZES = st.lists(st.integers(-3, 3), min_size=1, max_size=8)  # a narrow range: ties are common
+
+
+def sized(parameters):
+    return {f"site{i:04}": number for i, number in enumerate(parameters)}
 
 
 @st.composite
@@ -23,33 +30,94 @@ def plans(draw, *, equal=False):
 
 @pytest.mark.parametrize(
     "keep",
-    [0, -1, -0.5, 0.0, float("nan"), float("inf"), 1.5, True, 5, "12 apples", "0 parameters", "3 parameters", ""],
+    [
+        0,
+        -1,
+        -0.5,
+        0.0,
+        float("nan"),
+        float("inf"),
+        1.5,
+        True,
+        5,
+        "12 apples",
+        "0 parameters",
+        "3 parameters",
+        "",
+        "1.5",
+    ],
 )
 def test_a_keep_out_of_range_is_one_line_with_the_value(keep):
     with pytest.raises(OptionError) as caught:
-        read_budget(keep, [10, 10, 20, 20])
+        read_budget(keep, FOUR)
     assert f"keep={keep!r}" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("keep", [1, 4, 0.01, 1.0, "10 parameters"])
+@pytest.mark.parametrize("keep", [1, 4, 0.17, 1.0, "10 parameters", "0.5", "3"])
 def test_the_ends_of_the_range_are_allowed(keep):
-    assert 1 <= len(read_budget(keep, [10, 10, 20, 20]).choose([4, 3, 2, 1])) <= 4
+    assert 1 <= len(read_budget(keep, FOUR).choose([4, 3, 2, 1])) <= 4
+
+
+@pytest.mark.parametrize("keep", [1, 7, 10, "7"])
+def test_a_whole_number_is_a_count(keep):
+    assert read_budget(keep, sized([5] * 10)) == Budget(costs=(1,) * 10, limit=int(keep))
 
 
 @pytest.mark.parametrize(
-    ("keep", "n", "k"),
-    [(1, 10, 1), (1.0, 10, 10), (7, 10, 7), (0.5, 36, 18), (0.3, 10, 3), (0.5, 5, 2), (0.5, 7, 4), (0.01, 10, 1)],
+    ("keep", "costs", "limit"),
+    [
+        (0.5, [10, 10, 20, 21], 30),  # rounded down
+        (0.1, [10, 20], 3),  # the float is a little more than 1/10
+        (0.7, [10], 7),  # and this one a little less than 7/10
+        (1.0, [10, 10, 20], 40),
+        ("0.5", [10, 10, 20], 20),
+        ("1.0", [10, 10, 20], 40),
+        (1e-05, [1] * 100_000, 1),
+    ],
 )
-def test_a_count_is_itself_and_a_fraction_is_rounded_half_to_even_but_never_to_none(keep, n, k):
-    assert read_budget(keep, [5] * n) == Budget(costs=(1,) * n, limit=k)
+def test_a_fraction_is_that_share_of_the_parameters(keep, costs, limit):
+    if limit >= min(costs):
+        assert read_budget(keep, sized(costs)) == Budget(costs=tuple(costs), limit=limit)
+    else:
+        with pytest.raises(OptionError, match=rf"{limit} of plain LoRA's {sum(costs)} parameters"):
+            read_budget(keep, sized(costs))
 
 
-@given(st.floats(0, 1, exclude_min=True), st.integers(1, 300))
-def test_a_fraction_never_keeps_more_than_all_and_is_off_by_half_a_site_at_most(keep, n):
-    limit = read_budget(keep, [1] * n).limit
-    assert 1 <= limit <= n
-    assert abs(limit - keep * n) <= 0.5 or limit == 1
+def test_a_hundredth_is_a_hundredth():
+    read = [read_budget(k / 100, sized([1] * 100)).limit for k in range(1, 101)]
+    assert read == list(range(1, 101))
+
+
+def test_half_of_the_parameters_is_not_half_of_the_sites():
+    """Negative control: by size, the top two of four would be two thirds of the parameters."""
+    budget = read_budget(0.5, FOUR)
+    assert budget.choose([1, 2, 3, 4]) == [1, 3]
+    assert read_budget(2, FOUR).choose([1, 2, 3, 4]) == [2, 3]
+
+
+@given(st.floats(0, 1, exclude_min=True), st.lists(st.integers(1, 1000), min_size=1, max_size=40), st.data())
+def test_a_fraction_is_never_exceeded_and_all_are_kept_at_one(keep, costs, data):
+    scores = data.draw(st.lists(st.floats(-9, 9), min_size=len(costs), max_size=len(costs)))
+    if Fraction(str(keep)) * sum(costs) < min(costs):
+        with pytest.raises(OptionError, match="raise keep or lower r"):
+            read_budget(keep, sized(costs))
+    else:
+        kept = read_budget(keep, sized(costs)).choose(scores)
+        assert 0 < sum(costs[i] for i in kept) <= Fraction(str(keep)) * sum(costs)
+    assert read_budget(1.0, sized(costs)).choose(scores) == list(range(len(costs)))
+
+
+@pytest.mark.parametrize("keep", [0.16, "0.16", "9 parameters"])
+def test_a_budget_below_the_smallest_site_names_it_and_the_knobs(keep):
+    with pytest.raises(OptionError, match=rf"no site fits keep={keep!r}.*at a, has 10; raise keep or lower r"):
+        read_budget(keep, FOUR)
+
+
+@pytest.mark.parametrize("keep", [0, -2, 2.5, "half", "2.5", "1.5x", "0MB"])
+def test_what_no_model_allows_is_refused_without_a_model(keep):
+    with pytest.raises(OptionError, match="keep="):
+        check_keep(keep)
 
 
 @pytest.mark.parametrize(
@@ -63,17 +131,17 @@ def test_a_fraction_never_keeps_more_than_all_and_is_off_by_half_a_site_at_most(
     ],
 )
 def test_a_parameter_budget_counts_parameters(keep, limit):
-    assert read_budget(keep, [10, 20]) == Budget(costs=(10, 20), limit=limit)
+    assert read_budget(keep, sized([10, 20])) == Budget(costs=(10, 20), limit=limit)
 
 
 def test_a_decimal_parameter_budget_is_read_exactly():
-    assert [read_budget(f"{m / 1000}k parameters", [1]).limit for m in range(1, 5000)] == list(range(1, 5000))
+    assert [read_budget(f"{m / 1000}k parameters", sized([1])).limit for m in range(1, 5000)] == list(range(1, 5000))
 
 
-@pytest.mark.parametrize("text", ["1e5 parameters", "-3 parameters", "1.2.3 parameters", "nan parameters", "3", "0.5"])
+@pytest.mark.parametrize("text", ["1e5 parameters", "-3 parameters", "1.2.3 parameters", "nan parameters", "a"])
 def test_what_is_no_parameter_budget_is_refused_as_text(text):
     with pytest.raises(OptionError, match="300k parameters"):
-        read_budget(text, [1, 1])
+        read_budget(text, sized([1, 1]))
 
 
 @pytest.mark.parametrize(("text", "keep"), [("18", 18), ("0.5", 0.5), ("1.0", 1.0), ("3k params", "3k params")])

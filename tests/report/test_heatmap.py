@@ -32,3 +32,11 @@ def test_equal_scores_draw_without_a_scale(tmp_path):
     assert {cell.level for row in make_grid(plan).cells for cell in row if cell} == {0.0}
     draw_heatmap(plan, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_projections_stand_in_the_order_of_the_forward_pass():
+    names = ("mlp.down_proj", "self_attn.k_proj", "mlp.gate_proj", "self_attn.o_proj", "self_attn.q_proj")
+    grid = make_grid(plan_of(*((f"layers.0.{name}", 8, float(i)) for i, name in enumerate(names))))
+    order = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    assert grid.columns == order
+    assert [cell.level for cell in grid.cells[0]] == [1.0, 0.25, 0.75, 0.5, 0.0]

@@ -139,7 +139,7 @@ def test_a_plan_that_is_given_is_the_one_compared_with(folder, tmp_path, capsys)
     data = json.loads((tmp_path / "out" / "dot_product.json").read_text())
     assert [site["name"] for site in data["sites"] if site["kept"]] == chosen
     assert f"{data['overlap']['shared']} of the 4 sites with the largest products are kept by by_hand" in printed
-    assert f"by lot: {16 / 12:.1f} of 4 (K²/n, n = 12)" in printed
+    assert f"at random: {16 / 12:.1f} of 4 (K²/n, n = 12)" in printed
     assert printed.count("★") == 4 + 2, "title and header explain the sign"
 
 

@@ -7,6 +7,7 @@ from itertools import count
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from ruled import ruled
 from scipy.stats import hypergeom
 from transformers import (
     AutoModelForSequenceClassification,
@@ -34,7 +35,7 @@ FEW = {"max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 2e-3, 
 # The head stays out: transformers would quantise it, and it is fresh and trained whole.
 EIGHT = {"load_in_8bit": True, "llm_int8_skip_modules": ["classifier"]}
 FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["classifier"]}
-RULES = [{"head_steps": 2, "steps": 2}, {"rule": "stoiht", "head_steps": 0, "steps": 4}]  # four steps each
+RULES = [ruled(head_steps=2, steps=2), ruled("paper", steps=4)]  # four steps each
 RULE_NAMES = ["default", "paper"]
 WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -75,7 +76,7 @@ def make_trainer(tokenizer, review_rows, tmp_path_factory):
 @pytest.fixture(scope="module")
 def fp32(make_trainer):
     """The plan that low precision is compared with."""
-    return weightlora.select_for(make_trainer(load()), head_steps=4, steps=8)
+    return weightlora.select_for(make_trainer(load()), **ruled(keep=18, head_steps=4, steps=8))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def other_draws(make_trainer, review_rows):
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))].tolist()
     shuffled = [{**row, "labels": label} for row, label in zip(review_rows, labels, strict=True)]
     trainers = [make_trainer(load(), seed=4), make_trainer(load(), rows=shuffled)]
-    return [weightlora.select_for(trainer, head_steps=4, steps=8) for trainer in trainers]
+    return [weightlora.select_for(trainer, **ruled(keep=18, head_steps=4, steps=8)) for trainer in trainers]
 
 
 def chance(n, k):
@@ -119,7 +120,7 @@ def distance(plan, reference):
 def test_low_precision_keeps_the_sites(make_trainer, fp32, other_draws, record_property, loading, arguments, dtype):
     trainer = make_trainer(load(**loading), **arguments)
     assert {layer.get_base_layer().weight.dtype for layer in lora_layers(trainer.model).values()} == {dtype}
-    plan = weightlora.select_for(trainer, head_steps=4, steps=8)
+    plan = weightlora.select_for(trainer, **ruled(keep=18, head_steps=4, steps=8))
     assert plan.history != fp32.history  # the precision did reach the warm-up
     record_property("jaccard", plan.jaccard(fp32))
     record_property("distance", distance(plan, fp32))
@@ -136,7 +137,7 @@ def test_the_bars_keep_out_what_is_no_rounding(fp32, other_draws, minilm):
     assert chance(36, 18) == pytest.approx(14 / 22)
     lora = LoraConfig(r=8, task_type="SEQ_CLS")
     for seed in range(20):
-        method = make_method("random", keep=0.5, seed=seed)
+        method = make_method("random", keep=18, seed=seed)
         minilm = method.attach(minilm, lora, (), 0).unload()
         drawn = method.plan
         assert drawn.ranks.keys() == fp32.ranks.keys()
@@ -227,7 +228,7 @@ class Trained(TrainerCallback):
 
 def command(small_folder, output, **options):
     rows = {"max_train_samples": 64, "max_eval_samples": 8, "max_seq_length": 16}
-    short = {"head_steps": 2, "steps": 2, "logging_strategy": "steps", "logging_steps": 1}
+    short = {"keep": 6, "rule_options": "head_steps=2", "steps": 2, "logging_strategy": "steps", "logging_steps": 1}
     options = {**FEW, **rows, **short, "model_name_or_path": small_folder, "output_dir": output, **options}
     return [f"--{name}={value}" for name, value in options.items()]
 

@@ -20,6 +20,7 @@ from weightlora.plan.budget import read_budget, read_keep
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs.recipe import Recipe, read_recipe
 from weightlora.runs.train import train
+from weightlora.selection.rules.stoiht import StoIHT
 from weightlora.tasks import find_task, kind_of
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "paper"
@@ -85,7 +86,8 @@ def test_the_values_are_those_of_the_tables(name):
         assert (training.num_train_epochs, training.max_steps) == (EPOCHS[task], -1)
     assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.9, 0.99, 1e-8)
     assert (training.weight_decay, training.lr_scheduler_type) == (1e-4, "linear")
-    assert (method.method, method.rule, method.head_steps) == ("weightlora", "stoiht", 0)
+    assert (method.method, method.rule) == ("weightlora", "paper")
+    assert method.scored_by == StoIHT(gate_lr=5.0, threshold_every=1, threshold="magnitude", head_steps=0)
 
 
 def test_a_misspelt_line_is_refused_with_the_closest(tmp_path):
@@ -187,7 +189,7 @@ def real_sites(recipe: Recipe, targets=None):
         task_type=kind_of(task).TASK_TYPE,
     )
     sites = find_sites(model, lora).sites
-    return sites, sum(adapter_parameters(sites, lora)), sum(p.numel() for p in model.parameters())
+    return sites, sum(adapter_parameters(sites, lora).values()), sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -197,7 +199,7 @@ def test_n_is_the_papers(name):
     sites, cost, _ = real_sites(recipe)
     n = SITES[name.partition("-")[0]]
     assert len(sites) == n
-    budget = read_budget(read_keep(recipe.method.keep), [site.parameters(8) for site in sites])
+    budget = read_budget(read_keep(recipe.method.keep), {site.name: site.parameters(8) for site in sites})
     assert budget.limit == (10 if name.startswith("table1") else n // 2)
     assert cost == 8 * sum(site.in_features + site.out_features for site in sites)
 

@@ -44,7 +44,7 @@ TRAINING = {
     "disable_tqdm": True,
 }
 ROWS = {"task": "rotten_tomatoes", "max_train_samples": 32, "max_eval_samples": 16, "max_seq_length": 16}
-SMALL = {**ROWS, **TRAINING, "lora_dropout": 0.1, "keep": 9, "steps": 2, "head_steps": 2}
+SMALL = {**ROWS, **TRAINING, "lora_dropout": 0.1, "keep": 9, "steps": 2, "rule_options": "head_steps=2"}
 
 
 def words(folder, **changed):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fingerprint import fingerprint
 from peft import IA3Config, LoraConfig, get_peft_model
+from ruled import ruled
 from torch import nn
 from transformers import (
     BartConfig,
@@ -38,7 +39,7 @@ RULES = ["first_order", "stoiht"]
 
 
 def quietly(model, batches, **options):
-    return select(model, batches, **{"steps": 3, "keep": 1, "progress": False, **options})
+    return select(model, batches, **ruled(**{"steps": 3, "keep": 1, "progress": False, **options}))
 
 
 def net(dropout=0.0):
@@ -93,7 +94,7 @@ def test_layers_that_can_lower_the_loss_are_found_and_noise_prefers_none(rule):
 
 
 def test_the_better_half_of_minilm_is_kept(minilm, review_batches):
-    plan = quietly(minilm, review_batches, lora=LoraConfig(r=4, task_type="SEQ_CLS"), keep=0.5, head_steps=3)
+    plan = quietly(minilm, review_batches, lora=LoraConfig(r=4, task_type="SEQ_CLS"), keep=18, head_steps=3)
     assert len(plan.entries) == 36
     assert plan.names == tuple(sorted(sorted(plan.scores, key=plan.scores.get, reverse=True)[:18]))
     assert {entry.r for entry in plan.entries} == {0, 4}
@@ -127,6 +128,7 @@ import sys
 import torch
 from peft import LoraConfig
 from transformers import BertConfig, BertForSequenceClassification
+import weightlora
 from weightlora import select
 
 sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
@@ -134,7 +136,7 @@ torch.manual_seed(0)
 model = BertForSequenceClassification(BertConfig(vocab_size=40, max_position_embeddings=16, **sizes))
 batch = {"input_ids": torch.arange(32).reshape(4, 8), "labels": torch.tensor([0, 1, 1, 0])}
 lora = LoraConfig(r=2, target_modules=["query", "key", "value", "dense"], modules_to_save=["classifier", "pooler"])
-plan = select(model, [batch] * 5, lora=lora, steps=3, head_steps=2, rule="stoiht", progress=False)
+plan = select(model, [batch] * 5, lora=lora, steps=3, rule=weightlora.StoIHT(head_steps=2), progress=False)
 plan.save(sys.argv[1])
 """
 
@@ -331,7 +333,7 @@ def test_architecture(name, rule):
     batch = {"input_ids": tokens, "labels": torch.tensor([0, 1, 1, 0]) if task == "SEQ_CLS" else tokens}
     before = fingerprint(model)
     lora = LoraConfig(r=2, task_type=task, fan_in_fan_out=name == "gpt2")
-    plan = quietly(model, [batch] * 5, lora=lora, keep=0.5, head_steps=2 if task == "SEQ_CLS" else 0, rule=rule)
+    plan = quietly(model, [batch] * 5, lora=lora, keep=count // 2, head_steps=2 if task == "SEQ_CLS" else 0, rule=rule)
     assert fingerprint(model) == before
     assert (len(plan.entries), len(plan.names)) == (count, count // 2)
     assert tuple(lora_layers(plan.attach(model))) == plan.names
@@ -400,7 +402,7 @@ REFUSED = {
     "negative head_steps": (OptionError, "head_steps=-2", lambda: {"head_steps": -2}),
     "unknown rule": (OptionError, "rule='stoith'", lambda: {"rule": "stoith"}),
     "lr is nan": (OptionError, "lr=nan", lambda: {"lr": NAN}),
-    "no threshold": (OptionError, "threshold_every=0", lambda: {"threshold_every": 0}),
+    "no threshold": (OptionError, "threshold_every=0", lambda: {"rule": "stoiht", "threshold_every": 0}),
     "keep more than there is": (OptionError, "keep=4 exceeds the 3", lambda: {"keep": 4}),
     "head_steps without a head": (OptionError, "head_steps=2, .*modules_to_save", lambda: {"head_steps": 2}),
     "detached loss": (SelectionError, "step 1.*no gradient", lambda: {"loss_fn": lambda m, b: squared(m, b).detach()}),
@@ -427,7 +429,7 @@ REFUSED = {
     "empty generator": (SelectionError, "batches is empty", lambda: {"batches": iter(())}),
     "nothing depends on the sites": (
         SelectionError,
-        "no gate had a gradient in 3 warm-up steps",
+        "no site had a gradient in 3 warm-up steps",
         lambda: {"model": Unread(), "loss_fn": squared},
     ),
     "ia3": (
@@ -484,7 +486,7 @@ def test_a_site_that_the_loss_does_not_depend_on_is_named(rule):
 
 @pytest.mark.filterwarnings("ignore:1 of 2 sites had no gradient")
 def test_fewer_survivors_than_wanted_is_an_error_that_says_how_many():
-    with pytest.raises(SelectionError, match=r"only 1 of the 2 wanted sites survived.*lower keep to 1"):
+    with pytest.raises(SelectionError, match=r"only 1 of the 2 wanted sites have a positive score; lower keep to 1"):
         quietly(HalfUnread(), pairs(3), keep=2, loss_fn=squared)
     assert quietly(HalfUnread(), pairs(3), keep=1, loss_fn=squared).names == ("read",)
 
@@ -501,6 +503,6 @@ def test_gates_that_turn_negative_are_no_survivors(threshold):
         options = {"rule": "stoiht", "gate_lr": 1e4, "steps": 2, "threshold": threshold, "loss_fn": opposite}
         return quietly(net(), data, keep=2, **options)
 
-    with pytest.raises(SelectionError, match=r"^only \d of the 2 wanted sites survived with a positive gate.*gate_lr"):
+    with pytest.raises(SelectionError, match=r"^only \d of the 2 wanted sites have a positive score; lower.*gate_lr"):
         plan(second=-1.0)
     assert min(plan(second=1.0).scores[name] for name in plan(second=1.0).names) > 1

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from ruled import ruled
 from torch import nn
 
 from weightlora import select
 from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
 from weightlora.model.gates import gated
 from weightlora.model.layers import lora_layers
-from weightlora.selection.warmup import WarmupOptions, cycled, model_loss, to_device
+from weightlora.selection.batches import cycled, model_loss, to_device
 
 LORA = LoraConfig(r=2, lora_alpha=6)
 SCALE = 6 / 2
@@ -48,7 +49,7 @@ def selected(data, **options):
         return squared(model, batch)
 
     arguments = {"lora": LORA, "keep": 2, "steps": len(data), "loss_fn": loss, "progress": False, **options}
-    return select(Net(), data, **arguments), started
+    return select(Net(), data, **ruled(**arguments)), started
 
 
 def paper_path(a, data, *, k, threshold_every, lr, gate_lr):
@@ -118,7 +119,7 @@ def test_papers_first_survivors_on_minilm_have_the_largest_gradients(minilm, rev
         return model(**batch).loss
 
     options = {"rule": "stoiht", "head_steps": 0, "steps": 2, "lr": 1e-4, "loss_fn": loss, "progress": False}
-    plan = select(without_dropout(minilm), [batch, batch], lora=lora, keep=10, **options)
+    plan = select(without_dropout(minilm), [batch, batch], lora=lora, keep=10, **ruled(**options))
     survivors = {entry.site.name for entry, omega in zip(plan.entries, plan.history[1], strict=True) if omega}
     assert survivors == set(sorted(norms, key=norms.get, reverse=True)[:10]) == set(plan.names)
     assert survivors != set(sorted(norms)[:10])  # negative control: equal gates would be cut by name
@@ -170,7 +171,7 @@ def test_first_order_history_is_the_running_mean_of_the_gradient_while_nothing_m
 
 
 @pytest.mark.parametrize("rule", ["first_order", "stoiht"])
-def test_head_is_trained_alone_before_the_gates_are_heard(rule):
+def test_head_is_trained_alone_before_the_sites_are_scored(rule):
     """Everything that requires a gradient is recorded at each step of the warm-up, and whether the adapters run."""
     trained, idle, losses = [], [], []
     net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
@@ -184,7 +185,7 @@ def test_head_is_trained_alone_before_the_gates_are_heard(rule):
 
     lora = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
     options = {"steps": 2, "head_steps": 30, "lr": 0.05, "rule": rule, "loss_fn": loss, "progress": False}
-    select(net, batches(1) * 32, lora=lora, keep=1, **options)
+    select(net, batches(1) * 32, lora=lora, keep=1, **ruled(**options))
     head = {"2.modules_to_save.default.weight", "2.modules_to_save.default.bias"}
     adapter = {"0.lora_A.default.weight", "0.lora_B.default.weight"}
     assert trained[:30] == [head] * 30
@@ -205,7 +206,7 @@ def test_head_is_trained_alone_before_the_gates_are_heard(rule):
 )
 def test_option_out_of_its_range_is_named_with_its_value(option, value):
     with pytest.raises(OptionError) as error:
-        WarmupOptions(**{option: value})
+        selected(batches(2), **{"rule": "stoiht", option: value})
     assert f"{option}={value!r}" in str(error.value)
     assert "\n" not in str(error.value)
 

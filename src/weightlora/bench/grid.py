@@ -18,12 +18,14 @@ from typing import Any
 from weightlora.errors import OptionError
 from weightlora.files import read_mapping
 from weightlora.methods import options_of
-from weightlora.runs.recipe import option_words, read_recipe
+from weightlora.runs.recipe import named_options, option_words, read_recipe
 from weightlora.tasks import find_task
 from weightlora.tasks.rows import HELD_OUT
 from weightlora.text import closest
 
 Record = dict[str, Any]
+#: The benchmark that ``weightlora demo`` runs.
+DEMO = Path(__file__).with_name("demo.yaml")
 #: A run is an entry of the records and leaves nothing else behind; all of it can be overridden in ``base``.
 _QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
 
@@ -96,7 +98,9 @@ class Grid:
     reference: str
     """Label of the row that times are relative to."""
     timing_rounds: int
-    """Steps a run that are timed in turns with those of plain LoRA; 0 leaves the step's time and bytes out."""
+    """Steps a run that are timed, interleaved with those of plain LoRA; 0 leaves the step's time and bytes out."""
+    keep_adapters: bool = False
+    """Whether the trained adapters stay in ``output_dir/adapters``."""
 
     @property
     def tuning(self) -> list[Point]:
@@ -124,15 +128,18 @@ class Grid:
             values = [row.held_out(record) for record in found if record is not None]
             if values and None not in values:
                 scores[rate] = statistics.mean(value for value in values if value is not None)
-        return max(scores, key=scores.__getitem__) if scores else None
+        best = min if find_task(row.task).lower_is_better else max
+        return best(scores, key=scores.__getitem__) if scores else None
 
 
-def read_grid(path: str | Path, output_dir: Path | None = None) -> Grid:
+def read_grid(path: str | Path, output_dir: Path | None = None, words: Sequence[str] = ()) -> Grid:
     """Return the benchmark of a YAML file, each of its recipes checked.
 
     Args:
-        path: The file; see docs/bench.md.
+        path: The file; see docs/guides/benchmarks.md.
         output_dir: Wins over the file's.
+        words: Options of a recipe from the command line; they win over the file's ``base``, and ``--keep``,
+            ``--learning_rate`` and ``--seed`` over its lists.
 
     Raises:
         DataError: The file is not readable.
@@ -148,6 +155,7 @@ def read_grid(path: str | Path, output_dir: Path | None = None) -> Grid:
         "seeds": [0],
         **content,
     }
+    given = _overridden(given, words)
     rows = tuple(_rows(_mapping(given, "methods"), _mapping(given, "tasks"), given))
     seeds = tuple(int(seed) for seed in _sequence(given, "seeds"))
     labels = [row.label for row in rows]
@@ -161,6 +169,7 @@ def read_grid(path: str | Path, output_dir: Path | None = None) -> Grid:
         tuning_seeds=tuple(int(seed) for seed in given.get("tuning_seeds", seeds[:1])),
         reference=str(given.get("reference", [*plain, *labels][0])),
         timing_rounds=int(given.get("timing_rounds", 5)),
+        keep_adapters=bool(given.get("keep_adapters", False)),
     )
     if grid.reference not in labels:
         raise OptionError(
@@ -178,8 +187,20 @@ def read_grid(path: str | Path, output_dir: Path | None = None) -> Grid:
 
 _KEYS = (
     *("output_dir", "base", "tasks", "methods", "budgets", "learning_rates", "seeds", "tuning_seeds"),
-    *("reference", "timing_rounds"),
+    *("reference", "timing_rounds", "keep_adapters"),
 )
+
+
+def _overridden(given: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """The file's content with the options of the command line in the place of its own."""
+    base = given.get("base") or {}
+    tasks = _mapping(given, "tasks")
+    named = named_options([*option_words({**base, "task": next(iter(tasks))}), *words], words)
+    lists = {"budgets": "keep", "learning_rates": "learning_rate", "seeds": "seed", "tasks": "task"}
+    single = {key: [named.pop(option)] for key, option in lists.items() if option in named}
+    if "method" in named:
+        raise OptionError("--method is not allowed: the file's methods are compared; use weightlora train for one")
+    return {**given, **single, "base": {**base, **named}}
 
 
 def _rows(methods: Mapping[str, Any], tasks: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Row]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from weightlora.bench.comparison import step_ratios
 from weightlora.cost.saved_bytes import now
+from weightlora.cost.step_time import in_turns, median_ratio
 from weightlora.files import write_json
 
 
@@ -89,6 +90,24 @@ class StepCost(TrainerCallback):
             self._plain = None
         cost["measuring_seconds"] = now() - start  # the trainer's own clock runs on meanwhile
         write_json(self._path, cost)
+
+
+def step_ratios(models: Mapping[str, nn.Module], batch: Mapping[str, torch.Tensor], *, rounds: int) -> dict[str, float]:
+    """Return each model's step time ÷ the first model's: medians of interleaved steps in this process.
+
+    AdamW really steps, at a learning rate of 0: the weights stay what they are.
+    """
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model.train()
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    trained = [[p for p in model.parameters() if p.requires_grad] for model in models.values()]
+    optimizers = [torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0) for parameters in trained]
+    seconds = in_turns([partial(step, *pair) for pair in zip(models.values(), optimizers, strict=True)], rounds)
+    return {name: median_ratio(times, seconds[0]) for name, times in zip(models, seconds, strict=True)}
 
 
 def saved_bytes(model: nn.Module, batch: Any) -> int:

@@ -29,15 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(
         prog="weightlora", description="LoRA that spends its budget where it counts.", epilog="example: weightlora demo"
     )
+    parser.set_defaults(takes_recipe=False)
     parser.add_argument("--version", action="version", version=f"weightlora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command in _COMMANDS:
         command.add_parser(commands)
     try:
         chosen, rest = parser.parse_known_args(words)
-        if rest and chosen.command not in ("train", "analyse"):  # whose options are the Trainer's own as well
+        if rest and not chosen.takes_recipe:  # its options are checked when the recipe is read
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        chosen.words, chosen.rest = words[1:], rest
+        chosen.rest = rest
         quiet_imports()
         keep_freed_memory()
         chosen.run(chosen)

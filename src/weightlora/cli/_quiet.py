@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 def quiet_imports() -> None:
@@ -26,6 +26,10 @@ def quiet_libraries() -> Generator[None]:
     level = reports.get_verbosity()
     reports.set_verbosity_error()
     reports.disable_progress_bar()
+    with suppress(ImportError):  # the extra `tasks`
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()
     with one_line_warnings():
         try:
             yield

@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     study.add_argument("--config", type=Path, help="YAML file of 'option: value' lines")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, takes_recipe=True)
 
 
 def run(arguments: argparse.Namespace) -> None:

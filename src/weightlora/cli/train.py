@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from pathlib import Path
 from typing import Any
 
-from weightlora.runs.recipe import MethodOptions, ModelOptions, TaskOptions
+from weightlora.cli._options import add_recipe_parser
 
 
 def add_parser(commands: Any) -> None:
     """Add the command; its options are those of a recipe and of transformers' TrainingArguments."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_recipe_parser(
+        commands,
         "train",
         help="train a recipe: plan, stock adapter, metrics",
-        description="Train a recipe. Every option can stand in the YAML file or here, where it wins; the same command "
-        "goes on where an interrupted one stopped.",
-        epilog=_options_text() + "\n\nexample: weightlora train --task rotten_tomatoes --keep 0.5 --learning_rate 2e-3",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description="Train a recipe. Every option can be in the YAML file or here, where it wins; the same command "
+        "resumes an interrupted run.",
+        example="weightlora train --task rotten_tomatoes --keep 0.5 --learning_rate 2e-3",
     )
-    parser.add_argument("--config", type=Path, help="YAML file of 'option: value' lines")
     parser.set_defaults(run=run)
 
 
@@ -30,13 +26,15 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from weightlora.cli._quiet import one_line_warnings
+    from weightlora.errors import require_extra
     from weightlora.model.distributed import is_first
     from weightlora.plan.plan import AdapterPlan
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.runs.recipe import read_recipe
     from weightlora.runs.train import ADAPTER, HEATMAP_FILE, train
-    from weightlora.trainer.select_for import PLAN_FILE
+    from weightlora.trainer.guard import PLAN_FILE
 
+    require_extra("matplotlib", "plots")  # before the work begins
     recipe = read_recipe(arguments.config, arguments.rest)
     with one_line_warnings():
         results = train(recipe)
@@ -49,10 +47,3 @@ def run(arguments: argparse.Namespace) -> None:
     for name, value in results["metrics"].items():
         console.print(f"{name:<28} {value:.4f}")
     console.print(f"wrote {recipe.output_dir}", soft_wrap=True)
-
-
-def _options_text() -> str:
-    lines = ["options of the recipe, beside those of transformers' TrainingArguments:"]
-    for part in (ModelOptions, TaskOptions, MethodOptions):
-        lines += [f"  --{field.name:<24} {field.metadata['help']}" for field in dataclasses.fields(part)]
-    return "\n".join(lines)

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.function import BackwardCFunction
 
 from weightlora.cost.knapsack import ANY, Cause, Cost, Item, make_cost
 from weightlora.errors import OptionError, SelectionError
-from weightlora.model.hooks import Watch
+from weightlora.model.hooks import Observer
 from weightlora.model.layers import lora_layers
+from weightlora.model.torch_private import fake_tensors, next_node_number, node_number, saved_tensors, storage_id
 
 Losses = Callable[[], Iterable[Tensor]]
 """Runs the forward passes of one optimizer step; each loss that it gives is one backward pass."""
@@ -86,10 +85,10 @@ def saved_cost(model: nn.Module, losses: Losses, *, fake: bool = False) -> Cost:
     _require_no_checkpointing(model)
     layers = lora_layers(model)
     parameters = list(model.parameters())
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+    mode = fake_tensors() if fake else None
     if mode is not None:  # the very fakes that operations find in the place of these
         parameters += [mode.from_tensor(parameter) for parameter in parameters]
-    ours = {_storage(parameter) for parameter in parameters}
+    ours = {storage_id(parameter) for parameter in parameters}
     costs: list[Cost] = []
     with marked(layers) as marks, mode or nullcontext():
         for loss in losses():
@@ -112,7 +111,7 @@ class Marks:
 
     def begin(self, site: int | None) -> None:
         """From here on it is the part of ``site``."""
-        self.numbers.append(torch.autograd._get_sequence_nr())  # pyright: ignore
+        self.numbers.append(next_node_number())
         self.sites.append(site)
         self.seconds.append(now())
         if site is not None:
@@ -120,7 +119,7 @@ class Marks:
 
     def own(self, node: Any) -> int:
         """The site whose adapter made the node, as a set; any for the frozen model."""
-        place = bisect_right(self.numbers, node._sequence_nr()) - 1
+        place = bisect_right(self.numbers, node_number(node)) - 1
         site = self.sites[place] if place >= 0 else None
         return ANY if site is None else 1 << site
 
@@ -142,7 +141,7 @@ def marked(layers: Mapping[str, LoraLayer]) -> Generator[Marks]:
     marks = Marks()
     handles: list[Any] = []
     for i, layer in enumerate(layers.values()):
-        adapter, frozen = Watch(partial(marks.begin, i)), Watch(partial(marks.begin, None))
+        adapter, frozen = Observer(partial(marks.begin, i)), Observer(partial(marks.begin, None))
         whole: Any = layer
         base = layer.get_base_layer()
         handles += [whole.register_forward_pre_hook(adapter), base.register_forward_pre_hook(frozen)]
@@ -184,8 +183,8 @@ def _saved_by(loss: Any, layers: Mapping[str, LoraLayer], marks: Marks, paramete
     sizes: dict[int, int] = {}
     for node, sites in below.items():
         wanted_for = _FACTORS.get(node.name(), {})
-        for name, tensor in _saved(node):
-            storage = _storage(tensor)
+        for name, tensor in saved_tensors(node):
+            storage = storage_id(tensor)
             if storage in parameters or _is_number(tensor):
                 continue
             other = node.next_functions[wanted_for[name]][0] if name in wanted_for else None
@@ -193,19 +192,6 @@ def _saved_by(loss: Any, layers: Mapping[str, LoraLayer], marks: Marks, paramete
             causes.setdefault(storage, []).append(cause)
             sizes[storage] = tensor.untyped_storage().nbytes()
     return make_cost(len(layers), [Item(sizes[s], tuple(causes[s])) for s in sizes], marks.order)
-
-
-def _saved(node: Any) -> Iterator[tuple[str, Tensor]]:
-    """What a node keeps for its backward pass, with its name; autograd shows it as ``_saved_<name>``."""
-    if isinstance(node, BackwardCFunction):
-        named: list[tuple[str, Any]] = [("", node.saved_tensors)]
-    else:
-        names = [name.removeprefix("_raw_saved_") for name in dir(node) if name.startswith("_raw_saved_")]
-        named = [(name, getattr(node, f"_saved_{name}")) for name in names]
-    for name, value in named:
-        for tensor in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(tensor, Tensor):
-                yield name, tensor
 
 
 def leaf_causes(layers: Mapping[str, LoraLayer]) -> dict[int, Cause]:
@@ -222,11 +208,6 @@ def _require_no_checkpointing(model: nn.Module) -> None:
             "bytes are not counted under gradient checkpointing, which saves the blocks' inputs alone; turn it off, "
             'or give a count, parameters or a step time such as keep="0.8x"'
         )
-
-
-def _storage(tensor: Tensor) -> int:
-    """Identity of the memory that a tensor looks at, also where it is fake and has no address."""
-    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]  # as torch.multiprocessing does
 
 
 def _is_number(tensor: Tensor) -> bool:

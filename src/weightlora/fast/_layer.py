@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from weightlora.fast._step import Fused, Step, without_autocast
 from weightlora.fast.dropout import Dropout
 from weightlora.model.gates import Gate
-from weightlora.model.hooks import has_global_hooks, hooks_of, is_hooked, is_watched, only_watched_before
+from weightlora.model.hooks import is_intercepted, keeps_input
+from weightlora.model.torch_private import has_global_hooks, hooks_of, is_hooked, is_view, own_parameter
 
 #: Numbers in x below which PEFT's way is the quicker, as for a token being generated: a node written in Python takes
 #: longer than what it saves. Where numbers of x are dropped, it saves more.
@@ -92,7 +93,7 @@ class FastLora(LoraVariant):
             or _is_small(x, drops=p > 0 and self.dropout == "input")
             or [name for name in module.active_adapters if name in module.lora_A] != [adapter]
             or p == 1
-            or bool(has_global_hooks())
+            or has_global_hooks()
             or not (autocast or x.dtype == module.lora_A[adapter].weight.dtype)
             or why_stock(module, adapter) is not None
         )
@@ -116,7 +117,7 @@ def why_stock(layer: LoraLayer, adapter: str) -> str | None:
     a, b, drop = (part[adapter] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
     if type(a) is not nn.Linear or type(b) is not nn.Linear:
         return "lora_A or lora_B is no nn.Linear"
-    if vars(b)["_parameters"]["bias"] is not None:
+    if own_parameter(b, "bias") is not None:
         return "lora_bias"
     if not isinstance(drop, (nn.Dropout, nn.Identity)):
         return f"its dropout is a {type(drop).__name__}"
@@ -135,7 +136,7 @@ def _frozen_weight(layer: LoraLayer, x: Tensor) -> Tensor | None:
     base: Any = layer.base_layer
     if type(base) not in (nn.Linear, Conv1D) or type(base.weight) not in (Tensor, nn.Parameter):
         return None
-    if is_watched(base) or base.weight.device != x.device:
+    if is_intercepted(base) or base.weight.device != x.device:
         return None
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return None
@@ -144,9 +145,9 @@ def _frozen_weight(layer: LoraLayer, x: Tensor) -> Tensor | None:
 
 def _is_ours(layer: LoraLayer, result: Tensor, weight: Tensor | None) -> bool:
     """Whether the base layer has made ``result`` for this call alone, so that it may be changed in place."""
-    if weight is None and (_name(type(layer)) not in _QUANTISED or is_watched(layer.base_layer)):
+    if weight is None and (_name(type(layer)) not in _QUANTISED or is_intercepted(layer.base_layer)):
         return False
-    return result.is_contiguous() and (weight is not None or result._base is None)
+    return result.is_contiguous() and (weight is not None or not is_view(result))
 
 
 def _is_narrow(layer: LoraLayer, result: Tensor) -> bool:
@@ -156,7 +157,7 @@ def _is_narrow(layer: LoraLayer, result: Tensor) -> bool:
         return True
     if type(base) not in (nn.Linear, Conv1D) or "forward" in vars(base) or base.weight.dtype != result.dtype:
         return False
-    return only_watched_before(base)
+    return keeps_input(base)
 
 
 def _probability(drop: nn.Module) -> float:

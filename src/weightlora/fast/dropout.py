@@ -16,7 +16,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from weightlora.model.torch_private import is_fake
 
 Dropout = Literal["input", "rank"]
 """Where dropout acts: on the numbers of x, as PEFT has it, or on the r numbers a token that ``lora_A`` returns."""
@@ -53,7 +54,7 @@ def drop(values: Tensor, p: float) -> tuple[Tensor, Tensor]:
     gaps[:1].sub_(1)
     dropped = unpack(gaps)
     # Where only bytes are counted (estimate.py) there are no numbers to look at: the expected count stands for them.
-    inside = round(n * p) if isinstance(values, FakeTensor) else int(torch.searchsorted(dropped, n))
+    inside = round(n * p) if is_fake(values) else int(torch.searchsorted(dropped, n))
     mask = gaps[:inside].clone()  # without the clone, the backward pass would hold the rest as well
     return zeroed(values, dropped[:inside]), mask
 

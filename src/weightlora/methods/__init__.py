@@ -1,4 +1,4 @@
-"""Every way to spend a LoRA budget, behind one door; each with its paper.
+"""Every way to spend a LoRA budget, with the same interface; each with its paper.
 
 model = make_method("weightlora", keep=0.5).attach(model, lora, batches, total_steps)
 """
@@ -25,31 +25,65 @@ class MethodEntry:
     name: str
     summary: str
     paper: str
-    hears: Literal["nothing", "inputs", "loss"] = "loss"
-    """What decides its choice: no data at all, what the layers are given, or the loss with its labels."""
+    reads: Literal["nothing", "inputs", "loss"] = "loss"
+    """What its choice depends on: no data, the inputs of the layers, or the loss with its labels."""
+    trains: Literal["lora", "ranks", "other"] = "lora"
+    """``"lora"``: the plan's stock LoRA from the first step to the last. ``"ranks"``: LoRA whose ranks or gradients a
+    callback changes. ``"other"``: other parameters, converted to LoRA at the end."""
+    batch: Literal["micro", "step"] = "micro"
+    """What it reads as one batch: a micro-batch, or all micro-batches of an optimizer step, weighted as in training."""
+    reuses_plan: bool = False
+    """Whether a stored plan made with the same options is used instead of choosing again."""
     keeps_budget: bool = True
     """Whether it ends within plain LoRA's ranks."""
 
 
 #: Kept as one readable list. A new method is a file with ``build(**options) -> Method`` and a line here.
 METHODS = (
-    MethodEntry("full", "all of the sites' weights: the reference", "Table 1", "nothing", keeps_budget=False),
-    MethodEntry("lora", "rank r on every site: the budget", "Hu et al. 2021, arXiv:2106.09685", "nothing"),
-    MethodEntry("random", "K random sites: the control", "RLoRA, Veprikov et al., Table 7", "nothing"),
-    MethodEntry("weightlora", "the K sites that matter, at rank r", "Veprikov et al., section 2"),
-    MethodEntry("weightlora_plus", "the same sites at the rank that plain LoRA's budget pays for", "section 2.2"),
+    MethodEntry(
+        "full",
+        "all of the sites' weights: the reference",
+        "Table 1",
+        reads="nothing",
+        trains="other",
+        keeps_budget=False,
+    ),
+    MethodEntry("lora", "rank r on every site: the budget", "Hu et al. 2021, arXiv:2106.09685", reads="nothing"),
+    MethodEntry("random", "K random sites: the control", "RLoRA, Veprikov et al., Table 7", reads="nothing"),
+    MethodEntry(
+        "weightlora", "the K sites that matter, at rank r", "Veprikov et al., section 2", batch="step", reuses_plan=True
+    ),
+    MethodEntry(
+        "weightlora_plus",
+        "the same sites at the rank that plain LoRA's budget pays for",
+        "section 2.2",
+        batch="step",
+        reuses_plan=True,
+    ),
     MethodEntry("dot_product", "the K adapters that moved furthest along the model's gradient", "section 2.1"),
     MethodEntry(
-        "eva", "ranks by the variance of the layers' inputs, which A starts from", "Paischer et al. 2024", "inputs"
+        "eva",
+        "ranks by the variance of the layers' inputs, which A starts from",
+        "Paischer et al. 2024",
+        reads="inputs",
     ),
     MethodEntry(
-        "adalora", "singular values that matter least are pruned along the way", "Zhang et al. 2023, arXiv:2303.10512"
+        "adalora",
+        "singular values that matter least are pruned along the way",
+        "Zhang et al. 2023, arXiv:2303.10512",
+        trains="ranks",
     ),
     MethodEntry(
-        "alora", "ranks that do little are moved to other sites, round by round", "Liu et al. 2024, arXiv:2403.16187"
+        "alora",
+        "ranks that do little are moved to other sites, round by round",
+        "Liu et al. 2024, arXiv:2403.16187",
+        trains="ranks",
     ),
     MethodEntry(
-        "increlora", "every site starts at rank 1, and those that matter grow", "Zhang et al. 2023, arXiv:2308.12043"
+        "increlora",
+        "every site starts at rank 1, and those that matter grow",
+        "Zhang et al. 2023, arXiv:2308.12043",
+        trains="ranks",
     ),
     MethodEntry("flexora", "the blocks whose weight grows on held-out rows", "Wei et al. 2025, ACL"),
     MethodEntry(
@@ -58,45 +92,68 @@ METHODS = (
         "Zhou et al. 2025, arXiv:2402.07721",
     ),
     MethodEntry(
-        "dynamic_lora", "components with a small share of the update are pruned", "Mao et al. 2024, arXiv:2405.17357"
+        "dynamic_lora",
+        "components with a small share of the update are pruned",
+        "Mao et al. 2024, arXiv:2405.17357",
+        trains="ranks",
     ),
     MethodEntry(
         "pruned_lora",
         "a large rank loses what is missed least, at every site alike",
         "Yu et al. 2025, arXiv:2510.00192",
-        "nothing",
+        reads="nothing",
+        trains="ranks",
     ),
     MethodEntry(
         "flexlora",
         "clients of several ranks, whose averaged update an SVD hands out again",
         "Bai et al. 2024, arXiv:2402.11505",
-        "nothing",
+        reads="nothing",
+        trains="ranks",
     ),
-    MethodEntry("melora", "N mini adapters on N blocks of features", "Ren et al. 2024, ACL", "nothing"),
-    MethodEntry("dora", "PEFT's DoRA, which stays DoRA", "Liu et al. 2024, arXiv:2402.09353", "nothing"),
+    MethodEntry("melora", "N mini adapters on N blocks of features", "Ren et al. 2024, ACL", reads="nothing"),
+    MethodEntry("dora", "PEFT's DoRA, which stays DoRA", "Liu et al. 2024, arXiv:2402.09353", reads="nothing"),
     MethodEntry(
-        "riemannian", "LoRA with preconditioned gradients", "Zhang and Pilanci 2024, arXiv:2402.02347", "nothing"
+        "riemannian",
+        "LoRA with preconditioned gradients",
+        "Zhang and Pilanci 2024, arXiv:2402.02347",
+        reads="nothing",
+        trains="ranks",
     ),
     MethodEntry(
         "vera",
         "two vectors a site between random matrices that all share",
         "Kopiczko et al. 2023, arXiv:2310.11454",
-        "nothing",
+        reads="nothing",
+        trains="other",
     ),
     MethodEntry(
-        "vb_lora", "A and B put together from one bank of vectors", "Li et al. 2024, arXiv:2405.15179", "nothing"
+        "vb_lora",
+        "A and B put together from one bank of vectors",
+        "Li et al. 2024, arXiv:2405.15179",
+        reads="nothing",
+        trains="other",
     ),
     MethodEntry(
         "tied_lora",
         "one A and one B for all sites of a shape, scaled at each",
         "Renduchintala et al. 2023, arXiv:2311.09578",
-        "nothing",
+        reads="nothing",
+        trains="other",
     ),
     MethodEntry(
-        "nora", "a small adapter between frozen singular vectors of W0", "Lin et al. 2024, arXiv:2408.10280", "nothing"
+        "nora",
+        "a small adapter between frozen singular vectors of W0",
+        "Lin et al. 2024, arXiv:2408.10280",
+        reads="nothing",
+        trains="other",
     ),
     MethodEntry(
-        "milora", "the smallest singular triplets of W0 are trained", "Wang et al. 2024, arXiv:2406.09044", "nothing"
+        "milora",
+        "the smallest singular triplets of W0 are trained",
+        "Wang et al. 2024, arXiv:2406.09044",
+        reads="nothing",
+        trains="other",
     ),
 )
 
@@ -151,11 +208,7 @@ def options_of(name: str) -> set[str]:
         >>> sorted(options_of("random"))
         ['keep', 'seed']
     """
-    parameters = inspect.signature(_build_of(name)).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):  # they go on to select()
-        further = set(inspect.signature(import_module("weightlora.selection.select").select).parameters)
-        return (set(parameters) | further) - {"model", "batches", "lora", "options"}
-    return set(parameters)
+    return set(inspect.signature(_build_of(name)).parameters)
 
 
 def _build_of(name: str) -> Callable[..., Method]:

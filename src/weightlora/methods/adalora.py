@@ -1,7 +1,7 @@
-"""AdaLoRA (Zhang et al. 2023, arXiv:2303.10512), on PEFT's, with its allocator really called.
+"""AdaLoRA (Zhang et al. 2023, arXiv:2303.10512) on PEFT's layers; a callback calls PEFT's allocator.
 
-ΔW = s·P·diag(e)·Q starts above the budget; singular values e whose triplets matter least are set to 0, over all sites
-together, along a cubic budget.
+ΔW = s·P·diag(e)·Q starts above the budget. The singular values e of the least important triplets, over all sites
+together, are set to 0. How many are left follows a cubic curve.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ def build(
     """Return the method; the names are those of PEFT's ``AdaLoraConfig``, the target rank is the budget's r.
 
     Args:
-        init_r: Rank that every site starts with; None stands for 1.5·r, rounded up.
-        tinit: Steps before anything is pruned; None stands for a quarter of ``tfinal``.
-        tfinal: Last steps, in which the ranks stay; None stands for a tenth of all.
-        deltaT: Steps between prunings; in between, what was pruned may come back.
-        beta1: Average of the sensitivity |w·∂L/∂w|.
-        beta2: Average of its uncertainty.
-        orth_reg_weight: λ of the penalty that keeps P and Q orthogonal; it is in ``outputs.loss`` alone, so a loss of
-            your own goes without. PEFT has 0.5, the authors 0.1.
-        alpha: ``"scale"`` gives every rank the strength alpha/r of plain LoRA, ``"keep"`` is alpha/init_r.
+        init_r: Rank of every site at the start. None: 1.5·r, rounded up.
+        tinit: Steps before the first pruning. None: a quarter of ``tfinal``.
+        tfinal: Steps at the end in which the ranks stay fixed. None: a tenth of all.
+        deltaT: Steps between prunings. In between, pruned triplets may return.
+        beta1: Decay of the average sensitivity |w·∂L/∂w|.
+        beta2: Decay of the average of its uncertainty.
+        orth_reg_weight: λ of the penalty that keeps P and Q orthogonal. PEFT adds it to ``outputs.loss``; a loss
+            function of your own does not include it. PEFT has 0.5, the authors 0.1.
+        alpha: ``"scale"`` scales every rank by alpha/r as in plain LoRA, ``"keep"`` by alpha/init_r.
 
     Raises:
         OptionError: An argument is out of its range.
@@ -80,7 +80,7 @@ def build(
 
 
 class AdaLora:
-    """The method, and its own mover."""
+    """AdaLoRA as a method, and the mover that its callback calls."""
 
     def __init__(self, options: _Options) -> None:
         self._options = options
@@ -89,11 +89,11 @@ class AdaLora:
 
     @property
     def plan(self) -> AdapterPlan:
-        """Ranks as they are: all before the first pruning and between two of them, the pruned ones after each."""
+        """The current ranks: pruned after each pruning, full before the first and between two of them."""
         return plan_under(self._plan, self._mask)
 
     def budget(self, step: int) -> int:
-        """The cubic curve at the steps that prune, the starting ranks at those that do not."""
+        """Return the cubic curve's value at steps that prune, and the starting ranks at the others."""
         config, pruned_for_good = self._config, self._total - self._config.tfinal
         prunes = config.tinit < step and step % config.deltaT == 0
         if not prunes and step < pruned_for_good:
@@ -118,14 +118,14 @@ class AdaLora:
         return attached
 
     def callbacks(self) -> list[TrainerCallback]:
-        """The allocator, once an optimizer step."""
+        """Return the callback that runs the allocator after each optimizer step."""
         return [self._callback]
 
     def export(self, model: PeftModel) -> PeftModel:
-        """Return stock LoRA of the triplets that are left.
+        """Return stock LoRA of the remaining triplets.
 
         Raises:
-            SelectionError: More are left than the budget allows: the allocator was not called.
+            SelectionError: More remain than the budget allows: the allocator was not called.
         """
         self._plan = export_triplets(model, self._plan, budget=self._low, name="adalora")
         self._mask = None
@@ -133,7 +133,7 @@ class AdaLora:
         return model
 
     def begin(self, total_steps: int) -> None:
-        """The schedule is made for a number of steps, and no other.
+        """Check that the training takes the steps that the schedule was made for.
 
         Raises:
             OptionError: The training takes more or fewer.
@@ -142,16 +142,16 @@ class AdaLora:
         self._remove_watch()
 
     def before_step(self, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def after_step(self, step: int) -> None:
         """Average the sensitivities and prune to the budget: PEFT's ``update_and_allocate``."""
         self._remove_watch()
         for name, parameter in self._tuner.model.named_parameters():
-            if ".lora_" in name and parameter.grad is None:  # PEFT's averages need one; no gradient, no sensitivity
+            if ".lora_" in name and parameter.grad is None:  # PEFT's averages need a gradient; zero counts as none
                 parameter.grad = torch.zeros_like(parameter)
         final = step >= self._total - self._config.tfinal
-        # PEFT would cut the weights in a checkpoint down to this pattern, and what may still come back is lost.
+        # With this pattern PEFT would cut the weights in a checkpoint, and triplets that may return would be lost.
         config = self._tuner.peft_config["default"]
         config.rank_pattern = self._pattern() if final and self._mask is not None else None
         self._tuner.update_and_allocate(step)
@@ -159,13 +159,13 @@ class AdaLora:
         self._mask = None if found is None else {_site(key): torch.tensor(mask) for key, mask in found.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Averages of every weight, and the mask."""
+        """Return the averages of every weight, and the mask."""
         allocator = self._tuner.rankallocator
         averages = {"ipt": allocator.exp_avg_ipt, "unc": allocator.exp_avg_unc, "mask": self._mask or {}}
         return {f"{kind} {name}": tensor for kind, named in averages.items() for name, tensor in named.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take the averages and the mask."""
+        """Set the averages and the mask."""
         allocator = self._tuner.rankallocator
         kinds: dict[str, dict[str, Tensor]] = {"ipt": {}, "unc": {}, "mask": {}}
         for key, tensor in state.items():
@@ -188,7 +188,7 @@ def _schedule(options: _Options, total_steps: int) -> dict[str, Any]:
     tinit = tfinal // 4 if options.tinit is None else options.tinit
     if not 0 <= tinit < total_steps - tfinal <= total_steps:
         raise OptionError(
-            f"tinit={tinit} and tfinal={tfinal} leave none of {total_steps} steps to prune in; lower them"
+            f"tinit={tinit} and tfinal={tfinal} leave none of {total_steps} steps for pruning; lower them"
         )
     kept = ("deltaT", "beta1", "beta2", "orth_reg_weight")
     return {"tinit": tinit, "tfinal": tfinal, **{name: getattr(options, name) for name in kept}}

@@ -1,7 +1,8 @@
-"""ALoRA (Liu et al. 2024, arXiv:2403.16187; not PEFT's aLoRA): ranks are moved from where they do little.
+"""ALoRA (Liu et al. 2024, arXiv:2403.16187; not PEFT's aLoRA): moves ranks away from where they contribute least.
 
-In a few rounds every rank j is left out, and left alone, on held-out rows: IS(j) = S(M) − S(M without j) + S(M with
-only j), with S = −loss. The lowest go, and the sites that lost none get as many new ones.
+In a few rounds the contribution of every rank j is measured on held-out rows, without it and with it alone:
+IS(j) = S(M) − S(M without j) + S(M with only j), with S = −loss. The lowest ranks are removed, and the sites that lost
+none get as many new ones.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from weightlora.methods.common.triplets import plan_under, require_steps, triple
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites, require_uniform
 from weightlora.plan.plan import AdapterPlan
-from weightlora.selection.stage import evaluated, held_out, rows_of
-from weightlora.selection.warmup import Loss, in_parts, model_loss
+from weightlora.selection.batches import Loss, held_out, in_parts, model_loss, rows_of
+from weightlora.selection.stage import evaluated
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -60,13 +61,13 @@ def build(
     """Return the method.
 
     Args:
-        max_r: Components that a site has room for, its largest rank; None stands for 1.5·r, rounded up.
+        max_r: Largest rank of a site. None: 1.5·r, rounded up.
         rounds: How often ranks are moved.
-        count: Ranks that move in a round; None stands for one a site.
+        count: Ranks moved in a round. None: as many as there are sites.
         begin: Share of the training before the first round.
-        interval: Steps between rounds; None stands for a fortieth of the training.
-        probe_rows: Rows that a rank is measured on; whole batches are taken until there are as many.
-        seed: Decides where new ranks start.
+        interval: Steps between rounds. None: a fortieth of the training.
+        probe_rows: Rows that a rank is measured on; whole batches are held out until there are as many.
+        seed: Decides the initial weights of new ranks.
         loss_fn: As in :func:`weightlora.select`.
 
     Raises:
@@ -81,7 +82,7 @@ def build(
 
 
 class ALora:
-    """The method, and its own mover."""
+    """ALoRA as a method, and the mover that its callback calls."""
 
     def __init__(self, options: _Options) -> None:
         self._options = options
@@ -89,16 +90,16 @@ class ALora:
 
     @property
     def plan(self) -> AdapterPlan:
-        """The room at each site until the training begins, as in its checkpoints; then the ranks as they are."""
+        """``max_r`` at each site before the training, as in its checkpoints; then the current ranks."""
         masks = dict(zip(self._layers, self._live, strict=True))
         return plan_under(self._plan, masks if self._begun else None)
 
     def budget(self, step: int) -> int:  # noqa: ARG002 - the same at every step
-        """Plain LoRA's ranks: what goes at one site comes at another."""
+        """Return plain LoRA's ranks: moving them keeps their sum."""
         return len(self._layers) * self._r
 
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:
-        """Put plain LoRA on all sites, with room for more ranks, and hold rows out."""
+        """Put LoRA of rank ``max_r`` on all sites, of which r ranks are used, and hold rows out."""
         options, sites = self._options, find_sites(model, lora).sites
         max_r = math.ceil(1.5 * lora.r) if options.max_r is None else options.max_r
         require_uniform("alora", lora)
@@ -111,7 +112,7 @@ class ALora:
         record = {"max_r": max_r, "rounds": self._rounds, "count": self._count, "seed": options.seed}
         record["probe_rows"] = sum(map(rows_of, self._held_out))
         plan = triplet_plan(model, lora, sites, max_r, rule="alora", options=record)
-        alpha = lora.lora_alpha * max_r / lora.r  # each rank as strong as one of plain LoRA
+        alpha = lora.lora_alpha * max_r / lora.r  # each rank has plain LoRA's scale
         self._plan = replace(plan, entries=tuple(replace(e, alpha=alpha) for e in plan.entries))
         attached = self._plan.attach(model)
         self._model, self._layers = model, dict[str, Any](lora_layers(attached))
@@ -123,11 +124,11 @@ class ALora:
         return attached
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Measures and moves ranks after an optimizer step."""
+        """Return the callback that measures and moves ranks after an optimizer step."""
         return [self._callback]
 
     def export(self, model: PeftModel) -> PeftModel:
-        """Return stock LoRA of the ranks that are there.
+        """Return stock LoRA of the used ranks.
 
         Raises:
             SelectionError: The method did not run to its end.
@@ -145,7 +146,7 @@ class ALora:
         return become_stock(model, self._plan, factors)
 
     def begin(self, total_steps: int) -> None:
-        """Let no gradient reach what is not there: of A it is zero, since B is.
+        """Mask the gradient of B's unused ranks; that of A is zero, since B is zero there.
 
         Raises:
             OptionError: The training takes more steps than the schedule was made for, or fewer.
@@ -156,50 +157,50 @@ class ALora:
             guard.remove()
         self._begun = True
         self._guards = [
-            layer.lora_B["default"].weight.register_hook(partial(self._of_live, i))
+            layer.lora_B["default"].weight.register_hook(partial(self._masked, i))
             for i, layer in enumerate(self._layers.values())
         ]
 
     def before_step(self, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Put back to zero what the optimizer's momentum has moved; move ranks where it is time."""
+        """Set unused ranks to zero again, as the optimizer's momentum may move them; in a round, move ranks."""
         self._remove_watch()
         self._step = step
-        self._silence()
+        self._zero_unused()
         if step in self._rounds:
             with evaluated(self._model):
                 scores = contributions(list(self._layers.values()), self._live, self._loss)
             if not bool(scores[self._live].isfinite().all()):
                 raise SelectionError(
-                    f"step {step}: the loss of the held-out rows is not finite, so nothing tells ranks apart; lower "
-                    "the learning rate or look at the first batches"
+                    f"step {step}: the loss of the held-out rows is not finite, so ranks cannot be compared; lower "
+                    "the learning rate or check the first batches"
                 )
             off, gains = moves(scores, self._live, count=self._count)
             self._move(off, gains, step)
 
     def state(self) -> dict[str, Tensor]:
-        """Which components are there, which ever were, and the last step."""
+        """Return which ranks are used, which ever were, and the last step."""
         return {"live": self._live, "used": self._used, "step": torch.tensor(self._step)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take them."""
+        """Set them."""
         self._live, self._used, self._step = state["live"], state["used"], int(state["step"])
 
-    def _of_live(self, i: int, gradient: Tensor) -> Tensor:
-        """The gradient of a site's B, where there is a rank."""
+    def _masked(self, i: int, gradient: Tensor) -> Tensor:
+        """Return the gradient of a site's B, zero for unused ranks."""
         return gradient * self._live[i].to(gradient)
 
-    def _silence(self) -> None:
-        """B = 0 where no rank is."""
+    def _zero_unused(self) -> None:
+        """Set B = 0 for unused ranks."""
         for layer, live in zip(self._layers.values(), self._live, strict=True):
             weight = layer.lora_B["default"].weight
             weight.masked_fill_(~live.to(weight.device), 0.0)
 
     def _loss(self) -> float:
-        """The mean loss of the held-out rows."""
+        """Return the mean loss of the held-out rows."""
         loss_fn = self._options.loss_fn or model_loss
         total = 0.0
         for batch in self._held_out:
@@ -207,29 +208,29 @@ class ALora:
         return total / sum(map(rows_of, self._held_out))
 
     def _move(self, off: Tensor, gains: Sequence[int], step: int) -> None:
-        """Take the ranks ``off``, and start new ones: A as at the start of a training, B = 0."""
+        """Remove the ranks ``off`` and start new ones: A as at the start of a training, B = 0."""
         generator = torch.Generator().manual_seed(self._options.seed + step)
         live = self._live & ~off
         for i, (layer, gain) in enumerate(zip(self._layers.values(), gains, strict=True)):
-            # Places that were never used come first: an optimizer remembers the others.
+            # Ranks that were never used come first: for the others the optimizer still has moments.
             free = torch.where(live[i], 2, self._used[i].int()).argsort(stable=True)
             new, a = free[:gain], layer.lora_A["default"].weight
             bound = a.shape[1] ** -0.5  # Kaiming with a = √5
             a[new.to(a.device)] = (bound * (2 * torch.rand(gain, a.shape[1], generator=generator) - 1)).to(a)
             live[i, new] = True
         self._live, self._used = live, self._used | live
-        self._silence()
+        self._zero_unused()
 
 
 def contributions(layers: Sequence[Any], live: Tensor, loss: Callable[[], float]) -> Tensor:
-    """Return IS − S(M) of each live rank: the loss without it less that with nothing else, (sites, max_r).
+    """Return IS − S(M) of each used rank: the loss without it minus the loss with it alone, (sites, max_r).
 
-    It is inf where no rank is.
+    It is inf for unused ranks.
 
     Args:
-        layers: The sites' adapters; they come back as they were.
-        live: The ranks that there are, (sites, max_r).
-        loss: The loss with the adapters as they are; called twice a rank.
+        layers: The sites' adapters; they are restored.
+        live: The used ranks, (sites, max_r).
+        loss: Returns the loss with the adapters as they are; called twice for each rank.
     """
     matrices = [layer.lora_B["default"].weight.detach() for layer in layers]
     whole = [matrix.clone() for matrix in matrices]
@@ -253,14 +254,14 @@ def contributions(layers: Sequence[Any], live: Tensor, loss: Callable[[], float]
 
 
 def moves(scores: Tensor, live: Tensor, *, count: int) -> tuple[Tensor, list[int]]:
-    """Return which ranks go, (sites, max_r), and how many come at each site.
+    """Return which ranks are removed, (sites, max_r), and how many each site gains.
 
-    The ``count`` lowest go, and those sites that lose none take as many, in turns by falling mean score. Where they
-    have no room for as many, fewer go.
+    The ``count`` lowest are removed. The sites that lose none gain as many, one at a time by falling mean score. If
+    ``max_r`` does not allow so many, fewer are removed.
 
     Example:
         >>> scores, live = torch.tensor([[2.0, 1.0, 9.0], [4.0, 3.0, 9.0]]), torch.tensor([[True, True, False]] * 2)
-        >>> moves(scores, live, count=2)  # the second site has room for one
+        >>> moves(scores, live, count=2)  # the second site can gain one
         (tensor([[False,  True, False],
                 [False, False, False]]), [0, 1])
     """
@@ -281,7 +282,7 @@ def moves(scores: Tensor, live: Tensor, *, count: int) -> tuple[Tensor, list[int
 
 
 def _rounds(options: _Options, total_steps: int) -> list[int]:
-    """The steps after which ranks move; the training goes on after the last."""
+    """Return the steps after which ranks move; the training continues after the last."""
     first = max(1, math.ceil(round(options.begin * total_steps, 6)))
     interval = options.interval or max(1, total_steps // 40)
     last = first + (options.rounds - 1) * interval

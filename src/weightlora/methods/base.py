@@ -1,4 +1,4 @@
-"""The one protocol of all methods, and the shape of those whose whole work is a plan."""
+"""The protocol of all methods, and two ways to implement it: by a plan, or by other trained parameters."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from weightlora.errors import OptionError
+from weightlora.errors import OptionError, PlanError
 from weightlora.methods.common.export import Factors, become_stock, factors_plan
-from weightlora.model.layers import adapter_layers
+from weightlora.model.layers import adapter_layers, without_adapters
 from weightlora.model.sites import Site, require_uniform
 from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
 
@@ -21,14 +21,18 @@ if TYPE_CHECKING:
 
 
 class Method(Protocol):
-    """A way to spend a LoRA budget; whatever it does, it ends in a stock PEFT checkpoint.
+    """A way to spend a LoRA budget; whatever it trains, it ends in a stock PEFT checkpoint.
 
-    Nothing above the registry knows whether a method chooses before training or moves ranks during it.
+    Callers read what kind of method it is off its line in :data:`weightlora.METHODS`, never off its class.
     """
 
     @property
     def plan(self) -> AdapterPlan:
-        """The plan in force; known once :meth:`attach` has run. Where ranks move, it moves with them."""
+        """The plan in force, after :meth:`attach`. Where ranks move during training, the plan changes with them.
+
+        Raises:
+            PlanError: :meth:`attach` has not run.
+        """
         ...
 
     def budget(self, step: int) -> int:
@@ -39,15 +43,15 @@ class Method(Protocol):
         """Before training: put adapters into ``model``.
 
         Args:
-            model: The base model.
+            model: The base model. Methods that train plain LoRA also take a PEFT model, whose adapters are taken off.
             lora: Plain LoRA on all candidates: the budget.
-            batches: Training batches to look at.
+            batches: Training batches, for methods that read them.
             total_steps: Optimizer steps that the training will take.
         """
         ...
 
     def callbacks(self) -> list[TrainerCallback]:
-        """During training: what moves ranks; empty for methods that choose beforehand."""
+        """During training: what changes ranks or gradients; empty for methods that choose before."""
         ...
 
     def export(self, model: PeftModel) -> PeftModel:
@@ -65,7 +69,22 @@ class Prepared:
 
 
 Choose = Callable[["nn.Module", "LoraConfig", Iterable[Any], int], AdapterPlan | Prepared]
-"""``choose(model, lora, batches, total_steps)``: what a choosing method has to say."""
+"""``choose(model, lora, batches, total_steps)``: makes the plan of a choosing method."""
+
+
+class AttachedPlan:
+    """Descriptor of a method's plan: an error until ``attach`` has set it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._key = f"{name} of {owner.__name__}"
+
+    def __get__(self, method: object, _owner: type) -> AdapterPlan:
+        if self._key not in vars(method):
+            raise PlanError("the method has no plan yet; call attach() or weightlora.method_for(trainer, ...) first")
+        return vars(method)[self._key]
+
+    def __set__(self, method: object, plan: AdapterPlan) -> None:
+        vars(method)[self._key] = plan
 
 
 class ChoosingMethod:
@@ -75,21 +94,22 @@ class ChoosingMethod:
         choose: Makes the plan; the model is left as it was.
     """
 
+    _plan = AttachedPlan()
+
     def __init__(self, choose: Choose) -> None:
         self._choose = choose
-        self._plan: AdapterPlan | None = None
 
     @property
     def plan(self) -> AdapterPlan:
         """The plan that :meth:`attach` made."""
-        assert self._plan is not None, "attach() comes first"
         return self._plan
 
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:
         """Choose, then put stock adapters on the planned sites."""
         made = self._choose(model, lora, batches, total_steps)
         self._plan = made.plan if isinstance(made, Prepared) else made
-        attached = self._plan.attach(model)
+        self._plan.check_sites(model)  # before its adapters are taken off
+        attached = self._plan.attach(without_adapters(model))
         if isinstance(made, Prepared):
             made.prepare(attached)
         return attached
@@ -109,18 +129,20 @@ class ChoosingMethod:
 
 
 Attach = Callable[["nn.Module", "LoraConfig"], tuple[AdapterPlan, "PeftModel"]]
-"""``attach(model, lora)``: puts on the sites what is trained; with the ranks that it will have as stock LoRA."""
+"""``attach(model, lora)``: puts the trained parameters on the sites; returns the plan as stock LoRA, and the model."""
 
 
 class ExpandedMethod:
-    """A :class:`Method` that trains other numbers than A and B, which are made of them at the end.
+    """A :class:`Method` that trains other parameters than A and B and computes A and B from them at the end.
 
-    Nothing moves during training, and whatever is trained or frozen is in PEFT's own checkpoint.
+    No rank changes during training, and whatever is trained or frozen is in PEFT's own checkpoint.
 
     Args:
         attach: Puts the adapters on the sites.
-        factors: A and B of one of the layers, as it is.
+        factors: Computes A and B of one layer.
     """
+
+    _plan = AttachedPlan()
 
     def __init__(self, attach: Attach, factors: Callable[[Any], Factors]) -> None:
         self._attach, self._factors = attach, factors
@@ -175,6 +197,10 @@ def uniform_plan(
     return replace(plan, entries=tuple(replace(entry, r=r, alpha=alpha) for entry in plan.entries))
 
 
-def trains_stock(method: Method) -> bool:
-    """Whether what is trained is the plan's stock LoRA, from the first step to the last."""
-    return not (method.callbacks() or isinstance(method, ExpandedMethod))
+def planned_method(plan: AdapterPlan) -> Method:
+    """Return the method that trains stock LoRA on a plan that was made before."""
+
+    def choose(*_: object) -> AdapterPlan:
+        return plan
+
+    return ChoosingMethod(choose)

@@ -1,6 +1,7 @@
-"""DoRA (Liu et al. 2024, arXiv:2402.09353), PEFT's own: W0 + s·B·A in direction, its columns' norms trained beside it.
+"""DoRA (Liu et al. 2024, arXiv:2402.09353) as in PEFT: W0 + s·B·A gives the direction, and norms are trained apart.
 
-It ends as PEFT's DoRA checkpoint: ‖W0 + s·B·A‖ is no sum of W0 and a product, so that plain LoRA cannot hold it.
+It ends as PEFT's DoRA checkpoint: a rescaled W0 + s·B·A is not W0 plus a low-rank product, so plain LoRA cannot
+represent it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def build() -> Method:
-    """Return the method; it has no options. ``use_dora`` of the budget trains DoRA under any method that chooses."""
+    """Return the method; it has no options. With ``use_dora`` in the LoRA config, any choosing method trains DoRA."""
     return ChoosingMethod(_choose)
 
 

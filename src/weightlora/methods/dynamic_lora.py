@@ -1,7 +1,8 @@
-"""Dynamic LoRA (Mao et al. 2024, "DoRA", arXiv:2405.17357; not PEFT's DoRA): components with a small share are pruned.
+"""Dynamic LoRA (Mao et al. 2024, "DoRA", arXiv:2405.17357; not PEFT's DoRA): prunes components with a small share.
 
-ΔW = s·Σ_j c_j·b_j·a_j; a component's share of its site's update is s_j = ‖b_j‖·‖a_j‖·|c_j| / ‖B·diag(c)·A‖. The
-smallest averaged shares, over all sites together, are set to 0 along a cubic curve in a window of the training.
+ΔW = s·Σ_j c_j·b_j·a_j, and a component's share of its site's update is s_j = ‖b_j‖·‖a_j‖·|c_j| / ‖B·diag(c)·A‖. The
+components with the smallest average shares, over all sites together, are set to 0. How many follows a cubic curve in a
+window of the training.
 """
 
 from __future__ import annotations
@@ -61,13 +62,13 @@ def build(
     """Return the method.
 
     Args:
-        init_r: Components of a site at the start; None stands for 1.5·r, rounded up.
+        init_r: Components of a site at the start. None: 1.5·r, rounded up.
         begin: Share of the training before the first pruning.
-        end: Share of it at which the ranks are final.
-        interval: Steps between prunings; in between, what was pruned may come back.
-        beta: Average of the shares.
+        end: Share of the training after which the ranks are final.
+        interval: Steps between prunings. In between, pruned components may return.
+        beta: Decay of the average shares.
         variance_weight: η of the penalty on the variance of the entries of a_j and b_j, until the ranks are final.
-        alpha: ``"scale"`` gives every rank the strength alpha/r of plain LoRA, ``"keep"`` is alpha/init_r.
+        alpha: ``"scale"`` scales every rank by alpha/r as in plain LoRA, ``"keep"`` by alpha/init_r.
 
     Raises:
         OptionError: An argument is out of its range.
@@ -81,7 +82,7 @@ def build(
 
 
 class DynamicLora:
-    """The method, and its own mover."""
+    """Dynamic LoRA as a method, and the mover that its callback calls."""
 
     def __init__(self, options: _Options) -> None:
         self._options = options
@@ -90,11 +91,11 @@ class DynamicLora:
 
     @property
     def plan(self) -> AdapterPlan:
-        """Ranks as they are: all before the first pruning and between two of them, the pruned ones after each."""
+        """The current ranks: pruned after each pruning, full before the first and between two of them."""
         return plan_under(self._plan, self._mask)
 
     def budget(self, step: int) -> int:
-        """The starting ranks less what the curve prunes; all of them at steps that do not prune."""
+        """Return the starting ranks minus those that the curve prunes; all of them at steps that do not prune."""
         pruned = self._pruned(step)
         return self._high - (pruned or 0)
 
@@ -127,14 +128,14 @@ class DynamicLora:
         return attached
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Penalty before, shares and pruning after each optimizer step."""
+        """Return the callback: the penalty before, shares and pruning after each optimizer step."""
         return [self._callback]
 
     def export(self, model: PeftModel) -> PeftModel:
-        """Return stock LoRA of the components that are left.
+        """Return stock LoRA of the remaining components.
 
         Raises:
-            SelectionError: More are left than the budget allows: the method did not run to its end.
+            SelectionError: More remain than the budget allows: the method did not run to its end.
         """
         self._plan = export_triplets(model, self._plan, budget=self._low, name="dynamic_lora")
         self._mask = None
@@ -142,7 +143,7 @@ class DynamicLora:
         return model
 
     def begin(self, total_steps: int) -> None:
-        """The schedule is made for a number of steps, and no other.
+        """Check that the training takes the steps that the schedule was made for.
 
         Raises:
             OptionError: The training takes more or fewer.
@@ -164,7 +165,7 @@ class DynamicLora:
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Average the shares; prune where the schedule says so."""
+        """Average the shares; prune at the steps of the schedule."""
         self._remove_watch()
         beta = self._options.beta
         for name, layer in self._layers.items():
@@ -178,18 +179,18 @@ class DynamicLora:
             switch_off(self._layers[name], mask)
 
     def state(self) -> dict[str, Tensor]:
-        """Averaged shares, and the mask."""
+        """Return the average shares, and the mask."""
         kinds = {"share": self._shares, "mask": self._mask or {}}
         return {f"{kind} {name}": tensor for kind, named in kinds.items() for name, tensor in named.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take the averages and the mask."""
+        """Set the averages and the mask."""
         named = [(key.partition(" "), tensor) for key, tensor in state.items()]
         self._shares = {name: tensor for (kind, _, name), tensor in named if kind == "share"}
         self._mask = {name: tensor for (kind, _, name), tensor in named if kind == "mask"} or None
 
     def _pruned(self, step: int) -> int | None:
-        """How many components are off after ``step``; None where it does not prune.
+        """Return how many components are pruned after ``step``; None at a step that does not prune.
 
         m = n·(r_s − r)·(P/P_max)³, at least 1, with P steps since the beginning of the window of P_max steps.
         """
@@ -202,7 +203,7 @@ class DynamicLora:
 def shares(layer: Any) -> Tensor:
     """Return each component's share ‖b_j‖·‖a_j‖·|c_j| / ‖B·diag(c)·A‖_F of its site's update, (r,).
 
-    ‖B·diag(c)·A‖² = Σ_jk c_j·c_k·⟨b_j, b_k⟩·⟨a_j, a_k⟩: no matrix of size out × in is made.
+    ‖B·diag(c)·A‖² = Σ_jk c_j·c_k·⟨b_j, b_k⟩·⟨a_j, a_k⟩ needs no matrix of size out × in.
     """
     a, b, c = (m["default"].detach().float() for m in (layer.lora_A, layer.lora_B, layer.lora_E))
     c = c.flatten()
@@ -211,6 +212,6 @@ def shares(layer: Any) -> Tensor:
 
 
 def _all_but(shares: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Masks that leave out the ``count`` smallest of all, and whatever is as small as the largest of those."""
+    """Return masks without the ``count`` smallest shares of all, and without those equal to the largest of these."""
     threshold = torch.cat(list(shares.values())).kthvalue(count).values
     return {name: values > threshold for name, values in shares.items()}

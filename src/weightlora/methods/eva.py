@@ -1,16 +1,17 @@
-"""EVA (Paischer et al. 2024, arXiv:2410.07170), on PEFT's: ranks go where few directions explain the layers' inputs.
+"""EVA (Paischer et al. 2024, arXiv:2410.07170) with PEFT's SVD: ranks by the explained variance of the layers' inputs.
 
-A_i holds the leading right singular vectors of the site's inputs; the n·r directions that explain the largest share of
-their inputs' variance, over all sites together, decide the ranks.
+A_i holds the leading right singular vectors of the site's inputs. The n·r directions that explain the largest shares
+of their inputs' variance, over all sites together, decide the ranks.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,13 @@ from torch import Tensor
 
 from weightlora.errors import OptionError, SelectionError
 from weightlora.methods.base import ChoosingMethod, Method, Prepared
-from weightlora.methods.common.token_mask import counted_tokens
+from weightlora.methods.common.token_mask import TokenRows, counted_tokens
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, find_sites, rank_and_alpha
 from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.selection.batches import Loss, in_parts, model_loss, to_device
 from weightlora.selection.stage import attach_plain_lora
-from weightlora.selection.warmup import Loss, in_parts, model_loss, to_device
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,9 +40,12 @@ class _Options:
     rho: float
     tau: float
     whiten: bool
+    adjust_alpha: bool
     label_tokens: bool
     steps: int
     most: int
+    seed: int
+    loss_fn: Loss | None
 
 
 def build(
@@ -60,13 +64,14 @@ def build(
 
     Args:
         rho: A site's rank is at most r·rho; 1 leaves all ranks as they are.
-        tau: A direction counts as found when its cosine with itself one batch before is at least this.
+        tau: A direction has converged when its cosine with itself one batch before is at least this.
         whiten: Divide A's rows by the square roots of their singular values.
-        adjust_alpha: Let alpha grow and shrink with the rank, so that alpha/r stays: PEFT's default. False is the
+        adjust_alpha: Change alpha with the rank, so that alpha/r stays, as PEFT does by default. False is the
             authors' code. rsLoRA always keeps alpha.
-        label_tokens: Of a language model's tokens only those with a label count: PEFT's default, not the paper's.
-        steps: Different batches to look at; they are gone through again until all directions are found.
-        most: Batches to look at in all, at most.
+        label_tokens: Use only the tokens of a language model that have a label, as PEFT does by default, unlike the
+            paper.
+        steps: Different batches; they are repeated until all directions have converged.
+        most: The most batches, repetitions included.
         seed: Decides what is random in the model's own forward pass.
         loss_fn: As in :func:`weightlora.select`; only its forward pass is used.
 
@@ -81,62 +86,49 @@ def build(
     ):
         if not fits:
             raise OptionError(f"{name}={value} is not allowed: give {allowed}")
-    options = _Options(rho, tau, whiten, label_tokens, steps, most)
+    return ChoosingMethod(
+        partial(_choose, _Options(rho, tau, whiten, adjust_alpha, label_tokens, steps, most, seed, loss_fn))
+    )
 
-    def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], _total_steps: int) -> Prepared:
-        lora = replace(lora, init_lora_weights=True, eva_config=None)
-        sites = find_sites(model, lora).sites
-        _require_room(sites, lora, rho)
-        directions = _directions(model, lora, sites, batches, options, seed, loss_fn or model_loss)
-        plan = make_plan(
-            sites,
-            lora,
-            [site.name for site in sites],
-            [float(len(directions[site.name])) for site in sites],
-            rule="eva",
-            options={"rho": rho, "tau": tau, "whiten": whiten, "adjust_alpha": adjust_alpha, "steps": steps},
-            seed=seed,
-            base_model=base_model_name(model),
-        )
-        grows = adjust_alpha and not lora.use_rslora
-        plan = _with_ranks(plan, {name: len(rows) for name, rows in directions.items()}, grows=grows)
 
-        @torch.no_grad()
-        def prepare(attached: PeftModel) -> None:
-            layers: dict[str, Any] = dict(lora_layers(attached))
-            for name, layer in layers.items():
-                layer.lora_A["default"].weight.copy_(directions[name])
+def _choose(
+    options: _Options, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], _total_steps: int
+) -> Prepared:
+    lora = replace(lora, init_lora_weights=True, eva_config=None)
+    sites = find_sites(model, lora).sites
+    _require_inputs(sites, lora, options.rho)
+    directions = _directions(model, lora, sites, batches, options)
+    plan = make_plan(
+        sites,
+        lora,
+        [site.name for site in sites],
+        [float(len(directions[site.name])) for site in sites],
+        rule="eva",
+        options={name: getattr(options, name) for name in ("rho", "tau", "whiten", "adjust_alpha", "steps")},
+        seed=options.seed,
+        base_model=base_model_name(model),
+    )
+    grows = options.adjust_alpha and not lora.use_rslora
+    plan = _with_ranks(plan, {name: len(rows) for name, rows in directions.items()}, grows=grows)
+    return Prepared(plan, partial(_start_from, directions))
 
-        return Prepared(plan, prepare)
 
-    return ChoosingMethod(choose)
+@torch.no_grad()
+def _start_from(directions: Mapping[str, Tensor], attached: PeftModel) -> None:
+    """Set A of each site to its directions."""
+    layers: dict[str, Any] = dict(lora_layers(attached))
+    for name, layer in layers.items():
+        layer.lora_A["default"].weight.copy_(directions[name])
 
 
 def _directions(
-    model: nn.Module,
-    lora: LoraConfig,
-    sites: Sequence[Site],
-    batches: Iterable[Any],
-    options: _Options,
-    seed: int,
-    loss_fn: Loss,
+    model: nn.Module, lora: LoraConfig, sites: Sequence[Site], batches: Iterable[Any], options: _Options
 ) -> dict[str, Tensor]:
-    """The rows of A for each site, (r_i, in): PEFT's incremental SVD on the tokens of the batches."""
+    """Return the rows of A for each site, (r_i, in): PEFT's incremental SVD on the tokens of the batches."""
     shown = list(itertools.islice(batches, options.steps))
     if not shown:
         raise SelectionError("batches is empty; give at least one batch")
-    passed = itertools.count(1)
-
-    def forward(_model: nn.Module, batch: Any) -> None:
-        if next(passed) > options.most:
-            raise SelectionError(
-                f"the directions have not settled after {options.most} batches; give larger batches, lower tau or rho, "
-                "or raise most"
-            )
-        for _ in in_parts(model, batch, loss_fn):
-            pass
-
-    # The longest names first: PEFT takes a key for the ending of others.
+    # The longest names first: PEFT also applies a key to names that end with it.
     ranks = {re.escape(s.name): rank_and_alpha(lora, s.name)[0] for s in sorted(sites, key=lambda s: -len(s.name))}
     wanted = LoraConfig(
         r=lora.r,
@@ -145,29 +137,41 @@ def _directions(
         eva_config=EvaConfig(rho=options.rho, tau=options.tau, whiten=options.whiten),
     )
     with (
-        untouched(model, seed=seed),
-        redirect_stdout(StringIO()),  # PEFT prints a line for every activation that it passes over
+        untouched(model, seed=options.seed),
+        redirect_stdout(StringIO()),  # PEFT prints a line for every activation that it skips
     ):
         attached = attach_plain_lora(model, lora, sites)
         with counted_tokens(model, labelled=options.label_tokens) as rows:
-
-            def counted(given: Any, _inputs: None, _name: str) -> Tensor:
-                return rows(given[0] if isinstance(given, tuple) else given)
-
             found: dict[str, Tensor] = get_eva_state_dict(
                 attached,
                 [to_device(batch, next(model.parameters()).device) for batch in shown],
                 wanted,
-                forward_fn=forward,
+                forward_fn=partial(_forward, itertools.count(1), options, model),
                 prepare_model_inputs_fn=_no_inputs,
-                prepare_layer_inputs_fn=counted,
+                prepare_layer_inputs_fn=partial(_tokens, rows),
                 show_progress_bar=False,
             )
     return {name.removeprefix("base_model.model."): rows.clone() for name, rows in found.items()}
 
 
+def _forward(passed: Iterator[int], options: _Options, model: nn.Module, _attached: nn.Module, batch: Any) -> None:
+    """Run one batch through the model, and raise after ``most`` of them."""
+    if next(passed) > options.most:
+        raise SelectionError(
+            f"the directions have not converged after {options.most} batches; give larger batches, lower tau or rho, "
+            "or raise most"
+        )
+    for _ in in_parts(model, batch, options.loss_fn or model_loss):
+        pass
+
+
+def _tokens(rows: TokenRows, given: Any, _inputs: None, _name: str) -> Tensor:
+    """Return the tokens among a layer's inputs."""
+    return rows(given[0] if isinstance(given, tuple) else given)
+
+
 def _no_inputs(_batch: Any, _config: LoraConfig) -> None:
-    """What PEFT hands to the layers; the tokens are known without it."""
+    """Return nothing for PEFT to pass to ``_tokens``, which knows the tokens without it."""
 
 
 def _with_ranks(plan: AdapterPlan, ranks: dict[str, int], *, grows: bool) -> AdapterPlan:
@@ -179,7 +183,7 @@ def _with_ranks(plan: AdapterPlan, ranks: dict[str, int], *, grows: bool) -> Ada
     return replace(plan, entries=entries)
 
 
-def _require_room(sites: Sequence[Site], lora: LoraConfig, rho: float) -> None:
+def _require_inputs(sites: Sequence[Site], lora: LoraConfig, rho: float) -> None:
     for site in sites:
         r = rank_and_alpha(lora, site.name)[0]
         if round(r * rho) > site.in_features:

@@ -1,7 +1,7 @@
-"""FlexLoRA (Bai et al. 2024, arXiv:2402.11505), its clients one after the other on one machine.
+"""FlexLoRA (Bai et al. 2024, arXiv:2402.11505): federated LoRA with several ranks, its clients run one after another.
 
-Clients train LoRA of ranks of their own; the server averages their whole updates, W = Σ_c w_c·s·B_c·A_c, and hands the
-best approximation of its rank, A = V_rᵀ and B = U_r·Σ_r/s of W's SVD, to each.
+Each client trains LoRA of its own rank. The server averages the clients' full updates, W = Σ_c w_c·s·B_c·A_c, and sends
+each client the best approximation of its rank, A = V_rᵀ and B = U_r·Σ_r/s of W's SVD.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def build(*, clients: int = 4, ranks: Sequence[int] | int | None = None, rounds:
     """Return the method.
 
     Args:
-        clients: C, which train one after the other in each round.
-        ranks: One a client, or one for all; None stands for r/2, r, r, 3r/2 in rotation. The paper has 8, 30 and 200.
-        rounds: How often the server averages, at most; each client has at least one step in each. The paper has 50.
+        clients: Clients; they train one after the other in each round.
+        ranks: One for each client, or one for all. None: r/2, r, r, 3r/2 in rotation. The paper has 8, 30 and 200.
+        rounds: The most averages of the server. Each client has at least one step in a round. The paper has 50.
 
     Raises:
         OptionError: An argument is out of its range.
@@ -50,43 +50,43 @@ def build(*, clients: int = 4, ranks: Sequence[int] | int | None = None, rounds:
 
 
 class FlexLora:
-    """The method, and its own mover: the server, and whichever client has its turn."""
+    """FlexLoRA as a method, and the mover that its callback calls: the server and the active client."""
 
     def __init__(self, clients: int, ranks: Sequence[int] | None, rounds: int) -> None:
         self._clients, self._asked, self._rounds = clients, ranks, rounds
         self._callback = _FreshOptimizer(self)
         self._moving = False
         self.turn = 0
-        """Turns that are over."""
+        """Finished turns; in a turn one client trains."""
 
     @property
     def plan(self) -> AdapterPlan:
-        """Room for the largest client before the training, then the ranks that the present one holds."""
+        """The largest client's rank before the training, then the active client's."""
         if not self._moving:
             return self._plan
         return replace(self._plan, entries=tuple(replace(e, r=self._rank(self.turn)) for e in self._plan.entries))
 
     def budget(self, step: int) -> int:
-        """The ranks of the client whose turn follows on ``step``; may exceed plain LoRA's until the last step."""
-        return self._sites * (self._room if step == 0 else self._rank(bisect_right(self._ends, step)))
+        """Return the ranks of the client after ``step``; they may exceed plain LoRA's until the last step."""
+        return self._sites * (self._max_r if step == 0 else self._rank(bisect_right(self._ends, step)))
 
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:  # noqa: ARG002
-        """Put plain LoRA on all sites, with room for the largest client, and hand the first client its rank."""
+        """Put LoRA of the largest client's rank on all sites, cut to the first client's."""
         require_uniform("flexlora", lora)
         sites = find_sites(model, lora).sites
         self._ranks = rotated_ranks(lora.r, self._clients) if self._asked is None else list(self._asked)
         self._ends = turn_ends(total_steps, clients=self._clients, rounds=self._rounds)
         self._total, self._sites, self._r = total_steps, len(sites), lora.r
-        self._room = max(lora.r, *self._ranks)
+        self._max_r = max(lora.r, *self._ranks)
         self._scale = lora.lora_alpha / lora.r
         record = {"clients": self._clients, "ranks": self._ranks, "rounds": len(self._ends) // self._clients}
-        plan = triplet_plan(model, lora, sites, self._room, rule="flexlora", options=record)
-        self._plan = replace(plan, entries=tuple(replace(e, alpha=self._scale * self._room) for e in plan.entries))
+        plan = triplet_plan(model, lora, sites, self._max_r, rule="flexlora", options=record)
+        self._plan = replace(plan, entries=tuple(replace(e, alpha=self._scale * self._max_r) for e in plan.entries))
         attached = self._plan.attach(model)
         self._layers: dict[str, Any] = dict(lora_layers(attached))
         self._heads = {n: p for n, p in attached.named_parameters() if p.requires_grad and ".lora_" not in n}
         self._moving, self.turn = False, 0
-        self._handed = {**self._adapters(self._room), **{n: _wide(p) for n, p in self._heads.items()}}
+        self._handed = {**self._adapters(self._max_r), **{n: _wide(p) for n, p in self._heads.items()}}
         self._round: dict[str, Tensor] = {}
         self._cut()
         tuner: Any = attached.base_model
@@ -94,14 +94,14 @@ class FlexLora:
         return attached
 
     def callbacks(self) -> list[TrainerCallback]:
-        """What ends a turn."""
+        """Return the callback that ends turns."""
         return [self._callback]
 
     def export(self, model: PeftModel) -> PeftModel:
         """Return stock LoRA of the server's last average, of rank r at each site.
 
         Raises:
-            SelectionError: The last turn is not over.
+            SelectionError: The last turn is not finished.
         """
         if self.turn < len(self._ends):
             raise SelectionError(
@@ -119,7 +119,7 @@ class FlexLora:
         return become_stock(model, self._plan, factors)
 
     def begin(self, total_steps: int) -> None:
-        """The turns were dealt for a number of steps, and no other.
+        """Check that the training takes the steps that the turns were made for.
 
         Raises:
             OptionError: The training takes more or fewer.
@@ -129,10 +129,10 @@ class FlexLora:
         self._remove_watch()
 
     def before_step(self, step: int) -> None:
-        """Nothing: where A's row and B's column are both zero, neither has a gradient."""
+        """Do nothing: where A's row and B's column are both zero, neither has a gradient."""
 
     def after_step(self, step: int) -> None:
-        """At the end of a turn take the client's work, at that of a round average it; then the next client begins."""
+        """Collect the client's update at the end of a turn, average at the end of a round, start the next client."""
         self._cut()
         if step < self._ends[self.turn]:
             return
@@ -143,13 +143,13 @@ class FlexLora:
         self._hand_out()
 
     def state(self) -> dict[str, Tensor]:
-        """Turns that are over, what the server handed out last, and what came back in this round."""
+        """Return the finished turns, the server's last average, and the updates collected in this round."""
         kinds = {"handed": self._handed, "round": self._round}
         named = {f"{kind} {name}": tensor for kind, tensors in kinds.items() for name, tensor in tensors.items()}
         return {"turn": torch.tensor(self.turn), **named}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take them."""
+        """Set them."""
         self.turn = int(state["turn"])
         self._handed, self._round = (
             {key.removeprefix(kind): tensor for key, tensor in state.items() if key.startswith(kind)}
@@ -157,16 +157,16 @@ class FlexLora:
         )
 
     def _rank(self, turn: int) -> int:
-        """Of the client that is next after ``turn`` turns; r when all are over."""
+        """Return the rank of the client that follows ``turn`` turns; r after the last."""
         return self._r if turn == len(self._ends) else self._ranks[turn % self._clients]
 
     def _collect(self) -> None:
-        """Add the client's adapters, weighted by its share of the round's steps, to what came back so far."""
+        """Add the client's adapters, weighted by its share of the round's steps, to this round's updates."""
         starts = (0, *self._ends)
         first = self.turn - self.turn % self._clients
         weight = (starts[self.turn + 1] - starts[self.turn]) / (starts[first + self._clients] - starts[first])
         for name, tensor in self._adapters(self._rank(self.turn)).items():
-            # Σ_c w_c·B_c·A_c is one product of A's above each other and of weighted B's side by side.
+            # Σ_c w_c·B_c·A_c is one product: the weighted B's side by side times the A's stacked.
             is_b = name.endswith(_B)
             parts = [*([self._round[name]] if name in self._round else []), weight * tensor if is_b else tensor]
             self._round[name] = torch.cat(parts, dim=1 if is_b else 0)
@@ -174,16 +174,16 @@ class FlexLora:
             self._round[name] = self._round.get(name, 0) + weight * _wide(parameter)
 
     def _average(self) -> None:
-        """The server's work, on the CPU; heads are averaged as they are."""
+        """Average the collected updates on the CPU; heads are averaged as they are."""
         handed = {name: self._round[name] for name in self._heads}
         for name in self._layers:
-            a, b = truncated(self._round[name + _A], self._round[name + _B], self._room)
+            a, b = truncated(self._round[name + _A], self._round[name + _B], self._max_r)
             handed |= {name + _A: a, name + _B: b}
         self._handed, self._round = handed, {}
 
     @torch.no_grad()
     def _hand_out(self) -> None:
-        """Let the next client begin where the server stands."""
+        """Give the next client the server's average."""
         for name, layer in self._layers.items():
             for matrix, kind in zip(_matrices(layer), (_A, _B), strict=True):
                 matrix.copy_(self._handed[name + kind])
@@ -193,7 +193,7 @@ class FlexLora:
 
     @torch.no_grad()
     def _cut(self) -> None:
-        """Zero what is beyond the present client's rank, also where an optimizer's old moments have moved it."""
+        """Zero what is beyond the active client's rank; an optimizer's old moments may move it."""
         rank = self._rank(self.turn)
         for layer in self._layers.values():
             a, b = _matrices(layer)
@@ -201,7 +201,7 @@ class FlexLora:
             b[:, rank:] = 0
 
     def _adapters(self, rank: int) -> dict[str, Tensor]:
-        """The first ``rank`` components of all sites."""
+        """Return copies of the first ``rank`` components of all sites."""
         found: dict[str, Tensor] = {}
         for name, layer in self._layers.items():
             a, b = _matrices(layer)
@@ -210,7 +210,7 @@ class FlexLora:
 
 
 class _FreshOptimizer(MoverCallback):
-    """Each turn begins with an optimizer that remembers nothing, as a client's own would."""
+    """Clears the optimizer's state at the start of each turn, as a client's own optimizer would start."""
 
     def __init__(self, mover: FlexLora) -> None:
         super().__init__(mover)
@@ -219,7 +219,7 @@ class _FreshOptimizer(MoverCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the method act."""
+        """Let the method act, and clear the optimizer's state after a turn."""
         turn = self._server.turn
         super().on_optimizer_step(args, state, control, **kwargs)
         if self._server.turn != turn:
@@ -242,7 +242,7 @@ def rotated_ranks(r: int, clients: int) -> list[int]:
 
 
 def turn_ends(total_steps: int, *, clients: int, rounds: int) -> tuple[int, ...]:
-    """Return the last step of each turn, which differ in length by one step at most; fewer rounds where steps are few.
+    """Return the last step of each turn; lengths differ by at most one step, and with few steps there are fewer rounds.
 
     Raises:
         OptionError: There are fewer steps than clients.
@@ -252,22 +252,20 @@ def turn_ends(total_steps: int, *, clients: int, rounds: int) -> tuple[int, ...]
         ((2, 5, 7, 10), (1, 2, 3, 5))
     """
     if total_steps < clients:
-        raise OptionError(
-            f"{total_steps} steps give clients={clients} less than one each; train longer or lower clients"
-        )
+        raise OptionError(f"{total_steps} steps are fewer than clients={clients}; train longer or lower clients")
     turns = clients * min(rounds, total_steps // clients)
     return tuple((turn + 1) * total_steps // turns for turn in range(turns))
 
 
 def truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A (rank, in) = V_rankᵀ and B (out, rank) = U_rank·Σ_rank of the SVD of b·a; zeros where there are fewer.
+    """Return A (rank, in) = V_rankᵀ and B (out, rank) = U_rank·Σ_rank of the SVD of b·a, filled up with zeros.
 
-    QR of both factors leaves the SVD of a matrix of their inner size: nothing of size out × in is made.
+    After a QR of both factors, the SVD is that of a matrix of their inner size; no matrix of size out × in is needed.
 
     Args:
         a: (R, in), R of any size.
         b: (out, R).
-        rank: Components that are kept, the strongest first.
+        rank: Components to keep, the strongest first.
 
     Example:
         >>> a, b = truncated(torch.eye(2), torch.diag(torch.tensor([1.0, 3.0])), 1)
@@ -287,5 +285,5 @@ def _matrices(layer: Any) -> tuple[Any, Any]:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """A copy on the CPU in fp32 or wider."""
+    """Return a copy on the CPU in fp32 or wider."""
     return tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32), copy=True)

@@ -1,7 +1,7 @@
-"""Flexora (Wei et al. 2025, ACL): one number α_l for each block of layers, trained on rows that the adapters never see.
+"""Flexora (Wei et al. 2025, ACL): scores each block of layers by a weight α_l that is trained on held-out rows.
 
-ΔW_l ← ŵ_l·s·B·A with ŵ = L·softmax(α), L blocks. A and B descend the training loss, α the validation loss; the blocks
-whose α ends highest (in the paper: above 0) are adapted, afresh.
+ΔW_l ← ŵ_l·s·B·A with ŵ = L·softmax(α), L blocks. A and B descend the training loss, α the validation loss. The blocks
+with the highest α at the end (in the paper: above 0) get new adapters.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,12 +22,25 @@ from weightlora.model.gates import gated
 from weightlora.model.sites import Site, adapter_parameters, find_sites
 from weightlora.plan.budget import Budget, Keep, read_budget
 from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
-from weightlora.selection.stage import adapter_weights, probed
-from weightlora.selection.warmup import Loss, Stage, cycled, let_train
+from weightlora.selection.batches import Loss, cycled
+from weightlora.selection.stage import Stage, adapter_weights, let_train, probed
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
+
+
+@dataclass(frozen=True)
+class _Options:
+    keep: Keep | None
+    unit: Literal["block", "site"]
+    steps: int | None
+    validation: int
+    alpha_lr: float
+    power: int
+    lr: float
+    seed: int
+    loss_fn: Loss | None
 
 
 def build(
@@ -43,13 +58,13 @@ def build(
     """Return the method.
 
     Args:
-        keep: As in :func:`weightlora.select`, spent on whole blocks by falling α; None is the paper: all with α > 0.
+        keep: As in :func:`weightlora.select`, for whole blocks by falling α. None is the paper: all with α > 0.
         unit: What has an α: a ``"block"``, as in the paper, or every ``"site"``.
-        steps: Steps of A and B, each followed by one of α; None stands for a tenth of the training's, at least 20.
-        validation: Batches held out for α; each of its steps takes all of them. The authors' code has 8 a step.
+        steps: Steps of A and B, each followed by one of α. None: a tenth of the training's steps, at least 20.
+        validation: Batches held out for α; each step of α uses all of them. The authors' code uses 8 in a step.
         alpha_lr: Adam's learning rate for α.
-        power: ŵ^power scales the adapters: 1 is the paper, 3 what the authors' code amounts to.
-        lr: AdamW's learning rate for A, B and a fresh head.
+        power: ŵ^power scales the adapters: 1 is the paper, 3 the effect of the authors' code.
+        lr: AdamW's learning rate for A, B and a new task head.
         seed: Decides A's random start and dropout.
         loss_fn: As in :func:`weightlora.select`.
 
@@ -62,44 +77,41 @@ def build(
     if unit not in ("block", "site"):
         raise OptionError(f"unit={unit!r} is not allowed: give 'block' or 'site'")
 
-    def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> AdapterPlan:
-        sites = find_sites(model, lora).sites
-        units = [(site.block or site.name) if unit == "block" else site.name for site in sites]
-        budget = read_budget(1.0 if keep is None else keep, adapter_parameters(sites, lora))
-        count = max(20, math.ceil(total_steps / 10)) if steps is None else steps
-        shown = _in_turns(batches, count, validation)
-        total = count * (1 + validation)
-        with probed(model, lora, sites, batches=shown, steps=total, seed=seed, loss_fn=loss_fn) as stage:
-            history = _descend(stage, units, count, validation, alpha_lr, power, lr)
-        alpha = history[-1]
-        kept = _fill(sites, units, alpha, budget, positive=keep is None)
-        if not kept:
-            raise SelectionError(_nothing_kept(keep))
-        return make_plan(
-            sites,
-            lora,
-            kept,
-            alpha,
-            history=tuple(map(tuple, history)),
-            rule="flexora",
-            options={
-                "keep": keep,
-                "unit": unit,
-                "steps": count,
-                "validation": validation,
-                "alpha_lr": alpha_lr,
-                "power": power,
-                "lr": lr,
-            },
-            seed=seed,
-            base_model=base_model_name(model),
-        )
+    return ChoosingMethod(partial(_choose, _Options(keep, unit, steps, validation, alpha_lr, power, lr, seed, loss_fn)))
 
-    return ChoosingMethod(choose)
+
+def _choose(
+    options: _Options, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int
+) -> AdapterPlan:
+    sites = find_sites(model, lora).sites
+    units = [(site.block or site.name) if options.unit == "block" else site.name for site in sites]
+    budget = read_budget(1.0 if options.keep is None else options.keep, adapter_parameters(sites, lora))
+    steps = max(20, math.ceil(total_steps / 10)) if options.steps is None else options.steps
+    options = replace(options, steps=steps)
+    used = _interleaved(batches, steps, options.validation)
+    total = steps * (1 + options.validation)
+    with probed(model, lora, sites, batches=used, steps=total, seed=options.seed, loss_fn=options.loss_fn) as stage:
+        history = _descend(stage, units, steps, options)
+    alpha = history[-1]
+    kept = _fill(sites, units, alpha, budget, positive=options.keep is None)
+    if not kept:
+        raise SelectionError(_nothing_kept(options.keep))
+    recorded = ("keep", "unit", "steps", "validation", "alpha_lr", "power", "lr")
+    return make_plan(
+        sites,
+        lora,
+        kept,
+        alpha,
+        history=tuple(map(tuple, history)),
+        rule="flexora",
+        options={name: getattr(options, name) for name in recorded},
+        seed=options.seed,
+        base_model=base_model_name(model),
+    )
 
 
 def unit_weights(alpha: Tensor) -> Tensor:
-    """Return ŵ = L·softmax(α): all 1 at the start, adding up to L always.
+    """Return ŵ = L·softmax(α): all 1 at the start, always with the sum L.
 
     Example:
         >>> unit_weights(torch.zeros(4))
@@ -109,7 +121,7 @@ def unit_weights(alpha: Tensor) -> Tensor:
 
 
 def alpha_gradient(weights: Tensor, gradient: Tensor, power: int) -> Tensor:
-    """Return ∂L/∂α from the gradient g of the loss by the scales ŵ^power.
+    """Return ∂L/∂α, given the gradient g of the loss with respect to the scales ŵ^power.
 
     ∂L/∂ŵ_l = power·ŵ_l^(power−1)·g_l and ∂L/∂α_k = ŵ_k·(∂L/∂ŵ_k − Σ_l ŵ_l·∂L/∂ŵ_l / L).
 
@@ -124,11 +136,11 @@ def alpha_gradient(weights: Tensor, gradient: Tensor, power: int) -> Tensor:
 def _nothing_kept(keep: Keep | None) -> str:
     if keep is None:
         return "no block has an alpha above 0; raise steps, or give keep="
-    return f"keep={keep!r} pays for no whole block; raise keep, or take unit='site'"
+    return f"no whole block fits keep={keep!r}; raise keep, or take unit='site'"
 
 
-def _in_turns(batches: Iterable[Any], steps: int, validation: int) -> Iterator[Any]:
-    """One batch to train on, then all that are held out, and again."""
+def _interleaved(batches: Iterable[Any], steps: int, validation: int) -> Iterator[Any]:
+    """Yield one batch to train on, then all held-out ones, and so on."""
     drawn = list(itertools.islice(batches, validation + steps))
     held_out, rest = drawn[:validation], drawn[validation:]
     if not rest:
@@ -141,31 +153,30 @@ def _in_turns(batches: Iterable[Any], steps: int, validation: int) -> Iterator[A
         yield from held_out
 
 
-def _descend(
-    stage: Stage, units: Sequence[str], steps: int, validation: int, alpha_lr: float, power: int, lr: float
-) -> list[list[float]]:
-    """α of every site's unit after each step."""
+def _descend(stage: Stage, units: Sequence[str], steps: int, options: _Options) -> list[list[float]]:
+    """Train adapters and α, and return α of every site's unit after each step."""
     names = list(dict.fromkeys(units))
     place = torch.tensor([names.index(unit) for unit in units])
     alpha = torch.zeros(len(names), requires_grad=True)
     trained = [*adapter_weights(stage), *stage.head]
     let_train(stage, trained)
-    optimizer, alpha_optimizer = torch.optim.AdamW(trained, lr=lr), torch.optim.Adam([alpha], lr=alpha_lr)
+    optimizer = torch.optim.AdamW(trained, lr=options.lr)
+    alpha_optimizer = torch.optim.Adam([alpha], lr=options.alpha_lr)
     history: list[list[float]] = []
     with gated(stage.layers) as gates:
         for step in range(1, steps + 1):
             weights = unit_weights(alpha.detach())
-            gates.write((weights**power)[place])
+            gates.write((weights**options.power)[place])
             stage.backward("adapters", step, trained)
             optimizer.step()
             optimizer.zero_grad()
             stage.model.eval()
-            for _ in range(validation):
+            for _ in range(options.validation):
                 stage.backward("alpha", step, trained)
             stage.model.train()
-            heard = torch.zeros(len(names)).index_add(0, place, gates.gradient / validation)
+            gradient = torch.zeros(len(names)).index_add(0, place, gates.gradient / options.validation)
             optimizer.zero_grad()
-            alpha.grad = alpha_gradient(weights, heard, power)
+            alpha.grad = alpha_gradient(weights, gradient, options.power)
             alpha_optimizer.step()
             history.append(alpha.detach()[place].tolist())
     return history
@@ -174,7 +185,7 @@ def _descend(
 def _fill(
     sites: Sequence[Site], units: Sequence[str], alpha: Sequence[float], budget: Budget, *, positive: bool
 ) -> list[str]:
-    """Names of the sites of the units that the budget pays for, by falling α."""
+    """Return the names of the sites whose units fit the budget, by falling α."""
     by_unit = dict(zip(units, alpha, strict=True))
     costs = dict.fromkeys(by_unit, 0)
     for unit, cost in zip(units, budget.costs, strict=True):

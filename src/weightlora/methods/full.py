@@ -1,7 +1,7 @@
-"""Full fine-tuning of the sites' weights: the reference of the paper's Table 1, which no budget binds.
+"""Full fine-tuning of the sites' weights, without a budget: the reference of the paper's Table 1.
 
-ΔW itself is trained, from zero. It is LoRA of full rank: ΔW = B·I at a site with out ≥ in, I·A where out < in, and
-so it ends as stock LoRA like all others.
+ΔW itself is trained, from zero. It is LoRA of full rank, ΔW = B·I at a site with out ≥ in and I·A where out < in, so it
+ends as stock LoRA like all others.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ if TYPE_CHECKING:
 
 
 def build() -> Method:
-    """Return the method; of the budget, only the sites count."""
+    """Return the method; it uses only the sites of the LoRA config, not its rank."""
+    return ExpandedMethod(_attach, layer_factors)
 
-    def attach(model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
-        sites = find_sites(model, lora).sites
-        uniform = uniform_plan(model, lora, sites, r=lora.r, alpha=lora.r, rule="full")
-        ranks = [min(entry.site.in_features, entry.site.out_features) for entry in uniform.entries]
-        entries = [replace(entry, r=r, alpha=r) for entry, r in zip(uniform.entries, ranks, strict=True)]
-        plan = replace(uniform, entries=tuple(entries))
-        attached = plan.attach(model)
-        layers: dict[str, Any] = dict(lora_layers(attached))
-        for layer in layers.values():
-            a, b = layer.lora_A["default"], layer.lora_B["default"]
-            if a.weight.shape[0] == a.weight.shape[1]:
-                frozen = a
-            else:
-                frozen = b
-                nn.init.zeros_(a.weight)  # what is trained starts at zero, whichever of the two it is
-            register_parametrization(frozen, "weight", Identity(frozen.weight))
-        return plan, attached
 
-    return ExpandedMethod(attach, layer_factors)
+def _attach(model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
+    sites = find_sites(model, lora).sites
+    uniform = uniform_plan(model, lora, sites, r=lora.r, alpha=lora.r, rule="full")
+    ranks = [min(entry.site.in_features, entry.site.out_features) for entry in uniform.entries]
+    entries = [replace(entry, r=r, alpha=r) for entry, r in zip(uniform.entries, ranks, strict=True)]
+    plan = replace(uniform, entries=tuple(entries))
+    attached = plan.attach(model)
+    layers: dict[str, Any] = dict(lora_layers(attached))
+    for layer in layers.values():
+        a, b = layer.lora_A["default"], layer.lora_B["default"]
+        if a.weight.shape[0] == a.weight.shape[1]:
+            frozen = a
+        else:
+            frozen = b
+            nn.init.zeros_(a.weight)  # the trained one of the two starts at zero
+        register_parametrization(frozen, "weight", Identity(frozen.weight))
+    return plan, attached
 
 
 class Identity(nn.Module):
-    """A weight that is the identity whatever is trained.
+    """A weight that is always the identity.
 
     Args:
         like: A square matrix of the same size, device and type.
@@ -61,9 +61,9 @@ class Identity(nn.Module):
         self.register_buffer("eye", torch.eye(len(like), device=like.device, dtype=like.dtype))
 
     def forward(self, unused: Tensor) -> Tensor:
-        """(1, 1) → (r, r), of the type that the adapters are trained in."""
+        """(1, 1) → (r, r), in the number type of the adapters."""
         return self.eye.to(unused.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """One number that nothing depends on: PEFT takes a matrix of none for a shard that was lost."""
+        """Return one unused number: PEFT takes an empty matrix for a lost shard."""
         return weight.new_zeros(1, 1)

@@ -1,7 +1,7 @@
-"""IncreLoRA (Zhang et al. 2023, arXiv:2308.12043): every site starts at rank 1, and those that matter most grow.
+"""IncreLoRA (Zhang et al. 2023, arXiv:2308.12043): every site starts at rank 1, and the most important ones grow.
 
-ΔW = s·Σ_j e_j·b_j·a_j on each site; the next components train in reserve, with e frozen at 1e-5, until they are
-promoted. A site's sensitivity is I = Σ|ΔW∘∂L/∂ΔW| / √(d_out·d_in), its score the average of I times its uncertainty.
+ΔW = s·Σ_j e_j·b_j·a_j on each site. The next components train in reserve, with e frozen at 1e-5, until they are
+promoted. A site's sensitivity is I = Σ|ΔW∘∂L/∂ΔW| / √(d_out·d_in); its score is the average of I times its uncertainty.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from weightlora.errors import OptionError, SelectionError
 from weightlora.methods.base import Method
 from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
-from weightlora.methods.common.importance import listen, sensitivity
+from weightlora.methods.common.importance import sensitivity, watch_backward
 from weightlora.methods.common.schedules import growth, require_window, window
 from weightlora.methods.common.triplets import (
     Alpha,
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
-_RESERVE = 1e-5  # the e of a component in reserve: next to nothing, but Adam lets a and b move all the same
+_RESERVE = 1e-5  # the e of a component in reserve: almost no effect, but Adam still trains a and b
 _STD = 0.02  # of a and b at the start, as in PEFT's AdaLoRA layers
-_ROUNDS = 20  # rounds of growth where no interval is given
+_ROUNDS = 20  # rounds of growth without an interval
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,18 @@ def build(
     """Return the method.
 
     Args:
-        max_r: Components that a site has room for, its largest rank; None stands for 2·r.
-        count: Components that a site gains when it grows, and those that it has in reserve; None stands for r/2.
-        begin: Share of the training before anything grows.
-        end: Share of it at which the budget is reached.
-        interval: Steps between rounds of growth; None stands for a twentieth of the time between ``begin`` and ``end``.
-        restart: Steps in which the learning rate of what a round adds rises to that of the others; None stands for
-            ``interval``.
-        beta1: Average of the sensitivity.
-        beta2: Average of its uncertainty.
+        max_r: Largest rank of a site. None: 2·r.
+        count: Components that a site gains in a round, and those that it has in reserve. None: r/2.
+        begin: Share of the training before the first round of growth.
+        end: Share of the training at which the budget is reached.
+        interval: Steps between rounds. None: a twentieth of the steps between ``begin`` and ``end``.
+        restart: Steps in which the learning rate of new components rises to that of the others. None: ``interval``.
+        beta1: Decay of the average sensitivity.
+        beta2: Decay of the average of its uncertainty.
         orth_reg_weight: λ of the penalty that keeps the a_j and the b_j of a site orthogonal.
-        alpha: ``"keep"`` is alpha over the rank that the site has at the moment, as in the paper; ``"scale"`` gives
-            every rank the strength alpha/r of plain LoRA, so that growing changes no logit.
-        seed: Decides where components start that come into reserve later.
+        alpha: ``"keep"`` scales by alpha over the site's current rank, as in the paper; ``"scale"`` scales every rank
+            by alpha/r as in plain LoRA, so that growing changes no logit.
+        seed: Decides the initial weights of components that enter the reserve later.
 
     Raises:
         OptionError: An argument is out of its range.
@@ -104,26 +103,29 @@ def build(
 
 @dataclass(frozen=True)
 class Components:
-    """Since which step each of the max_r components of each site has been there, (sites, max_r); −1 = not yet."""
+    """When each component of each site entered the reserve and was promoted, (sites, max_r); −1 = not yet.
+
+    Attributes:
+        reserved: The step from which a and b are trained.
+        promoted: The step from which e is trained too, which makes the component a rank.
+    """
 
     reserved: Tensor
-    """Since when a and b are trained."""
     promoted: Tensor
-    """Since when e is trained, too: a rank."""
 
     @classmethod
     def at_start(cls, sites: int, max_r: int, reserve: int) -> Components:
-        """One rank a site, and ``reserve`` components behind it."""
+        """Return one rank for each site, and ``reserve`` components in reserve."""
         places = torch.arange(max_r).expand(sites, -1)
         return cls(torch.where(places <= reserve, 0, -1), torch.where(places < 1, 0, -1))
 
     @property
     def ranks(self) -> list[int]:
-        """Promoted components of each site."""
+        """The number of promoted components of each site."""
         return (self.promoted >= 0).sum(dim=1).tolist()
 
     def grown(self, gains: Sequence[int], *, step: int, reserve: int) -> Components:
-        """Promote the next ``gains`` of each site, and have ``reserve`` behind them again; 0 sends all reserves away.
+        """Return the components after ``gains`` promotions at each site, again with ``reserve`` in reserve.
 
         Example:
             >>> Components.at_start(2, max_r=4, reserve=1).grown([1, 0], step=7, reserve=1).reserved
@@ -140,7 +142,7 @@ class Components:
 
 
 class IncreLora:
-    """The method, and its own mover."""
+    """IncreLoRA as a method, and the mover that its callback calls."""
 
     def __init__(self, options: _Options) -> None:
         self._options = options
@@ -148,26 +150,26 @@ class IncreLora:
 
     @property
     def plan(self) -> AdapterPlan:
-        """The room at each site until the training begins, as in its checkpoints; then the ranks as they are."""
+        """``max_r`` at each site before the training, as in its checkpoints; then the current ranks."""
         masks = dict(zip(self._layers, self._components.promoted >= 0, strict=True))
         return plan_under(self._plan, masks if self._begun else None)
 
     def budget(self, step: int) -> int:
-        """One rank a site, and what the rounds up to ``step`` have added: equal shares, rounded down to ``count``."""
+        """Return one rank for each site plus those of the rounds up to ``step``: equal shares of whole ``count``s."""
         sites, missing = len(self._layers), self._target - len(self._layers)
         if step < self._first:
             return sites
         if step >= self._last:
             return self._target
-        rounds = 1 - (self._first - self._last) // self._interval  # the last step is one, whatever the interval
+        rounds = 1 - (self._first - self._last) // self._interval  # the last step is a round, whatever the interval
         done = 1 + (step - self._first) // self._interval
         return sites + missing * done // (rounds * self._count) * self._count
 
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:  # noqa: ARG002
-        """Put triplets on all sites: one with e = 0, the reserve with e = 1e-5, room for the others."""
+        """Put ``max_r`` triplets on all sites: one with e = 0, the reserve with e = 1e-5, the others unused."""
         options, sites = self._options, find_sites(model, lora).sites
         max_r = 2 * lora.r if options.max_r is None else options.max_r
-        _require_room(lora.r, max_r)
+        _require_growth(lora.r, max_r)
         first, self._last = window(options.begin, options.end, total_steps)
         self._first = max(1, first)
         self._interval = options.interval or max(1, (self._last - self._first) // _ROUNDS)
@@ -181,9 +183,9 @@ class IncreLora:
         self._layers: dict[str, Any] = dict(lora_layers(attached))
         self._components = Components.at_start(len(sites), max_r, self._count)
         self._average, self._uncertainty = torch.zeros(len(sites)), torch.zeros(len(sites))
-        self._heard: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
         self._slowed: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._ears: list[RemovableHandle] = []
+        self._watches: list[RemovableHandle] = []
         self._guards: list[RemovableHandle] = []
         self._begun = False
         self._settle(self._components)
@@ -192,11 +194,11 @@ class IncreLora:
         return attached
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Penalty before, scores and growth after each optimizer step."""
+        """Return the callback: the penalty before, scores and growth after each optimizer step."""
         return [self._callback]
 
     def export(self, model: PeftModel) -> PeftModel:
-        """Return stock LoRA of the components that were promoted.
+        """Return stock LoRA of the promoted components.
 
         Raises:
             SelectionError: They are fewer than the budget: the method did not run to its end.
@@ -212,24 +214,28 @@ class IncreLora:
         return model
 
     def begin(self, total_steps: int) -> None:
-        """Listen to the gradients of ΔW, and let no gradient reach an e that is not promoted.
+        """Start measuring sensitivities, and mask the gradient of each e that is not promoted.
 
         Raises:
             OptionError: The training takes more steps than the schedule was made for, or fewer.
         """
         require_steps("increlora", self._total, total_steps)
         self._remove_watch()
-        _remove([*self._ears, *self._guards])
+        _remove([*self._watches, *self._guards])
         self._begun = True
-        self._ears = [ear for name, layer in self._layers.items() for ear in listen(layer, partial(self._hear, name))]
+        self._watches = [
+            handle
+            for name, layer in self._layers.items()
+            for handle in watch_backward(layer, partial(self._add_sensitivity, name))
+        ]
         self._guards = [
-            layer.lora_E["default"].register_hook(partial(self._of_promoted, i))
+            layer.lora_E["default"].register_hook(partial(self._masked, i))
             for i, layer in enumerate(self._layers.values())
         ]
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
-        """Add the gradient of the penalty, and remember what the optimizer may move by a part of its step only."""
+        """Add the gradient of the penalty, and copy what may move by only a part of the optimizer's step."""
         reserved, promoted = self._components.reserved, self._components.promoted
         weight = self._options.orth_reg_weight / (2 * len(self._layers))
         self._slowed = []
@@ -239,59 +245,59 @@ class IncreLora:
             for rows, gradient in ((a, grad_a), (b, grad_b)):
                 if gradient is not None:
                     gradient[there] += weight * orthogonality_gradient(rows[there])
-            for rows, born in ((a, since), (b, since), (e, e_since)):
-                pace = self._pace(born, step)
+            for rows, start in ((a, since), (b, since), (e, e_since)):
+                pace = self._pace(start, step)
                 if bool((pace < 1).any()):
                     self._slowed.append((rows, rows.clone(), pace.to(rows).unsqueeze(1)))
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Average the sensitivities; let sites grow where the schedule says so."""
+        """Average the sensitivities; let sites grow in the rounds of the schedule."""
         self._remove_watch()
         for rows, before, pace in self._slowed:
             rows.copy_(before.lerp(rows, pace))
         old = self._components
         if sum(old.ranks) < self._target:
-            self._listen_back()
+            self._average_sensitivities()
             self._grow(step)
         self._settle(old)
         if sum(self._components.ranks) == self._target:
-            _remove(self._ears)
+            _remove(self._watches)
 
     def state(self) -> dict[str, Tensor]:
-        """The averages, and since when each component has been there."""
+        """Return the averages, and the steps at which components were reserved and promoted."""
         components = {"reserved": self._components.reserved, "promoted": self._components.promoted}
         return {"average": self._average, "uncertainty": self._uncertainty, **components}
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take them."""
+        """Set them."""
         self._average, self._uncertainty = state["average"], state["uncertainty"]
         self._components = Components(state["reserved"], state["promoted"])
         self._settle(self._components)
         if sum(self._components.ranks) == self._target:
-            _remove(self._ears)
+            _remove(self._watches)
 
-    def _hear(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        """Add what a backward pass says of a site."""
-        self._heard[name] = self._heard.get(name, 0) + sensitivity(self._layers[name], x, gradient)
+    def _add_sensitivity(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        """Accumulate a site's sensitivity over backward passes."""
+        self._sums[name] = self._sums.get(name, 0) + sensitivity(self._layers[name], x, gradient)
 
-    def _of_promoted(self, i: int, gradient: Tensor) -> Tensor:
-        """The gradient of a site's e, where it is promoted."""
+    def _masked(self, i: int, gradient: Tensor) -> Tensor:
+        """Return the gradient of a site's e, zero where it is not promoted."""
         return gradient * (self._components.promoted[i] >= 0).to(gradient).unsqueeze(1)
 
-    def _listen_back(self) -> None:
-        """Average what was heard since the last step: Ī ← β₁·Ī + (1−β₁)·I, Ū ← β₂·Ū + (1−β₂)·|I − Ī|."""
+    def _average_sensitivities(self) -> None:
+        """Update the averages with the last step's I: Ī ← β₁·Ī + (1−β₁)·I, Ū ← β₂·Ū + (1−β₂)·|I − Ī|."""
         beta1, beta2 = self._options.beta1, self._options.beta2
-        heard = torch.stack([self._heard.get(name, torch.zeros(())).cpu() for name in self._layers])
-        self._heard = {}
-        # A step that overflows, as fp16's loss scale has them, says nothing.
-        heard = heard.where(heard.isfinite(), self._average)
-        self._average = beta1 * self._average + (1 - beta1) * heard
-        self._uncertainty = beta2 * self._uncertainty + (1 - beta2) * (heard - self._average).abs()
+        found = torch.stack([self._sums.get(name, torch.zeros(())).cpu() for name in self._layers])
+        self._sums = {}
+        # A step that overflows, as with fp16's loss scale, changes nothing.
+        found = found.where(found.isfinite(), self._average)
+        self._average = beta1 * self._average + (1 - beta1) * found
+        self._uncertainty = beta2 * self._uncertainty + (1 - beta2) * (found - self._average).abs()
 
     def _grow(self, step: int) -> None:
-        """Promote what the budget pays for, where the scores are highest."""
+        """Promote components up to the budget at the sites with the highest scores."""
         ranks, budget = self._components.ranks, self.budget(step)
         if budget == sum(ranks):
             return
@@ -299,7 +305,7 @@ class IncreLora:
         gains = growth(scores.tolist(), ranks, total=budget - sum(ranks), count=self._count, max_r=self._max_r)
         reserve = 0 if budget == self._target else self._count
         self._components = self._components.grown(gains, step=step, reserve=reserve)
-        # What was not there has been shrunk by weight decay; it starts afresh.
+        # Weight decay has shrunk the unused components, so new ones are initialised again.
         generator = torch.Generator().manual_seed(self._options.seed + step)
         for layer, since in zip(self._layers.values(), self._components.reserved, strict=True):
             (a, _), (b, _), _ = _rows(layer)
@@ -308,7 +314,7 @@ class IncreLora:
                 rows[new.to(rows.device)] = (_STD * torch.randn(len(new), rows.shape[1], generator=generator)).to(rows)
 
     def _settle(self, old: Components) -> None:
-        """Give each e that was not promoted in ``old`` the value of its place: 1e-5 in reserve, 0 where nothing is."""
+        """Set each e that was not promoted in ``old``: 1e-5 in reserve, 0 if unused."""
         places = zip(old.promoted >= 0, self._components.reserved >= 0, self._components.ranks, strict=True)
         for layer, (kept, there, rank) in zip(self._layers.values(), places, strict=True):
             e = layer.lora_E["default"].detach().flatten()  # a view
@@ -317,12 +323,12 @@ class IncreLora:
                 layer.ranknum["default"].fill_(rank)
 
     def _pace(self, since: Tensor, step: int) -> Tensor:
-        """The share of the optimizer's step that each component takes; what was there from the start takes all."""
+        """Return the share of the optimizer's step that each component takes; those of the start take all of it."""
         return torch.where(since > 0, ((step - since) / self._restart).clamp(max=1), 1.0)
 
 
 def _rows(layer: Any) -> tuple[tuple[Tensor, Tensor | None], ...]:
-    """A (max_r, in), Bᵀ (max_r, out) and e (max_r, 1), a component a row, each with its gradient."""
+    """Return A (max_r, in), Bᵀ (max_r, out) and e (max_r, 1), a row for each component, each with its gradient."""
     a, b, e = (matrix["default"] for matrix in (layer.lora_A, layer.lora_B, layer.lora_E))
     return (a.detach(), a.grad), (b.detach().T, None if b.grad is None else b.grad.T), (e.detach(), e.grad)
 
@@ -332,7 +338,7 @@ def _remove(handles: Iterable[RemovableHandle]) -> None:
         handle.remove()
 
 
-def _require_room(r: int, max_r: int) -> None:
+def _require_growth(r: int, max_r: int) -> None:
     if r < 2:
         raise OptionError(f"r={r} leaves nothing to grow, every site starts with one rank; give r of at least 2")
     if max_r <= r:

@@ -1,4 +1,4 @@
-"""Plain LoRA on every candidate site (Hu et al. 2021): the budget that all others are measured against."""
+"""Plain LoRA on every candidate site (Hu et al. 2021): the budget of all other methods."""
 
 from __future__ import annotations
 

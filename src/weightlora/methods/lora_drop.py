@@ -1,7 +1,7 @@
-"""LoRA-drop (Zhou et al. 2025, COLING, arXiv:2402.07721): keep the adapters whose output is strong.
+"""LoRA-drop (Zhou et al. 2025, COLING, arXiv:2402.07721): keeps the adapters with the strongest output.
 
-After a short training, I_i = g_i/Σg with g_i = Σ_x ‖s·B_i·A_i·x‖² over the tokens x that were looked at. The strongest
-keep an adapter of their own; the others have none, or share one.
+After a short training, I_i = g_i/Σg with g_i = Σ_x ‖s·B_i·A_i·x‖² over the measured tokens x. The sites with the
+largest I keep an adapter of their own; the others have none, or share one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +24,23 @@ from weightlora.model.layers import lora_layers
 from weightlora.model.sites import adapter_parameters, find_sites
 from weightlora.plan.budget import Keep, read_budget
 from weightlora.plan.plan import base_model_name, make_plan
-from weightlora.selection.stage import probed, train_adapters
-from weightlora.selection.warmup import Loss, Stage, cycled, in_parts
+from weightlora.selection.batches import Loss, cycled, in_parts
+from weightlora.selection.stage import Stage, probed, train_adapters
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from torch import nn
+
+
+@dataclass(frozen=True)
+class _Options:
+    keep: Keep
+    energy: float | None
+    share: bool
+    steps: int | None
+    lr: float
+    seed: int
+    loss_fn: Loss | None
 
 
 def build(
@@ -44,11 +57,11 @@ def build(
 
     Args:
         keep: As in :func:`weightlora.select`; half is Table 1's reading.
-        energy: The paper's rule instead of ``keep``: the fewest sites whose I add up to at least this; 0.9 there.
-        share: Let all sites that are not kept share one adapter (one for each shape), as the paper does. The stock
-            checkpoint then holds a copy of it for every site.
-        steps: Batches to train on and to measure; None stands for a tenth of the training's steps, at least 20.
-        lr: AdamW's learning rate for these.
+        energy: The paper's rule instead of ``keep``: the fewest sites whose I add up to this share; the paper has 0.9.
+        share: All sites that are not kept share one adapter for each shape, as in the paper. The stock checkpoint then
+            holds a copy of it for every site.
+        steps: Batches to train on and to measure. None: a tenth of the training's steps, at least 20.
+        lr: AdamW's learning rate in these steps.
         seed: Decides A's random start and dropout.
         loss_fn: As in :func:`weightlora.select`.
 
@@ -60,37 +73,38 @@ def build(
     if steps is not None and steps < 1:
         raise OptionError(f"steps={steps} is not allowed: give at least 1 batch")
 
-    def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> Prepared:
-        sites = find_sites(model, lora).sites
-        budget = read_budget(keep, adapter_parameters(sites, lora))
-        count = max(20, math.ceil(total_steps / 10)) if steps is None else steps
-        shown = itertools.cycle(list(cycled(batches, count)))  # measured on the rows that were trained on
-        with probed(model, lora, sites, batches=shown, steps=2 * count, seed=seed, loss_fn=loss_fn) as stage:
-            train_adapters(stage, steps=count, lr=lr)
-            strength = _energies(stage, count)
-        shares = (strength / strength.sum()).tolist()
-        wanted = budget.choose(shares) if energy is None else fewest(shares, energy)
-        kept = [sites[i].name for i in wanted if shares[i] > 0]
-        if not kept:
-            raise SelectionError("no adapter has an output; does the loss depend on the adapted layers?")
-        plan = make_plan(
-            sites,
-            lora,
-            [site.name for site in sites] if share else kept,
-            shares,
-            rule="lora_drop",
-            options={"keep": keep, "energy": energy, "share": share, "steps": count, "lr": lr},
-            seed=seed,
-            base_model=base_model_name(model),
-        )
+    return ChoosingMethod(partial(_choose, _Options(keep, energy, share, steps, lr, seed, loss_fn)))
 
-        def prepare(attached: PeftModel) -> None:
-            if share:
-                tie_by_shape(attached, [site.name for site in sites if site.name not in kept])
 
-        return Prepared(plan, prepare)
-
-    return ChoosingMethod(choose)
+def _choose(
+    options: _Options, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int
+) -> Prepared:
+    sites = find_sites(model, lora).sites
+    names = [site.name for site in sites]
+    budget = read_budget(options.keep, adapter_parameters(sites, lora))
+    steps = max(20, math.ceil(total_steps / 10)) if options.steps is None else options.steps
+    options = replace(options, steps=steps)
+    rows = itertools.cycle(list(cycled(batches, steps)))  # measured on the training rows
+    with probed(model, lora, sites, batches=rows, steps=2 * steps, seed=options.seed, loss_fn=options.loss_fn) as stage:
+        train_adapters(stage, steps=steps, lr=options.lr)
+        strength = _energies(stage, steps)
+    shares = (strength / strength.sum()).tolist()
+    wanted = budget.choose(shares) if options.energy is None else fewest(shares, options.energy)
+    kept = [names[i] for i in wanted if shares[i] > 0]
+    if not kept:
+        raise SelectionError("no adapter has an output; does the loss depend on the adapted layers?")
+    plan = make_plan(
+        sites,
+        lora,
+        names if options.share else kept,
+        shares,
+        rule="lora_drop",
+        options={name: getattr(options, name) for name in ("keep", "energy", "share", "steps", "lr")},
+        seed=options.seed,
+        base_model=base_model_name(model),
+    )
+    shared = [name for name in names if name not in kept] if options.share else []
+    return Prepared(plan, partial(tie_by_shape, names=shared))
 
 
 def fewest(shares: Sequence[float], energy: float) -> list[int]:
@@ -107,7 +121,7 @@ def fewest(shares: Sequence[float], energy: float) -> list[int]:
 
 
 def tie_by_shape(model: PeftModel, names: Sequence[str]) -> None:
-    """Let the sites ``names`` of equal shape have the very same A and B: one tensor each, trained once."""
+    """Make the sites ``names`` of equal shape share A and B: one tensor each, trained once."""
     layers: dict[str, Any] = dict(lora_layers(model))
     first: dict[tuple[torch.Size, torch.Size], Any] = {}
     for name in names:
@@ -117,7 +131,7 @@ def tie_by_shape(model: PeftModel, names: Sequence[str]) -> None:
 
 
 def _energies(stage: Stage, count: int) -> Tensor:
-    """Σ‖s·B·A·x‖² of each site over ``count`` batches, dropout off, padding left out."""
+    """Return Σ‖s·B·A·x‖² of each site over ``count`` batches, without dropout and padding."""
     sums = torch.zeros(len(stage.layers), dtype=torch.float64)
     stage.model.eval()
     with counted_tokens(stage.model) as rows, torch.no_grad():
@@ -135,7 +149,7 @@ def _energies(stage: Stage, count: int) -> Tensor:
 
 
 class _Meter:
-    """A forward hook on ``lora_B`` that adds up the squares of its output."""
+    """A forward hook on ``lora_B`` that sums the squares of its output."""
 
     def __init__(self, sums: Tensor, place: int, scale: float, rows: TokenRows) -> None:
         self.sums, self.place, self.scale, self.rows = sums, place, scale, rows

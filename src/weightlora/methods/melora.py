@@ -1,12 +1,13 @@
-"""MELoRA (Ren et al. 2024, ACL): N mini adapters on N blocks of features: the rank of one for an Nth of its numbers.
+"""MELoRA (Ren et al. 2024, ACL): N mini adapters on N blocks of features: rank r with r·(in + out)/N numbers.
 
-ΔW = s·diag(B_1, …, B_N)·diag(A_1, …, A_N), A_k (r/N, in/N), B_k (out/N, r/N): stock LoRA of rank r whose A and B are
-zero outside their diagonal blocks, and stay so.
+ΔW = s·diag(B_1, …, B_N)·diag(A_1, …, A_N), A_k (r/N, in/N), B_k (out/N, r/N). It is stock LoRA of rank r whose A and B
+stay zero outside their diagonal blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,40 +28,40 @@ def build(*, n_mini: int = 4) -> Method:
     """Return the method.
 
     Args:
-        n_mini: N, mini adapters a site; each has rank r/N, so that they have rank r together and r·(in + out)/N
-            numbers. 4 of rank 2 are Table 1's 110K.
+        n_mini: N, mini adapters of a site, each of rank r/N. 4 of rank 2 are Table 1's 110K.
 
     Raises:
         OptionError: N is below 1.
     """
     if n_mini < 1:
         raise OptionError(f"n_mini={n_mini} is not allowed: give at least 1; 1 is plain LoRA")
+    return ChoosingMethod(partial(_choose, n_mini))
 
-    def choose(model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int) -> Prepared:
-        sites = find_sites(model, lora).sites
-        _require_blocks(sites, lora, n_mini)
-        plan = make_plan(
-            sites,
-            lora,
-            [site.name for site in sites],
-            rule="melora",
-            options={"n_mini": n_mini},
-            base_model=base_model_name(model),
-        )
 
-        @torch.no_grad()
-        def prepare(attached: PeftModel) -> None:
-            layers: dict[str, Any] = dict(lora_layers(attached))
-            for layer in layers.values():
-                a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-                # PEFT's A is uniform within 1/√in; a mini adapter has in/N inputs.
-                a.mul_(n_mini**0.5 * diagonal_blocks(a, n_mini))
-                for matrix in (a, b):
-                    matrix.register_hook(_masked(diagonal_blocks(matrix, n_mini)))
+def _choose(n_mini: int, model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int) -> Prepared:
+    sites = find_sites(model, lora).sites
+    _require_blocks(sites, lora, n_mini)
+    plan = make_plan(
+        sites,
+        lora,
+        [site.name for site in sites],
+        rule="melora",
+        options={"n_mini": n_mini},
+        base_model=base_model_name(model),
+    )
+    return Prepared(plan, partial(_split, n_mini))
 
-        return Prepared(plan, prepare)
 
-    return ChoosingMethod(choose)
+@torch.no_grad()
+def _split(n_mini: int, attached: PeftModel) -> None:
+    """Zero A outside its diagonal blocks, and mask the gradients of A and B there."""
+    layers: dict[str, Any] = dict(lora_layers(attached))
+    for layer in layers.values():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        # PEFT's A is uniform within 1/√in; a mini adapter has in/N inputs.
+        a.mul_(n_mini**0.5 * diagonal_blocks(a, n_mini))
+        for matrix in (a, b):
+            matrix.register_hook(_masked(diagonal_blocks(matrix, n_mini)))
 
 
 def diagonal_blocks(matrix: Tensor, count: int) -> Tensor:
@@ -77,7 +78,7 @@ def diagonal_blocks(matrix: Tensor, count: int) -> Tensor:
 
 
 def _masked(mask: Tensor) -> Callable[[Tensor], Tensor]:
-    """A gradient's hook: what is zero has no gradient, so that no optimizer, decay included, moves it."""
+    """Return a hook that masks a gradient: zeros without gradient stay zeros under any optimizer and weight decay."""
     return lambda gradient: gradient * mask.to(gradient.dtype)
 
 

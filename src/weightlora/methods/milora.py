@@ -1,11 +1,12 @@
-"""MiLoRA (Wang et al. 2024, arXiv:2406.09044): train what matters least in W0, its smallest singular triplets.
+"""MiLoRA (Wang et al. 2024, arXiv:2406.09044): trains the smallest singular triplets of W0.
 
-W = W_p + s·B·A starts at s·B0·A0 = W0 − W_p, the sum of the r smallest triplets. The base stays whole, so that what is
-added is s·(B·A − B0·A0): a LoRA of rank 2r whose one half does not move.
+W = W_p + s·B·A starts at s·B0·A0 = W0 − W_p, the sum of the r smallest triplets. The base keeps W0, so the adapter adds
+s·(B·A − B0·A0): LoRA of rank 2r, of which one half is frozen.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,40 +33,40 @@ def build(*, r: int | None = None) -> Method:
     """Return the method.
 
     Args:
-        r: Rank that is trained; twice that is exported. None stands for half of the budget's, rounded down; the
-            budget's own is the paper's method, over the budget.
+        r: Trained rank; the exported rank is 2r. None: half of the budget's rank, rounded down. The budget's rank
+            itself is the paper's method, and twice the budget.
     """
-
-    def attach(model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
-        sites = find_sites(model, lora).sites
-        if r is None and lora.r < 2:
-            raise OptionError(
-                f"milora exports twice the rank that it trains, for which r={lora.r} is no room; raise lora.r to 2, or "
-                "give the method r=1, over the budget"
-            )
-        rank = lora.r // 2 if r is None else r
-        _require_triplets(sites, rank)
-        alpha = lora.lora_alpha * 2 * rank / lora.r  # the strength s is plain LoRA's
-        plan = uniform_plan(model, lora, sites, r=2 * rank, alpha=alpha, rule="milora", options={"r": rank})
-        attached = plan.attach(model)
-        layers: dict[str, Any] = dict(lora_layers(attached))
-        for layer in layers.values():
-            root = layer.scaling["default"] ** 0.5
-            a, b = (factor / root for factor in singular_factors(layer, slice(-rank, None)))
-            register_parametrization(layer.lora_A["default"], "weight", Beside(a, dim=0, sign=1))
-            register_parametrization(layer.lora_B["default"], "weight", Beside(b, dim=1, sign=-1))
-        return plan, attached
-
-    return ExpandedMethod(attach, layer_factors)
+    return ExpandedMethod(partial(_attach, r), layer_factors)
 
 
-class Beside(nn.Module):
-    """A weight of two halves: X, trained from X0, and ±X0, which stays.
+def _attach(r: int | None, model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
+    sites = find_sites(model, lora).sites
+    if r is None and lora.r < 2:
+        raise OptionError(
+            f"milora exports twice the rank that it trains, and r={lora.r} cannot be halved; raise lora.r to 2, or "
+            "give the method r=1, over the budget"
+        )
+    rank = lora.r // 2 if r is None else r
+    _require_triplets(sites, rank)
+    alpha = lora.lora_alpha * 2 * rank / lora.r  # the scale s is plain LoRA's
+    plan = uniform_plan(model, lora, sites, r=2 * rank, alpha=alpha, rule="milora", options={"r": rank})
+    attached = plan.attach(model)
+    layers: dict[str, Any] = dict(lora_layers(attached))
+    for layer in layers.values():
+        root = layer.scaling["default"] ** 0.5
+        a, b = (factor / root for factor in singular_factors(layer, slice(-rank, None)))
+        register_parametrization(layer.lora_A["default"], "weight", Halves(a, dim=0, sign=1))
+        register_parametrization(layer.lora_B["default"], "weight", Halves(b, dim=1, sign=-1))
+    return plan, attached
+
+
+class Halves(nn.Module):
+    """A weight of two halves: X, trained from X0, and a frozen ±X0.
 
     Args:
         start: X0.
-        dim: Along which the halves stand.
-        sign: Of the half that stays.
+        dim: The dimension along which the halves are concatenated.
+        sign: The sign of the frozen half.
     """
 
     def __init__(self, start: Tensor, *, dim: int, sign: int) -> None:
@@ -79,7 +80,7 @@ class Beside(nn.Module):
         return torch.cat((trained, self.sign * self.start.to(trained.dtype)), dim=self.dim)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """X at the start: X0."""
+        """Return X at the start: X0."""
         return self.start.to(weight.dtype, copy=True)
 
 

@@ -1,11 +1,12 @@
-"""NoRA (Lin et al. 2024, arXiv:2408.10280): a small adapter nested between the frozen outer factors of W0 itself.
+"""NoRA (Lin et al. 2024, arXiv:2408.10280): a small adapter between frozen outer factors taken from W0.
 
-ΔW = s·B·(B'·A')·A: A (n, in) and B (out, n) are W0's n largest singular triplets, frozen; A' (r, n) and B' (n, r) are
-trained, B' from zero. B·B' and A'·A are a LoRA of rank r.
+ΔW = s·B·(B'·A')·A: A (n, in) and B (out, n) are W0's n largest singular triplets, frozen. A' (r, n) and B' (n, r) are
+trained, B' from zero. B·B' and A'·A are LoRA of rank r.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -28,29 +29,29 @@ def build(*, outer_r: int | None = None) -> Method:
     """Return the method; the inner rank is the budget's.
 
     Args:
-        outer_r: n, rank of the frozen factors, at a site at most what its shape allows; None stands for 4·r. The larger
-            it is, the more directions can be reached and the more is trained: 2·r·n numbers a site.
+        outer_r: n, rank of the frozen factors, limited at each site by its shape. None: 4·r. A larger n reaches more
+            directions and trains more numbers, 2·r·n for each site.
     """
+    return ExpandedMethod(partial(_attach, outer_r), layer_factors)
 
-    def attach(model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
-        n = 4 * lora.r if outer_r is None else outer_r
-        if n < lora.r:
-            raise OptionError(f"outer_r={n} is not allowed: give at least r={lora.r}, the rank that goes between")
-        sites = find_sites(model, lora).sites
-        plan = uniform_plan(model, lora, sites, r=lora.r, alpha=lora.lora_alpha, rule="nora", options={"outer_r": n})
-        attached = plan.attach(model)
-        layers: dict[str, Any] = dict(lora_layers(attached))
-        for layer in layers.values():
-            outer_a, outer_b = singular_factors(layer, slice(n))
-            register_parametrization(layer.lora_A["default"], "weight", InnerA(outer_a))
-            register_parametrization(layer.lora_B["default"], "weight", InnerB(outer_b))
-        return plan, attached
 
-    return ExpandedMethod(attach, layer_factors)
+def _attach(outer_r: int | None, model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
+    n = 4 * lora.r if outer_r is None else outer_r
+    if n < lora.r:
+        raise OptionError(f"outer_r={n} is not allowed: give at least the inner rank r={lora.r}")
+    sites = find_sites(model, lora).sites
+    plan = uniform_plan(model, lora, sites, r=lora.r, alpha=lora.lora_alpha, rule="nora", options={"outer_r": n})
+    attached = plan.attach(model)
+    layers: dict[str, Any] = dict(lora_layers(attached))
+    for layer in layers.values():
+        outer_a, outer_b = singular_factors(layer, slice(n))
+        register_parametrization(layer.lora_A["default"], "weight", InnerA(outer_a))
+        register_parametrization(layer.lora_B["default"], "weight", InnerB(outer_b))
+    return plan, attached
 
 
 class InnerA(nn.Module):
-    """The weight A'·A, of which A (n, in) stays as it is."""
+    """The weight A'·A with a frozen A (n, in)."""
 
     def __init__(self, outer: Tensor) -> None:
         super().__init__()
@@ -62,13 +63,13 @@ class InnerA(nn.Module):
         return inner @ self.outer.to(inner.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """A' at the start: PEFT's A is uniform within 1/√in, A' has n inputs."""
+        """Return A' at the start: PEFT's A is uniform within 1/√in, A' has n inputs."""
         n, inputs = self.outer.shape
         return weight[:, :n] * (inputs / n) ** 0.5
 
 
 class InnerB(nn.Module):
-    """The weight B·B', of which B (out, n) stays as it is."""
+    """The weight B·B' with a frozen B (out, n)."""
 
     def __init__(self, outer: Tensor) -> None:
         super().__init__()
@@ -80,5 +81,5 @@ class InnerB(nn.Module):
         return self.outer.to(inner.dtype) @ inner
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """B' at the start: zero."""
+        """Return B' at the start: zero."""
         return weight.new_zeros(self.outer.shape[1], weight.shape[1])

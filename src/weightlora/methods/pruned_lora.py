@@ -1,8 +1,8 @@
-"""PrunedLoRA (Yu et al. 2025, arXiv:2510.00192): plain LoRA of a large rank loses the components that are missed least.
+"""PrunedLoRA (Yu et al. 2025, arXiv:2510.00192): starts at a large rank and prunes the components that cost least.
 
-With G = ∂L/∂B, H = GᵀG + λ·I and N = G·H⁻¹, the model L + tr(GᵀD) + ½·tr(D·H·Dᵀ) of the loss is
-‖b_j − N_j‖² / (2·[H⁻¹]_jj) above its minimum where D takes component j away; the same for A. The lowest go,
-equally many at every site.
+G = ∂L/∂B, H = GᵀG + λ·I and N = G·H⁻¹ give the quadratic model L + tr(GᵀD) + ½·tr(D·H·Dᵀ) of the loss after a change D
+of B. Removing component j raises its minimum by ‖b_j − N_j‖² / (2·[H⁻¹]_jj); the same holds for A. The components with
+the lowest sum are removed, equally many at every site.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def build(
     """Return the method.
 
     Args:
-        init_r: Rank at the start; None stands for 2·r. The paper goes from 128 and more to 64.
-        interval: Steps between prunings, the first after as many.
+        init_r: Rank at the start. None: 2·r. The paper goes from 128 and more to 64.
+        interval: Steps between prunings, and before the first.
         count: Components that each site loses at a pruning.
-        recover: ``"eta"`` lets what stays make up for what goes, D = −B_S·([H⁻¹]_SS)⁻¹·[H⁻¹]_S; ``"none"`` only takes
-            away.
+        recover: ``"eta"`` changes the remaining components to compensate, D = −B_S·([H⁻¹]_SS)⁻¹·[H⁻¹]_S; ``"none"``
+            only removes.
         damping: λ in units of the mean of GᵀG's diagonal.
 
     Raises:
@@ -70,7 +70,7 @@ def build(
 
 
 class PrunedLora:
-    """The method, and its own mover."""
+    """PrunedLoRA as a method, and the mover that its callback calls."""
 
     def __init__(self, options: _Options) -> None:
         self._options = options
@@ -79,19 +79,19 @@ class PrunedLora:
 
     @property
     def plan(self) -> AdapterPlan:
-        """Ranks as they are."""
+        """The current ranks."""
         return plan_under(self._plan, self._masks)
 
     def budget(self, step: int) -> int:
-        """What the prunings up to ``step`` leave."""
+        """Return the ranks that remain after the prunings up to ``step``."""
         prunings = max(step - 1, 0) // self._options.interval
         return self._sites * max(self._r, self._init_r - self._options.count * prunings)
 
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:  # noqa: ARG002
-        """Put plain LoRA of the large rank on all sites, each rank as strong as one of plain LoRA."""
+        """Put LoRA of the large rank on all sites, each rank with plain LoRA's scale."""
         sites = find_sites(model, lora).sites
         init_r = 2 * lora.r if self._options.init_r is None else self._options.init_r
-        _require_room(lora, init_r, self._options, total_steps)
+        _require_schedule(lora, init_r, self._options, total_steps)
         self._total, self._sites, self._r, self._init_r = total_steps, len(sites), lora.r, init_r
         record = {**asdict(self._options), "init_r": init_r}
         plan = triplet_plan(model, lora, sites, init_r, rule="pruned_lora", options=record)
@@ -105,14 +105,14 @@ class PrunedLora:
         return attached
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Prunes before, and keeps what is pruned at zero after an optimizer step."""
+        """Return the callback: pruning before an optimizer step, and zeros of what is pruned after it."""
         return [self._callback]
 
     def export(self, model: PeftModel) -> PeftModel:
-        """Return stock LoRA of the components that are left.
+        """Return stock LoRA of the remaining components.
 
         Raises:
-            SelectionError: More are left than the budget allows.
+            SelectionError: More remain than the budget allows.
         """
         ranks, budget = sum(self.plan.ranks.values()), self._sites * self._r
         if self._masks is None or ranks > budget:
@@ -127,7 +127,7 @@ class PrunedLora:
         return become_stock(model, self._plan, factors)
 
     def begin(self, total_steps: int) -> None:
-        """The schedule was checked for a number of steps, and no other.
+        """Check that the training takes the steps that the schedule was made for.
 
         Raises:
             OptionError: The training takes more or fewer.
@@ -136,7 +136,7 @@ class PrunedLora:
         self._remove_watch()
 
     def before_step(self, step: int) -> None:
-        """Prune where it is time, then let the pruned ones have no gradient."""
+        """Prune at the steps of the schedule, then mask the gradients of pruned components."""
         assert self._masks is not None
         wanted = self.budget(step) // self._sites
         for name, layer in self._layers.items():
@@ -148,7 +148,7 @@ class PrunedLora:
                     matrix.grad.mul_(_along(self._masks[name], matrix, dim))
 
     def after_step(self, step: int) -> None:  # noqa: ARG002 - all steps are alike
-        """Put back to zero what the optimizer's momentum has moved."""
+        """Set pruned components to zero again, as the optimizer's momentum may move them."""
         assert self._masks is not None
         with torch.no_grad():
             for name, layer in self._layers.items():
@@ -156,17 +156,17 @@ class PrunedLora:
                     matrix.mul_(_along(self._masks[name], matrix, dim))
 
     def state(self) -> dict[str, Tensor]:
-        """Which components are left."""
+        """Return which components remain."""
         return dict(self._masks or {})
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take them."""
+        """Set them."""
         self._masks = dict(state)
 
 
 @torch.no_grad()
 def prune(layer: Any, mask: Tensor, count: int, options: _Options) -> Tensor:
-    """Take the ``count`` least missed of the live components out of a layer, and return the new mask."""
+    """Remove the ``count`` components of a layer that cost least, and return the new mask."""
     live = mask.nonzero().flatten()
     sides = [(matrix.T if dim == 0 else matrix)[:, live.to(matrix.device)].float() for matrix, dim in _matrices(layer)]
     slopes = [
@@ -186,7 +186,7 @@ def prune(layer: Any, mask: Tensor, count: int, options: _Options) -> Tensor:
 
 
 def removal_cost(x: Tensor, gradient: Tensor, inverse: Tensor) -> Tensor:
-    """Return for each column of ``x`` (d, r) how much its removal costs: ‖x_j − N_j‖² / (2·[H⁻¹]_jj), N = G·H⁻¹.
+    """Return the cost of removing each column of ``x`` (d, r): ‖x_j − N_j‖² / (2·[H⁻¹]_jj), N = G·H⁻¹.
 
     Example:
         >>> removal_cost(torch.eye(2), torch.zeros(2, 2), torch.eye(2))
@@ -196,12 +196,12 @@ def removal_cost(x: Tensor, gradient: Tensor, inverse: Tensor) -> Tensor:
 
 
 def compensation(x: Tensor, inverse: Tensor, off: Tensor) -> Tensor:
-    """Return the D (d, r) with D_S = −X_S that costs least by H alone: −X_S·([H⁻¹]_SS)⁻¹·[H⁻¹]_S."""
+    """Return the D (d, r) with D_S = −X_S that minimises tr(D·H·Dᵀ): −X_S·([H⁻¹]_SS)⁻¹·[H⁻¹]_S."""
     return -x[:, off] @ torch.linalg.solve(inverse[off][:, off], inverse[off])
 
 
 def _inverse(gradient: Tensor, damping: float) -> Tensor:
-    """(GᵀG + λ·I)⁻¹ with λ relative to the mean of GᵀG's diagonal; the unit matrix where there is no gradient."""
+    """Return (GᵀG + λ·I)⁻¹, λ relative to the mean of GᵀG's diagonal; the unit matrix without a gradient."""
     h = gradient.T @ gradient
     size = h.diagonal().mean()
     eye = torch.eye(len(h), device=h.device)
@@ -209,7 +209,7 @@ def _inverse(gradient: Tensor, damping: float) -> Tensor:
 
 
 def _matrices(layer: Any) -> tuple[tuple[Any, int], tuple[Any, int]]:
-    """A and B, each with the dimension along which its components stand."""
+    """Return A and B, each with the dimension of its components."""
     return (layer.lora_A["default"].weight, 0), (layer.lora_B["default"].weight, 1)
 
 
@@ -223,12 +223,10 @@ def _kept(layer: Any, mask: Tensor) -> Factors:
     return Factors(a.detach()[kept], b.detach()[:, kept], layer.scaling["default"])
 
 
-def _require_room(lora: LoraConfig, init_r: int, options: _Options, total_steps: int) -> None:
+def _require_schedule(lora: LoraConfig, init_r: int, options: _Options, total_steps: int) -> None:
     require_uniform("pruned_lora", lora)
     if init_r <= lora.r:
-        raise OptionError(
-            f"init_r={init_r} is not allowed: give more than r={lora.r}, which is what is left at the end"
-        )
+        raise OptionError(f"init_r={init_r} is not allowed: give more than r={lora.r}, the rank at the end")
     needed = 1 + options.interval * -(-(init_r - lora.r) // options.count)
     if needed > total_steps:
         raise OptionError(

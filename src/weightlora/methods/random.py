@@ -1,9 +1,10 @@
-"""K sites drawn at random (the paper's RLoRA, Table 7): the control that every selection has to beat."""
+"""K random sites (the paper's RLoRA, Table 7): the control that every selection has to beat."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weightlora.methods.base import ChoosingMethod, Method
@@ -21,22 +22,24 @@ def build(*, keep: Keep = 0.5, seed: int = 0) -> Method:
 
     Args:
         keep: As in :func:`weightlora.select`.
-        seed: Decides the draw.
+        seed: Decides the sites.
     """
+    return ChoosingMethod(partial(_choose, keep, seed))
 
-    def choose(model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int) -> AdapterPlan:
-        sites = find_sites(model, lora).sites
-        budget = read_budget(keep, adapter_parameters(sites, lora))
-        generator = random.Random(seed)
-        drawn = budget.choose([generator.random() for _ in sites])
-        return make_plan(
-            sites,
-            lora,
-            [sites[i].name for i in drawn],
-            rule="random",
-            options={"keep": keep},
-            seed=seed,
-            base_model=base_model_name(model),
-        )
 
-    return ChoosingMethod(choose)
+def _choose(
+    keep: Keep, seed: int, model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int
+) -> AdapterPlan:
+    sites = find_sites(model, lora).sites
+    budget = read_budget(keep, adapter_parameters(sites, lora))
+    generator = random.Random(seed)
+    drawn = budget.choose([generator.random() for _ in sites])
+    return make_plan(
+        sites,
+        lora,
+        [sites[i].name for i in drawn],
+        rule="random",
+        options={"keep": keep},
+        seed=seed,
+        base_model=base_model_name(model),
+    )

@@ -1,4 +1,4 @@
-"""Riemannian preconditioning (Zhang and Pilanci 2024, arXiv:2402.02347): LoRA whose gradients know A's and B's sizes.
+"""Riemannian preconditioning (Zhang and Pilanci 2024, arXiv:2402.02347): LoRA with gradients scaled by A and B.
 
 Before each step, ∂L/∂A ← (BᵀB + δ·I)⁻¹·∂L/∂A and ∂L/∂B ← ∂L/∂B·(AAᵀ + δ·I)⁻¹; then any optimizer. PEFT's
 ``create_riemannian_optimizer`` does the same inside an optimizer of its own.
@@ -40,7 +40,7 @@ def build(*, reg: float = 1e-2) -> Method:
 
 
 class Riemannian:
-    """The method, and its own mover: it moves no rank, but every gradient."""
+    """The method, and the mover that its callback calls: it changes gradients, not ranks."""
 
     def __init__(self, reg: float) -> None:
         self._reg = reg
@@ -52,7 +52,7 @@ class Riemannian:
         return self._plan
 
     def budget(self, step: int) -> int:  # noqa: ARG002 - the same at every step
-        """Plain LoRA's ranks."""
+        """Return plain LoRA's ranks."""
         return sum(entry.lora_r for entry in self._plan.entries)
 
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:  # noqa: ARG002
@@ -70,43 +70,43 @@ class Riemannian:
         return attached
 
     def callbacks(self) -> list[TrainerCallback]:
-        """What comes between the backward pass and the optimizer's step."""
+        """Return the callback that runs between the backward pass and the optimizer's step."""
         return [self._callback]
 
     def export(self, model: PeftModel) -> PeftModel:
-        """The model is stock LoRA already.
+        """Return the model, which is stock LoRA already.
 
         Raises:
             SelectionError: It was trained without the preconditioner.
         """
         if not self._begun:
             raise SelectionError(
-                "this is plain LoRA: riemannian was never begun; give the trainer callbacks=method.callbacks()"
+                "this is plain LoRA: riemannian's callback did not run; give the trainer callbacks=method.callbacks()"
             )
         self._plan.check(model)
         return model
 
     def begin(self, total_steps: int) -> None:  # noqa: ARG002 - there is no schedule
-        """From here on, the callback is there."""
+        """Record that the callback runs."""
         self._begun = True
         self._remove_watch()
 
     def before_step(self, step: int) -> None:  # noqa: ARG002 - all steps are alike
-        """Precondition the gradients, as they are after clipping."""
+        """Precondition the gradients, after clipping."""
         for layer in self._layers.values():
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             if a.grad is not None and b.grad is not None:
                 a.grad, b.grad = preconditioned(a, b, a.grad, b.grad, self._reg)
 
     def after_step(self, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def state(self) -> dict[str, Tensor]:
-        """There is none: A and B are all that counts."""
+        """Return nothing: the method has no state."""
         return {}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """There is nothing to restore."""
+        """Do nothing: the method has no state."""
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,30 +27,30 @@ def build(*, train_shared: bool = True) -> Method:
     """Return the method.
 
     Args:
-        train_shared: Train A and B beside u and v, the paper's configuration TL6. Without, they stay random and only
-            u and v are trained, as in VeRA.
+        train_shared: Train A and B as well as u and v, the paper's configuration TL6. False keeps A and B random and
+            trains only u and v, as in VeRA.
     """
+    return ExpandedMethod(partial(_attach, train_shared), layer_factors)
 
-    def attach(model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
-        sites, own = find_sites(model, lora).sites, {"train_shared": train_shared}
-        plan = uniform_plan(model, lora, sites, r=lora.r, alpha=lora.lora_alpha, rule="tied_lora", options=own)
-        attached = plan.attach(model)
-        tie(attached, train_shared=train_shared)
-        return plan, attached
 
-    return ExpandedMethod(attach, layer_factors)
+def _attach(train_shared: bool, model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
+    sites, own = find_sites(model, lora).sites, {"train_shared": train_shared}
+    plan = uniform_plan(model, lora, sites, r=lora.r, alpha=lora.lora_alpha, rule="tied_lora", options=own)
+    attached = plan.attach(model)
+    tie(attached, train_shared=train_shared)
+    return plan, attached
 
 
 @torch.no_grad()
 def tie(model: PeftModel, *, train_shared: bool) -> None:
-    """Let the A and B of all layers of a shape be scaled copies of the first one's; v starts at 1, u at 0."""
+    """Make the A and B of all layers of a shape scaled copies of the first one's; v starts at 1, u at 0."""
     layers: dict[str, Any] = dict(lora_layers(model))
     shared: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     for layer in layers.values():
         a, b = layer.lora_A["default"], layer.lora_B["default"]
         shape = (layer.in_features, layer.out_features)
         if shape not in shared:
-            nn.init.kaiming_uniform_(b.weight, a=5**0.5)  # PEFT's A is drawn like that; of its B, u is the zero
+            nn.init.kaiming_uniform_(b.weight, a=5**0.5)  # as PEFT's A; u starts at 0 instead of B
             pair = (a.weight.clone(), b.weight.clone())
             shared[shape] = (nn.Parameter(pair[0]), nn.Parameter(pair[1])) if train_shared else pair
         for matrix, of_all, start in zip((a, b), shared[shape], (1.0, 0.0), strict=True):
@@ -57,10 +58,10 @@ def tie(model: PeftModel, *, train_shared: bool) -> None:
 
 
 class Scaled(nn.Module):
-    """A weight diag(x)·M, of which x is the layer's own and M, trained or not, belongs to several.
+    """A weight diag(x)·M: x is the layer's own, and several layers share M.
 
     Args:
-        matrix: M; a parameter is trained.
+        matrix: M; it is trained if it is a parameter.
         start: x at the start.
     """
 
@@ -78,5 +79,5 @@ class Scaled(nn.Module):
         return scale * self.matrix.to(scale.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """What takes the place of PEFT's matrix: (rows, 1), which PEFT takes for a whole one, unlike (rows,)."""
+        """Return x at the start in place of PEFT's matrix: (rows, 1), as PEFT does not accept (rows,)."""
         return weight.new_full((len(weight), 1), self.start)

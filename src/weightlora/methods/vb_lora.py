@@ -1,13 +1,14 @@
-"""VB-LoRA (Li et al. 2024, arXiv:2405.15179), on PEFT's: A and B are put together from one bank of vectors.
+"""VB-LoRA (Li et al. 2024, arXiv:2405.15179) as in PEFT: A and B are composed of vectors of one shared bank.
 
-ΔW = B·A; rows of A and columns of B are cut into pieces of length b, and each piece is Σ_k softmax(topK(σ))_k·v_k: K of
-the h vectors v of a bank that all sites share, weighted by the K largest of the piece's own h logits σ.
+ΔW = B·A. Rows of A and columns of B are cut into pieces of length b. A piece is Σ_k softmax(topK(σ))_k·v_k: K of the h
+vectors v of the bank, weighted by the K largest of the piece's own h logits σ.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError
@@ -36,10 +37,10 @@ def build(
     """Return the method; the names are those of PEFT's ``VBLoRAConfig``.
 
     Args:
-        r: Rank, trained and exported; None stands for the budget's, a larger one is over it.
+        r: Rank, trained and exported. None: the budget's rank; a larger one exceeds the budget.
         num_vectors: h, vectors in the bank.
-        vector_length: b, divides both sizes of every site; None stands for the largest up to 256, PEFT's, that does.
-        topk: K, vectors that are mixed into a piece.
+        vector_length: b, a divisor of both sizes of every site. None: the largest up to 256, PEFT's default.
+        topk: K, vectors mixed into a piece.
         init_vector_bank_bound: The bank starts uniform within ± this.
         init_logits_std: The logits start normal with this deviation.
 
@@ -48,32 +49,33 @@ def build(
     """
     if not 1 <= topk <= num_vectors:
         raise OptionError(f"topk={topk} is not allowed: give 1 to num_vectors={num_vectors}")
+    given: dict[str, Any] = {
+        "r": r,
+        "num_vectors": num_vectors,
+        "vector_length": vector_length,
+        "topk": topk,
+        "init_vector_bank_bound": init_vector_bank_bound,
+        "init_logits_std": init_logits_std,
+    }
+    return ExpandedMethod(partial(_attach, given), expanded)
 
-    def attach(model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
-        from peft import VBLoRAConfig, get_peft_model
 
-        sites = find_sites(model, lora).sites
-        rank = lora.r if r is None else r
-        own: dict[str, Any] = {
-            "r": rank,
-            "num_vectors": num_vectors,
-            "vector_length": piece_length(sites, vector_length),
-            "topk": topk,
-            "init_vector_bank_bound": init_vector_bank_bound,
-            "init_logits_std": init_logits_std,
-        }
-        plan = uniform_plan(model, lora, sites, r=rank, alpha=rank, rule="vb_lora", options=own)  # the strength is 1
-        config = VBLoRAConfig(**own, vblora_dropout=lora.lora_dropout, **tuner_fields(lora, sites))
-        return plan, get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
+def _attach(given: Mapping[str, Any], model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
+    from peft import VBLoRAConfig, get_peft_model
 
-    return ExpandedMethod(attach, expanded)
+    sites = find_sites(model, lora).sites
+    rank = lora.r if given["r"] is None else given["r"]
+    own = {**given, "r": rank, "vector_length": piece_length(sites, given["vector_length"])}
+    plan = uniform_plan(model, lora, sites, r=rank, alpha=rank, rule="vb_lora", options=own)  # the scale is 1
+    config = VBLoRAConfig(**own, vblora_dropout=lora.lora_dropout, **tuner_fields(lora, sites))
+    return plan, get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 def piece_length(sites: Sequence[Site], asked: int | None) -> int:
     """Return ``asked``, or the largest length up to 256 that divides all sizes.
 
     Raises:
-        OptionError: ``asked`` does not divide them, or 1 alone does.
+        OptionError: ``asked`` does not divide them, or only 1 does.
 
     Example:
         >>> piece_length([Site("a", 768, 3072), Site("b", 3072, 640)], None)
@@ -94,6 +96,6 @@ def piece_length(sites: Sequence[Site], asked: int | None) -> int:
 
 
 def expanded(layer: Any) -> Factors:
-    """A and B of one of PEFT's VB-LoRA layers, as its forward pass makes them."""
+    """Return A and B of one of PEFT's VB-LoRA layers, as its forward pass computes them."""
     a, b = layer._get_lora_matrices("default")
     return Factors(a, b, 1.0)

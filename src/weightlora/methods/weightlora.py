@@ -1,32 +1,55 @@
-"""WeightLoRA: plain LoRA on the K sites that the warm-up found to matter (paper, section 2)."""
+"""WeightLoRA: plain LoRA on the sites with the best scores (paper, section 2)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from weightlora.fast.dropout import Dropout
 from weightlora.methods.base import ChoosingMethod, Method
-from weightlora.plan.budget import Keep, warmup_steps
+from weightlora.plan.budget import Keep, check_keep, warmup_steps
 from weightlora.plan.plan import AdapterPlan
-from weightlora.selection.select import select
+from weightlora.selection.batches import Loss
+from weightlora.selection.rules import rule_of
+from weightlora.selection.rules.base import Rule
+from weightlora.selection.select import require_warmup, select
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
 
-def build(*, keep: Keep = 0.5, steps: int | None = None, seed: int = 0, **options: Any) -> Method:
-    """Return the method.
+def build(
+    *,
+    keep: Keep = 0.5,
+    rule: str | Rule = "first_order",
+    steps: int | None = None,
+    lr: float = 1e-3,
+    seed: int = 0,
+    loss_fn: Loss | None = None,
+    fast: Dropout | None = None,
+    progress: bool = True,
+) -> Method:
+    """Return the method; its arguments are those of :func:`weightlora.select`.
 
     Args:
-        keep: As in :func:`weightlora.select`.
+        keep: How much of plain LoRA is kept.
+        rule: How sites are scored.
         steps: T; None stands for 0.5 % of the training's steps, at least 20.
-        seed: As in :func:`weightlora.select`.
-        options: Further arguments of :func:`weightlora.select`: rule, head_steps, lr, ...
+        lr: The warm-up's learning rate.
+        seed: Decides all random numbers of the warm-up.
+        loss_fn: The loss of a batch.
+        fast: The ``dropout`` of the fast step.
+        progress: Show a bar.
     """
+    check_keep(keep)
+    require_warmup(steps=steps, lr=lr)
+    chosen = partial(
+        select, keep=keep, rule=rule_of(rule), lr=lr, seed=seed, loss_fn=loss_fn, fast=fast, progress=progress
+    )
 
     def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> AdapterPlan:
-        t = warmup_steps(total_steps) if steps is None else steps
-        return select(model, batches, lora=lora, keep=keep, steps=t, seed=seed, **options)
+        return chosen(model, batches, lora=lora, steps=warmup_steps(total_steps) if steps is None else steps)
 
     return ChoosingMethod(choose)

@@ -1,14 +1,19 @@
-"""WeightLoRA+: the survivors get the rank that the dropped sites freed (paper, section 2.2)."""
+"""WeightLoRA+: the kept sites get the rank that the dropped sites freed (paper, section 2.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from weightlora.fast.dropout import Dropout
 from weightlora.methods.base import ChoosingMethod, Method
-from weightlora.plan.budget import Keep, warmup_steps
+from weightlora.plan.budget import Keep, check_keep, warmup_steps
 from weightlora.plan.plan import AdapterPlan
-from weightlora.selection.select import select
+from weightlora.selection.batches import Loss
+from weightlora.selection.rules import rule_of
+from weightlora.selection.rules.base import Rule
+from weightlora.selection.select import require_warmup, select
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -18,23 +23,36 @@ if TYPE_CHECKING:
 def build(
     *,
     keep: Keep = 0.5,
+    rule: str | Rule = "first_order",
     steps: int | None = None,
+    lr: float = 1e-3,
     seed: int = 0,
     alpha: Literal["scale", "keep"] = "scale",
-    **options: Any,
+    loss_fn: Loss | None = None,
+    fast: Dropout | None = None,
+    progress: bool = True,
 ) -> Method:
-    """Return the method.
+    """Return the method; its arguments are those of :func:`weightlora.select`, and ``alpha``.
 
     Args:
-        keep: As in :func:`weightlora.select`; the paper has n/2.
+        keep: How much of plain LoRA is kept before the ranks grow; the paper keeps n/2 adapters.
+        rule: How sites are scored.
         steps: T; None stands for 0.5 % of the training's steps, at least 20.
-        seed: As in :func:`weightlora.select`.
+        lr: The warm-up's learning rate.
+        seed: Decides all random numbers of the warm-up.
         alpha: As in :meth:`weightlora.AdapterPlan.expand`.
-        options: Further arguments of :func:`weightlora.select`: rule, head_steps, lr, ...
+        loss_fn: The loss of a batch.
+        fast: The ``dropout`` of the fast step.
+        progress: Show a bar.
     """
+    check_keep(keep)
+    require_warmup(steps=steps, lr=lr)
+    chosen = partial(
+        select, keep=keep, rule=rule_of(rule), lr=lr, seed=seed, loss_fn=loss_fn, fast=fast, progress=progress
+    )
 
     def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> AdapterPlan:
-        t = warmup_steps(total_steps) if steps is None else steps
-        return select(model, batches, lora=lora, keep=keep, steps=t, seed=seed, **options).expand(alpha=alpha)
+        plan = chosen(model, batches, lora=lora, steps=warmup_steps(total_steps) if steps is None else steps)
+        return plan.expand(alpha=alpha)
 
     return ChoosingMethod(choose)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from weightlora.errors import WeightLoraWarning
+from weightlora.model.torch_private import forward_hooks
 
 _Model = TypeVar("_Model", bound=nn.Module)
 #: What the hook is called in transformers and in PEFT and TRL; it bears no other mark.
@@ -68,7 +69,7 @@ def release_inputs(model: nn.Module) -> bool:
 def _input_hooks(model: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
     """The hooks that make an output want a gradient, each with the dictionary that it stands in."""
     for module in model.modules():
-        hooks: dict[int, Any] = vars(module)["_forward_hooks"]
+        hooks: dict[int, Any] = forward_hooks(module)
         for key, hook in list(hooks.items()):
             if isinstance(hook, FunctionType) and hook.__name__ in _HOOKS:
                 yield hooks, key

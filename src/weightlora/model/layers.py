@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.tuners.vblora.layer import VBLoRALayer
 from peft.tuners.vera.layer import VeraLayer
 from torch import nn
@@ -28,3 +30,11 @@ def adapter_layers(model: nn.Module, adapter: str = "default") -> dict[str, Base
     kinds = (VeraLayer, VBLoRALayer)
     others = {name: m for name, m in base.named_modules() if isinstance(m, kinds) and adapter in m.r}
     return dict(sorted({**lora_layers(model, adapter), **others}.items()))
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """Take the adapters off a PEFT model and return its base model; return any other model unchanged."""
+    if not isinstance(model, PeftModel):
+        return model
+    tuner: Any = model.base_model
+    return tuner.unload() if isinstance(tuner, BaseTuner) else model.get_base_model()

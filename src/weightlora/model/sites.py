@@ -166,9 +166,9 @@ def tuner_fields(lora: LoraConfig, sites: Sequence[Site]) -> dict[str, Any]:
     }
 
 
-def adapter_parameters(sites: Sequence[Site], lora: LoraConfig) -> list[int]:
-    """Trainable parameters of plain LoRA at each site: what keeping it costs."""
-    return [site.parameters(rank_and_alpha(lora, site.name)[0]) for site in sites]
+def adapter_parameters(sites: Sequence[Site], lora: LoraConfig) -> dict[str, int]:
+    """Trainable parameters of plain LoRA's adapter at each site, by its name."""
+    return {site.name: site.parameters(rank_and_alpha(lora, site.name)[0]) for site in sites}
 
 
 def trained_modules(lora: LoraConfig) -> tuple[str, ...]:

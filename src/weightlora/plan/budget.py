@@ -1,10 +1,10 @@
-"""From what the user may spend (a fraction, a count, parameters, memory, time) to which sites and which rank: pure."""
+"""What ``keep`` allows: a fraction, a count, parameters, memory or step time becomes a budget over sites."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -12,18 +12,24 @@ from typing import Literal
 from weightlora.errors import OptionError
 
 Keep = float | int | str
-"""How much stays: a fraction in (0, 1], a count, a parameter budget such as ``"300k parameters"``, memory such as
-``"512MB"``, or step time such as ``"0.8x"``."""
+"""How much of plain LoRA to keep.
+
+- ``0.5``: at most this fraction, in (0, 1], of plain LoRA's adapter parameters.
+- ``18``: this number of adapters, the paper's K. ``1`` is one adapter; ``1.0`` is all of them.
+- ``"300k parameters"``: at most so many adapter parameters.
+- ``"512MB"``: at most so much memory for the adapters' training.
+- ``"0.8x"``: at most this fraction of plain LoRA's step time.
+"""
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 _BYTES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_NUMBERS = 'a fraction in (0, 1], a count from 1 to {n}, or a parameter budget such as "300k parameters"'
-_COSTS = 'memory such as "512MB" or "1.5GiB", or a step time of plain LoRA\'s such as "0.8x", at most "1x"'
+_NUMBERS = 'a fraction of the parameters in (0, 1], a number of adapters, or parameters such as "300k parameters"'
+_COSTS = 'memory such as "512MB" or "1.5GiB", or a fraction of plain LoRA\'s step time such as "0.8x", at most "1x"'
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A budget in what a training step costs; which sites it pays for depends on the model and the batch."""
+    """A budget in memory or step time; which sites fit it depends on the model and the batch."""
 
     text: str
     """As the user wrote it."""
@@ -33,7 +39,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be spent on the sites together, and what each of them costs.
+    """The cost of each site and the most that the kept sites may cost together.
 
     Example:
         >>> budget = Budget(costs=(3, 1, 1), limit=4)
@@ -42,19 +48,19 @@ class Budget:
     """
 
     costs: tuple[int, ...]
-    """Price of keeping each site: 1 where sites are counted, its parameters where those are."""
+    """Cost of keeping each site: 1 where sites are counted, else its adapter's parameters."""
     limit: int
     """The most that the kept sites may cost together."""
 
     @classmethod
     def of_count(cls, k: int, *, n: int) -> Budget:
-        """K of n sites, whatever their size."""
+        """A budget of K of n sites, whatever their size."""
         return cls(costs=(1,) * n, limit=k)
 
     def choose(self, sizes: Sequence[float]) -> list[int]:
-        """Return the kept positions, sorted: by descending size, passing over what no longer fits.
+        """Return the kept positions, sorted.
 
-        Equal sizes are taken in the order they stand in, which is the order of the names.
+        Sites are taken by descending size; a site that no longer fits is skipped. Of equal sizes the first comes first.
         """
         chosen: list[int] = []
         left = self.limit
@@ -65,52 +71,72 @@ class Budget:
         return sorted(chosen)
 
 
-def read_budget(keep: Keep, parameters: Sequence[int]) -> Budget:
-    """Turn the user's ``keep`` into a budget over sites whose adapters cost ``parameters`` each.
+def read_budget(keep: Keep, parameters: Mapping[str, int]) -> Budget:
+    """Turn ``keep`` into a budget over sites.
 
     Args:
-        keep: A fraction of the n sites (rounded half to even, at least one), a count, or a parameter budget.
-        parameters: Trainable parameters of an adapter at each site, in the order of the sites.
+        keep: A fraction of the parameters, a count of sites, or a number of parameters; see :data:`Keep`.
+        parameters: Trainable parameters of plain LoRA's adapter at each site, by the site's name.
 
     Raises:
-        OptionError: ``keep`` is out of its range, pays for no site, or is a :class:`Limit`.
+        OptionError: ``keep`` is out of its range, no site fits it, or it is a :class:`Limit`.
 
     Example:
-        >>> read_budget(0.5, [10, 10, 20, 20]).limit
-        2
-        >>> read_budget("35 parameters", [10, 10, 20, 20]).choose([4, 3, 2, 1])
+        >>> parameters = {"a": 10, "b": 10, "c": 20, "d": 20}
+        >>> read_budget(2, parameters).choose([4, 3, 2, 1])
         [0, 1]
+        >>> read_budget(0.5, parameters).limit, read_budget(0.5, parameters).choose([4, 3, 2, 1])
+        (30, [0, 1])
+        >>> read_budget("35 parameters", parameters).choose([1, 2, 3, 4])
+        [1, 3]
     """
-    n = len(parameters)
-    allowed = f"{_NUMBERS.format(n=n)}, {_COSTS}"
-    if isinstance(keep, str):
-        if read_limit(keep) is not None:
-            raise OptionError(
-                f"keep={keep!r} has to be measured on a batch, and this method sees none; give {_NUMBERS.format(n=n)}"
-            )
-        limit = _read_parameters(keep, allowed)
-        if limit < min(parameters):
-            raise OptionError(
-                f"keep={keep!r} pays for no site: the smallest of the {n} adapters has {min(parameters)} parameters; "
-                "raise keep or lower r"
-            )
-        return Budget(tuple(parameters), limit)
-    if isinstance(keep, bool) or not math.isfinite(keep) or keep <= 0:
-        raise OptionError(f"keep={keep} is not allowed: give {allowed}")
-    if isinstance(keep, int):
-        if keep > n:
-            raise OptionError(f"keep={keep} exceeds the {n} adapter sites; lower keep or widen target_modules")
-        return Budget.of_count(keep, n=n)
-    if keep > 1:
-        raise OptionError(f"keep={keep} is not allowed: give {allowed}")
-    return Budget.of_count(max(1, round(keep * n)), n=n)
+    n, total = len(parameters), sum(parameters.values())
+    number = check_keep(keep)
+    if isinstance(number, int):
+        if number > n:
+            raise OptionError(f"keep={number} exceeds the {n} adapter sites; lower keep or widen target_modules")
+        return Budget.of_count(number, n=n)
+    if isinstance(number, float):
+        # The decimal that the user wrote, not the float nearest to it: 0.1 of 30 parameters are 3.
+        limit = math.floor(Fraction(str(float(number))) * total)
+        share = f" ({limit:,} of plain LoRA's {total:,} parameters)"
+    elif read_limit(number) is None:
+        limit, share = _read_parameters(number), ""
+    else:
+        raise OptionError(f"keep={keep!r} has to be measured on a batch, and this method takes none; give {_NUMBERS}")
+    smallest = min(parameters, key=lambda name: parameters[name])
+    if limit < parameters[smallest]:
+        raise OptionError(
+            f"no site fits keep={keep!r}{share}: the smallest adapter, at {smallest}, has {parameters[smallest]:,}; "
+            "raise keep or lower r"
+        )
+    return Budget(tuple(parameters.values()), limit)
+
+
+def check_keep(keep: Keep) -> Keep:
+    """Return ``keep`` with text read as a number where it is one; no model is needed.
+
+    Raises:
+        OptionError: ``keep`` is out of its range for any model.
+
+    Example:
+        >>> check_keep("0.5"), check_keep(18), check_keep("0.8x")
+        (0.5, 18, '0.8x')
+    """
+    number = read_keep(keep) if isinstance(keep, str) else keep
+    if isinstance(number, str):
+        if read_limit(number) is None:
+            _read_parameters(number)
+    elif isinstance(number, bool) or not 0 < number < math.inf or (isinstance(number, float) and number > 1):
+        raise _not_allowed(keep)
+    return number
 
 
 def read_limit(keep: Keep) -> Limit | None:
-    """Read a ``keep`` in bytes or in steps of plain LoRA; None where it is neither.
+    """Return ``keep`` as a limit in bytes or in steps of plain LoRA; None where it is neither.
 
     Raises:
-        OptionError: It is one of them with a number that it cannot have.
+        OptionError: Its number is out of range.
 
     Example:
         >>> read_limit("0.8x"), read_limit("300k parameters")
@@ -144,16 +170,16 @@ def read_keep(text: str) -> Keep:
 
 
 def expanded_ranks(ranks: Sequence[int], kept: Sequence[bool], sizes: Sequence[int], *, step: int = 1) -> list[int]:
-    """Return the ranks of WeightLoRA+: the freed budget goes to the kept sites, all by the same factor.
+    """Return the ranks of WeightLoRA+, which spends the freed budget on the kept sites, all by the same factor.
 
-    With equal ranks r this is r·n/K (2r at K = n/2), lowered where the kept layers are wide, so that neither the sum
-    of ranks nor the number of parameters exceeds that of LoRA on all sites (paper, section 2.2).
+    Equal ranks r become r·n/K (2r at K = n/2), or less where the kept layers are wide: neither the sum of ranks nor the
+    number of parameters exceeds that of LoRA on all sites (paper, section 2.2).
 
     Args:
         ranks: Rank of each site under plain LoRA.
-        kept: Which sites survive.
+        kept: Whether each site is kept.
         sizes: in + out features of each site: the parameters of one rank.
-        step: Each new rank is a multiple of this (so that lora_alpha can stay a whole number).
+        step: Each new rank is a multiple of this, so that lora_alpha can stay a whole number.
 
     Example:
         >>> expanded_ranks([8, 8, 8, 8], [True, False, True, False], [10, 10, 10, 10])
@@ -165,7 +191,7 @@ def expanded_ranks(ranks: Sequence[int], kept: Sequence[bool], sizes: Sequence[i
     all_ranks, kept_ranks = sum(ranks), sum(ranks[i] for i in places if kept[i])
     all_numbers = sum(ranks[i] * sizes[i] for i in places)
     kept_numbers = sum(ranks[i] * sizes[i] for i in places if kept[i])
-    # Whole numbers throughout: rank·all/kept by floor division, so no rounding can cross the budget.
+    # Floor division of whole numbers: no rounding can cross the budget.
     grown = [min(r * all_ranks // kept_ranks, r * all_numbers // kept_numbers) // step * step for r in ranks]
     return [max(grown[i], ranks[i]) if kept[i] else 0 for i in places]
 
@@ -173,7 +199,7 @@ def expanded_ranks(ranks: Sequence[int], kept: Sequence[bool], sizes: Sequence[i
 def warmup_steps(total_steps: int | None) -> int:
     """Return T: 0.5 % of the planned optimizer steps, at least 20.
 
-    The paper's 0.5 % is two steps in a usual run, of which the first carries no information.
+    The paper's 0.5 % is two steps of a usual run, and the first carries no information.
 
     Example:
         >>> warmup_steps(410), warmup_steps(10_000), warmup_steps(None)
@@ -182,12 +208,16 @@ def warmup_steps(total_steps: int | None) -> int:
     return 20 if total_steps is None else max(20, math.ceil(total_steps / 200))
 
 
-def _read_parameters(keep: str, allowed: str) -> int:
+def _read_parameters(keep: str) -> int:
     match = re.fullmatch(r"\s*([\d_.]+)\s*([kKmM]?)\s*(?:parameters|params)\s*", keep)
     try:
         number = float(match.group(1)) if match else math.nan
     except ValueError:
         number = math.nan
     if match is None or not number > 0:
-        raise OptionError(f"keep={keep!r} is not allowed: give {allowed}")
+        raise _not_allowed(keep)
     return int(Fraction(match.group(1)) * _UNITS[match.group(2).lower()])
+
+
+def _not_allowed(keep: Keep) -> OptionError:
+    return OptionError(f"keep={keep!r} is not allowed: give {_NUMBERS}, {_COSTS}")

@@ -1,23 +1,25 @@
-"""The paper's Figure 2: a bar a site, as long as its dot product, a star where the plan keeps it."""
+"""The paper's Figure 2: a bar for each site's gradient dot product, with a star where the plan keeps the site."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from weightlora.errors import require_extra
 from weightlora.files import whole_file
+from weightlora.plan.projection_order import projection_key
 from weightlora.report.heatmap import natural, short_blocks
 from weightlora.runs.gradient_study import DotProducts
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-#: Of the longest bar.
+#: Characters of the longest bar.
 _WIDTH = 20
 
 
 def terminal_bars(found: DotProducts) -> Table:
-    """Return a table of the sites, the largest product first; readable without colour."""
+    """Return a table of the sites and their products, the largest first; readable without colour."""
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -40,30 +42,34 @@ def terminal_bars(found: DotProducts) -> Table:
 
 
 def overlap_text(found: DotProducts) -> str:
-    """Return how far the plan agrees with the largest products, and what two choices by lot would, a line each."""
+    """Return three lines: how far the plan agrees with the largest products, and two random choices for comparison."""
     overlap = found.overlap
     lines = (
         f"{overlap.shared} of the {overlap.k} sites with the largest products are kept by {found.plan.rule}; "
         f"Jaccard {overlap.jaccard:.2f}",
-        f"by lot: {overlap.by_lot:.1f} of {overlap.k} (K²/n, n = {overlap.n}); Jaccard {overlap.jaccard_by_lot:.2f}; "
-        f"as many or more with probability {overlap.chance:.2g}",
-        f"by lot, but as many of each projection as {found.plan.rule} keeps: {found.by_lot_within:.1f} of {overlap.k}",
+        f"at random: {overlap.by_lot:.1f} of {overlap.k} (K²/n, n = {overlap.n}); Jaccard "
+        f"{overlap.jaccard_by_lot:.2f}; as many or more with probability {overlap.chance:.2g}",
+        f"at random, but as many of each projection as {found.plan.rule} keeps: {found.by_lot_within:.1f} of "
+        f"{overlap.k}",
     )
     return "\n".join(lines)
 
 
 def draw_bars(found: DotProducts, path: str | Path) -> None:
-    """Write the bars, in the order of the layers, as a PNG (or PDF, SVG: by the path's ending), whole or not at all.
+    """Write the bars in the order of the forward pass as a PNG, PDF or SVG, by the path's ending, or nothing at all.
 
     Raises:
+        MissingPackageError: matplotlib is not installed.
         OutputError: The folder cannot be written.
     """
+    require_extra("matplotlib", "plots")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     sites = _places(found)
-    names = sorted(sites, key=natural)
+    projections = {entry.site.name: entry.site for entry in found.plan.entries}
+    names = sorted(sites, key=lambda n: (natural(projections[n].block), projection_key(projections[n].projection)))
     sizes = [abs(found.products[name]) for name in names]
     kept = [name in found.plan.names for name in names]
     figure = Figure(figsize=(2.5 + 0.2 * len(names), 4.5), layout="constrained", dpi=150)
@@ -77,7 +83,8 @@ def draw_bars(found: DotProducts, path: str | Path) -> None:
     axes.set_ylabel("|⟨∇L(W0), s·B·A⟩|")
     overlap, rule = found.overlap, found.plan.rule
     axes.set_title(
-        f"{overlap.shared} of the {overlap.k} largest are kept by {rule}; by lot {overlap.by_lot:.1f} would be", size=9
+        f"{overlap.shared} of the {overlap.k} largest are kept by {rule}; at random it would be {overlap.by_lot:.1f}",
+        size=9,
     )
     handles = [Patch(color="#d95f02", label=f"kept by {rule} (starred)"), Patch(color="#9aa5b1", label="not kept")]
     axes.legend(handles=handles, fontsize=7)
@@ -86,7 +93,7 @@ def draw_bars(found: DotProducts, path: str | Path) -> None:
 
 
 def _places(found: DotProducts) -> dict[str, tuple[str, str]]:
-    """Layer and projection of each site, by its name."""
+    """Return layer and projection of each site, by its name."""
     entries = found.plan.entries
     blocks = short_blocks([entry.site.block for entry in entries])
     return {entry.site.name: (block, entry.site.projection) for entry, block in zip(entries, blocks, strict=True)}

@@ -1,4 +1,4 @@
-"""Which layers the fast step leaves to stock PEFT, as far as files tell: no model is loaded, nor torch."""
+"""Which layers the fast step leaves to stock PEFT, read from files: neither a model nor torch is loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from weightlora.plan.from_adapter import ADAPTER_FILES, tensor_shapes
 from weightlora.plan.plan import AdapterPlan
 
-#: Fields of a LoraConfig under which PEFT computes a layer in another way than plain LoRA, and what that is called.
+#: Fields of a LoraConfig that make PEFT compute a layer in another way than plain LoRA, and the name of that way.
 VARIANTS = {
     "use_dora": "DoRA",
     "lora_bias": "lora_bias",
@@ -24,17 +24,17 @@ VARIANTS = {
     "kasa_config": "KaSA",
     "megatron_config": "Megatron",
 }
-#: Values of ``init_lora_weights`` that are more than a start.
+#: Values of ``init_lora_weights`` that change more than the initial weights.
 _VARIANT_STARTS = {"mica": "MiCA"}
 
 
 def fast_gaps(path: str | Path, plan: AdapterPlan) -> tuple[int, dict[str, str]]:
     """Return how many layers carry an adapter, and those that ``enable_fast_lora`` leaves to PEFT, with their reasons.
 
-    Only a loaded model shows other reasons, such as hooks: see :func:`weightlora.fast.enable.fast_coverage`.
+    Other reasons, such as hooks, show in a loaded model only: see :func:`weightlora.fast.enable.fast_coverage`.
 
     Args:
-        path: A plan, or a directory that PEFT saved an adapter into, which says more.
+        path: A plan, or a directory that PEFT saved an adapter into.
         plan: What was read from it.
 
     Example:
@@ -60,7 +60,7 @@ def fast_gaps(path: str | Path, plan: AdapterPlan) -> tuple[int, dict[str, str]]
 
 
 def fast_text(count: int, gaps: Mapping[str, str]) -> str:
-    """One line of it.
+    """Return one line about what :func:`fast_gaps` found.
 
     Example:
         >>> fast_text(3, {}), fast_text(1, {"a": "DoRA"}), fast_text(3, {"a": "an embedding"})
@@ -76,7 +76,7 @@ def fast_text(count: int, gaps: Mapping[str, str]) -> str:
 
 
 def _gaps(config: Mapping[str, Any], kinds: Mapping[str, str | None]) -> dict[str, str]:
-    """The reason of each layer that has one: its kind, else what the configuration makes of all."""
+    """Return the reason of each layer that has one: its kind, else the configuration's."""
     named = [name for field, name in VARIANTS.items() if config.get(field)]
     start = str(config.get("init_lora_weights")).lower()
     of_all = ", ".join([*named, *([_VARIANT_STARTS[start]] if start in _VARIANT_STARTS else [])])

@@ -1,4 +1,4 @@
-"""A plan as a picture: layer × projection, each site's score and whether it survived."""
+"""Heat map of a plan: layer × projection, each site's score and whether it is kept."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightlora.errors import require_extra
 from weightlora.files import whole_file
 from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.projection_order import ordered_projections
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,11 +34,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is drawn: rows are layers in their order, columns projections; None where a layer has no such site."""
+    """What is drawn: a row for each layer, a column for each projection, both in the order of the forward pass."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     cells: tuple[tuple[Cell | None, ...], ...]
+    """None where a layer has no such site."""
 
 
 def make_grid(plan: AdapterPlan) -> Grid:
@@ -53,7 +56,7 @@ def make_grid(plan: AdapterPlan) -> Grid:
         (('0', '1'), ('q',), [0.0, 1.0])
     """
     blocks = sorted({entry.site.block for entry in plan.entries}, key=natural)
-    columns = sorted({entry.site.projection for entry in plan.entries})
+    columns = ordered_projections(entry.site.projection for entry in plan.entries)
     low = min(entry.score for entry in plan.entries)
     span = max(entry.score for entry in plan.entries) - low
     found = {
@@ -67,7 +70,7 @@ def make_grid(plan: AdapterPlan) -> Grid:
 
 
 def short_blocks(blocks: Sequence[str]) -> tuple[str, ...]:
-    """Return the blocks without what all of their names begin with.
+    """Return the blocks' names without their common beginning.
 
     Example:
         >>> short_blocks(["encoder.layer.1", "encoder.layer.10"])
@@ -78,13 +81,15 @@ def short_blocks(blocks: Sequence[str]) -> tuple[str, ...]:
 
 
 def terminal_heatmap(plan: AdapterPlan) -> Table:
-    """Return the grid as a rich table: shade = score, ● = survivor, · = no adapter; readable without colour."""
+    """Return the grid as a rich table: shade = score, ● = kept, · = no adapter; readable without colour."""
     from rich.box import SIMPLE
     from rich.table import Table
 
     grid = make_grid(plan)
     title = f"{len(plan.names)} of {len(plan.entries)} sites kept by {plan.rule}"
-    table = Table(title=title, caption=_CAPTION, box=SIMPLE, padding=(0, 1, 0, 0))  # 7 projections fit 80 columns
+    table = Table(
+        title=title, caption=_CAPTION, box=SIMPLE, padding=(0, 1, 0, 0)
+    )  # so that 7 projections fit 80 columns
     table.add_column("layer", justify="right", no_wrap=True)
     for column in grid.columns:
         table.add_column(column.replace(".", "\n"), justify="center", vertical="bottom")
@@ -94,11 +99,13 @@ def terminal_heatmap(plan: AdapterPlan) -> Table:
 
 
 def draw_heatmap(plan: AdapterPlan, path: str | Path) -> None:
-    """Write the grid as a PNG (or PDF, SVG: by the path's ending), whole or not at all.
+    """Write the grid as a PNG, PDF or SVG, by the path's ending, whole or not at all.
 
     Raises:
+        MissingPackageError: matplotlib is not installed.
         OutputError: The folder cannot be written.
     """
+    require_extra("matplotlib", "plots")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -117,9 +124,7 @@ def draw_heatmap(plan: AdapterPlan, path: str | Path) -> None:
     axes.set_xticks(range(width), grid.columns, rotation=35, ha="right", fontsize=8)
     axes.set_yticks(range(height), grid.rows, fontsize=8)
     axes.set_ylabel("layer")
-    axes.set_title(
-        f"{plan.rule}: {len(plan.names)} of {len(plan.entries)} sites kept\n(circle: survivor's rank)", size=9
-    )
+    axes.set_title(f"{plan.rule}: {len(plan.names)} of {len(plan.entries)} sites kept\n(circle: rank)", size=9)
     low, high = min(plan.scores.values()), max(plan.scores.values())
     bar = figure.colorbar(image, ax=axes, label=_SCORES.get(plan.rule, "score"), shrink=0.8)
     bar.set_ticks([0, 1], labels=[f"{low:.3g}", f"{high:.3g}"])
@@ -127,7 +132,7 @@ def draw_heatmap(plan: AdapterPlan, path: str | Path) -> None:
         figure.savefig(draft)
 
 
-_CAPTION = "shade: score from low to high; ● survivor, · no adapter"
+_CAPTION = "shade: score from low to high; ● kept, · no adapter"
 
 
 def _cell_text(cell: Cell | None) -> str:

@@ -118,28 +118,29 @@ def dot_product_study(recipe: Recipe) -> DotProducts:
     from weightlora.model.restore import seeded
     from weightlora.model.sites import find_sites, trained_modules
     from weightlora.plan.budget import warmup_steps
-    from weightlora.runs.train import make_trainer, plan_for
+    from weightlora.runs.train import plan, prepare
+    from weightlora.selection.batches import peeked
     from weightlora.selection.select import HEAD_STEPS
-    from weightlora.selection.warmup import peeked
+    from weightlora.trainer.guard import lora_of
     from weightlora.trainer.loader import micro_batches, micro_loss, quiet_copy
     from weightlora.trainer.placement import placed, require_weights
-    from weightlora.trainer.select_for import lora_of
 
     options, training = recipe.method, recipe.training
     steps = warmup_steps(None) if options.steps is None else options.steps
     if steps < 1:
         raise OptionError(f"steps={steps} is not allowed: give at least 1 batch")
-    _, trainer = make_trainer(recipe)
+    study = prepare(recipe)
+    trainer = study.trainer
     if process_count() > 1:
         raise OptionError("weightlora analyse is one process; start it without torchrun or accelerate")
     require_weights(trainer)
     lora = lora_of(trainer, None)
-    head_steps = HEAD_STEPS if options.head_steps is None else options.head_steps
-    plan, _ = plan_for(trainer, recipe)
+    head_steps = options.scored_by.head_steps
+    chosen = plan(study).plan
     model: Any = trainer.model
     base = model.base_model.unload()
     sites = find_sites(base, lora).sites
-    _require_comparable(plan, {site.name for site in sites})
+    _require_comparable(chosen, {site.name for site in sites})
     quiet = quiet_copy(trainer)
     with seeded(training.seed):
         _, batches = peeked(micro_batches(quiet))
@@ -152,11 +153,11 @@ def dot_product_study(recipe: Recipe) -> DotProducts:
             steps=steps,
             alone=True,
             lr=training.learning_rate,
-            head_steps=head_steps if trained_modules(lora) else 0,
+            head_steps=(HEAD_STEPS if head_steps is None else head_steps) if trained_modules(lora) else 0,
             seed=training.seed,
             loss_fn=micro_loss(quiet),
         )
-    return DotProducts(plan, products)
+    return DotProducts(chosen, products)
 
 
 def _require_comparable(plan: AdapterPlan, sites: set[str]) -> None:

@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from weightlora.errors import OptionError
 from weightlora.files import read_mapping
-from weightlora.methods import make_method
+from weightlora.methods import make_method, options_of
+from weightlora.plan.budget import check_keep
+from weightlora.selection.rules import rule_of
 from weightlora.text import closest
 
 if TYPE_CHECKING:
     from argparse import Action
 
     from transformers import HfArgumentParser, TrainingArguments
+
+    from weightlora.selection.rules.base import Rule
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:
@@ -74,15 +78,14 @@ class MethodOptions:
     method: str = _option("weightlora", "see `weightlora methods`")
     plan: str | None = _option(None, "a plan.json that decides instead of a method")
     keep: str = _option("0.5", 'fraction, count, "300k parameters", 512MB or 0.8x')
-    rule: str = _option("first_order", "first_order or stoiht (the paper)")
-    steps: int | None = _option(None, "T; default: 0.5 % of the training's steps, at least 20")
-    head_steps: int | None = _option(
-        None, "steps for a fresh head alone; 0 is the paper; default: 20 where there is one"
+    rule: str = _option("first_order", "how sites are scored: first_order, stoiht or paper")
+    rule_options: list[str] = field(
+        default_factory=list[str], metadata={"help": "settings of the rule, as name=value: head_steps=0 gate_lr=5.0"}
     )
-    threshold_every: int = _option(1, "stoiht: steps between thresholds")
-    threshold: str = _option("magnitude", "stoiht: magnitude or signed")
-    gate_lr: float = _option(5.0, "stoiht: step size of the gates")
-    method_options: list[str] = field(default_factory=list[str], metadata={"help": "a method's own, as name=value"})
+    steps: int | None = _option(None, "T, warm-up steps; default: 0.5 % of the training's steps, at least 20")
+    method_options: list[str] = field(
+        default_factory=list[str], metadata={"help": "settings of the method, as name=value"}
+    )
     lora_r: int = _option(8, "rank of plain LoRA: the budget")
     lora_alpha: int = _option(16, "its lora_alpha")
     lora_dropout: float = _option(0.0, "its dropout")
@@ -100,19 +103,36 @@ class MethodOptions:
     grow_batch: bool = _option(False, "then train larger batches with less accumulation, in the memory of plain LoRA")
 
     @property
-    def own(self) -> dict[str, Any]:
-        """What ``method_options`` say, read as YAML.
+    def scored_by(self) -> Rule:
+        """The rule with its settings.
 
         Raises:
-            OptionError: One is no ``name=value``.
+            OptionError: It is unknown, or a setting is unknown or out of its range.
         """
-        import yaml
+        return rule_of(self.rule, **_pairs("rule_options", self.rule_options))
 
-        pairs = [text.partition("=") for text in self.method_options]
-        for name, equals, _ in pairs:
-            if not (name and equals):
-                raise OptionError(f"method_options={name!r} is not allowed: give name=value, such as whiten=true")
-        return {name: yaml.safe_load(value) for name, _, value in pairs}
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the method is built with, checked: ``keep``, ``rule`` and ``steps`` where it has them, and its own.
+
+        Raises:
+            OptionError: An option is unknown or out of its range.
+        """
+        options = {"keep": check_keep(self.keep), "rule": self.scored_by, "steps": self.steps}
+        known = options_of(self.method)
+        names = ("keep", "rule", "steps") if "rule" in known else ("keep",)
+        return {**{k: options[k] for k in names if k in known}, **_pairs("method_options", self.method_options)}
+
+
+def _pairs(option: str, texts: Sequence[str]) -> dict[str, Any]:
+    """``["gate_lr=5.0", ...]`` as a mapping; values are read as YAML."""
+    import yaml
+
+    pairs = [text.partition("=") for text in texts]
+    for name, equals, _ in pairs:
+        if not (name and equals):
+            raise OptionError(f"{option}={name!r} is not allowed: give name=value, such as head_steps=0")
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
 
 
 @dataclass(frozen=True)
@@ -168,8 +188,25 @@ def read_recipe(
     if rest:
         name = rest[0].lstrip("-").partition("=")[0]
         raise OptionError(f"unknown option {rest[0]!r}{closest(name, known)}")
-    make_method(method.method, **method.own)  # a mistake in them is found before anything is loaded
+    make_method(method.method, **method.given)  # mistakes are found before anything is loaded
     return Recipe(model, rows, method, training, _settings((model, rows, method), training))
+
+
+def named_options(words: Sequence[str], named: Sequence[str]) -> dict[str, Any]:
+    """Return the checked values of the options that ``named`` gives, where ``words`` give the recipe.
+
+    Raises:
+        OptionError: An option is unknown, or has a value it cannot have.
+
+    Example:
+        >>> named_options(["--keep", "18", "--seed", "3"], ["--seed", "3"])
+        {'seed': 3}
+    """
+    names = [word.lstrip("-").partition("=")[0] for word in named if word.startswith("--")]
+    recipe = read_recipe(words=words)
+    parts = (recipe.model, recipe.task, recipe.method, recipe.training)
+    values = {f.name: getattr(part, f.name) for part in reversed(parts) for f in dataclasses.fields(part)}
+    return {name: _plain(values[name]) for name in names}
 
 
 def _settings(ours: Sequence[Any], training: Any) -> dict[str, Any]:

@@ -1,24 +1,103 @@
-"""A model lent out with plain LoRA on every site, and rows held out, for methods that look before they choose."""
+"""A model in its warm-up: plain LoRA on every site, batches and a loss; restored bit for bit afterwards."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTuner
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from weightlora.model.distributed import make_whole
-from weightlora.model.layers import lora_layers
+from weightlora.errors import SelectionError
+from weightlora.model.distributed import average_gradients, copy_from_first, make_whole
+from weightlora.model.layers import lora_layers, without_adapters
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site
-from weightlora.selection.warmup import Loss, Stage, cycled, let_train, model_loss, peeked
+from weightlora.selection.batches import Loss, cycled, in_parts, kind_of, model_loss
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model with plain LoRA on every site, and what each warm-up step needs."""
+
+    model: nn.Module
+    layers: Mapping[str, LoraLayer]
+    head: Sequence[nn.Parameter]
+    """The parameters that PEFT trains whole: ``modules_to_save`` and the task's head."""
+    batches: Iterator[Any]
+    loss_fn: Loss
+    progress: tqdm[Any]
+    lr: float = 1e-3
+    """AdamW's learning rate for whatever the warm-up trains, constant."""
+
+    def parameters(self, matrix: Literal["lora_A", "lora_B"]) -> list[nn.Parameter]:
+        """A or B of every site, in the order of the sites."""
+        return [getattr(layer, matrix)["default"].weight for layer in self.layers.values()]
+
+    def backward(self, what: str, step: int, watched: Sequence[Tensor]) -> None:
+        """Accumulate the gradients of the next batch's loss, averaged over the processes.
+
+        Args:
+            what: Name of the phase, for errors and the progress bar.
+            step: 1-based step, for errors.
+            watched: The tensors whose gradients must be finite.
+
+        Raises:
+            SelectionError: The loss is no finite number, has no gradient, or a gradient is not finite.
+        """
+        where = f"{what} step {step}"
+        for loss in in_parts(self.model, next(self.batches), self.loss_fn):
+            _require_loss(loss, where)
+            # A loss that switches adapters off for its reference, as DPO's does, turns requires_grad on again for all.
+            _only(watched, self.model)
+            loss.backward()
+        average_gradients(watched)
+        gradients = [tensor.grad for tensor in watched if tensor.grad is not None]
+        if gradients and not bool(torch.isfinite(nn.utils.get_total_norm(gradients))):
+            raise SelectionError(f"{where}: a gradient is not finite; lower lr or look at that batch")
+        self.progress.set_description(what)
+        self.progress.update()
+
+    def train_head(self, steps: int) -> None:
+        """Train the head alone: its random weights would otherwise decide the first gradients of the adapters."""
+        if steps == 0:
+            return
+        for layer in self.layers.values():
+            layer.enable_adapters(False)  # with B = 0 they add nothing but time
+        let_train(self, self.head)
+        optimizer = torch.optim.AdamW(self.head, lr=self.lr)
+        for step in range(1, steps + 1):
+            self.backward("head", step, self.head)
+            optimizer.step()
+            optimizer.zero_grad()
+        for layer in self.layers.values():
+            layer.enable_adapters(True)
+
+
+@contextmanager
+def with_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site], *, seed: int) -> Generator[nn.Module]:
+    """Put plain LoRA on ``sites`` for the length of the block, in training mode; afterwards the model is as before.
+
+    Yields:
+        The PEFT model around ``model``'s base.
+    """
+    with untouched(model, seed=seed), torch.inference_mode(False), torch.enable_grad():
+        attached = attach_plain_lora(model, lora, sites)
+        make_whole(attached)
+        model.train()
+        yield attached
+
+
+def head_of(attached: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters of a PEFT model that are no adapter's: modules that PEFT trains whole."""
+    return [p for name, p in attached.named_parameters() if p.requires_grad and ".lora_" not in name]
 
 
 @contextmanager
@@ -32,14 +111,14 @@ def probed(
     seed: int,
     loss_fn: Loss | None = None,
 ) -> Generator[Stage]:
-    """Lend ``model`` out with plain LoRA on ``sites``, in training mode; it comes back bit for bit as it was.
+    """Yield a stage with plain LoRA on ``sites``; ``model`` is restored bit for bit when the block ends.
 
     Args:
         model: The base model.
         lora: The adapters wanted.
         sites: All candidates.
         batches: What the model is called with; used again, with a warning, where there are fewer than ``steps``.
-        steps: Batches that the block will take.
+        steps: Batches that the block will use.
         seed: Decides A's random start and dropout.
         loss_fn: As in :func:`weightlora.select`.
 
@@ -55,45 +134,17 @@ def probed(
         >>> moved, type(net[0]).__name__
         (True, 'Linear')
     """
-    with untouched(model, seed=seed), torch.inference_mode(False), torch.enable_grad():
-        attached = attach_plain_lora(model, lora, sites)
-        make_whole(attached)
-        layers = lora_layers(attached)
-        head = [p for n, p in attached.named_parameters() if p.requires_grad and ".lora_" not in n]
-        model.train()
-        with tqdm(total=steps, disable=None, leave=False) as bar:
-            yield Stage(model, layers, head, cycled(batches, steps), loss_fn or model_loss, bar)
-
-
-def held_out(batches: Iterable[Any], rows: int) -> list[Any]:
-    """Return the first batches, as many as have ``rows`` together, or all.
-
-    Raises:
-        SelectionError: There is none.
-    """
-    taken: list[Any] = []
-    _, shown = peeked(batches)
-    for batch in shown:
-        taken.append(batch)
-        if sum(map(rows_of, taken)) >= rows:
-            break
-    return taken
-
-
-def rows_of(batch: Any) -> int:
-    """Return the length of a batch's first tensor; 1 where there is none.
-
-    Example:
-        >>> rows_of({"input_ids": torch.zeros(4, 7)}), rows_of((torch.zeros(3, 2), "x")), rows_of("x")
-        (4, 3, 1)
-    """
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    return next((len(part) for part in parts if isinstance(part, Tensor) and part.ndim), 1)
+    with (
+        with_plain_lora(model, lora, sites, seed=seed) as attached,
+        tqdm(total=steps, disable=None, leave=False) as bar,
+    ):
+        head = head_of(attached)
+        yield Stage(model, lora_layers(attached), head, cycled(batches, steps), loss_fn or model_loss, bar)
 
 
 @contextmanager
 def evaluated(model: nn.Module) -> Generator[None]:
-    """Let ``model`` be without dropout for the block."""
+    """Switch dropout off for the length of the block; each module then has its former mode again."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -104,10 +155,10 @@ def evaluated(model: nn.Module) -> Generator[None]:
 
 
 def train_adapters(stage: Stage, *, steps: int, lr: float, names: Sequence[str] | None = None) -> None:
-    """Train A, B and the fresh head for ``steps`` batches with AdamW at a constant rate, as the training will.
+    """Train A, B and the new head for ``steps`` batches with AdamW at a constant rate.
 
     Args:
-        stage: The lent model.
+        stage: The model in its warm-up.
         steps: Batches, one a step.
         lr: AdamW's learning rate.
         names: The sites whose adapters are trained; None stands for all.
@@ -128,20 +179,16 @@ def adapter_weights(stage: Stage, names: Sequence[str] | None = None) -> list[nn
 
 
 def attach_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> nn.Module:
-    """Put plain LoRA on ``sites`` inside ``model``, in the place of the adapters that it may carry.
+    """Put plain LoRA on ``sites`` inside ``model``; adapters that it carries are taken off.
 
-    Initialisations such as PiSSA write to the base weights, and variants such as DoRA make every step dearer; both
-    are for the training and come back with the final config.
+    Initialisations such as PiSSA write to the base weights, and variants such as DoRA slow every step down. Both are
+    left out here and come back with the final config.
 
     Args:
-        model: A base model, or a PEFT model whose adapters give way.
+        model: A base model, or a PEFT model.
         lora: The adapters wanted.
         sites: Where plain LoRA is put.
     """
-    base = model
-    if isinstance(model, PeftModel):
-        tuner: Any = model.base_model
-        base = tuner.unload() if isinstance(tuner, BaseTuner) else model.get_base_model()
     plain = LoraConfig(
         task_type=lora.task_type,
         # A pattern and no list: PEFT takes a listed name for the ending of others as well.
@@ -155,4 +202,27 @@ def attach_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site])
         fan_in_fan_out=lora.fan_in_fan_out,
         modules_to_save=deepcopy(lora.modules_to_save),
     )
-    return get_peft_model(base, plain)  # pyright: ignore[reportArgumentType]  # PEFT takes any nn.Module
+    return get_peft_model(without_adapters(model), plain)  # pyright: ignore[reportArgumentType]  # any nn.Module
+
+
+def let_train(stage: Stage, wanted: Sequence[nn.Parameter]) -> None:
+    """Make exactly ``wanted`` require gradients, so that autograd does no other work."""
+    for parameter in stage.model.parameters():
+        parameter.grad = None
+    _only(wanted, stage.model)
+    copy_from_first(wanted)
+
+
+def _only(wanted: Sequence[Tensor], model: nn.Module) -> None:
+    chosen = set(map(id, wanted))
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+
+
+def _require_loss(loss: object, where: str) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise SelectionError(f"{where}: the loss is {kind_of(loss)}; loss_fn must return one number as a tensor")
+    if not loss.requires_grad:
+        raise SelectionError(f"{where}: the loss has no gradient; does loss_fn detach it or run without gradients?")
+    if not bool(torch.isfinite(loss)):
+        raise SelectionError(f"{where}: the loss is {loss.item()}; lower lr or look at that batch")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from collections.abc import Mapping
 from typing import Any
 
 from weightlora.errors import OptionError
-from weightlora.tasks import completion
-from weightlora.tasks.base import Task
+from weightlora.tasks import classification, completion, question_answering, summarisation
+from weightlora.tasks.base import Kind, Task, TaskKind
 from weightlora.text import closest
 
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -19,7 +19,7 @@ def _glue(name: str, text: str, pair: str | None, labels: tuple[str, ...], *metr
     return Task(name, "classification", columns, metrics, "nyu-mll/glue", name, labels=labels, **fields)
 
 
-def _own(name: str, kind: Any, metrics: tuple[str, ...], *roles: str, **fields: Any) -> Task:
+def _own(name: str, kind: Kind, metrics: tuple[str, ...], *roles: str, **fields: Any) -> Task:
     return Task(name, kind, {role: role for role in roles}, metrics, **fields)
 
 
@@ -80,6 +80,20 @@ def find_task(name: str) -> Task:
     raise OptionError(f"task={name!r} is unknown{closest(name, names)}; there are {', '.join(names)}")
 
 
-def kind_of(task: Task) -> Any:
-    """Return the module that prepares, trains and measures tasks like this one."""
-    return import_module(f"weightlora.tasks.{task.kind}")
+#: The modules satisfy the protocol. They import transformers inside their functions, so that a list of tasks is cheap.
+_KINDS: Mapping[Kind, TaskKind] = {
+    "classification": classification,
+    "question_answering": question_answering,
+    "summarisation": summarisation,
+    "completion": completion,
+}
+
+
+def kind_of(task: Task) -> TaskKind:
+    """Return how tasks like this one are loaded, prepared and measured.
+
+    Example:
+        >>> kind_of(find_task("rte")).TASK_TYPE
+        'SEQ_CLS'
+    """
+    return _KINDS[task.kind]

@@ -1,4 +1,4 @@
-"""The outside judge of language models: lm-evaluation-harness, on its own tasks or on local task files."""
+"""Scores of language models by lm-evaluation-harness, on its own tasks or on local task files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import DataError
+from weightlora.errors import DataError, require_extra
 from weightlora.tasks._prompts import template_options
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _same_random() -> Generator[None]:
-    """Leave the random numbers as they were: the harness draws itself names that it does not use."""
+    """Restore Python's random state: the harness draws names that it does not use."""
     state = random.getstate()
     try:
         yield
@@ -38,19 +38,19 @@ def judge(
     batch_size: int = 8,
     num_fewshot: int | None = 0,
 ) -> dict[str, float]:
-    """Return ``task_metric`` of a saved adapter on its base model.
+    """Return the harness's metrics of a saved adapter on its base model, named ``task_metric``.
 
     Args:
         base_path: Folder or hub name of the base model, or its ``.gguf`` file.
-        adapter: Folder of the adapter; None judges the base model.
-        tasks: Names that the harness knows, or that stand in the files of ``include_path``.
-        include_path: A folder of task files of the harness's format; they take precedence.
+        adapter: Folder of the adapter; None evaluates the base model.
+        tasks: Names of the harness's tasks, or of those in the files of ``include_path``.
+        include_path: A folder of task files in the harness's format; they take precedence.
         limit: Rows of each task; None takes all.
-        batch_size: Rows at once.
+        batch_size: Rows a batch.
         num_fewshot: Worked rows in each prompt. 0 is how adapters are trained here; None is what the task's file says.
 
     Raises:
-        DataError: There is no such model, adapter or task, or its rows cannot be had.
+        DataError: There is no such model, adapter or task, or its rows cannot be loaded.
     """
     import torch
 
@@ -82,10 +82,10 @@ def judge_model(
     batch_size: int = 8,
     num_fewshot: int | None = 0,
 ) -> dict[str, float]:
-    """Return what :func:`judge` does, of a model in memory: it may be quantised, or on any device.
+    """Return the harness's metrics of a model in memory, as :func:`judge` does; it may be quantised, on any device.
 
     Raises:
-        DataError: There is no such task, or its rows cannot be had.
+        DataError: There is no such task, or its rows cannot be loaded.
     """
     found, training = find_tasks(tasks, include_path), model.training
     try:
@@ -98,21 +98,23 @@ def judge_model(
 def _harness_model(*arguments: Any, **named: Any) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    make: Any = HFLM  # its registry's decorator loses the types
+    make: Any = HFLM  # its registry's decorator drops the types
     return make(*arguments, **named)
 
 
 def find_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> tuple[TaskManager, list[HarnessTask]]:
-    """Return the harness's tasks of those names, with their rows loaded, and who found them.
+    """Return the harness's tasks of those names, with their rows loaded, and the manager that found them.
 
     Raises:
-        DataError: There is no such task or folder, or a task's rows cannot be had.
+        DataError: There is no such task or folder, or a task's rows cannot be loaded.
+        MissingPackageError: The harness is not installed.
     """
+    require_extra("lm_eval", "llm")
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).is_dir():
         raise DataError(f"include_path={str(include_path)!r} is no folder of lm-evaluation-harness task files")
-    # Reading the harness's own 14,000 tasks takes seconds: only where the user's files are not enough.
+    # Reading the harness's own 14,000 tasks takes seconds: done only if the user's files do not have them all.
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not set(tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=include_path)
@@ -124,7 +126,7 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> 
             said = (str(error).splitlines() or [repr(error)])[0]
             raise DataError(
                 f"lm-evaluation-harness cannot load the task {name!r}: {said}; "
-                "its tasks fetch their rows from the hub, include_path names a folder of your own task files"
+                "its tasks load their rows from the hub; include_path names a folder of your own task files"
             ) from error
         groups = loaded.get("groups", {})
         found += [groups[name]] if name in groups else loaded["tasks"].values()
@@ -136,7 +138,7 @@ def _scores(
 ) -> dict[str, float]:
     import lm_eval
 
-    evaluate: Any = lm_eval.simple_evaluate  # its decorator loses the types
+    evaluate: Any = lm_eval.simple_evaluate  # its decorator drops the types
     manager, tasks = found
     results = evaluate(
         lm,
@@ -144,13 +146,13 @@ def _scores(
         task_manager=manager,
         num_fewshot=num_fewshot,
         limit=limit,
-        apply_chat_template=bool(lm.tokenizer.chat_template),  # as the prompts that were trained on
+        apply_chat_template=bool(lm.tokenizer.chat_template),  # as in training
         log_samples=False,
         bootstrap_iters=0,
-        # No number depends on a draw; seeding would change the random numbers of whoever calls.
+        # No result depends on a random number, and seeding would change the caller's random state.
         **dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed")),
     )
-    if results is None:  # another process of a distributed run has them
+    if results is None:  # in a distributed run only the first process has them
         return {}
     numbers: dict[str, float] = {}
     for task, metrics in results["results"].items():

@@ -1,4 +1,4 @@
-"""Prompt and completion of a row, worded as lm-evaluation-harness words them: training and judge see one text."""
+"""Prompt and completion of a row, in lm-evaluation-harness's words, so that training and evaluation use one text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import DataError, OptionError
+from weightlora.errors import DataError, OptionError, require_extra
 from weightlora.tasks.base import Task
 from weightlora.text import closest
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-#: How often a generator is asked for each row wanted, before it is said to have too few.
+#: Puzzles drawn for each distinct row wanted; with fewer distinct rows the generator has too few.
 _DRAWS = 10
 
 
@@ -65,10 +65,10 @@ def arc(row: Row) -> tuple[str, str]:
 
 
 def own_text(row: Row) -> tuple[str, str]:
-    """Return the user's own prompt and completion; a number that a reader of CSV made of one is text again."""
+    """Return the user's own prompt and completion; numbers, which a CSV reader makes of some, become text again."""
     for role in ("prompt", "completion"):
         if not isinstance(row[role], (str, int, float)):
-            raise ValueError(f"{role} is {row[role]!r}, no text")
+            raise ValueError(f"{role} is {row[role]!r}, which is no text")
     return str(row["prompt"]), str(row["completion"])
 
 
@@ -99,14 +99,14 @@ PROMPTS: Mapping[str, Callable[[Row], tuple[str, str]]] = {
 def to_prompts(task: Task, rows: Dataset, split: str, *, chat: bool) -> Dataset:
     """Return the rows as TRL takes them: ``prompt`` and ``completion``, and ``entry`` where the task has it.
 
-    A conversation has ``chat_template_kwargs``, too: templates of models that can think write an empty thought in
-    front of an answer without one, and in front of the answer that is asked for only where they are told to.
+    A conversation also has ``chat_template_kwargs``. Templates of reasoning models write an empty thought before an
+    answer that has none; before an answer to be generated they do so only if these arguments say it.
 
     Args:
         task: The roles of its columns are those of its prompt.
         rows: A split of its rows.
         split: The name of that split, for errors.
-        chat: Prompts are conversations, not plain text. Then, as in the harness, no blank stands before the answer.
+        chat: Prompts become conversations, not plain text. Then, as in the harness, no blank precedes the answer.
 
     Raises:
         DataError: A row is not as the task needs it.
@@ -151,8 +151,28 @@ def _example(task: Task, row: Row, chat: bool) -> dict[str, Any]:
     return example
 
 
+def to_texts(task: Task, rows: Dataset, split: str) -> Dataset:
+    """Return the rows with one column, ``text``, as TRL takes them.
+
+    Args:
+        task: Its role ``text`` says which column.
+        rows: A split of its rows.
+        split: The name of that split, for errors.
+
+    Raises:
+        DataError: A row has no text.
+    """
+    from datasets import Dataset
+
+    texts: list[Any] = list(rows[task.columns["text"]])
+    for number, text in enumerate(texts):
+        if not isinstance(text, (str, int, float)) or text == "":
+            raise DataError(f"row {number} of the split {split!r} has no text: {text!r}; fill it in or remove the row")
+    return Dataset.from_dict({"text": [str(text) for text in texts]})  # the CSV reader makes numbers of some
+
+
 def template_options(*, thinking: bool = False) -> dict[str, Any]:
-    """Return what a chat template is told in training, in generation and in the harness; most do not listen."""
+    """Return the arguments of a chat template in training, generation and the harness; most templates ignore them."""
     return {"enable_thinking": thinking}
 
 
@@ -165,17 +185,18 @@ def reasoning_rows(generator: str, train: int, validation: int, seed: int, **set
     Args:
         generator: Such as ``"chain_sum"``.
         train: Puzzles to train on.
-        validation: Puzzles to measure on; the same ones whatever ``train`` is.
+        validation: Puzzles to measure on; they do not depend on ``train``.
         seed: Decides the puzzles.
         settings: The generator's own, such as ``min_terms`` of ``chain_sum``.
 
     Raises:
-        DataError: The generator has not as many questions, or has no answers to train on.
+        DataError: The generator has too few questions, or no answers to train on.
+        MissingPackageError: The package ``reasoning_gym`` is not installed.
         OptionError: There is no such generator, or it has no such setting.
     """
     from datasets import Dataset, DatasetDict
 
-    # Row i of a generator is made from seed + i: seeds next to each other would give nearly the same rows.
+    # A generator makes row i from seed + i: consecutive seeds would give nearly the same rows.
     draw, seen = random.Random(seed), set[str]()
     splits: dict[str, Dataset] = {}
     for split, count in (("validation", validation), ("train", train)):
@@ -190,6 +211,7 @@ def reasoning_rows(generator: str, train: int, validation: int, seed: int, **set
 
 
 def _puzzles(generator: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    require_extra("reasoning_gym", "llm")
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -198,13 +220,13 @@ def _puzzles(generator: str, settings: dict[str, Any]) -> Iterator[dict[str, Any
         raise OptionError(f"generator={generator!r} is unknown{known}; reasoning_gym has {', '.join(sorted(DATASETS))}")
     try:
         puzzles = reasoning_gym.create_dataset(generator, **settings)
-    except (AssertionError, TypeError, ValueError) as error:  # what the generators raise on a setting of theirs
+    except (AssertionError, TypeError, ValueError) as error:  # what generators raise on a wrong setting
         raise OptionError(f"generator={generator!r} does not take {settings}: {error}") from error
     return iter(puzzles)
 
 
 def _distinct(puzzles: Iterator[dict[str, Any]], count: int, seen: set[str]) -> list[dict[str, str]]:
-    """Return up to ``count`` rows whose questions are not in ``seen`` yet; it gets to know them."""
+    """Return up to ``count`` rows whose questions are not in ``seen`` yet, and add them to it."""
     rows: list[dict[str, str]] = []
     while len(rows) < count and (puzzle := next(puzzles, None)) is not None:
         question, answer = puzzle["question"], puzzle["answer"]
@@ -218,7 +240,7 @@ def _distinct(puzzles: Iterator[dict[str, Any]], count: int, seen: set[str]) -> 
 
 
 def solves(answer: str, entry: str) -> bool:
-    """Whether ``answer`` solves the puzzle, in any form that its generator lets pass.
+    """Return whether ``answer`` solves the puzzle, in any form that its generator accepts.
 
     Args:
         answer: What the model wrote.
@@ -227,10 +249,10 @@ def solves(answer: str, entry: str) -> bool:
     import reasoning_gym
 
     puzzle = json.loads(entry)
-    if answer == puzzle["answer"]:  # some scorers compare tuples, which are lists once stored
+    if answer == puzzle["answer"]:  # some scorers compare tuples, which JSON makes lists of
         return True
     score: Any = reasoning_gym.get_score_answer_fn(puzzle["metadata"]["source_dataset"])
     try:
         return score(answer, puzzle) == 1
-    except Exception:  # some scorers parse the answer, and raise whatever their parser does
+    except Exception:  # some scorers parse the answer and raise whatever their parser raises
         return False

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from heapq import nlargest
 from itertools import groupby, product
 
-#: The constants of ``run_squad.py``: logits looked at for each end of a span, and the most tokens of an answer.
+#: The constants of ``run_squad.py``: candidates for each end of a span, and the most tokens of an answer.
 N_BEST = 20
 MAX_ANSWER_TOKENS = 30
 
@@ -29,9 +29,9 @@ class Window:
     start_logits: Sequence[float]
     end_logits: Sequence[float]
     offsets: Sequence[Sequence[int] | None]
-    """First and last + 1 character of each token in the whole context; None for a token that is not of the context."""
+    """First and last + 1 character of each token in the whole context; None for a token outside it."""
     cls: int
-    """The token that stands for "no answer here"."""
+    """The token whose logits mean "no answer here"."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ def _largest(logits: Sequence[float]) -> list[int]:
 
 
 def null_score(windows: Sequence[Window]) -> float:
-    """Return the score of "no answer": the smallest of the windows, for one that sees an answer is enough."""
+    """Return the score of "no answer", the smallest of the windows: one window with an answer is enough."""
     return min(window.start_logits[window.cls] + window.end_logits[window.cls] for window in windows)
 
 
 def normalise(text: str) -> str:
-    """Return the text in lower case, without punctuation and articles, words parted by one blank.
+    """Return the text in lower case, without punctuation and articles, words separated by one blank.
 
     Example:
         >>> normalise("The  Eiffel-Tower, (a tower)!")
@@ -77,25 +77,25 @@ def normalise(text: str) -> str:
 
 
 def exact_match(prediction: str, golds: Sequence[str]) -> float:
-    """Return 1 where the prediction is one of the answers but for case, punctuation and articles, else 0.
+    """Return 1 if the prediction equals one of the answers up to case, punctuation and articles, else 0.
 
     Args:
-        prediction: An answer, empty for "there is none".
-        golds: All right answers; none of them, or only empty ones, where the question has no answer.
+        prediction: An answer; empty means that there is none.
+        golds: All right answers; without any, or with empty ones only, the question has no answer.
     """
     return float(any(normalise(prediction) == normalise(gold) for gold in _answers(golds)))
 
 
 def f1(prediction: str, golds: Sequence[str]) -> float:
-    """Return the best F1, in [0, 1], of the prediction's words with any of the answers'; arguments as above.
+    """Return the best F1, in [0, 1], of the prediction's words with those of any answer; arguments as above.
 
-    An answer of articles alone, such as ``"A"``, counts as v2.0 has it: v1.1 gives it 0 even where it is found.
+    An answer of articles alone, such as ``"A"``, counts as in v2.0; v1.1 gives it 0 even if it is found.
     """
     return max(_word_f1(normalise(prediction).split(), normalise(gold).split()) for gold in _answers(golds))
 
 
 def _word_f1(found: list[str], wanted: list[str]) -> float:
-    if not found or not wanted:  # no answer is right only where there is none
+    if not found or not wanted:  # an empty answer is right only if there is none
         return float(found == wanted)
     common = (Counter(found) & Counter(wanted)).total()
     return 2 * common / (len(found) + len(wanted))  # = 2PR / (P + R) with P = common / found and R = common / wanted
@@ -108,14 +108,15 @@ def _answers(golds: Sequence[str]) -> Sequence[str]:
 def best_threshold(
     answered: Sequence[float], silent: Sequence[float], differences: Sequence[float]
 ) -> tuple[float, float]:
-    """Return the best mean score, in percent, of any no-answer threshold, and the threshold; ``find_best_thresh``.
+    """Return the best mean score, in percent, over all no-answer thresholds, and that threshold.
 
-    Unlike the official function it never parts questions of equal difference, which no threshold can do.
+    This is ``find_best_thresh`` of the official script, except that questions of equal difference stay together: no
+    threshold can separate them.
 
     Args:
         answered: Score of each question if its span is given.
         silent: Score of each question if no answer is given.
-        differences: Null score minus the span's; a question is answered where this is at most the threshold.
+        differences: Null score minus the span's score. A question is answered if this is at most the threshold.
     """
     order = sorted(range(len(differences)), key=differences.__getitem__)
     total = best = sum(silent)
@@ -136,7 +137,7 @@ def squad_scores(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> 
 def squad_v2_scores(spans: Sequence[Span], nulls: Sequence[float], golds: Sequence[Sequence[str]]) -> dict[str, float]:
     """Return the scores at threshold 0, and ``best_exact_match`` and ``best_f1``, each at its own best threshold.
 
-    ``best_threshold`` is that of F1, the number of the leaderboard.
+    ``best_threshold`` belongs to F1, the leaderboard's metric.
 
     Args:
         spans: What :func:`best_span` found for each question.
@@ -146,7 +147,7 @@ def squad_v2_scores(spans: Sequence[Span], nulls: Sequence[float], golds: Sequen
     differences = [null - span.score for span, null in zip(spans, nulls, strict=True)]
     given = ["" if difference > 0 else span.text for span, difference in zip(spans, differences, strict=True)]
     scores = squad_scores(given, golds)
-    for metric in (exact_match, f1):  # the last one's threshold stays
+    for metric in (exact_match, f1):  # the threshold of F1, the last, is kept
         answered = [metric(span.text, gold) for span, gold in zip(spans, golds, strict=True)]
         silent = [metric("", gold) for gold in golds]
         best, scores["best_threshold"] = best_threshold(answered, silent, differences)

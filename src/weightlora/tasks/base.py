@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from pathlib import Path
+
+    from datasets import DatasetDict
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 Kind = Literal["classification", "question_answering", "summarisation", "completion"]
 
@@ -22,6 +25,7 @@ class Task:
     columns: Mapping[str, str]
     """Role → column: ``{"text": "premise", "pair": "hypothesis", "label": "label"}``."""
     metrics: tuple[str, ...]
+    """The first one is what options are chosen by."""
     dataset: str | None = None
     """Hub name; None where the rows are the user's own."""
     subset: str | None = None
@@ -29,7 +33,9 @@ class Task:
     labels: tuple[str, ...] | None = None
     """Names in the order of their numbers; () is a regression, None is read from the rows."""
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """What only this task needs, such as the prompt of a completion."""
+    """What only this task needs, such as the harness's name of it."""
+    lower_is_better: bool = False
+    """Whether smaller values of the metrics are better, as of a loss."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +60,54 @@ class Prepared:
     """``make_trainer(model, arguments, callbacks)``: a real transformers or TRL trainer."""
     measure: Callable[[Trainer], dict[str, float]]
     """``measure(trainer)``: every metric of every evaluation split, named ``split_metric``."""
+
+
+class TaskKind(Protocol):
+    """How tasks of one kind are loaded, prepared and measured; each is a file of ``weightlora.tasks``."""
+
+    @property
+    def TASK_TYPE(self) -> str:
+        """PEFT's name for it, such as ``"SEQ_CLS"``."""
+        ...
+
+    def arguments_class(self) -> type[TrainingArguments]:
+        """Return the class of the training arguments.
+
+        Raises:
+            MissingPackageError: A package that only this kind needs is not installed.
+        """
+        ...
+
+    def load_model(
+        self, path: str | Path, task: Task, rows: DatasetDict, *, seed: int, **from_pretrained: Any
+    ) -> PreTrainedModel:
+        """Return the base model with the head that the task needs.
+
+        Args:
+            path: A folder or a hub name.
+            task: The task.
+            rows: Its rows; a classifier's labels may be read from them.
+            seed: Decides weights that the files lack; the global generators are left as they were.
+            from_pretrained: Passed on, such as ``dtype`` or ``gguf_file``.
+
+        Raises:
+            DataError: There is no such model.
+        """
+        ...
+
+    def prepare(
+        self, task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions
+    ) -> Prepared:
+        """Return the task with its rows tokenised, ready for a trainer.
+
+        Args:
+            task: The task.
+            rows: ``"train"``, and the splits to measure; without any, ``measure`` returns nothing.
+            tokenizer: The model's.
+            options: Lengths in tokens.
+
+        Raises:
+            DataError: A row is not as the task needs it.
+            MissingPackageError: The task's metric needs a package that is not installed.
+        """
+        ...

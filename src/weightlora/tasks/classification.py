@@ -1,4 +1,4 @@
-"""Texts or pairs of texts with a label or a number: tokens, batches, model and metrics."""
+"""Classification and regression of texts or pairs of texts: tokens, model, trainer and GLUE's metrics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import DataError
+from weightlora.errors import DataError, require_extra
 from weightlora.tasks.base import Prepared, RowOptions, Task
 from weightlora.tasks.pretrained import load_pretrained
 
@@ -67,7 +67,9 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
 
     Raises:
         DataError: A label is not among those of the head, or is no number in a regression.
+        MissingPackageError: The metrics' package is not installed.
     """
+    require_extra("sklearn", "tasks")  # before the training, not after it
     from datasets import ClassLabel
 
     names = label_names(task, rows)
@@ -152,7 +154,7 @@ def load_classifier(path: str | Path, *, labels: int, seed: int) -> PreTrainedMo
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, int]], *, max_length: int) -> list[Row]:
-    """Return one dict of token ids, mask and label a sentence, cut off at ``max_length`` tokens, not padded."""
+    """Return a dict of token ids, mask and label for each sentence, cut off at ``max_length`` tokens, not padded."""
     tokens = tokenizer([text for text, _ in rows], truncation=True, max_length=max_length)
     keys = [key for key in tokens if key != "length"]
     return [{**{k: tokens[k][i] for k in keys}, "labels": label} for i, (_, label) in enumerate(rows)]
@@ -167,7 +169,7 @@ def shuffled_batches(
         rows: As :func:`encode` makes them.
         collate: Pads a list of rows to one batch, such as ``DataCollatorWithPadding(tokenizer)``.
         batch_size: Rows a batch.
-        count: Batches wanted.
+        count: The most batches.
         seed: Decides the order.
     """
     order = random.Random(seed).sample(range(len(rows)), min(len(rows), batch_size * count))
@@ -191,20 +193,20 @@ def _make_trainer(
 ) -> Trainer:
     from transformers import DataCollatorWithPadding, Trainer
 
-    # A decoder's head reads the last token that is no padding; Trainer.train() says which, and the warm-up is before.
+    # A decoder's head reads the last token that is not padding. Trainer.train() sets its id; selection runs before.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=encoded["train"],
-        eval_dataset=next(part for split, part in encoded.items() if split != "train"),
+        eval_dataset=next((part for split, part in encoded.items() if split != "train"), None),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=lambda p: score(task.metrics, p.predictions, p.label_ids),
         callbacks=list(callbacks),
     )
-    # The loss is a mean over rows whatever the Trainer concludes from the model's **kwargs: without this, gradients
-    # of accumulated batches are summed, not averaged.
+    # The loss is a mean over rows, whatever the Trainer concludes from the model's **kwargs. Without this line it sums
+    # the gradients of accumulated batches instead of averaging them.
     trainer.model_accepts_loss_kwargs = False
     return trainer
 
@@ -219,13 +221,13 @@ def _measure(task: Task, trainer: Trainer, encoded: dict[str, Dataset]) -> dict[
 
 
 def _read_labels(labels: Sequence[Any], names: tuple[str, ...], split: str, *, numbered: bool) -> list[Any]:
-    """Position of each label among ``names``, or its value in a regression.
+    """Return the position of each label among ``names``, or its value in a regression.
 
     Args:
-        labels: Names, or positions where ``numbered``; numbers in a regression.
+        labels: Names, or positions if ``numbered``; numbers in a regression.
         names: The labels that the head knows; () in a regression.
         split: For the error.
-        numbered: Whether an integer is a position already, and not a name such as a number of stars.
+        numbered: An integer is a position already, not a name such as a number of stars.
     """
     if not names:
         try:

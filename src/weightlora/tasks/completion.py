@@ -1,21 +1,23 @@
-"""Supervised fine-tuning of a language model: TRL's SFTTrainer on prompt and completion, and what it then answers."""
+"""Fine-tuning of a language model with TRL's SFTTrainer: on prompts with completions, on chats or on plain text."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import DataError, OptionError, WeightLoraWarning
+from weightlora.errors import DataError, OptionError, WeightLoraWarning, require_extra
 from weightlora.tasks._judge import judge_model
-from weightlora.tasks._prompts import solves, to_prompts
+from weightlora.tasks._prompts import solves, to_prompts, to_texts
 from weightlora.tasks.base import Prepared, RowOptions, Task
 from weightlora.tasks.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
@@ -33,8 +35,8 @@ _GSM8K = ("exact_match_strict_match", "exact_match_flexible_extract")
 _HELLASWAG = {"activity": "activity_label", "ctx_a": "ctx_a", "ctx_b": "ctx_b", "endings": "endings", "label": "label"}
 _ARC = {"question": "question", "choices": "choices", "answer": "answerKey"}
 
-#: ``options["harness"]`` names the task of lm-evaluation-harness that judges, and the metrics are the harness's;
-#: ``include_path``, ``limit`` and ``num_fewshot`` beside it are those of :func:`weightlora.tasks._judge.judge`.
+#: ``options["harness"]`` names the task of lm-evaluation-harness that measures it, and the metrics are the harness's.
+#: Further options, ``include_path``, ``limit`` and ``num_fewshot``, go to :func:`weightlora.tasks._judge.judge_model`.
 TASKS = (
     # The same rows as allenai/math_qa, which is a script: datasets reads none since its version 4.
     _judged("mathqa", "regisss/math_qa", None, _ACC, problem="Problem", options="options", correct="correct"),
@@ -47,18 +49,21 @@ TASKS = (
         choices="choices",
         answer="answerKey",
     ),
-    # Its rows are made, not loaded; any generator will do: dataset_name reasoning_gym/gcd.
+    # Its rows are generated, not loaded; dataset_name=reasoning_gym/gcd takes another generator.
     Task(
         *("reasoning", "completion", {role: role for role in ("prompt", "completion", "entry")}, ("exact_match",)),
         "reasoning_gym/chain_sum",
     ),
     Task("completion", "completion", {"prompt": "prompt", "completion": "completion"}, ("exact_match",)),
     Task("chat", "completion", {"messages": "messages"}, ("exact_match",)),
+    # Every token is predicted.
+    Task("language_modelling", "completion", {"text": "text"}, ("loss", "perplexity"), lower_is_better=True),
 )
 
 
 def arguments_class() -> type[SFTConfig]:
     """Return the class of the training arguments."""
+    require_extra("trl", "llm")
     from trl import SFTConfig
 
     return SFTConfig
@@ -76,8 +81,8 @@ def load_model(
 
     Args:
         path: A folder or a hub name.
-        task: The task; nothing of the model depends on it.
-        rows: Its rows; nor on them.
+        task: The task; the model does not depend on it.
+        rows: Its rows; the model does not depend on them.
         seed: Decides weights that the file lacks; the global generators are left as they were.
         from_pretrained: Passed on, such as ``dtype`` or ``gguf_file``.
 
@@ -88,80 +93,130 @@ def load_model(
 
 
 def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> Prepared:
-    """Return the task with its rows as prompts and completions, conversations where the tokenizer has a chat template.
+    """Return the task with its rows as TRL takes them: prompts with completions, conversations, or plain texts.
+
+    Prompts and completions become conversations where the tokenizer has a chat template.
 
     Args:
-        task: The measure is the harness's where ``options["harness"]`` names a task of it, else the share of greedy
-            answers that are right.
+        task: ``options["harness"]`` names the task of lm-evaluation-harness that measures it. Otherwise plain texts
+            are measured by their loss, and all others by the share of greedy answers that are right.
         rows: ``"train"`` and the evaluation splits.
         tokenizer: The model's.
-        options: ``max_length`` of prompt and completion together, and ``max_target_length`` of an answer.
+        options: ``max_length`` of a whole row, and ``max_target_length`` of an answer.
 
     Raises:
         DataError: A row is not as the task needs it.
+        MissingPackageError: The harness measures the task and is not installed.
     """
+    if "harness" in task.options:
+        require_extra("lm_eval", "llm")
     chat = tokenizer.chat_template is not None
-    examples = {str(split): to_prompts(task, rows[split], str(split), chat=chat) for split in rows}
-    seen = {split: some for split, some in examples.items() if split != "train"}
-
-    def make_trainer(model: Any, arguments: TrainingArguments, callbacks: Sequence[TrainerCallback]) -> Trainer:
-        from trl import SFTConfig, SFTTrainer
-
-        assert isinstance(arguments, SFTConfig)
-        if arguments.completion_only_loss is None:
-            arguments.completion_only_loss = True
-        if arguments.max_length == SFTConfig.max_length:  # as it was made: the user did not say
-            arguments.max_length = options.max_length
-        try:
-            trainer = SFTTrainer(
-                model=model,
-                args=arguments,
-                train_dataset=examples["train"],
-                eval_dataset=seen if len(seen) > 1 else next(iter(seen.values()), None),  # pyright: ignore[reportArgumentType]
-                processing_class=tokenizer,
-                callbacks=list(callbacks),
-            )
-        except ValueError as error:  # what TRL refuses, such as an adapter on the output head
-            raise OptionError(" ".join(str(error).split())) from error
-        if not arguments.packing:
-            _check_room(trainer, {split: len(some) for split, some in examples.items()}, arguments.max_length)
-        return trainer
-
-    def measure(trainer: Trainer) -> dict[str, float]:
-        batch_size = trainer.args.per_device_eval_batch_size
-        if "harness" in task.options:
-            asked = {key: task.options[key] for key in ("include_path", "limit", "num_fewshot") if key in task.options}
-            return judge_model(trainer.model, tokenizer, [task.options["harness"]], batch_size=batch_size, **asked)
-        numbers: dict[str, float] = {}
-        for split, some in seen.items():
-            answers = generate(
-                *(trainer.model, tokenizer, [_encode(tokenizer, dict(row)) for row in some]),
-                batch_size=batch_size,
-                max_new_tokens=options.max_target_length,
-            )
-            right = [_is_right(answer.strip(), dict(row)) for answer, row in zip(answers, some, strict=True)]
-            numbers[f"{split}_exact_match"] = sum(right) / len(right)
-        return numbers
-
-    return Prepared(make_trainer, measure)
+    examples = {
+        str(split): to_texts(task, some, str(split))
+        if "text" in task.columns
+        else to_prompts(task, some, str(split), chat=chat)
+        for split, some in rows.items()
+    }
+    measured = {split: some for split, some in examples.items() if split != "train"}
+    measure = partial(_measure_answers, tokenizer, options, measured)
+    if "text" in task.columns:
+        measure = partial(_measure_loss, list(measured))
+    elif "harness" in task.options:
+        measure = partial(_measure_by_harness, task, tokenizer)
+    return Prepared(partial(_make_trainer, tokenizer, options, examples), measure)
 
 
-def _check_room(trainer: SFTTrainer, given: Mapping[str, int], max_length: int | None) -> None:
-    """Say which rows TRL dropped because their prompt fills ``max_length``: it does so without a word."""
-    evaluated: Any = trainer.eval_dataset
-    splits = evaluated if isinstance(evaluated, dict) else {split: evaluated for split in given if split != "train"}
-    for split, rows in {"train": trainer.train_dataset, **splits}.items():
+def _make_trainer(
+    tokenizer: PreTrainedTokenizerBase,
+    options: RowOptions,
+    examples: Mapping[str, Dataset],
+    model: Any,
+    arguments: TrainingArguments,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
+    from trl import SFTConfig, SFTTrainer
+
+    assert isinstance(arguments, SFTConfig)
+    measured = {split: some for split, some in examples.items() if split != "train"}
+    if "text" in examples["train"].column_names:
+        arguments.dataset_text_field = "text"
+    elif arguments.completion_only_loss is None:
+        arguments.completion_only_loss = True
+    if arguments.max_length == SFTConfig.max_length:  # the user did not set it
+        arguments.max_length = options.max_length
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=examples["train"],
+            eval_dataset=measured if len(measured) > 1 else next(iter(measured.values()), None),  # pyright: ignore[reportArgumentType]
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
+    except ValueError as error:  # what TRL refuses, such as an adapter on the output head
+        raise OptionError(" ".join(str(error).split())) from error
+    if not arguments.packing:
+        _check_lengths(trainer, {split: len(some) for split, some in examples.items()}, arguments.max_length)
+    return trainer
+
+
+def _check_lengths(trainer: SFTTrainer, given: Mapping[str, int], max_length: int | None) -> None:
+    """Warn of rows that TRL drops silently because their prompt fills ``max_length``, and of those that it cuts."""
+    for split, rows in {"train": trainer.train_dataset, **_tokenised(trainer, given)}.items():
         kept: list[list[int]] = rows["input_ids"]  # pyright: ignore
         dropped, full = given[split] - len(kept), sum(len(ids) == max_length for ids in kept)
         if not kept:
             raise DataError(f"the prompts of the split {split!r} fill max_length={max_length}; raise max_length")
-        if dropped or full:
-            warnings.warn(
-                f"max_length={max_length} drops {dropped} of {given[split]} rows of the split {split!r}, whose prompts "
-                f"fill it, and cuts up to {full} completions; raise max_length",
-                WeightLoraWarning,
-                stacklevel=3,
-            )
+        lost = [f"drops {dropped} rows whose prompts fill it"] if dropped else []
+        lost += [f"cuts up to {full} rows at their end"] if full else []
+        if lost:
+            text = f"of {given[split]} rows of the split {split!r}, max_length={max_length} {' and '.join(lost)}"
+            warnings.warn(f"{text}; raise max_length", WeightLoraWarning, stacklevel=3)
+
+
+def _tokenised(trainer: Trainer, splits: Iterable[str]) -> dict[str, Any]:
+    """The measured splits as the trainer holds them: one data set, a dict of several, or None."""
+    held: Any = trainer.eval_dataset
+    if isinstance(held, dict):
+        return held  # pyright: ignore[reportUnknownVariableType]
+    return {} if held is None else {split: held for split in splits if split != "train"}
+
+
+# -- measures --------------------------------------------------------------------------------------------------------
+
+
+def _measure_loss(splits: Iterable[str], trainer: Trainer) -> dict[str, float]:
+    """Return the loss of each split and its perplexity, exp(loss), as ``run_clm.py`` of transformers does.
+
+    The loss is the mean over batches of the mean over their tokens.
+    """
+    numbers: dict[str, float] = {}
+    for split, rows in _tokenised(trainer, splits).items():
+        loss = trainer.evaluate(rows, metric_key_prefix=split)[f"{split}_loss"]
+        numbers |= {f"{split}_loss": loss, f"{split}_perplexity": math.exp(min(loss, 700.0))}  # no overflow
+    return numbers
+
+
+def _measure_by_harness(task: Task, tokenizer: PreTrainedTokenizerBase, trainer: Trainer) -> dict[str, float]:
+    given = {key: task.options[key] for key in ("include_path", "limit", "num_fewshot") if key in task.options}
+    batch_size = trainer.args.per_device_eval_batch_size
+    return judge_model(trainer.model, tokenizer, [task.options["harness"]], batch_size=batch_size, **given)
+
+
+def _measure_answers(
+    tokenizer: PreTrainedTokenizerBase, options: RowOptions, splits: Mapping[str, Dataset], trainer: Trainer
+) -> dict[str, float]:
+    """Return the share of rows of each split whose greedy answer is right."""
+    numbers: dict[str, float] = {}
+    for split, rows in splits.items():
+        answers = generate(
+            *(trainer.model, tokenizer, [_encode(tokenizer, dict(row)) for row in rows]),
+            batch_size=trainer.args.per_device_eval_batch_size,
+            max_new_tokens=options.max_target_length,
+        )
+        right = [_is_right(answer.strip(), dict(row)) for answer, row in zip(answers, rows, strict=True)]
+        numbers[f"{split}_exact_match"] = sum(right) / len(right)
+    return numbers
 
 
 def _is_right(answer: str, row: Mapping[str, Any]) -> bool:
@@ -169,9 +224,6 @@ def _is_right(answer: str, row: Mapping[str, Any]) -> bool:
         return solves(answer, row["entry"])
     completion = row["completion"]
     return answer == (completion if isinstance(completion, str) else completion[-1]["content"]).strip()
-
-
-# -- answers ---------------------------------------------------------------------------------------------------------
 
 
 def generate(
@@ -188,8 +240,8 @@ def generate(
         model: A language model, with or without adapters.
         tokenizer: Its tokenizer; it must have a padding token.
         prompts: Their tokens.
-        batch_size: Prompts at once; they are sorted by length, and padded on the left.
-        max_new_tokens: Where an answer ends that has not ended itself.
+        batch_size: Prompts a batch. Prompts are sorted by length and padded on the left.
+        max_new_tokens: The most tokens of an answer.
     """
     import torch
     from tqdm import tqdm
@@ -201,7 +253,9 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=_ends(model, tokenizer),
     )
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the largest first: what fits, fits to the end
+    order = sorted(
+        range(len(prompts)), key=lambda i: -len(prompts[i])
+    )  # the largest first: out of memory at once or never
     answers = [""] * len(prompts)
     training = model.training
     model.eval()
@@ -222,7 +276,7 @@ def generate(
 
 
 def _encode(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
-    """The tokens of a row's prompt, up to where the answer starts."""
+    """Return the tokens of a row's prompt, up to where the answer starts."""
     if isinstance(row["prompt"], str):
         return tokenizer(row["prompt"])["input_ids"]
     options = {"add_generation_prompt": True, "return_dict": True, **row["chat_template_kwargs"]}
@@ -230,7 +284,7 @@ def _encode(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, which is trained on, and those that the model came with."""
+    """Return the tokens that end an answer: the tokenizer's, which training uses, and the base model's own."""
     known: Any = model.generation_config.eos_token_id
     own: Any = tokenizer.eos_token_id
     return sorted({own, *(known if isinstance(known, list) else [known])} - {None})

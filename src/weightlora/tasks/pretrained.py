@@ -1,10 +1,10 @@
-"""Models and tokenizers by name or folder, with a fresh head that depends on a seed alone."""
+"""Models and tokenizers by name or folder; the weights of a new head depend on a seed only."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import DataError
+from weightlora.errors import DataError, require_extra
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def load_pretrained(auto_class: str, path: str | Path, *, seed: int, **options: Any) -> PreTrainedModel:
-    """Return a model; weights that its files lack, such as a new head, are drawn from ``seed``.
+    """Return a pretrained model; weights that its files lack, such as a new head, are drawn from ``seed``.
 
     Args:
         auto_class: Name of transformers' loader, such as ``"AutoModelForCausalLM"``.
@@ -23,12 +23,14 @@ def load_pretrained(auto_class: str, path: str | Path, *, seed: int, **options: 
 
     Raises:
         DataError: There is no such model, it has no such head, or a package that it needs is missing.
+        MissingPackageError: ``gguf_file`` is given and the package ``gguf`` is not installed.
     """
     import torch
     import transformers
 
     if options.get("gguf_file") is not None:
-        # Plain weights, whatever kernels are installed: transformers' Trainer refuses GGUF's own blocks.
+        require_extra("gguf", "llm")
+        # Plain weights, whatever kernels are installed: transformers' Trainer does not train GGUF's own blocks.
         options.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 TASK_TYPE = "QUESTION_ANS"
 
-#: What a window keeps for its measure and the model does not see: its tokens' characters, its "no answer", its row.
-_ASIDE = ("offsets", "cls", "row")
-#: The share of rows whose answer may stand elsewhere than its ``answer_start`` says; real data has a few.
+#: What the metrics need of a window and the model does not: its tokens' characters, its "no answer" token, its row.
+_EXTRA_COLUMNS = ("offsets", "cls", "row")
+#: The share of rows whose answer may be elsewhere than its ``answer_start`` says; real data has a few.
 _MISPLACED = 0.01
 
 
@@ -51,7 +51,7 @@ def load_model(
     Args:
         path: A folder or a hub name.
         task: The task.
-        rows: Its rows; nothing of the head depends on them.
+        rows: Its rows; the head does not depend on them.
         seed: Decides the head's random weights; the global generators are left as they were.
         from_pretrained: Passed on, such as ``dtype``.
 
@@ -71,47 +71,64 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
         options: ``max_length`` and ``doc_stride``.
 
     Raises:
-        DataError: The answers are not of SQuAD's form, or do not stand where they say.
-        OptionError: The tokenizer is slow, or ``doc_stride`` leaves a window nothing new.
+        DataError: The answers are not of SQuAD's form, or not at their ``answer_start``.
+        OptionError: The tokenizer is slow, or a window would add nothing to the one before (``doc_stride``).
     """
     if not tokenizer.is_fast:
         raise OptionError(
-            f"{type(tokenizer).__name__} cannot tell the characters of a token; give a model with a fast tokenizer"
+            f"{type(tokenizer).__name__} does not give the characters of a token; give a model with a fast tokenizer"
         )
     for split in rows:
         _check_answers(task, str(split), rows[split])
-    train = _windows(task, rows["train"], tokenizer, options, aside=False)
+    train = _windows(task, rows["train"], tokenizer, options, extra=False)
     measured = {str(split): rows[split] for split in rows if split != "train"}
-    windows = {split: _windows(task, some, tokenizer, options, aside=True) for split, some in measured.items()}
-    seen = {split: some.remove_columns(list(_ASIDE)) for split, some in windows.items()}
+    windows = {split: _windows(task, some, tokenizer, options, extra=True) for split, some in measured.items()}
+    seen = {split: some.remove_columns(list(_EXTRA_COLUMNS)) for split, some in windows.items()}
+    return Prepared(
+        make_trainer=partial(_make_trainer, tokenizer, train, seen),
+        measure=partial(_measure, task, measured, windows, seen),
+    )
 
-    def make_trainer(model: Any, arguments: TrainingArguments, callbacks: Sequence[TrainerCallback]) -> Trainer:
-        from transformers import DataCollatorWithPadding, Trainer
 
-        return Trainer(
-            model=model,
-            args=arguments,
-            data_collator=DataCollatorWithPadding(tokenizer),
-            train_dataset=train,
-            eval_dataset=seen if len(seen) > 1 else next(iter(seen.values()), None),  # pyright: ignore[reportArgumentType]
-            processing_class=tokenizer,
-            callbacks=list(callbacks),
-            preprocess_logits_for_metrics=_span_logits,  # pyright: ignore[reportArgumentType]  # tuples pass too
-        )
+def _make_trainer(
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    seen: Mapping[str, Dataset],
+    model: Any,
+    arguments: TrainingArguments,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
+    from transformers import DataCollatorWithPadding, Trainer
 
-    def measure(trainer: Trainer) -> dict[str, float]:
-        numbers: dict[str, float] = {}
-        for split, some in measured.items():
-            logits = trainer.predict(seen[split]).predictions  # pyright: ignore[reportArgumentType]
-            scores = _scores(task, some, windows[split], logits)
-            numbers |= {f"{split}_{name}": score for name, score in scores.items()}
-        return numbers
+    return Trainer(
+        model=model,
+        args=arguments,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        train_dataset=train,  # pyright: ignore[reportArgumentType]
+        eval_dataset=dict(seen) if len(seen) > 1 else next(iter(seen.values()), None),  # pyright: ignore[reportArgumentType]
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        preprocess_logits_for_metrics=_span_logits,  # pyright: ignore[reportArgumentType]  # tuples pass too
+    )
 
-    return Prepared(make_trainer, measure)
+
+def _measure(
+    task: Task,
+    measured: Mapping[str, Dataset],
+    windows: Mapping[str, Dataset],
+    seen: Mapping[str, Dataset],
+    trainer: Trainer,
+) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for split, some in measured.items():
+        logits = trainer.predict(seen[split]).predictions  # pyright: ignore[reportArgumentType]
+        scores = _scores(task, some, windows[split], logits)
+        numbers |= {f"{split}_{name}": score for name, score in scores.items()}
+    return numbers
 
 
 def _span_logits(outputs: Any, _labels: Any) -> Any:
-    """Leave out what an encoder-decoder answers beside the two logits: its states are large."""
+    """Return the two logits only: an encoder-decoder's other outputs, its states, are large."""
     return outputs[:2]
 
 
@@ -146,18 +163,18 @@ def _well_formed(answers: Any) -> bool:
 
 
 def _windows(
-    task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, options: RowOptions, *, aside: bool
+    task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase, options: RowOptions, *, extra: bool
 ) -> Dataset:
-    """Return one row a window: tokens, positions of the answer and, if wanted, what is kept aside."""
-    cut = partial(_cut, columns=task.columns, tokenizer=tokenizer, options=options, aside=aside)
+    """Return a row for each window: tokens, positions of the answer and, with ``extra``, what the metrics need."""
+    cut = partial(_cut, columns=task.columns, tokenizer=tokenizer, options=options, extra=extra)
     return rows.map(cut, batched=True, with_indices=True, remove_columns=rows.column_names, desc="tokens")
 
 
 def _cut(
-    batch: Any, numbers: list[int], columns: Any, tokenizer: Any, options: RowOptions, aside: bool
+    batch: Any, numbers: list[int], columns: Any, tokenizer: Any, options: RowOptions, extra: bool
 ) -> dict[str, list[Any]]:
     questions = [text.lstrip() for text in batch[columns["question"]]]  # SQuAD has some with thousands of blanks
-    _check_room(questions, tokenizer, options)
+    _check_lengths(questions, tokenizer, options)
     right = tokenizer.padding_side == "right"
     texts = (questions, batch[columns["context"]])
     tokens = tokenizer(
@@ -167,11 +184,11 @@ def _cut(
         stride=options.doc_stride,
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
-        padding=False if right else "max_length",  # padding on the left later on would move the positions
+        padding=False if right else "max_length",  # later padding on the left would shift the positions
     )
     samples, every_offset = tokens.pop("overflow_to_sample_mapping"), tokens.pop("offset_mapping")
     made: dict[str, list[Any]] = {key: list(values) for key, values in tokens.items()}
-    added = ("start_positions", "end_positions", *(_ASIDE if aside else ()))
+    added = ("start_positions", "end_positions", *(_EXTRA_COLUMNS if extra else ()))
     made |= {key: [] for key in added}
     for i, sample in enumerate(samples):
         ours = [part == int(right) for part in tokens.sequence_ids(i)]
@@ -183,18 +200,18 @@ def _cut(
     return made
 
 
-def _check_room(questions: Sequence[str], tokenizer: Any, options: RowOptions) -> None:
+def _check_lengths(questions: Sequence[str], tokenizer: Any, options: RowOptions) -> None:
     longest = max(len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"])
-    room = options.max_length - tokenizer.num_special_tokens_to_add(pair=True) - longest
-    if options.doc_stride >= room:
+    left = options.max_length - tokenizer.num_special_tokens_to_add(pair=True) - longest
+    if options.doc_stride >= left:
         raise OptionError(
-            f"doc_stride={options.doc_stride} must be smaller than the {room} tokens that max_length="
-            f"{options.max_length} leaves beside a question of {longest}; lower doc_stride or raise max_length"
+            f"doc_stride={options.doc_stride} must be smaller than the {left} tokens that max_length="
+            f"{options.max_length} leaves after a question of {longest}; lower doc_stride or raise max_length"
         )
 
 
 def _cls_position(ids: list[int], tokenizer: Any) -> int:
-    """Where "no answer" is: at the CLS token, else at the start of the text, as in ``run_qa.py``."""
+    """Return the position of "no answer": the CLS token, else the start of the text, as in ``run_qa.py``."""
     for special in (tokenizer.cls_token_id, tokenizer.bos_token_id):
         if special is not None and special in ids:
             return ids.index(special)

@@ -1,4 +1,4 @@
-"""The rows of a task: from the hub, from a saved ``datasets`` folder, or from the user's own files, one schema."""
+"""The rows of a task: from the hub, from a saved ``datasets`` folder, or from the user's own files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import DataError, OptionError
+from weightlora.errors import DataError, OptionError, require_extra
 from weightlora.tasks.base import Task
 from weightlora.text import closest
 
@@ -22,7 +22,7 @@ _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parqu
 
 @dataclass(frozen=True)
 class Source:
-    """Where the rows come from; nothing at all stands for the task's own data set on the hub."""
+    """Where the rows come from; by default the task's own data set."""
 
     dataset_name: str | None = None
     """Hub name, or a folder that ``datasets`` can load."""
@@ -62,7 +62,7 @@ def with_columns(task: Task, columns: Sequence[str]) -> Task:
     return replace(task, columns=changed)
 
 
-def load_rows(task: Task, source: Source, *, seed: int = 0) -> DatasetDict:
+def load_rows(task: Task, source: Source, *, seed: int = 0, measured: bool = True) -> DatasetDict:
     """Return the splits ``"train"`` and ``task.eval_splits``, each checked for the task's columns.
 
     With the user's own files there is one evaluation split, ``"validation"``. Training rows that are held out are one
@@ -71,19 +71,23 @@ def load_rows(task: Task, source: Source, *, seed: int = 0) -> DatasetDict:
     Args:
         task: The task.
         source: Where the rows come from.
-        seed: Decides the rows that are made or drawn here: puzzles and the embedded sentences.
+        seed: Decides the rows that are generated or drawn here: puzzles and the embedded sentences.
+        measured: False returns the training rows only, and needs no others.
 
     Raises:
         DataError: A file, split or column is missing, or a split is empty.
+        MissingPackageError: The package ``datasets`` is not installed.
         OptionError: The task has no data of its own and none was given, or more rows are held out than there are.
     """
+    require_extra("datasets", "tasks")
     from datasets import DatasetDict
 
     if source.max_train_samples is not None:
         source = replace(source, max_train_samples=source.max_train_samples + source.held_out_samples)
-    splits = _files(source) if source.train_file else _dataset(task, source, seed)
+    splits = _files(source, measured) if source.train_file else _dataset(task, source, seed)
     wanted = {"train": source.max_train_samples}
-    wanted |= dict.fromkeys(("validation",) if source.train_file else task.eval_splits, source.max_eval_samples)
+    if measured:
+        wanted |= dict.fromkeys(("validation",) if source.train_file else task.eval_splits, source.max_eval_samples)
     checked: Any = DatasetDict()
     for name, most in wanted.items():
         if name not in splits:
@@ -100,24 +104,26 @@ def load_rows(task: Task, source: Source, *, seed: int = 0) -> DatasetDict:
 
 def _hold_out(rows: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
     if not 0 < count < len(rows):
-        raise OptionError(f"held_out_samples={count} is not allowed: give 0 to {len(rows) - 1}, some rows must be left")
+        raise OptionError(
+            f"held_out_samples={count} is not allowed: give 0 to {len(rows) - 1}, so that rows to train on are left"
+        )
     parts = rows.train_test_split(test_size=count, seed=seed)
     return parts["train"], parts["test"]
 
 
-def _files(source: Source) -> Mapping[str, Dataset]:
-
-    if source.validation_file is None:
-        raise OptionError("train_file needs a validation_file: what is measured must not have been trained on")
+def _files(source: Source, measured: bool) -> Mapping[str, Dataset]:
+    if measured and source.validation_file is None:
+        raise OptionError("train_file needs a validation_file: rows to measure on that are not trained on")
+    files = {"train": source.train_file, **({"validation": source.validation_file} if measured else {})}
     splits: dict[str, Dataset] = {}
-    for name, file in (("train", source.train_file), ("validation", source.validation_file)):
+    for name, file in files.items():
         path = Path(str(file))
         reader = _READERS.get(path.suffix)
         if reader is None:
-            raise DataError(f"{path} ends with {path.suffix!r}; give {', '.join(_READERS)}")
+            raise DataError(f"{path} ends with {path.suffix!r}; give a file that ends with {', '.join(_READERS)}")
         if not path.is_file():
             raise DataError(f"there is no file {path}")
-        splits[name] = _load(reader, data_files={name: str(path)})[name]
+        splits[name] = _load(str(path), reader, data_files={name: str(path)})[name]
     return splits
 
 
@@ -138,11 +144,11 @@ def _dataset(task: Task, source: Source, seed: int) -> Any:
     if (Path(name) / "dataset_dict.json").is_file():  # what DatasetDict.save_to_disk wrote
         return load_from_disk(name)
     subset = source.dataset_config_name or (task.subset if source.dataset_name is None else None)
-    return _load(name, subset)
+    return _load(" ".join(filter(None, (name, subset))), name, subset)
 
 
 def _generator_settings(text: str | None) -> dict[str, Any]:
-    """``"min_terms=2 max_terms=3"`` as a dict."""
+    """Return ``"min_terms=2 max_terms=3"`` as a dict."""
     import yaml
 
     settings: dict[str, Any] = {}
@@ -165,15 +171,14 @@ def _embedded(source: Source, seed: int) -> Any:
     return DatasetDict({name: Dataset.from_list(split) for name, split in rows.items()})
 
 
-def _load(*arguments: Any, **named: Any) -> Any:
+def _load(what: str, *arguments: Any, **named: Any) -> Any:
     from datasets import load_dataset
 
     try:
         return load_dataset(*arguments, **named)
-    except Exception as error:  # the readers raise whatever pandas, pyarrow or the hub's client do
-        where = " ".join(str(part) for part in (*arguments, *named.values()) if part)
+    except Exception as error:  # the readers raise whatever pandas, pyarrow or the hub's client raise
         reason = next(iter(str(error).splitlines()), "it has no rows")  # an empty file ends in a bare StopIteration
-        raise DataError(f"cannot load {where}: {reason}") from error
+        raise DataError(f"cannot load {what}: {reason}") from error
 
 
 def _check_columns(task: Task, split: str, present: Sequence[str]) -> None:

@@ -1,49 +1,73 @@
-"""Any method of the registry in an existing script: ``method = weightlora.method_for(trainer, "adalora")``.
+"""Any method on a transformers or TRL trainer, in one line before ``trainer.train()``.
 
-trainer → its own batches and loss → method → the trainer's model with that method's adapters, its callbacks registered
+plan = weightlora.select_for(trainer, keep=0.5)                # WeightLoRA; expand=True is WeightLoRA+
+method = weightlora.method_for(trainer, "adalora", init_r=12)  # any other method
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import Trainer
 
 from weightlora.errors import OptionError
 from weightlora.fast.dropout import Dropout
-from weightlora.fast.enable import enable_fast_lora
-from weightlora.methods import Method, entry_of, make_method, options_of
-from weightlora.methods.base import ExpandedMethod, trains_stock
+from weightlora.fast.enable import enable_fast_lora, fast_dropout
+from weightlora.files import writable_folder
+from weightlora.methods import Method, MethodEntry, entry_of, make_method, options_of
+from weightlora.methods.base import planned_method
 from weightlora.methods.common.export import cast_trained, take_tuner
+from weightlora.model.checkpointing import release_inputs
 from weightlora.model.distributed import from_first, process_count
+from weightlora.model.layers import without_adapters
 from weightlora.model.restore import seeded
-from weightlora.selection.warmup import peeked
-from weightlora.trainer.loader import micro_batches, micro_loss, planned_steps, quiet_copy
+from weightlora.plan.budget import Keep
+from weightlora.plan.plan import AdapterPlan
+from weightlora.selection.batches import peeked
+from weightlora.selection.rules import rule_of, settings_of
+from weightlora.trainer.guard import PLAN_FILE, PlanGuard, guarded, keep_plan, lora_of, require_fresh, stored_plan
+from weightlora.trainer.loader import losses, micro_batches, micro_loss, optimizer_steps, planned_steps, quiet_copy
 from weightlora.trainer.placement import placed, require_heads, require_weights
-from weightlora.trainer.select_for import PLAN_FILE, PlanGuard, keep_plan, lora_of, require_fresh
 
 
 def method_for(
-    trainer: Trainer, name: str, *, seed: int | None = None, fast: Dropout | None = None, **options: Any
+    trainer: Trainer,
+    name: str = "weightlora",
+    *,
+    lora: LoraConfig | None = None,
+    seed: int | None = None,
+    fast: Dropout | None = None,
+    **options: Any,
 ) -> Method:
-    """Put the adapters of a method on the trainer's model, and let the trainer call what the method does in training.
+    """Return the method that ``trainer`` is about to train with; its model carries that method's adapters.
 
-    The method looks at the trainer's own batches through the trainer's own loss. Its plan is written to
-    ``output_dir/plan.json`` and into every checkpoint; after ``trainer.train()``, ``method.export(trainer.model)``
-    returns stock LoRA.
+    Methods that choose sites use the trainer's own data loader, collator, loss, precision and gradient accumulation.
+    The plan is written to ``output_dir/plan.json`` at once and into every checkpoint. Where WeightLoRA finds a plan
+    there that was made with the same options, it uses that plan instead of a new warm-up: a resumed run has the same
+    structure.
+
+    Works with transformers' ``Trainer`` and ``Seq2SeqTrainer`` and TRL's ``SFTTrainer`` and ``DPOTrainer``. Methods
+    that train plain LoRA also work in several processes. When the training is over, ``method.export(trainer.model)``
+    turns the model into stock LoRA; for methods that train plain LoRA it already is.
 
     Args:
-        trainer: A trainer that has not trained yet, on a PEFT model with fresh LoRA adapters: the budget.
+        trainer: A trainer that has not trained yet. Its model is a PEFT model with fresh LoRA adapters, and stays the
+            same object; or it has no adapters and ``lora`` is given.
         name: One of :data:`weightlora.METHODS`.
+        lora: The adapters wanted, where the trainer's model has none: plain LoRA on all candidates, the budget.
         seed: Decides all random numbers; None takes the trainer's.
-        fast: Train with the step of :func:`weightlora.enable_fast_lora`, with this ``dropout``; None is PEFT's.
-        options: The method's own.
+        fast: Warm-up and training use the step of :func:`weightlora.enable_fast_lora`, with this ``dropout``; None
+            leaves it to the model, on which it may be enabled already.
+        options: The method's own, such as ``keep`` and ``rule``.
 
     Raises:
-        OptionError: There is no such method or option, the trainer is not fresh, or ``output_dir`` holds another plan.
+        OptionError: There is no such method or option, the trainer has trained, is wrapped or has an optimizer, its
+            adapters are trained, there is no LoRA, or ``output_dir`` holds a plan made with other options.
+        SelectionError: See :func:`weightlora.select`. The trainer then refuses to train: it would train plain LoRA.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -58,33 +82,114 @@ def method_for(
         >>> len(method.plan.names), trainer.model is model
         (1, True)
     """
+    entry = entry_of(name)
+    lora = lora_of(trainer, lora)
+    guard = guarded(trainer)
+    fast = fast_dropout(trainer.model) if fast is None else fast  # pyright: ignore[reportArgumentType]
+    seed = trainer.args.seed if seed is None else seed
+    defaults = _defaults(trainer, entry, seed, fast)
+    given = {**{k: v for k, v in defaults.items() if k in options_of(name)}, **options}
+    method = make_method(name, **given)
+    _require_possible(trainer, entry, fast)
+    if entry.reuses_plan:
+        stored = from_first(partial(stored_plan, _plan_path(trainer), lora, _asked(name, given)))
+        if stored is not None:
+            return _attach(trainer, planned_method(stored), guard, lora, (), seed=seed, fast=fast)
+    from_first(partial(writable_folder, _plan_path(trainer).parent))
+    batches = _batches(trainer, entry, seed)
+    return _attach(trainer, method, guard, lora, batches, seed=seed, fast=fast, whole=entry.trains == "lora")
+
+
+def select_for(
+    trainer: Trainer, *, keep: Keep = 0.5, expand: bool = False, lora: LoraConfig | None = None, **options: Any
+) -> AdapterPlan:
+    """Return the plan for what ``trainer`` is about to train; its model carries exactly the planned adapters.
+
+    The same as ``method_for(trainer, "weightlora", keep=keep, ...).plan``.
+
+    Args:
+        trainer: As in :func:`method_for`.
+        keep: As in :func:`weightlora.select`.
+        expand: WeightLoRA+: give the kept sites the freed rank; see :meth:`AdapterPlan.expand`.
+        lora: As in :func:`method_for`.
+        options: Further arguments of :func:`method_for` and :func:`weightlora.select`: rule, steps, seed, lr, fast, ...
+
+    Raises:
+        OptionError: See :func:`method_for`.
+        SelectionError: See :func:`method_for`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+        >>> base = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 160
+        >>> quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
+        >>> trainer = Trainer(base, TrainingArguments(str(tmp_path), max_steps=1, **quiet), train_dataset=rows)
+        >>> plan = select_for(trainer, lora=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), keep=1)
+        >>> len(plan.names), type(trainer.model).__name__
+        (1, 'PeftModelForCausalLM')
+    """
+    name = "weightlora_plus" if expand else "weightlora"
+    return method_for(trainer, name, lora=lora, keep=keep, **options).plan
+
+
+def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int, fast: Dropout | None = None) -> Method:
+    """Give the trainer's PEFT model exactly the adapters of a plan that was made before, freshly initialised.
+
+    Args:
+        trainer: A trainer that has not trained yet, on a PEFT model with fresh LoRA adapters.
+        plan: Made for the trainer's base model.
+        seed: Decides A's random start.
+        fast: As in :func:`method_for`.
+
+    Raises:
+        OptionError: The trainer is not fresh, or ``output_dir`` holds another plan.
+        PlanMismatchError: The plan was made for another model.
+    """
     lora = lora_of(trainer, None)
     require_fresh(trainer)
-    arguments = trainer.args
-    seed = arguments.seed if seed is None else seed
-    quiet = quiet_copy(trainer)
-    given = {"seed": seed, "lr": arguments.learning_rate, "loss_fn": micro_loss(quiet), "fast": fast}
-    method = make_method(name, **{k: v for k, v in given.items() if k in options_of(name)}, **options)
-    _require_possible(trainer, method, name, fast)
-    total = planned_steps(trainer)
-    batches: Any = ()
-    if entry_of(name).hears != "nothing":
-        require_weights(trainer)
-        with seeded(seed):  # the loader's order must not depend on the adapters
-            _, batches = peeked(micro_batches(quiet))
+    plan.check_sites(trainer.model)  # pyright: ignore[reportArgumentType]
+    guard = guarded(trainer)
+    return _attach(trainer, planned_method(plan), guard, lora, (), seed=seed, fast=fast)
 
-    guard = PlanGuard()
-    trainer.add_callback(guard)
+
+def _attach(
+    trainer: Trainer,
+    method: Method,
+    guard: PlanGuard,
+    lora: LoraConfig,
+    batches: Iterable[Any],
+    *,
+    seed: int,
+    fast: Dropout | None,
+    whole: bool = True,
+) -> Method:
+    """Let the method put its adapters on the trainer's model, which stays the same object where it is a PEFT model.
+
+    Args:
+        trainer: A fresh trainer.
+        method: It reads ``batches`` and attaches.
+        guard: The trainer's.
+        lora: The adapters wanted.
+        batches: What the method reads.
+        seed: Decides the adapters' random start.
+        fast: The fast step's dropout.
+        whole: Give the method the PEFT model as the trainer has it; else the base model in it.
+    """
     model: Any = trainer.model
-    (dtype, *others) = {p.dtype for p in model.parameters() if p.requires_grad}
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    total_steps = planned_steps(trainer)
     with placed(trainer), seeded(seed):
-        attached: PeftModel = method.attach(model.base_model.unload(), lora, batches, total)
-    if not others:  # TRL's choice for quantised models, or the user's
-        cast_trained(attached, dtype)
-    take_tuner(model, attached)
+        attached = method.attach(model if whole else without_adapters(model), lora, batches, total_steps)
+    if isinstance(model, PeftModel):
+        if len(trained) == 1:  # TRL's choice for quantised models, or the user's
+            cast_trained(attached, trained.pop())
+        take_tuner(model, attached)
+    else:
+        trainer.model = trainer.model_wrapped = trainer.callback_handler.model = attached  # pyright: ignore
     if fast is not None:
-        enable_fast_lora(model, fast)
-    from_first(partial(keep_plan, method.plan, Path(str(arguments.output_dir)) / PLAN_FILE))
+        enable_fast_lora(trainer.model, fast)  # pyright: ignore[reportArgumentType]
+    from_first(partial(keep_plan, method.plan, _plan_path(trainer)))
     for callback in method.callbacks():
         trainer.add_callback(callback)
     require_heads(trainer)
@@ -92,12 +197,56 @@ def method_for(
     return method
 
 
-def _require_possible(trainer: Trainer, method: Method, name: str, fast: Dropout | None) -> None:
-    """Raise where something else than stock LoRA would be trained in a model that is wrapped or parted, or fast."""
-    if fast is not None and isinstance(method, ExpandedMethod):
-        raise OptionError(f"fast={fast!r}: {name} does not train plain LoRA, whose step that is; leave fast out")
+def _defaults(trainer: Trainer, entry: MethodEntry, seed: int, fast: Dropout | None) -> dict[str, Any]:
+    """What methods take from the trainer, unless the user says otherwise."""
+    arguments, quiet = trainer.args, quiet_copy(trainer)
+    return {
+        "seed": seed,
+        "lr": arguments.learning_rate,
+        "loss_fn": losses(quiet) if entry.batch == "step" else micro_loss(quiet),
+        "fast": fast,
+        "progress": not arguments.disable_tqdm,
+    }
+
+
+def _asked(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a stored plan must have been made with."""
+    rule = rule_of(options.get("rule", "first_order"))
+    settings = {"keep": 0.5, "steps": None, "alpha": "scale", **options}
+    expand = {"expand": settings["alpha"] if name == "weightlora_plus" else False}
+    names = ("keep", "steps", "lr", "seed", "fast")
+    return {**{key: settings[key] for key in names}, **settings_of(rule), "rule": rule.name, **expand}
+
+
+def _batches(trainer: Trainer, entry: MethodEntry, seed: int) -> Iterable[Any]:
+    """The training's own batches, drawn in the order that the seed decides; none where the method reads none."""
+    if entry.reads == "nothing":
+        return ()
+    require_weights(trainer)
+    model: Any = trainer.model
+    if trainer.args.activation_checkpointing:  # as trainer.train() will do
+        given: Any = trainer.args.activation_checkpointing_kwargs
+        settings: dict[str, Any] = dict(given or {})
+        placing = {key: settings.pop(key) for key in ("every_n_layers", "offload") if key in settings}
+        model.activation_checkpointing_enable(settings or None, **placing)
+    release_inputs(model)  # as PlanGuard will do
+    quiet = quiet_copy(trainer)
+    with seeded(seed):  # before anything else is drawn: the loader's order must not depend on the adapters
+        _, batches = peeked(optimizer_steps(quiet) if entry.batch == "step" else micro_batches(quiet))
+    return batches
+
+
+def _plan_path(trainer: Trainer) -> Path:
+    return Path(str(trainer.args.output_dir)) / PLAN_FILE
+
+
+def _require_possible(trainer: Trainer, entry: MethodEntry, fast: Dropout | None) -> None:
+    """Raise where a method cannot train in a sharded or copied model, or with the fast step."""
+    if fast is not None and entry.trains == "other":
+        raise OptionError(f"fast={fast!r}: {entry.name} does not train LoRA's A and B; leave fast out")
     parted = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if not trains_stock(method) and (process_count() > 1 or parted):
+    if entry.trains != "lora" and (process_count() > 1 or parted):
         raise OptionError(
-            f"{name} does not train stock LoRA from beginning to end, which works in one process only; run it in one"
+            f"{entry.name} does not train stock LoRA from beginning to end, which works in one process only; run it in "
+            "one"
         )

@@ -1,4 +1,4 @@
-"""Methods that act while a trainer trains: one callback for all, their state beside the checkpoint, silence impossible.
+"""The callback of methods that act during training; it saves their state and warns if it is missing.
 
 A mover's averages and masks are written to ``checkpoint-N/method_state.safetensors``, never into the adapter.
 """
@@ -22,31 +22,31 @@ STATE_FILE = "method_state.safetensors"
 
 
 class Mover(Protocol):
-    """What a method does during training."""
+    """A method's actions during training."""
 
     def begin(self, total_steps: int) -> None:
-        """Before the first step of a training of ``total_steps``."""
+        """Act before the first step of a training of ``total_steps``."""
         ...
 
     def before_step(self, step: int) -> None:
-        """Before optimizer step ``step`` (1-based), with the gradients as they are after clipping."""
+        """Act before optimizer step ``step`` (1-based), when gradients are clipped."""
         ...
 
     def after_step(self, step: int) -> None:
-        """After optimizer step ``step`` (1-based), while the gradients are still there."""
+        """Act after optimizer step ``step`` (1-based), before gradients are cleared."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed training needs beside the weights."""
+        """Return what a resumed training needs besides the weights."""
         ...
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Set what :meth:`state` returned."""
         ...
 
 
 class MoverCallback(TrainerCallback):
-    """Lets a trainer call a mover once an optimizer step, also under accumulation, and keeps its state."""
+    """Makes a trainer call a mover in each optimizer step, also under accumulation, and saves the mover's state."""
 
     def __init__(self, mover: Mover) -> None:
         self.mover = mover
@@ -54,7 +54,7 @@ class MoverCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start, or go on from the checkpoint that the trainer has loaded.
+        """Start, or resume from the checkpoint that the trainer has loaded.
 
         Raises:
             OptionError: The weights of another step would be loaded at the end.
@@ -71,17 +71,17 @@ class MoverCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the method look at the gradients."""
+        """Call the mover before the step."""
         self.mover.before_step(state.global_step + 1)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the method act; the trainer counts this step only afterwards."""
+        """Call the mover after the step; the trainer has not counted it yet."""
         self.mover.after_step(state.global_step + 1)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the method's state beside the weights."""
+        """Save the mover's state in the checkpoint."""
         if state.is_world_process_zero:
             write_state(self.mover.state(), _state_path(args, state))
 
@@ -95,7 +95,7 @@ def write_state(state: dict[str, Tensor], path: Path) -> None:
 
 
 def take_up(callbacks: Sequence[TrainerCallback], checkpoint: Path, total_steps: int) -> None:
-    """Let movers be where they were at ``checkpoint``, the last of a training of ``total_steps``, without a trainer.
+    """Restore movers from ``checkpoint``, the last of a training of ``total_steps``, without a trainer.
 
     Raises:
         DataError: The checkpoint has no state of the method.
@@ -107,10 +107,10 @@ def take_up(callbacks: Sequence[TrainerCallback], checkpoint: Path, total_steps:
 
 
 def warn_unless_begun(modules: Sequence[nn.Module], what: str) -> Callable[[], None]:
-    """Warn, once, when one of ``modules`` is trained before the function that is returned was called.
+    """Warn once if one of ``modules`` is trained before the returned function was called.
 
     Args:
-        modules: The tuner and the model in it; which of them is called depends on the model's task.
+        modules: The tuner and the model in it; the model's task decides which of them is called.
         what: Name of the method.
 
     Example:
@@ -121,7 +121,7 @@ def warn_unless_begun(modules: Sequence[nn.Module], what: str) -> Callable[[], N
         torch.Size([1, 1])
     """
 
-    def watch(module: nn.Module, _inputs: Any) -> None:
+    def check(module: nn.Module, _inputs: Any) -> None:
         if module.training and torch.is_grad_enabled():
             remove()
             warnings.warn(
@@ -135,13 +135,13 @@ def warn_unless_begun(modules: Sequence[nn.Module], what: str) -> Callable[[], N
         for handle in handles:
             handle.remove()
 
-    handles = [module.register_forward_pre_hook(watch) for module in modules]
+    handles = [module.register_forward_pre_hook(check) for module in modules]
     return remove
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise DataError(f"{path} is missing: a training cannot go on without the method's averages and masks")
+        raise DataError(f"{path} is missing: training cannot resume without the method's averages and masks")
     return load_file(path)
 
 

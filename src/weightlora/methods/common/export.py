@@ -1,4 +1,4 @@
-"""Stock LoRA from whatever a method trained: ΔW = scale·B·A on each site, the rank what is left of it."""
+"""Stock LoRA from what a method trained: ΔW = scale·B·A on each site, of the remaining rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from weightlora.plan.plan import AdapterPlan
 
 @dataclass(frozen=True)
 class Factors:
-    """What a site's adapter adds: ΔW = scale·B·A."""
+    """The update of a site's adapter, ΔW = scale·B·A."""
 
     a: Tensor  # (r, in)
     b: Tensor  # (out, r)
@@ -26,12 +26,12 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """Components that are left; 0 = no adapter."""
+        """Remaining components; 0 = no adapter."""
         return int(self.a.shape[0])
 
 
 def layer_factors(layer: Any) -> Factors:
-    """What a LoRA layer computes with, also where its A and B are made of other parameters."""
+    """Return A, B and scale of a LoRA layer, also if A and B are computed from other parameters."""
     a, b = _weights(layer)
     return Factors(a.detach(), b.detach(), layer.scaling["default"])
 
@@ -59,14 +59,14 @@ def factors_plan(plan: AdapterPlan, factors: Mapping[str, Factors]) -> AdapterPl
 
 @torch.no_grad()
 def become_stock(model: PeftModel, plan: AdapterPlan, factors: Mapping[str, Factors]) -> PeftModel:
-    """Give ``model`` stock LoRA adapters that hold ``factors``; it stays the same object and has the same logits.
+    """Replace the adapters of ``model`` by stock LoRA that holds ``factors``; the object and its logits stay the same.
 
-    Modules that PEFT trains whole keep what they learned, beside the untouched originals.
+    Modules that PEFT trains whole keep their trained and their original weights.
 
     Args:
         model: A PEFT model with any tuner.
-        plan: What :func:`factors_plan` gave.
-        factors: One a site; those of rank 0 are left out.
+        plan: The result of :func:`factors_plan`.
+        factors: One for each site; those of rank 0 are left out.
     """
     learned = [wrapper.modules_to_save["default"].state_dict() for _, wrapper in _wrappers(model)]
     base: nn.Module = model.get_base_model()
@@ -86,18 +86,18 @@ def become_stock(model: PeftModel, plan: AdapterPlan, factors: Mapping[str, Fact
 
 
 def take_tuner(model: PeftModel, other: PeftModel) -> None:
-    """Let ``model`` stay the same object with the adapters of ``other``: trainers and callbacks hold it already."""
+    """Give ``model`` the adapters of ``other``; it stays the same object, which trainers and callbacks refer to."""
     model.base_model = other.base_model
     model.set_adapter("default")
 
 
 def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give everything of ``model`` that is trained one number type."""
+    """Cast all trained parameters of ``model`` to one number type."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype=dtype)
     for layer in model.modules():
-        if isinstance(layer, VeraLayer):  # which multiplies them with its frozen projections
+        if isinstance(layer, VeraLayer):  # multiplies them with its frozen projections
             projections: Any = (layer.vera_A, layer.vera_B)
             for projection in projections:
                 projection["default"] = projection["default"].to(dtype=dtype)

@@ -1,7 +1,7 @@
-"""How much the loss would notice if a site's ΔW were gone: Σ|ΔW∘∂L/∂ΔW|, without a matrix of ΔW's size kept.
+"""A site's sensitivity Σ|ΔW∘∂L/∂ΔW|, an estimate of what removing ΔW costs, without a matrix of ΔW's size.
 
-∂L/∂ΔW = gᵀ·x, with x the site's input and g the gradient of its output. Both pass by in a backward pass, and the sum is
-made a block of rows at a time.
+∂L/∂ΔW = gᵀ·x, with x the site's input and g the gradient of its output. Both are known in the backward pass, and the
+sum is computed for a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
-_ENTRIES = 2**20  # of ∂L/∂ΔW that are there at once
+_ENTRIES = 2**20  # entries of ∂L/∂ΔW computed at once
 
 
-def listen(layer: Any, hear: Callable[[Tensor, Tensor], None]) -> list[RemovableHandle]:
-    """Let each backward pass call ``hear(x, g)`` with what A was given and the gradient of the layer's output.
+def watch_backward(layer: Any, call: Callable[[Tensor, Tensor], None]) -> list[RemovableHandle]:
+    """Make each backward pass call ``call(x, g)`` with A's input and the gradient of the layer's output.
 
-    No tensor lives longer: autograd holds x for A's gradient until then.
+    This keeps no tensor longer: autograd holds x for A's gradient until then.
     """
     given: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
         given.append(output.detach())
 
-    def wait(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    def attach(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
         x = given.pop()
         if output.requires_grad:
-            output.register_hook(partial(hear, x))
+            output.register_hook(partial(call, x))
 
-    return [layer.lora_dropout["default"].register_forward_hook(keep), layer.register_forward_hook(wait)]
+    return [layer.lora_dropout["default"].register_forward_hook(keep), layer.register_forward_hook(attach)]
 
 
 @torch.no_grad()
 def sensitivity(layer: Any, x: Tensor, gradient: Tensor) -> Tensor:
-    """Return I = Σ|ΔW∘G| / √(d_out·d_in) with G = gᵀ·x, a block of rows of ΔW and G at a time.
+    """Return I = Σ|ΔW∘G| / √(d_out·d_in) with G = gᵀ·x, computed in blocks of rows.
 
     Args:
         layer: The site's adapter.
-        x: What A was given, (..., in).
+        x: A's input, (..., in).
         gradient: g of the layer's output, (..., out).
     """
     a, b, e = (matrix["default"].detach() for matrix in (layer.lora_A, layer.lora_B, layer.lora_E))

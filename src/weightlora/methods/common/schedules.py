@@ -1,4 +1,4 @@
-"""When ranks move during training, and by how much: pure functions of the step."""
+"""Schedules of methods that change ranks during training: pure functions of the step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from weightlora.errors import OptionError
 
 
 def cubic_budget(step: int, *, begin: int, end: int, high: int, low: int) -> int:
-    """Return the ranks that are left at ``step``: from ``high`` at ``begin`` to ``low`` at ``end``, fast at first.
+    """Return the ranks at ``step`` on a cubic curve from ``high`` at ``begin`` to ``low`` at ``end``, fast at first.
 
     low + (high − low)·(1 − (step − begin)/(end − begin))³, rounded down (AdaLoRA, Zhang et al. 2023, section 3.3).
 
@@ -22,7 +22,7 @@ def cubic_budget(step: int, *, begin: int, end: int, high: int, low: int) -> int
 
 
 def window(begin: float, end: float, total_steps: int) -> tuple[int, int]:
-    """Return the first and the last step in which ranks move, from shares of the training.
+    """Return the first and the last step in which ranks change, from shares of the training.
 
     Raises:
         OptionError: There is no step between them.
@@ -41,7 +41,7 @@ def window(begin: float, end: float, total_steps: int) -> tuple[int, int]:
 
 
 def growth(scores: Sequence[float], ranks: Sequence[int], *, total: int, count: int, max_r: int) -> list[int]:
-    """Return what each site gains: ``count`` by falling score, as long as ``total`` lasts, and again if it does.
+    """Return how many ranks each site gains: ``count`` by falling score, repeated until ``total`` is spent.
 
     Example:
         >>> growth([1.0, 3.0, 2.0], [1, 3, 1], total=4, count=2, max_r=4)
@@ -49,7 +49,7 @@ def growth(scores: Sequence[float], ranks: Sequence[int], *, total: int, count: 
     """
     gains, left = [0] * len(ranks), total
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    assert total <= sum(max_r - rank for rank in ranks), "there is room for the budget"
+    assert total <= sum(max_r - rank for rank in ranks), "max_r allows the total"
     while left:
         for i in order:
             gain = min(count, left, max_r - ranks[i] - gains[i])
@@ -59,7 +59,7 @@ def growth(scores: Sequence[float], ranks: Sequence[int], *, total: int, count: 
 
 
 def require_window(begin: float, end: float) -> None:
-    """Raise unless ``begin`` and ``end`` are shares of a training, one after the other.
+    """Raise unless ``begin`` and ``end`` are increasing shares of a training.
 
     Raises:
         OptionError: They are not.

@@ -1,4 +1,4 @@
-"""The singular triplets of a frozen layer's weight, W0 = Σ_j σ_j·u_j·v_jᵀ, as factors that an adapter can have."""
+"""Singular triplets of a frozen layer's weight, W0 = Σ_j σ_j·u_j·v_jᵀ, as factors of an adapter."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def singular_factors(layer: LoraLayer, which: slice) -> tuple[Tensor, Tensor]:
     """Return A = √Σ·Vᵀ (r, in) and B = U·√Σ (out, r) of some triplets of the base layer's weight, in fp32.
 
     Args:
-        layer: A LoRA layer; of a quantised weight, what it stands for is taken.
-        which: Of the triplets as they fall: ``slice(8)`` for the eight largest, ``slice(-8, None)`` for the smallest.
+        layer: A LoRA layer; a quantised weight is dequantised.
+        which: Triplets by falling σ: ``slice(8)`` for the eight largest, ``slice(-8, None)`` for the smallest.
 
     Example:
         >>> from peft.tuners.lora import Linear

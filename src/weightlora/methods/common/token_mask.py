@@ -1,4 +1,4 @@
-"""Which rows of a layer's activations are tokens of the batch, and not padding or something else.
+"""Rows of a layer's activations that are tokens of the batch, not padding or something else.
 
 Legend of the shapes: b rows of the batch, s tokens a row, d features, n counted tokens.
 """
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 @dataclass
 class TokenRows:
-    """Picks the counted rows out of an activation of the forward pass that is running."""
+    """Selects the counted rows of an activation in the current forward pass."""
 
     masks: list[Tensor] = field(default_factory=list[Tensor])  # (b, s), true where a token counts
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the rows of ``x`` that count, (n, d).
 
-        Where the batch has masks and none fits an activation of three dimensions, its rows are no tokens of the
-        batch, and none counts: DeBERTa's query and key projections are called a second time on positions.
+        An activation of three dimensions that fits none of the batch's masks has no tokens, and none counts: DeBERTa
+        calls its query and key projections a second time on positions.
         """
         flat = x.flatten(0, -2)
         for mask in self.masks:
@@ -34,15 +34,15 @@ class TokenRows:
 
 @contextmanager
 def counted_tokens(model: nn.Module, *, labelled: bool = False) -> Generator[TokenRows]:
-    """Watch what ``model`` is called with, for the length of the block, and know which tokens count.
+    """Yield a function that selects the tokens among a layer's rows, while ``model`` runs inside the block.
 
-    Those of ``attention_mask`` do; in an encoder–decoder those of the target with a label do as well. Where there is
-    no mask all rows count. Source and target are told apart by their lengths: where these are equal, the source's
-    mask serves for both.
+    Tokens of ``attention_mask`` count, and in an encoder–decoder those of the target with a label. Without a mask all
+    rows count. Source and target are distinguished by their lengths; if these are equal, the source's mask is used for
+    both.
 
     Args:
         model: Called with keyword arguments, as trainers do.
-        labelled: Of a decoder's tokens only those with a label count.
+        labelled: Only a decoder's tokens with a label count.
 
     Example:
         >>> import torch

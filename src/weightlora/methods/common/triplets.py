@@ -1,7 +1,7 @@
 """Adapters as sums of triplets, ΔW = s·B·diag(e)·A, each of which can be switched off: PEFT's AdaLoRA layers.
 
-AdaLoRA and Dynamic LoRA start with more triplets than the budget pays for and set numbers e to 0, IncreLoRA with fewer
-and sets them free; what is on at the end is stock LoRA.
+AdaLoRA and Dynamic LoRA start with more triplets than the budget and set numbers e to 0. IncreLoRA starts with fewer
+and trains further e later. The triplets that are on at the end become stock LoRA.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def attach_triplets(
         lora: The budget.
         sites: All candidates.
         init_r: Triplets of a site.
-        alpha: ``"scale"`` gives each the strength alpha/r of plain LoRA, ``"keep"`` is alpha/init_r.
-        name: Of the method, for its errors.
+        alpha: ``"scale"`` scales each by alpha/r as in plain LoRA, ``"keep"`` by alpha/init_r.
+        name: The method's name, for errors.
         schedule: Further fields of PEFT's ``AdaLoraConfig``.
 
     Raises:
@@ -42,9 +42,7 @@ def attach_triplets(
     """
     require_uniform(name, lora)
     if init_r <= lora.r:
-        raise OptionError(
-            f"init_r={init_r} is not allowed: give more than r={lora.r}, which is what is left at the end"
-        )
+        raise OptionError(f"init_r={init_r} is not allowed: give more than r={lora.r}, the rank at the end")
     if alpha not in ("scale", "keep"):
         raise OptionError(f"alpha={alpha!r} is not allowed: give 'scale' or 'keep'")
     config = AdaLoraConfig(
@@ -58,20 +56,20 @@ def attach_triplets(
     attached: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     layers: dict[str, Any] = dict(lora_layers(attached))
     for layer in layers.values():
-        # Under a bf16 base, or one on a GPU, PEFT makes a new parameter of it, which would be trained, not saved.
+        # With a bf16 base or one on a GPU, PEFT makes a new parameter of it that would be trained and not saved.
         count = layer.ranknum["default"].detach().float().fill_(init_r)
         layer.ranknum["default"] = nn.Parameter(count, requires_grad=False)
     return attached
 
 
 def triplet_plan(model: nn.Module, lora: LoraConfig, sites: Sequence[Site], init_r: int, **record: Any) -> AdapterPlan:
-    """The plan of a model at the start: ``init_r`` triplets on all sites."""
+    """Return the plan of a model at the start: ``init_r`` triplets on all sites."""
     plan = make_plan(sites, lora, [site.name for site in sites], base_model=base_model_name(model), **record)
     return replace(plan, entries=tuple(replace(e, r=init_r) for e in plan.entries))
 
 
 def plan_under(plan: AdapterPlan, masks: Mapping[str, Tensor] | None) -> AdapterPlan:
-    """The plan with the triplets that ``masks`` leave on; None leaves all."""
+    """Return the plan with only the triplets that ``masks`` leave on; None leaves all on."""
     if masks is None:
         return plan
     return replace(plan, entries=tuple(replace(e, r=int(masks[e.site.name].sum())) for e in plan.entries))
@@ -97,7 +95,7 @@ def export_triplets(model: PeftModel, plan: AdapterPlan, *, budget: int, name: s
 
 
 def triplet_factors(layer: Any) -> Factors:
-    """B·diag(e)·A of the triplets with e ≠ 0, times PEFT's scale alpha/(init_r + 1e-5)."""
+    """Return B·diag(e)·A of the triplets with e ≠ 0, times PEFT's scale alpha/(init_r + 1e-5)."""
     a, b, e = (matrix["default"].detach() for matrix in (layer.lora_A, layer.lora_B, layer.lora_E))
     kept = e.flatten() != 0
     return Factors((e * a)[kept], b[:, kept], layer.scaling["default"] / (layer.ranknum["default"].item() + 1e-5))
@@ -111,7 +109,7 @@ def switch_off(layer: Any, mask: Tensor) -> None:
 
 
 def orthogonality_gradient(rows: Tensor) -> Tensor:
-    """Return the gradient of ‖R·Rᵀ − I‖_F by R (r, d): 2·(R·Rᵀ − I)·R / ‖R·Rᵀ − I‖_F.
+    """Return the gradient of ‖R·Rᵀ − I‖_F with respect to R (r, d): 2·(R·Rᵀ − I)·R / ‖R·Rᵀ − I‖_F.
 
     Example:
         >>> orthogonality_gradient(torch.tensor([[2.0, 0.0]]))
@@ -125,7 +123,7 @@ def require_steps(name: str, attached: int, trained: int) -> None:
     """Raise unless the training takes the number of steps that the schedule was made for.
 
     Raises:
-        OptionError: It takes another.
+        OptionError: It takes another number.
     """
     if attached != trained:
         raise OptionError(

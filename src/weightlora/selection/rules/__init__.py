@@ -1,1 +1,71 @@
-"""Rules that score the sites, one file each."""
+"""Rules that score the sites, one file each; a new one is a file and a line here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from weightlora.errors import OptionError
+from weightlora.text import closest
+
+if TYPE_CHECKING:
+    from weightlora.selection.rules.base import Rule
+
+
+@dataclass(frozen=True)
+class RuleEntry:
+    """A line of the registry: a name that users give, and the class that it stands for."""
+
+    name: str
+    summary: str
+    file: str
+    rule: str
+    """Name of the class in ``weightlora.selection.rules.<file>``."""
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What the name sets, where it is not the class's default."""
+
+
+RULES = (
+    RuleEntry("first_order", "size of the mean gradient of B at B = 0", "first_order", "FirstOrder"),
+    RuleEntry("stoiht", "gates under a hard threshold, after a new head was trained", "stoiht", "StoIHT"),
+    RuleEntry("paper", "the same without training the head first: the paper", "stoiht", "StoIHT", {"head_steps": 0}),
+)
+
+
+def rule_of(rule: str | Rule, **settings: Any) -> Rule:
+    """Return the rule of that name, or the given rule, with ``settings`` changed.
+
+    Args:
+        rule: One of :data:`RULES`, or a rule object.
+        settings: Fields of the rule, such as ``gate_lr``.
+
+    Raises:
+        OptionError: There is no such rule or setting, or a value is out of its range.
+
+    Example:
+        >>> rule_of("paper", gate_lr=1.0)
+        StoIHT(gate_lr=1.0, threshold_every=1, threshold='magnitude', head_steps=0)
+    """
+    known = {entry.name: entry for entry in RULES}
+    if isinstance(rule, str):
+        if rule not in known:
+            raise OptionError(f"rule={rule!r} is not allowed{closest(rule, known)}: give one of {', '.join(known)}")
+        entry = known[rule]
+        made: Rule = getattr(import_module(f"weightlora.selection.rules.{entry.file}"), entry.rule)(**entry.settings)
+    else:
+        made = rule
+    fields = [f.name for f in dataclasses.fields(made)]
+    for name in settings:
+        if name not in fields:
+            raise OptionError(
+                f"rule {made.name} has no setting {name!r}{closest(name, fields)}; it has {', '.join(fields)}"
+            )
+    return dataclasses.replace(made, **settings)
+
+
+def settings_of(rule: Rule) -> dict[str, Any]:
+    """Return the rule's settings by name, as a plan records them."""
+    return dataclasses.asdict(rule)

@@ -1,20 +1,90 @@
-"""Hard thresholding and the StoIHT step of the paper (section 2, Appendix B): pure functions on tensors.
+"""The rule of the paper: gates trained by stochastic iterative hard thresholding (section 2, Appendix B).
 
-Every vector stands in the order of the sites' sorted names, so that equal values are told apart by name.
+Every vector is in the order of the sites' sorted names, so that ties are broken by name.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+import torch
+
+from weightlora.model.gates import gated
+from weightlora.selection.rules.base import Scores, require, require_head_steps
+from weightlora.selection.stage import let_train
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from weightlora.cost.knapsack import CostBudget
     from weightlora.plan.budget import Budget
+    from weightlora.selection.stage import Stage
 
 Threshold = Literal["magnitude", "signed"]
 THRESHOLDS: tuple[str, ...] = get_args(Threshold)
+
+
+@dataclass(frozen=True)
+class StoIHT:
+    """Train A, B, the head and one gate ω per site; after each step keep the gates that fit the budget (the paper).
+
+    The paper's algorithm is ``StoIHT(head_steps=0)``, in short ``rule="paper"``.
+
+    Args:
+        gate_lr: η, the step size of ω in units of ω per unit of gradient. The paper gives none; the authors' code has
+            5.0.
+        threshold_every: Steps between thresholds: 1 is the paper; a number of at least T thresholds once, at the end.
+        threshold: ``"magnitude"`` keeps the largest |ω| (the paper, Appendix B), ``"signed"`` the largest ω (the
+            authors' code).
+        head_steps: Steps in which a new head is trained alone first; None: 20 where there is a head, else 0.
+
+    Raises:
+        OptionError: A value is out of its range.
+
+    Example:
+        >>> StoIHT(threshold_every=20)
+        StoIHT(gate_lr=5.0, threshold_every=20, threshold='magnitude', head_steps=None)
+    """
+
+    gate_lr: float = 5.0
+    threshold_every: int = 1
+    threshold: Threshold = "magnitude"
+    head_steps: int | None = None
+    name: ClassVar[str] = "stoiht"
+    knobs: ClassVar[tuple[str, ...]] = ("gate_lr", "steps")
+
+    def __post_init__(self) -> None:
+        every: object = self.threshold_every
+        whole = isinstance(every, int) and every >= 1  # pyright: ignore[reportUnnecessaryIsInstance]
+        require(whole, f"threshold_every={every!r}", "a whole number, 1 (the paper) or more")
+        require(self.threshold in THRESHOLDS, f"threshold={self.threshold!r}", f"one of {', '.join(THRESHOLDS)}")
+        require(0 < self.gate_lr < float("inf"), f"gate_lr={self.gate_lr}", "a positive number")
+        require_head_steps(self.head_steps)
+
+    def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:
+        """Return the gates after T steps; ω of a dropped site is 0."""
+        trained = [*stage.parameters("lora_A"), *stage.parameters("lora_B"), *stage.head]
+        let_train(stage, trained)
+        optimizer = torch.optim.AdamW(trained, lr=stage.lr)
+        history: list[tuple[float, ...]] = []
+        moved = torch.zeros(len(stage.layers), dtype=torch.bool)
+        with gated(stage.layers) as gates:
+            for step in range(1, steps + 1):
+                stage.backward("gates", step, [*trained, *gates.ears])
+                cut = step % self.threshold_every == 0 or step == steps
+                gradient = gates.gradient
+                moved |= gradient != 0
+                limit = budget if cut else None
+                omega = stoiht_step(gates.omega, gradient, gate_lr=self.gate_lr, budget=limit, threshold=self.threshold)
+                optimizer.step()
+                gates.write(omega)
+                optimizer.zero_grad()
+                gates.clear()
+                history.append(tuple(omega.tolist()))
+        final = history[-1]
+        sizes = tuple(map(abs, final)) if self.threshold == "magnitude" else final
+        return Scores(tuple(history), tuple(moved.tolist()), sizes)
 
 
 def hard_threshold(omega: Tensor, budget: Budget | CostBudget, *, threshold: Threshold = "magnitude") -> Tensor:

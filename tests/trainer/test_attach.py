@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from ruled import ruled
 from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
@@ -29,6 +30,7 @@ from weightlora.errors import OptionError, SelectionError
 from weightlora.fast.enable import fast_coverage, fast_dropout
 from weightlora.model.layers import lora_layers
 from weightlora.plan.plan import AdapterPlan
+from weightlora.selection.rules.first_order import FirstOrder
 from weightlora.tasks.classification import encode
 from weightlora.tasks.embedded import rotten_tomatoes, smollm2
 
@@ -169,7 +171,7 @@ def logits(model, batch):
 def test_the_line_ends_in_a_planned_stock_adapter(any_trainer, base, tmp_path):
     trainer = any_trainer("run")
     the_users, all_sites = trainer.model, set(lora_layers(trainer.model))
-    plan = weightlora.select_for(trainer, keep=0.5, head_steps=0)
+    plan = weightlora.select_for(trainer, keep=len(all_sites) // 2, rule=FirstOrder(head_steps=0))
     assert 0 < 2 * len(plan.names) == len(all_sites)
     assert trainer.model is the_users  # whoever holds the model holds the planned one
     assert set(lora_layers(trainer.model)) == set(plan.names) < all_sites
@@ -211,7 +213,7 @@ def test_the_line_is_the_only_difference(any_trainer):
     for with_line in (False, True):
         trainer = any_trainer(f"run{with_line}")
         if with_line:
-            weightlora.select_for(trainer, head_steps=0)
+            weightlora.select_for(trainer, rule=FirstOrder(head_steps=0))
         before = torch.get_rng_state()
         seen = Batches(trainer.model).seen
         trainer.train()
@@ -224,7 +226,7 @@ def test_the_line_is_the_only_difference(any_trainer):
     assert not all(torch.equal(batches[0], b) for b in batches[1:])
 
 
-@pytest.mark.parametrize("options", [{}, {"rule": "stoiht", "head_steps": 0}], ids=["default", "paper"])
+@pytest.mark.parametrize("options", [{}, {"rule": "paper"}], ids=["default", "paper"])
 def test_the_plan_is_that_of_select_on_the_same_batches(make_classifier, options):
     trainer = make_classifier(learning_rate=2e-3)
     reference, lora = deepcopy(trainer.model), trainer.model.peft_config["default"]
@@ -263,9 +265,9 @@ def scores(trainer, **options):
     return torch.tensor(list(weightlora.select_for(trainer, **options).scores.values()))
 
 
-def test_accumulation_hears_what_one_large_batch_hears(minilm, make_classifier):
+def test_accumulation_gives_the_scores_of_one_large_batch(minilm, make_classifier):
     """4 × 4 rows are 1 × 16: the same gradients but for the order of fp32 sums."""
-    options = {"head_steps": 0, "steps": 6}
+    options = ruled(head_steps=0, steps=6)
     without_dropout(minilm)
     whole = scores(make_classifier("a", per_device_train_batch_size=16), **options)
     parts = scores(make_classifier("b", per_device_train_batch_size=4, gradient_accumulation_steps=4), **options)
@@ -278,24 +280,26 @@ def test_accumulation_hears_what_one_large_batch_hears(minilm, make_classifier):
 def test_accumulation_counts_tokens_as_the_training_does(chat_tokenizer, tmp_path):
     """Answers have one or two digits: a mean of micro-batch means would weigh tokens unequally."""
 
-    def heard(folder, rows, accumulate):
+    def scored(folder, rows, accumulate):
         arguments = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulate}
         return scores(sft(chat_tokenizer, tmp_path / folder, **arguments), steps=6)
 
-    whole = heard("a", 8, 1)
-    torch.testing.assert_close(heard("b", 2, 4), whole, rtol=1e-4, atol=0)
-    assert not torch.allclose(heard("c", 2, 1), whole, rtol=1e-2)  # negative control
+    whole = scored("a", 8, 1)
+    torch.testing.assert_close(scored("b", 2, 4), whole, rtol=1e-4, atol=0)
+    assert not torch.allclose(scored("c", 2, 1), whole, rtol=1e-2)  # negative control
 
 
 def test_gradient_checkpointing_changes_nothing(make_classifier):
-    plain = weightlora.select_for(make_classifier("a"), head_steps=0, steps=4)
-    checkpointed = weightlora.select_for(make_classifier("b", gradient_checkpointing=True), head_steps=0, steps=4)
+    plain = weightlora.select_for(make_classifier("a"), rule=FirstOrder(head_steps=0), steps=4)
+    checkpointed = weightlora.select_for(
+        make_classifier("b", gradient_checkpointing=True), rule=FirstOrder(head_steps=0), steps=4
+    )
     assert checkpointed.history == plain.history
 
 
 def test_bf16_keeps_nearly_the_same_sites(make_classifier):
-    plain = weightlora.select_for(make_classifier("a"), head_steps=0, steps=8)
-    rounded = weightlora.select_for(make_classifier("b", bf16=True), head_steps=0, steps=8)
+    plain = weightlora.select_for(make_classifier("a"), rule=FirstOrder(head_steps=0), steps=8)
+    rounded = weightlora.select_for(make_classifier("b", bf16=True), rule=FirstOrder(head_steps=0), steps=8)
     assert rounded.history != plain.history  # the precision did reach the warm-up
     assert plain.jaccard(rounded) >= 0.8
 
@@ -306,7 +310,7 @@ def test_the_fast_step_stays_on(make_classifier, fast):
     trainer = make_classifier()
     if fast is None:
         weightlora.enable_fast_lora(trainer.model, dropout="rank")
-    plan = weightlora.select_for(trainer, fast=fast, head_steps=0, steps=2)
+    plan = weightlora.select_for(trainer, fast=fast, rule=FirstOrder(head_steps=0), steps=2)
     assert fast_coverage(trainer.model).covered == plan.names
     assert fast_dropout(trainer.model) == plan.options["fast"] == "rank"
     trainer.train()
@@ -338,7 +342,7 @@ def test_a_trainer_without_adapters_takes_a_config(make_classifier):
 
 def test_a_second_start_takes_the_stored_plan(make_classifier, monkeypatch):
     plan = weightlora.select_for(make_classifier())
-    monkeypatch.setattr("weightlora.trainer.select_for.select", lambda *_, **__: pytest.fail("a second warm-up"))
+    monkeypatch.setattr("weightlora.methods.weightlora.select", lambda *_, **__: pytest.fail("a second warm-up"))
     trainer = make_classifier()
     assert weightlora.select_for(trainer) == plan
     assert set(lora_layers(trainer.model)) == set(plan.names)
@@ -351,7 +355,7 @@ def test_a_second_start_takes_the_stored_plan(make_classifier, monkeypatch):
     [
         ({"keep": 3}, "keep=0.5 there, 3 now"),
         ({"rule": "stoiht"}, "rule='first_order' there, 'stoiht' now"),
-        ({"expand": True}, "expand=False there, True now"),
+        ({"expand": True}, "expand=False there, 'scale' now"),
         ({"seed": 9}, "seed=3 there, 9 now"),
         ({"lr": 1.0}, "lr=5e-05 there, 1.0 now"),
         ({"steps": 7}, "steps=20 there, 7 now"),
@@ -421,7 +425,7 @@ def test_a_wrapped_model_is_refused(make_classifier):
 def test_a_second_call_is_refused(make_classifier):
     trainer = make_classifier()
     weightlora.select_for(trainer)
-    with pytest.raises(OptionError, match="has run on this trainer"):
+    with pytest.raises(OptionError, match="has a plan already"):
         weightlora.select_for(trainer)
 
 

@@ -1,0 +1,102 @@
+"""A recipe → its trainer: rows, tokenizer, base model, and plain LoRA on all candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from weightlora.model.sites import TASK_HEADS, find_sites
+from weightlora.runs.recipe import Recipe, TaskOptions
+from weightlora.tasks import find_task, kind_of
+from weightlora.tasks.base import Prepared, RowOptions, Task
+from weightlora.tasks.embedded import embedded_model
+from weightlora.tasks.pretrained import load_tokenizer
+from weightlora.tasks.rows import Source, load_rows, with_columns
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback
+
+
+def make_trainer(
+    recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), *, measured: bool = True
+) -> tuple[Prepared, Trainer]:
+    """Return the recipe's trainer, on the base model with plain LoRA on all candidates, and what measures it.
+
+    Raises:
+        DataError: Rows or model are missing or malformed.
+    """
+    task = _task(recipe.task)
+    kind = kind_of(task)
+    rows = load_rows(task, _source(recipe.task), seed=recipe.training.data_seed or 0, measured=measured)
+    path, loading = _pretrained(recipe, kind.TASK_TYPE)
+    tokenizer = load_tokenizer(path, **{k: v for k, v in loading.items() if k in ("gguf_file", "revision")})
+    prepared = kind.prepare(task, rows, tokenizer, _row_options(recipe.task))
+    base = kind.load_model(path, task, rows, seed=recipe.training.seed, **loading)
+    return prepared, prepared.make_trainer(_with_lora(base, recipe, kind.TASK_TYPE), recipe.training, callbacks)
+
+
+def _task(options: TaskOptions) -> Task:
+    task = with_columns(find_task(options.task), options.columns)
+    if options.harness_path is not None:
+        task = replace(task, options={**task.options, "include_path": options.harness_path})
+    return task
+
+
+def _source(options: TaskOptions) -> Source:
+    names = ("dataset_name", "dataset_config_name", "train_file", "validation_file")
+    return Source(
+        **{name: getattr(options, name) for name in names},
+        max_train_samples=options.max_train_samples,
+        max_eval_samples=options.max_eval_samples,
+        held_out_samples=options.held_out_samples,
+    )
+
+
+def _row_options(options: TaskOptions) -> RowOptions:
+    return RowOptions(options.max_seq_length, options.max_target_length, options.doc_stride, options.num_beams)
+
+
+def _pretrained(recipe: Recipe, task_type: str) -> tuple[str, dict[str, Any]]:
+    """The model's path and what ``from_pretrained`` is told beside it."""
+    from transformers import BitsAndBytesConfig
+
+    options = recipe.model
+    path, gguf = embedded_model(options.model_name_or_path) or (options.model_name_or_path, options.gguf_file)
+    loading: dict[str, Any] = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+    if gguf is not None:
+        loading["gguf_file"] = gguf
+    if options.model_revision != "main":
+        loading["revision"] = options.model_revision
+    if options.load_in_8bit or options.load_in_4bit:
+        whole = [*TASK_HEADS.get(task_type, ()), *recipe.method.lora_modules_to_save]
+        loading["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=options.load_in_8bit,
+            load_in_4bit=options.load_in_4bit,
+            bnb_4bit_quant_type="nf4",
+            # What is trained whole cannot be quantised; by itself transformers spares a head only if it has no bias.
+            llm_int8_skip_modules=[*whole, "lm_head"] if whole else None,
+        )
+    return path, loading
+
+
+def _with_lora(base: Any, recipe: Recipe, task_type: str) -> Any:
+    """Put the budget on the model: plain LoRA on all candidates, of which the plan keeps some."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    options = recipe.method
+    if recipe.model.load_in_8bit or recipe.model.load_in_4bit:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    targets: Any = options.lora_target_modules or None
+    lora = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        modules_to_save=options.lora_modules_to_save or None,
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+        task_type=task_type,
+    )
+    lora.target_modules = [site.name for site in find_sites(base, lora).sites]
+    return get_peft_model(base, lora)

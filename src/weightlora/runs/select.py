@@ -1,0 +1,43 @@
+"""A recipe → its plan, and nothing else: what ``weightlora select`` does."""
+
+from __future__ import annotations
+
+import os
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from weightlora.errors import OptionError
+from weightlora.files import writable_folder
+from weightlora.plan.plan import AdapterPlan
+from weightlora.runs.recipe import Recipe
+from weightlora.runs.train import plan, prepare
+from weightlora.trainer.guard import PLAN_FILE
+
+
+def select_plan(recipe: Recipe) -> AdapterPlan:
+    """Return the plan that ``weightlora train`` would train, and write it to ``output_dir/plan.json``.
+
+    A plan that is there is replaced once the new one is made.
+
+    Args:
+        recipe: Model, task, method and training arguments.
+
+    Raises:
+        OptionError: This is one of several processes, or an option does not fit.
+        DataError: Rows or model are missing or malformed.
+        SelectionError: See :func:`weightlora.select`.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError(
+            f"weightlora select is one process, and this is one of {os.environ['WORLD_SIZE']}; start it without "
+            "torchrun or accelerate, or let `weightlora train` select with all of them (docs/guides/distributed.md)"
+        )
+    writable_folder(recipe.output_dir)
+    with TemporaryDirectory() as scratch:  # a trainer reuses the plan that it finds in its own folder
+        training = copy(recipe.training)
+        training.output_dir = str(Path(scratch) / "run")
+        made = plan(prepare(replace(recipe, training=training), measured=False)).plan
+    made.save(recipe.output_dir / PLAN_FILE)
+    return made

@@ -1,0 +1,76 @@
+"""What a rule is: it scores every site by a few warm-up steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from weightlora.errors import OptionError
+
+if TYPE_CHECKING:
+    from weightlora.cost.knapsack import CostBudget
+    from weightlora.plan.budget import Budget
+    from weightlora.selection.stage import Stage
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores that a rule found, in the order of the sites' names."""
+
+    history: tuple[tuple[float, ...], ...]
+    """The scores after each step; the last ones count."""
+    has_gradient: tuple[bool, ...]
+    """Whether the loss depended on the site at all."""
+    sizes: tuple[float, ...]
+    """What the budget ranks sites by, such as the size of a score."""
+
+    @property
+    def final(self) -> tuple[float, ...]:
+        """The scores after the last step; a site is kept only where its score is positive."""
+        return self.history[-1]
+
+
+class Rule(Protocol):
+    """Scores sites during the warm-up. A rule is a frozen dataclass, whose fields are recorded in the plan."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    name: ClassVar[str]
+    """What the plan calls it."""
+    knobs: ClassVar[tuple[str, ...]]
+    """Settings that an error names where too few sites have a positive score."""
+
+    @property
+    def head_steps(self) -> int | None:
+        """Steps in which a new head is trained alone before the sites are scored; None: 20 where there is a head."""
+        ...
+
+    def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:
+        """Return the scores after ``steps`` warm-up steps.
+
+        Args:
+            stage: The model with plain LoRA on every site.
+            steps: T, batches to use.
+            budget: What may be kept; only rules that drop sites on the way need it.
+        """
+        ...
+
+
+def require(condition: bool, found: str, allowed: str) -> None:
+    """Raise unless a setting is in its range.
+
+    Raises:
+        OptionError: With the value found and what is allowed.
+    """
+    if not condition:
+        raise OptionError(f"{found} is not allowed: give {allowed}")
+
+
+def require_head_steps(head_steps: int | None) -> None:
+    """Raise unless ``head_steps`` is None or a whole number from 0.
+
+    Raises:
+        OptionError: It is not.
+    """
+    given: object = head_steps
+    allowed = given is None or (isinstance(given, int) and given >= 0)  # pyright: ignore[reportUnnecessaryIsInstance]
+    require(allowed, f"head_steps={head_steps!r}", "a whole number, 0 or more")

@@ -1,0 +1,153 @@
+"""What keeps a trainer and its plan together: checks before, the stored plan, and a callback during training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from weightlora.errors import OptionError, SelectionError
+from weightlora.model.checkpointing import release_inputs, shorten_backward
+from weightlora.model.layers import lora_layers
+from weightlora.model.sites import require_uncompiled
+from weightlora.plan.plan import AdapterPlan, config_fields
+
+PLAN_FILE = "plan.json"
+
+
+class PlanGuard(TrainerCallback):
+    """Refuses to train without the plan, and saves the plan into every checkpoint."""
+
+    def __init__(self) -> None:
+        self.plan: AdapterPlan | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raise where there is no plan, or where the model's adapters are not the planned ones."""
+        if self.plan is None:
+            raise SelectionError("the selection failed, so this trainer would train plain LoRA; make a new trainer")
+        self.plan.check(kwargs["model"])
+        shorten_backward(kwargs["model"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the backward pass short: DPO switches checkpointing off and on again after each forward pass."""
+        release_inputs(kwargs["model"])
+
+    on_substep_end = on_step_begin
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save the plan into the checkpoint that was just written."""
+        if state.is_world_process_zero and self.plan is not None:
+            self.plan.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / PLAN_FILE)
+
+
+def guarded(trainer: Trainer) -> PlanGuard:
+    """Register and return the guard of a fresh trainer; it refuses to train until its plan is set.
+
+    Raises:
+        OptionError: The trainer has a plan, an optimizer or steps behind it.
+    """
+    require_fresh(trainer)
+    guard = PlanGuard()
+    trainer.add_callback(guard)
+    return guard
+
+
+def require_fresh(trainer: Trainer) -> None:
+    """Raise where the trainer has a plan, an optimizer or steps behind it.
+
+    Raises:
+        OptionError: With what it has.
+    """
+    if any(isinstance(callback, PlanGuard) for callback in trainer.callback_handler.callbacks):
+        raise OptionError("this trainer has a plan already; make a new trainer for a new plan")
+    if trainer.state.global_step > 0:
+        raise OptionError(f"the trainer has trained {trainer.state.global_step} steps; make a new one and select first")
+    if trainer.optimizer is not None:
+        raise OptionError(
+            "the trainer has an optimizer, which holds adapters that the plan may drop; pass no optimizers= and let "
+            "the trainer make it, or plan with select() before the optimizer is made"
+        )
+    if trainer.model_wrapped is not trainer.model:
+        raise OptionError("the trainer's model is wrapped already; select before anything prepares it")
+
+
+def lora_of(trainer: Trainer, lora: LoraConfig | None) -> LoraConfig:
+    """Return the adapters wanted: those of the model, freshly made, or ``lora``.
+
+    Raises:
+        OptionError: There are none, both, or the model's are trained.
+    """
+    model: Any = trainer.model
+    require_uncompiled(model)
+    if not isinstance(model, PeftModel):
+        if lora is None:
+            raise OptionError(
+                "the trainer's model has no LoRA adapters to choose from; wrap it with get_peft_model(model, "
+                "LoraConfig(...)) first (peft_config=... in TRL), or give lora="
+            )
+        return deepcopy(lora)
+    if lora is not None:
+        raise OptionError("the trainer's model has LoRA adapters already; leave lora= out, or give the base model")
+    config = model.peft_config.get("default")
+    if not isinstance(config, LoraConfig):
+        raise OptionError(f"the trainer's model has adapters {', '.join(model.peft_config)}, no LoRA named 'default'")
+    for adapter in model.peft_config:
+        trained = [n for n, layer in lora_layers(model, adapter).items() if _weight(layer.lora_B[adapter]).any()]
+        if trained:
+            raise OptionError(
+                f"B of {trained[0]} (adapter {adapter!r}) is not zero: it was trained, or its initialisation "
+                f"({config.init_lora_weights!r}) rewrote the base; merge it, or build the trainer on the base model "
+                "and give lora="
+            )
+    return deepcopy(config)
+
+
+def stored_plan(path: Path, lora: LoraConfig, asked: Mapping[str, Any]) -> AdapterPlan | None:
+    """Return the plan of an earlier start of the same run; None where there is none.
+
+    Args:
+        path: Of the plan's file.
+        lora: The adapters wanted.
+        asked: The options that the plan must have been made with; None stands for any value.
+
+    Raises:
+        OptionError: The plan was made with other options.
+    """
+    if not path.exists():
+        return None
+    plan = AdapterPlan.load(path)
+    made = {"expand": False, **plan.options, "rule": plan.rule, "seed": plan.seed}
+    wanted = {key: value for key, value in asked.items() if value is not None}
+    changed = [key for key, value in wanted.items() if made.get(key) != value]
+    faults = [f"{key}={made.get(key)!r} there, {wanted[key]!r} now" for key in changed]
+    if dict(plan.lora) != config_fields(lora):
+        faults.append("another LoraConfig")
+    if faults:
+        raise OptionError(
+            f"{path} was made with other options ({'; '.join(faults)}); choose another output_dir, or delete that file"
+        )
+    return plan
+
+
+def keep_plan(plan: AdapterPlan, path: Path) -> None:
+    """Write the plan, unless another one is there.
+
+    Raises:
+        OptionError: There is another.
+    """
+    if path.exists() and AdapterPlan.load(path).ranks != plan.ranks:
+        raise OptionError(f"{path} is another plan; choose another output_dir, or delete that file")
+    plan.save(path)
+
+
+def _weight(matrix: Any) -> Tensor:
+    return matrix.weight.detach()
