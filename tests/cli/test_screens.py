@@ -45,10 +45,13 @@ def screen(capsys, *words):
     return captured.out
 
 
-@pytest.mark.parametrize("command", ["demo", "select", "train", "show", "estimate", "analyse", "bench", "methods"])
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "select", "train", "show", "estimate", "analyse", "analyse dot-product", "bench", "methods"],
+)
 def test_help_fits_and_has_an_example(command, capsys):
     with pytest.raises(SystemExit):
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     printed = capsys.readouterr().out
     assert "example: weightlora" in printed
     assert max(map(len, printed.splitlines())) <= WIDTH
@@ -158,6 +161,13 @@ def test_option_help_has_type_default_and_meaning():
         "--table TEXT (default: none)",
     ]
     assert max(map(len, lines)) <= 58
+
+
+@pytest.mark.parametrize("command", ["train", "select", "bench", "demo", "analyse dot-product"])
+def test_commands_that_read_a_recipe_show_its_options(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    assert "--lora_r INT (default: 8)\n" in capsys.readouterr().out
 
 
 def test_option_help_of_a_recipe_leaves_nothing_out():

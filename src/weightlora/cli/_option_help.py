@@ -14,6 +14,29 @@ _TYPES: Mapping[Any, str] = {str: "TEXT", int: "INT", float: "FLOAT", bool: "tru
 _MARGIN = 2
 
 
+def paragraph(text: str, width: int | None = None) -> str:
+    """Return ``text`` wrapped to the terminal, for parsers whose help keeps its own line breaks."""
+    return "\n".join(_wrapped(text, _columns(width), ""))
+
+
+def example(command: str, width: int | None = None) -> str:
+    """Return a command as the last line of a help, wrapped so that a shell still reads it.
+
+    Example:
+        >>> print(example("weightlora train --keep 0.5 --seed 1", width=40))
+        example: weightlora train --keep 0.5 \\
+            --seed 1
+    """
+    lines = textwrap.wrap(
+        f"example: {command}",
+        _columns(width) - 2,
+        subsequent_indent="    ",
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    return " \\\n".join(lines)
+
+
 def options_help(*parts: type, prefix: str = "--", width: int | None = None) -> str:
     """Return the options of dataclasses as text for the end of a command's help.
 
@@ -32,8 +55,12 @@ def options_help(*parts: type, prefix: str = "--", width: int | None = None) -> 
           --keep FLOAT (default: 0.5)
               share of the parameters
     """
-    width = (shutil.get_terminal_size().columns if width is None else width) - _MARGIN
+    width = _columns(width)
     return "\n\n".join("\n".join([f"{_title(part)}:", *_lines(part, prefix, width)]) for part in parts)
+
+
+def _columns(width: int | None) -> int:
+    return (shutil.get_terminal_size().columns if width is None else width) - _MARGIN
 
 
 def _title(part: type) -> str:
