@@ -29,7 +29,8 @@ from weightlora.methods import make_method
 from weightlora.methods.base import ChoosingMethod, Method
 from weightlora.model.sites import find_sites
 from weightlora.plan.budget import Budget
-from weightlora.plan.plan import AdapterPlan, make_plan
+from weightlora.plan.make import make_plan
+from weightlora.plan.plan import AdapterPlan
 
 RESULTS = Path(__file__).parent / "results"
 LEARNING_RATES = (6e-4, 1.5e-3, 4e-3)
@@ -139,8 +140,8 @@ def run_point(point: Point) -> dict[str, Any]:
     import torch
     from peft import LoraConfig
     from transformers.utils import logging
-
     from weightlora.bench.run import Settings, train_classifier
+
     from weightlora.errors import SelectionError
     from weightlora.tasks.classification import encode
     from weightlora.tasks.embedded import minilm, rotten_tomatoes

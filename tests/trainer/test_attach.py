@@ -171,11 +171,7 @@ def logits(model, batch):
 def test_the_line_ends_in_a_planned_stock_adapter(any_trainer, base, tmp_path):
     trainer = any_trainer("run")
     the_users, all_sites = trainer.model, set(lora_layers(trainer.model))
-<<<<<<< HEAD:tests/trainer/test_attach.py
-    plan = weightlora.select_for(trainer, keep=0.5, rule=FirstOrder(head_steps=0))
-=======
-    plan = weightlora.select_for(trainer, keep=len(all_sites) // 2, head_steps=0)
->>>>>>> lower:tests/trainer/test_select_for.py
+    plan = weightlora.select_for(trainer, keep=len(all_sites) // 2, rule=FirstOrder(head_steps=0))
     assert 0 < 2 * len(plan.names) == len(all_sites)
     assert trainer.model is the_users  # whoever holds the model holds the planned one
     assert set(lora_layers(trainer.model)) == set(plan.names) < all_sites
