@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightlora.errors import OptionError
-from weightlora.plan.budget import Budget, expanded_ranks, read_budget, read_keep, require_keep, warmup_steps
+from weightlora.plan.budget import Budget, check_keep, expanded_ranks, read_budget, read_keep, warmup_steps
 
 #: Parameters of four adapters, 60 together.
 FOUR = {"a": 10, "b": 10, "c": 20, "d": 20}
@@ -117,7 +117,7 @@ def test_a_budget_below_the_smallest_site_names_it_and_the_knobs(keep):
 @pytest.mark.parametrize("keep", [0, -2, 2.5, "half", "2.5", "1.5x", "0MB"])
 def test_what_no_model_allows_is_refused_without_a_model(keep):
     with pytest.raises(OptionError, match="keep="):
-        require_keep(keep)
+        check_keep(keep)
 
 
 @pytest.mark.parametrize(

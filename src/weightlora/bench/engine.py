@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from weightlora.bench._job import Job
 from weightlora.bench._workers import run_here, run_on_ray
 from weightlora.bench.grid import Grid, Point, Record, by_key, key_of
 from weightlora.bench.records import append_record, read_records
-from weightlora.errors import OptionError
+from weightlora.errors import OptionError, require_extra
 from weightlora.files import replace_folder, writable_folder
 from weightlora.runs.train import ADAPTER
 
@@ -41,6 +40,9 @@ def run_grid(
     Raises:
         OptionError: Another process works on the same benchmark, or ``workers`` is out of its range.
     """
+    require_extra("filelock", "bench")
+    from filelock import FileLock, Timeout
+
     if workers < 1:
         raise OptionError(f"workers={workers} is not allowed: give at least 1")
     folder = writable_folder(grid.output_dir)

@@ -128,7 +128,8 @@ class Grid:
             values = [row.held_out(record) for record in found if record is not None]
             if values and None not in values:
                 scores[rate] = statistics.mean(value for value in values if value is not None)
-        return max(scores, key=scores.__getitem__) if scores else None
+        best = min if find_task(row.task).lower_is_better else max
+        return best(scores, key=scores.__getitem__) if scores else None
 
 
 def read_grid(path: str | Path, output_dir: Path | None = None, words: Sequence[str] = ()) -> Grid:

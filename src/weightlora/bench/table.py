@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightlora.bench.grid import Grid, Point, Record, Row, by_key
+from weightlora.tasks import find_task
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -64,7 +65,8 @@ def make_table(grid: Grid, records: Sequence[Record]) -> Table:
     labels = list(dict.fromkeys(row.label for row in grid.rows))
     lines = {(row.label, row.task): _line(grid, row, known) for row in grid.rows}
     metrics = {task: next(row.metric for row in grid.rows if row.task == task) for task in tasks}
-    scores = {task: _column([lines[label, task] for label in labels]) for task in tasks}
+    lower = {task: find_task(task).lower_is_better for task in tasks}
+    scores = {task: _column([lines[label, task] for label in labels], lower=lower[task]) for task in tasks}
     header = ("method", "rate", "peak", "exported", *(f"{task} {metrics[task]}" for task in tasks))
     if len(tasks) > 1:
         header = (*header, "average")
@@ -154,9 +156,9 @@ def _any_good(records: Sequence[Record]) -> bool:
     return any(record["status"] == "ok" for record in records)
 
 
-def _column(lines: Sequence[_Line]) -> list[Cell]:
+def _column(lines: Sequence[_Line], *, lower: bool) -> list[Cell]:
     means = [statistics.mean(line.values) if line.values else None for line in lines]
-    return [Cell(_spread(line), place) for line, place in zip(lines, _places(means), strict=True)]
+    return [Cell(_spread(line), place) for line, place in zip(lines, _places(means, lower=lower), strict=True)]
 
 
 def _spread(line: _Line) -> str:
@@ -181,10 +183,10 @@ def _averages(groups: Sequence[Sequence[_Line]]) -> list[Cell]:
     return [Cell("–" if m is None else f"{100 * m:.1f}", p) for m, p in zip(means, places, strict=True)]
 
 
-def _places(means: Sequence[float | None]) -> list[int]:
-    """1 for the highest, 2 for the next lower value, 0 for the others; equal ones share a place."""
-    highest = sorted({mean for mean in means if mean is not None}, reverse=True)[:2]
-    return [1 + highest.index(mean) if mean in highest else 0 for mean in means]
+def _places(means: Sequence[float | None], *, lower: bool = False) -> list[int]:
+    """1 for the best, 2 for the next value, 0 for the others; equal ones share a place."""
+    best = sorted({mean for mean in means if mean is not None}, reverse=not lower)[:2]
+    return [1 + best.index(mean) if mean in best else 0 for mean in means]
 
 
 def _count(lines: Sequence[_Line], name: str) -> str:

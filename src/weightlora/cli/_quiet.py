@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -16,6 +16,10 @@ def quiet_libraries() -> Generator[None]:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    with suppress(ImportError):  # the extra `tasks`
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()
     with one_line_warnings():
         try:
             yield

@@ -32,9 +32,11 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.bench.grid import DEMO, Point, read_grid
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.cli.bench import print_table, run_with_progress
+    from weightlora.errors import require_extra
     from weightlora.plan.plan import AdapterPlan
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
 
+    require_extra("matplotlib", "plots")  # before the work begins
     console = Console()
     with quiet_libraries():
         grid = read_grid(DEMO, arguments.output_dir, arguments.rest)

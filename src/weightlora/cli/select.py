@@ -26,12 +26,14 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from weightlora.cli._quiet import quiet_libraries
+    from weightlora.errors import require_extra
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.runs.recipe import read_recipe
     from weightlora.runs.select import select_plan
     from weightlora.runs.train import HEATMAP_FILE
     from weightlora.trainer.guard import PLAN_FILE
 
+    require_extra("matplotlib", "plots")  # before the work begins
     recipe = read_recipe(arguments.config, arguments.rest, output_dir="runs/select")
     with quiet_libraries():
         plan = select_plan(recipe)

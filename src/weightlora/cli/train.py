@@ -26,6 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from weightlora.cli._quiet import one_line_warnings
+    from weightlora.errors import require_extra
     from weightlora.model.distributed import is_first
     from weightlora.plan.plan import AdapterPlan
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
@@ -33,6 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.runs.train import ADAPTER, HEATMAP_FILE, train
     from weightlora.trainer.guard import PLAN_FILE
 
+    require_extra("matplotlib", "plots")  # before the work begins
     recipe = read_recipe(arguments.config, arguments.rest)
     with one_line_warnings():
         results = train(recipe)

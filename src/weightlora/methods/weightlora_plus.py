@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from weightlora.fast.dropout import Dropout
 from weightlora.methods.base import ChoosingMethod, Method
-from weightlora.plan.budget import Keep, require_keep, warmup_steps
+from weightlora.plan.budget import Keep, check_keep, warmup_steps
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import Loss
 from weightlora.selection.rules import rule_of
@@ -45,7 +45,7 @@ def build(
         fast: The ``dropout`` of the fast step.
         progress: Show a bar.
     """
-    require_keep(keep)
+    check_keep(keep)
     require_warmup(steps=steps, lr=lr)
     chosen = partial(
         select, keep=keep, rule=rule_of(rule), lr=lr, seed=seed, loss_fn=loss_fn, fast=fast, progress=progress

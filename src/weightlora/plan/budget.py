@@ -91,8 +91,7 @@ def read_budget(keep: Keep, parameters: Mapping[str, int]) -> Budget:
         [1, 3]
     """
     n, total = len(parameters), sum(parameters.values())
-    require_keep(keep)
-    number = read_keep(keep) if isinstance(keep, str) else keep
+    number = check_keep(keep)
     if isinstance(number, int):
         if number > n:
             raise OptionError(f"keep={number} exceeds the {n} adapter sites; lower keep or widen target_modules")
@@ -112,6 +111,25 @@ def read_budget(keep: Keep, parameters: Mapping[str, int]) -> Budget:
             "raise keep or lower r"
         )
     return Budget(tuple(parameters.values()), limit)
+
+
+def check_keep(keep: Keep) -> Keep:
+    """Return ``keep`` with text read as a number where it is one; no model is needed.
+
+    Raises:
+        OptionError: ``keep`` is out of its range for any model.
+
+    Example:
+        >>> check_keep("0.5"), check_keep(18), check_keep("0.8x")
+        (0.5, 18, '0.8x')
+    """
+    number = read_keep(keep) if isinstance(keep, str) else keep
+    if isinstance(number, str):
+        if read_limit(number) is None:
+            _read_parameters(number)
+    elif isinstance(number, bool) or not 0 < number < math.inf or (isinstance(number, float) and number > 1):
+        raise _not_allowed(keep)
+    return number
 
 
 def read_limit(keep: Keep) -> Limit | None:
@@ -149,24 +167,6 @@ def read_keep(text: str) -> Keep:
         except ValueError:
             continue
     return text
-
-
-def require_keep(keep: Keep) -> None:
-    """Raise unless ``keep`` can be a budget of some model.
-
-    Raises:
-        OptionError: It is out of its range, or its text is no budget.
-
-    Example:
-        >>> require_keep(0.5), require_keep("0.8x")
-        (None, None)
-    """
-    number = read_keep(keep) if isinstance(keep, str) else keep
-    if isinstance(number, str):
-        if read_limit(number) is None:
-            _read_parameters(number)
-    elif isinstance(number, bool) or not 0 < number < math.inf or (isinstance(number, float) and number > 1):
-        raise OptionError(f"keep={keep!r} is not allowed: give {_NUMBERS}, {_COSTS}")
 
 
 def expanded_ranks(ranks: Sequence[int], kept: Sequence[bool], sizes: Sequence[int], *, step: int = 1) -> list[int]:
@@ -215,5 +215,9 @@ def _read_parameters(keep: str) -> int:
     except ValueError:
         number = math.nan
     if match is None or not number > 0:
-        raise OptionError(f"keep={keep!r} is not allowed: give {_NUMBERS}, {_COSTS}")
+        raise _not_allowed(keep)
     return int(Fraction(match.group(1)) * _UNITS[match.group(2).lower()])
+
+
+def _not_allowed(keep: Keep) -> OptionError:
+    return OptionError(f"keep={keep!r} is not allowed: give {_NUMBERS}, {_COSTS}")

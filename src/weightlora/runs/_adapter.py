@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from weightlora.files import whole_folder
 from weightlora.model.distributed import is_first
 from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.projection_order import ordered_projections
 from weightlora.plan.provenance import write_base_model_name
 from weightlora.trainer.guard import PLAN_FILE
 
@@ -46,7 +47,7 @@ def _write_card(path: Path, plan: AdapterPlan) -> None:
         "| projection | sites kept | rank | layers |",
         "| --- | --- | --- | --- |",
     ]
-    for projection in sorted({entry.site.projection for entry in plan.entries}):
+    for projection in ordered_projections(entry.site.projection for entry in plan.entries):
         sites = [entry for entry in plan.entries if entry.site.projection == projection]
         kept = [entry for entry in sites if entry.r > 0]
         ranks = ", ".join(str(r) for r in sorted({entry.r for entry in kept})) or "–"

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
 
-def make_trainer(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> tuple[Prepared, Trainer]:
+def make_trainer(
+    recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), *, measured: bool = True
+) -> tuple[Prepared, Trainer]:
     """Return the recipe's trainer, on the base model with plain LoRA on all candidates, and what measures it.
 
     Raises:
@@ -26,7 +28,7 @@ def make_trainer(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> t
     """
     task = _task(recipe.task)
     kind = kind_of(task)
-    rows = load_rows(task, _source(recipe.task), seed=recipe.training.data_seed or 0)
+    rows = load_rows(task, _source(recipe.task), seed=recipe.training.data_seed or 0, measured=measured)
     path, loading = _pretrained(recipe, kind.TASK_TYPE)
     tokenizer = load_tokenizer(path, **{k: v for k, v in loading.items() if k in ("gguf_file", "revision")})
     prepared = kind.prepare(task, rows, tokenizer, _row_options(recipe.task))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from weightlora.errors import OptionError
 from weightlora.files import read_mapping
 from weightlora.methods import make_method, options_of
-from weightlora.plan.budget import read_keep, require_keep
+from weightlora.plan.budget import check_keep
 from weightlora.selection.rules import rule_of
 from weightlora.text import closest
 
@@ -118,9 +118,7 @@ class MethodOptions:
         Raises:
             OptionError: An option is unknown or out of its range.
         """
-        keep = read_keep(self.keep)
-        require_keep(keep)
-        options = {"keep": keep, "rule": self.scored_by, "steps": self.steps}
+        options = {"keep": check_keep(self.keep), "rule": self.scored_by, "steps": self.steps}
         known = options_of(self.method)
         names = ("keep", "rule", "steps") if "rule" in known else ("keep",)
         return {**{k: options[k] for k in names if k in known}, **_pairs("method_options", self.method_options)}

@@ -38,6 +38,6 @@ def select_plan(recipe: Recipe) -> AdapterPlan:
     with TemporaryDirectory() as scratch:  # a trainer reuses the plan that it finds in its own folder
         training = copy(recipe.training)
         training.output_dir = str(Path(scratch) / "run")
-        made = plan(prepare(replace(recipe, training=training))).plan
+        made = plan(prepare(replace(recipe, training=training), measured=False)).plan
     made.save(recipe.output_dir / PLAN_FILE)
     return made

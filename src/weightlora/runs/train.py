@@ -90,8 +90,13 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
     return export(run, method, before=before, **{name: round(value, 2) for name, value in seconds.items()})
 
 
-def prepare(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Run:
+def prepare(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), *, measured: bool = True) -> Run:
     """Return the run with model, rows and trainer loaded, and all options checked against them.
+
+    Args:
+        recipe: What to run.
+        callbacks: Further callbacks of the trainer.
+        measured: False loads the training rows only, for a run that is planned and not trained.
 
     Raises:
         DataError: Rows or model are missing or malformed.
@@ -104,7 +109,7 @@ def prepare(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> Run:
             f"grow_batch: {recipe.method.method} does not train stock LoRA from beginning to end, whose memory is "
             "measured; leave grow_batch out"
         )
-    task, trainer = make_trainer(recipe, callbacks)
+    task, trainer = make_trainer(recipe, callbacks, measured=measured)
     if recipe.training.eval_on_start:
         require_measurable(trainer)
     if recipe.method.grow_batch:
