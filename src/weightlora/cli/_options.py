@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
+from weightlora.cli._option_help import options_help
 from weightlora.runs.recipe import MethodOptions, ModelOptions, TaskOptions
 
 
@@ -26,8 +26,6 @@ def add_recipe_parser(commands: Any, name: str, *, help: str, description: str, 
 
 
 def recipe_options() -> str:
-    """Return the recipe's own options with their meanings, a line each."""
-    lines = ["options of the recipe, beside those of transformers' TrainingArguments:"]
-    for part in (ModelOptions, TaskOptions, MethodOptions):
-        lines += [f"  --{field.name:<24} {field.metadata['help']}" for field in dataclasses.fields(part)]
-    return "\n".join(lines)
+    """Return type, default and meaning of the recipe's own options."""
+    own = options_help(ModelOptions, TaskOptions, MethodOptions)
+    return f"Options of the recipe. Those of transformers' TrainingArguments are options too.\n\n{own}"
