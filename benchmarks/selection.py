@@ -29,7 +29,8 @@ from weightlora.methods import make_method
 from weightlora.methods.base import ChoosingMethod, Method
 from weightlora.model.sites import find_sites
 from weightlora.plan.budget import Budget
-from weightlora.plan.plan import AdapterPlan, make_plan
+from weightlora.plan.make import make_plan
+from weightlora.plan.plan import AdapterPlan
 
 RESULTS = Path(__file__).parent / "results"
 LEARNING_RATES = (6e-4, 1.5e-3, 4e-3)

@@ -20,7 +20,8 @@ from weightlora.cost.step_time import time_cost
 from weightlora.errors import OptionError, SelectionError
 from weightlora.model.sites import find_sites
 from weightlora.plan.budget import read_budget, read_limit
-from weightlora.plan.plan import AdapterPlan, make_plan
+from weightlora.plan.make import make_plan
+from weightlora.plan.plan import AdapterPlan
 
 
 def random_cost(draw, n):

@@ -14,7 +14,7 @@ import weightlora
 from weightlora.errors import WeightLoraWarning
 from weightlora.model.checkpointing import release_inputs
 from weightlora.model.sites import find_sites
-from weightlora.plan.plan import make_plan
+from weightlora.plan.make import make_plan
 from weightlora.tasks.embedded import minilm as minilm_folder
 
 LAYERS, LOWEST = 4, 2

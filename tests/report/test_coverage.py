@@ -11,7 +11,7 @@ from weightlora.cli import main
 from weightlora.fast.enable import fast_coverage
 from weightlora.model.sites import find_sites
 from weightlora.plan.from_adapter import read_adapter
-from weightlora.plan.plan import make_plan
+from weightlora.plan.make import make_plan
 from weightlora.report.coverage import VARIANTS, fast_gaps
 
 

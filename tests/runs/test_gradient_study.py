@@ -16,7 +16,8 @@ from weightlora.methods.dot_product import dot_products
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import seeded, untouched
 from weightlora.model.sites import Site, find_sites
-from weightlora.plan.plan import AdapterPlan, make_plan
+from weightlora.plan.make import make_plan
+from weightlora.plan.plan import AdapterPlan
 from weightlora.report.bars import draw_bars, overlap_text
 from weightlora.runs.gradient_study import DotProducts, Overlap
 from weightlora.runs.recipe import read_recipe

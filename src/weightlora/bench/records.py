@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from weightlora.plan.plan import library_versions
+from weightlora.plan.provenance import library_versions
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:

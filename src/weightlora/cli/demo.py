@@ -52,4 +52,6 @@ def run(arguments: argparse.Namespace) -> None:
         draw_heatmap(plan, grid.output_dir / "heatmap.png")
         console.print(terminal_heatmap(plan))
     print_table(grid, records, console)
-    console.print(f"wrote {grid.output_dir}: plan.json, heatmap.png, table.md, records.jsonl, and adapters/")
+    console.print(
+        f"wrote {grid.output_dir}: plan.json, heatmap.png, table.md, records.jsonl, and adapters/", soft_wrap=True
+    )

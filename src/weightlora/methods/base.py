@@ -12,7 +12,9 @@ from weightlora.errors import OptionError, PlanError
 from weightlora.methods.common.export import Factors, become_stock, factors_plan
 from weightlora.model.layers import adapter_layers, without_adapters
 from weightlora.model.sites import Site, require_uniform
-from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.plan.make import make_plan
+from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.provenance import base_model_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

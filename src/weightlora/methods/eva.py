@@ -26,7 +26,9 @@ from weightlora.methods.common.token_mask import TokenRows, counted_tokens
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, find_sites, rank_and_alpha
-from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.plan.make import make_plan
+from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.provenance import base_model_name
 from weightlora.selection.batches import Loss, in_parts, model_loss, to_device
 from weightlora.selection.stage import attach_plain_lora
 

@@ -21,7 +21,9 @@ from weightlora.methods.base import ChoosingMethod, Method
 from weightlora.model.gates import gated
 from weightlora.model.sites import Site, adapter_parameters, find_sites
 from weightlora.plan.budget import Budget, Keep, read_budget
-from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.plan.make import make_plan
+from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.provenance import base_model_name
 from weightlora.selection.batches import Loss, cycled
 from weightlora.selection.stage import Stage, adapter_weights, let_train, probed
 

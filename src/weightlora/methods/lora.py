@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.methods.base import ChoosingMethod, Method
 from weightlora.model.sites import find_sites
-from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.plan.make import make_plan
+from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.provenance import base_model_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig

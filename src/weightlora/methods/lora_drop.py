@@ -23,7 +23,8 @@ from weightlora.model.distributed import add_up
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import adapter_parameters, find_sites
 from weightlora.plan.budget import Keep, read_budget
-from weightlora.plan.plan import base_model_name, make_plan
+from weightlora.plan.make import make_plan
+from weightlora.plan.provenance import base_model_name
 from weightlora.selection.batches import Loss, cycled, in_parts
 from weightlora.selection.stage import Stage, probed, train_adapters
 

@@ -17,7 +17,8 @@ from weightlora.errors import OptionError
 from weightlora.methods.base import ChoosingMethod, Method, Prepared
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import Site, find_sites, rank_and_alpha
-from weightlora.plan.plan import base_model_name, make_plan
+from weightlora.plan.make import make_plan
+from weightlora.plan.provenance import base_model_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -18,7 +18,9 @@ from weightlora.methods.base import Method
 from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
-from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.plan.make import make_plan
+from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.provenance import base_model_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -1,4 +1,4 @@
-"""The plan: which sites carry an adapter, of which rank, and how that was found. Frozen, JSON on disk, no torch.
+"""The plan: which sites carry an adapter, of which rank, and how they were selected. Frozen; JSON on disk; no torch.
 
 select → plan → ``LoraConfig`` → any trainer
 """
@@ -6,41 +6,34 @@ select → plan → ``LoraConfig`` → any trainer
 from __future__ import annotations
 
 import hashlib
-import inspect
-import json
 import math
-import re
-from collections.abc import Collection, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from weightlora.errors import OptionError, PlanError, PlanMismatchError
 from weightlora.files import whole_folder
-from weightlora.model.sites import Site, rank_and_alpha, trained_modules
+from weightlora.model.sites import Site
+from weightlora.plan._match import require_adapters, require_sites
 from weightlora.plan._schema import ENTRY_KEYS, PLAN_KEYS, read_plan_file, write_plan_file
 from weightlora.plan.budget import expanded_ranks
+from weightlora.plan.lora_config import planned_lora_config, whole_or_float
+from weightlora.plan.provenance import base_model_name, library_versions, write_base_model_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from torch import nn
 
-#: Fields of a LoraConfig that the plan decides; all others are the user's and pass through unchanged.
-_PLANNED_FIELDS = ("target_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
-#: Fields that PEFT fills in by itself when a config is made, attached or saved.
-_PEFT_FIELDS = ("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
-
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """A candidate site: what plain LoRA would put there, what was heard, and what the plan puts there."""
+    """A candidate site: its rank and alpha under plain LoRA and in the plan, and its score."""
 
     site: Site
     lora_r: int
-    """Rank under plain LoRA on all sites: the budget that is spent."""
+    """Rank under plain LoRA on all sites, which is the budget."""
     lora_alpha: float
     """``lora_alpha`` under plain LoRA."""
     r: int
@@ -48,7 +41,7 @@ class PlannedSite:
     alpha: float
     """Planned ``lora_alpha``."""
     score: float
-    """Higher = keep; ω after StoIHT, the gate's first-order gain, or 0 where nothing was heard."""
+    """Higher = keep: the gate's first-order gain, ω after StoIHT, or 0 where sites were not scored."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +55,9 @@ class PlanDifference:
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """Site → rank, with the record of the selection that led there.
+    """Which sites carry an adapter and of which rank, with the record of the selection.
 
-    Made by :func:`weightlora.select`; read with :meth:`load`; used through :meth:`to_lora_config` or :meth:`attach`.
+    :func:`weightlora.select` makes it, :meth:`load` reads it, :meth:`attach` and :meth:`to_lora_config` use it.
     """
 
     entries: tuple[PlannedSite, ...]
@@ -74,13 +67,12 @@ class AdapterPlan:
     rule: str = "lora"
     """How the sites were chosen: ``"first_order"``, ``"stoiht"``, ``"random"`` or ``"lora"`` (all)."""
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """The rule's settings: keep, steps (T), head_steps, threshold_every, ..."""
+    """The selection's settings: keep, steps (T) and those of its rule."""
     seed: int = 0
     history: tuple[tuple[float, ...], ...] = ()
-    """The gates after each warm-up step, each row in the order of ``entries``; for ``"first_order"`` the gain as
-    averaged so far."""
+    """A row per warm-up step, in the order of ``entries``: the mean gain so far (``"first_order"``) or the gates ω."""
     base_model: str | None = None
-    versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
+    versions: Mapping[str, str] = field(default_factory=library_versions)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -116,12 +108,12 @@ class AdapterPlan:
     def expand(self, *, alpha: Literal["scale", "keep"] = "scale") -> AdapterPlan:
         """Return WeightLoRA+: the same sites at the rank that spends plain LoRA's whole budget (paper, section 2.2).
 
-        With equal ranks r that is r·n/K, lowered until neither Σ ranks nor the parameters exceed plain LoRA's: kept
-        layers are often wide, and 2r on them would cost more than r on all.
+        Equal ranks r become r·n/K, or less: neither Σ ranks nor the parameters exceed plain LoRA's. Kept layers are
+        often wide, and 2r on them would cost more than r on all.
 
         Args:
-            alpha: ``"scale"`` lets alpha grow with the rank, so that alpha/r, the adapter's strength, stays;
-                ``"keep"`` leaves alpha. rsLoRA, whose strength alpha/√r needs no correction, always keeps it.
+            alpha: ``"scale"`` raises alpha with the rank, so that the scaling alpha/r stays; ``"keep"`` leaves alpha.
+                rsLoRA, whose scaling is alpha/√r, always keeps it.
 
         Example:
             >>> plan = AdapterPlan((
@@ -134,7 +126,9 @@ class AdapterPlan:
         if alpha not in ("scale", "keep"):
             raise OptionError(f"alpha={alpha!r} is not allowed: give 'scale' or 'keep'")
         scales = alpha == "scale" and not self.lora.get("use_rslora", False)
-        whole = [Fraction(e.lora_alpha) / e.lora_r for e in self.entries if e.r > 0 and _is_whole(e.lora_alpha)]
+        whole = [
+            Fraction(e.lora_alpha) / e.lora_r for e in self.entries if e.r > 0 and float(e.lora_alpha).is_integer()
+        ]
         step = math.lcm(*(ratio.denominator for ratio in whole)) if scales else 1
         ranks = expanded_ranks(
             [entry.lora_r for entry in self.entries],
@@ -143,7 +137,9 @@ class AdapterPlan:
             step=step,
         )
         entries = tuple(
-            replace(e, r=r, alpha=_number(Fraction(e.lora_alpha) * r / e.lora_r) if scales and r else e.lora_alpha)
+            replace(
+                e, r=r, alpha=whole_or_float(Fraction(e.lora_alpha) * r / e.lora_r) if scales and r else e.lora_alpha
+            )
             for e, r in zip(self.entries, ranks, strict=True)
         )
         return replace(self, entries=entries, options={**self.options, "expand": alpha})
@@ -151,49 +147,27 @@ class AdapterPlan:
     def to_lora_config(self, **overrides: Any) -> LoraConfig:
         """Return the stock PEFT config of the planned adapters; every other field is the user's own.
 
-        ``target_modules`` is the sorted list of full names. Where all ranks are equal there is one ``r``, one
-        ``lora_alpha`` and no pattern, which every runtime reads; otherwise the patterns hold one anchored, escaped
-        name each.
+        ``target_modules`` is the sorted list of full names. Equal ranks give one ``r``, one ``lora_alpha`` and no
+        pattern, which every runtime reads. Otherwise each pattern is one anchored, escaped name.
 
         Args:
-            overrides: Fields of ``LoraConfig`` to change, but for those that are the plan.
+            overrides: Fields of ``LoraConfig`` to change, except names, ranks and alphas, which are the plan.
 
         Raises:
-            OptionError: An override would change the plan itself.
+            OptionError: An override would change the plan.
+            PlanError: The plan keeps no site.
         """
-        from peft import LoraConfig
-
-        taken = sorted(set(overrides) & set(_PLANNED_FIELDS))
-        if taken:
-            raise OptionError(f"{', '.join(taken)} come from the plan; change them with select(keep=...) or expand()")
-        kept = [entry for entry in self.entries if entry.r > 0]
-        if not kept:
-            raise PlanError("the plan keeps no site, so there is no LoraConfig of it")
-        uniform = len({(entry.r, entry.alpha) for entry in kept}) == 1
-        keys = ["^" + re.escape(entry.site.name) for entry in kept]
-        fields = deepcopy({**self.lora, **overrides})  # PEFT adds the task's heads to modules_to_save in place
-        unknown = sorted(set(fields) - set(inspect.signature(LoraConfig).parameters))
-        if unknown:
-            raise PlanError(f"this PEFT's LoraConfig has no field {', '.join(unknown)}; update PEFT, or select anew")
-        config = LoraConfig(
-            target_modules=list(self.names),
-            r=kept[0].r,
-            lora_alpha=_number(kept[0].alpha),  # pyright: ignore[reportArgumentType]  # PEFT takes floats as well
-            rank_pattern={} if uniform else {k: e.r for k, e in zip(keys, kept, strict=True)},
-            alpha_pattern={} if uniform else {k: _number(e.alpha) for k, e in zip(keys, kept, strict=True)},
-            **fields,
-        )
-        config.exclude_modules = self._exclusions(config.exclude_modules)
-        config.target_modules = list(self.names)  # PEFT made a set of it, which it would save in random order
-        return config
+        return planned_lora_config(self, overrides)
 
     def attach(self, model: nn.Module, **overrides: Any) -> PeftModel:
         """Put freshly initialised, stock PEFT adapters on exactly the planned sites of ``model``.
 
-        The same as ``get_peft_model(model, plan.to_lora_config())`` with two things settled: the plan is checked
-        against the model before and after, and the config that is saved holds the full sorted names (PEFT shortens
-        lists of 20 or more names to suffixes, which can match more modules in another model). Where the model has
-        gradient checkpointing on, :func:`weightlora.shorten_backward` is called.
+        Like ``get_peft_model(model, plan.to_lora_config())``, and:
+
+        - the plan is checked against the model before and after;
+        - the saved config holds the full names. PEFT shortens lists of 20 or more names to suffixes, which can match
+          more modules in another model;
+        - :func:`weightlora.shorten_backward` is called, for models with gradient checkpointing.
 
         Raises:
             PlanMismatchError: The model lacks planned sites, or has them in other shapes.
@@ -218,17 +192,7 @@ class AdapterPlan:
         Raises:
             PlanMismatchError: With the sites that do not match.
         """
-        from weightlora.model.sites import linear_sites
-
-        present = {site.name: site for site in linear_sites(model)}
-        faults = [
-            f"{e.site.name}: not in the model"
-            if e.site.name not in present
-            else f"{e.site.name}: {_shape(present[e.site.name])} in the model, {_shape(e.site)} in the plan"
-            for e in self.entries
-            if present.get(e.site.name) != e.site
-        ]
-        _raise_faults(faults, f"the plan was made for another model ({self.base_model or 'unnamed'})")
+        require_sites(model, [entry.site for entry in self.entries], self.base_model)
 
     def check(self, model: nn.Module, adapter: str = "default") -> None:
         """Raise unless exactly the planned sites of ``model`` carry ``adapter``, each with its planned rank.
@@ -240,17 +204,8 @@ class AdapterPlan:
         Raises:
             PlanMismatchError: With the sites that do not match.
         """
-        from weightlora.model.layers import adapter_layers
-
         self.check_sites(model)
-        layers: dict[str, Any] = dict(adapter_layers(model, adapter))
-        found = {name: layer.r[adapter] for name, layer in layers.items()}
-        planned = {name: self.ranks[name] for name in self.names}
-        faults = [f"{name}: no adapter, planned rank {planned[name]}" for name in planned if name not in found]
-        faults += [f"{name}: rank {found[name]}, not planned" for name in found if name not in planned]
-        both = [name for name in planned if name in found]
-        faults += [f"{n}: rank {found[n]}, planned {planned[n]}" for n in both if found[n] != planned[n]]
-        _raise_faults(faults, "the model does not carry the plan (use plan.attach(model))")
+        require_adapters(model, {name: self.ranks[name] for name in self.names}, adapter)
 
     def jaccard(self, other: AdapterPlan) -> float:
         """Return |A∩B| / |A∪B| of the kept sites, from 0 (disjoint) to 1 (the same)."""
@@ -312,85 +267,12 @@ class AdapterPlan:
         with whole_folder(path) as draft:
             try:
                 model.save_pretrained(str(draft))
-            except SafetensorError as error:  # its word for a full disk
+            except SafetensorError as error:  # raised when the disk is full
                 raise OSError(str(error)) from error
+            write_base_model_name(draft, base_model_name(model.get_base_model()))
             self.save(draft / "plan.json")
-
-    def _exclusions(self, users: str | Collection[str] | None) -> str | list[str] | None:
-        """The user's ``exclude_modules``, and the dropped sites that PEFT would reach by a kept name.
-
-        PEFT reads a listed name as an ending: a kept ``proj`` would also adapt a dropped ``inner.proj``.
-        """
-        ends = tuple("." + name for name in self.names)
-        reached = [entry.site.name for entry in self.entries if entry.r == 0 and entry.site.name.endswith(ends)]
-        if isinstance(users, str):
-            return "|".join([f"(?:{users})", *map(re.escape, reached)]) if reached else users
-        return sorted({*(users or ()), *reached}) or None
-
-
-def make_plan(
-    sites: Sequence[Site], lora: LoraConfig, kept: Sequence[str], scores: Sequence[float] | None = None, **record: Any
-) -> AdapterPlan:
-    """Build the plan that keeps ``kept`` of ``sites`` at the ranks ``lora`` gives them.
-
-    Args:
-        sites: All candidates, sorted by name.
-        lora: The user's config; its rank and alpha patterns are applied.
-        kept: Names of the sites that carry an adapter.
-        scores: One a site; None where nothing was heard.
-        record: Further fields of :class:`AdapterPlan`.
-    """
-    keep = set(kept)
-    entries: list[PlannedSite] = []
-    for site, score in zip(sites, scores or [0.0] * len(sites), strict=True):
-        r, alpha = rank_and_alpha(lora, site.name)
-        entries.append(PlannedSite(site, r, alpha, r=r if site.name in keep else 0, alpha=alpha, score=score))
-    return AdapterPlan(tuple(entries), lora=config_fields(lora), **record)
-
-
-def base_model_name(model: nn.Module) -> str | None:
-    """The name or path that a transformers model was loaded from; None where it has none."""
-    config: Any = vars(model).get("config")
-    return getattr(config, "name_or_path", None) or None
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide a selection, read without importing them."""
-    return {name: version(name) for name in ("weightlora", "torch", "transformers", "peft")}
-
-
-def config_fields(lora: LoraConfig) -> dict[str, Any]:
-    """The fields of ``lora`` that a plan passes through, as JSON, where they differ from PEFT's defaults."""
-    from peft import LoraConfig
-
-    default = LoraConfig().to_dict()
-    mine = {k: v for k, v in lora.to_dict().items() if k not in (*_PLANNED_FIELDS, *_PEFT_FIELDS) and v != default[k]}
-    if "modules_to_save" in mine:  # PEFT adds the task's heads to the list each time that it attaches adapters
-        heads = trained_modules(replace(lora, modules_to_save=None))
-        mine["modules_to_save"] = [name for name in mine["modules_to_save"] if name not in heads]
-        mine = {k: v for k, v in mine.items() if k != "modules_to_save" or v}
-    return json.loads(json.dumps(mine, default=sorted))  # sets become sorted lists, enums their text
 
 
 def _fingerprint(sites: Sequence[Site]) -> str:
     text = "\n".join(f"{site.name} {site.in_features} {site.out_features}" for site in sites)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _raise_faults(faults: Sequence[str], what: str) -> None:
-    if faults:
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise PlanMismatchError(f"{what}: {'; '.join(faults[:5])}{more}")
-
-
-def _shape(site: Site) -> str:
-    return f"{site.in_features}→{site.out_features}"
-
-
-def _is_whole(number: float) -> bool:
-    return float(number).is_integer()
-
-
-def _number(value: Fraction | float) -> float:
-    """An int where the value is whole (Ollama reads lora_alpha as one), else a float."""
-    return int(value) if _is_whole(float(value)) else float(value)

@@ -9,6 +9,7 @@ from weightlora.files import whole_folder
 from weightlora.model.distributed import is_first
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.projection_order import ordered_projections
+from weightlora.plan.provenance import write_base_model_name
 from weightlora.trainer.guard import PLAN_FILE
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def save_adapter(trainer: Trainer, plan: AdapterPlan, path: Path) -> None:
         return
     with whole_folder(path) as draft:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(draft), state_dict=weights)  # type: ignore[union-attr]
+        write_base_model_name(draft, plan.base_model)
         tokenizer: Any = trainer.processing_class
         tokenizer.save_pretrained(str(draft))
         plan.save(draft / PLAN_FILE)

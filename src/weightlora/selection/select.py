@@ -28,7 +28,9 @@ from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, adapter_parameters, find_sites
 from weightlora.plan.budget import Budget, Keep, Limit, read_budget, read_limit, warmup_steps
-from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.plan.make import make_plan
+from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.provenance import base_model_name
 from weightlora.selection.batches import Loss, cycled, in_parts, model_loss, peeked
 from weightlora.selection.rules import rule_of, settings_of
 from weightlora.selection.rules.base import Rule, Scores, require

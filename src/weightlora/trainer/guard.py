@@ -15,7 +15,8 @@ from weightlora.errors import OptionError, SelectionError
 from weightlora.model.checkpointing import release_inputs, shorten_backward
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import require_uncompiled
-from weightlora.plan.plan import AdapterPlan, config_fields
+from weightlora.plan.lora_config import config_fields
+from weightlora.plan.plan import AdapterPlan
 
 PLAN_FILE = "plan.json"
 

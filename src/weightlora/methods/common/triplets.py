@@ -18,7 +18,9 @@ from weightlora.errors import OptionError, SelectionError
 from weightlora.methods.common.export import Factors, become_stock, factors_plan
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import Site, require_uniform, tuner_fields
-from weightlora.plan.plan import AdapterPlan, base_model_name, make_plan
+from weightlora.plan.make import make_plan
+from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.provenance import base_model_name
 
 Alpha = Literal["scale", "keep"]
 

@@ -1,0 +1,56 @@
+"""Whether a model has the sites of a plan, and carries its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from weightlora.errors import PlanMismatchError
+from weightlora.model.sites import Site, linear_sites
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def require_sites(model: nn.Module, sites: Sequence[Site], base_model: str | None) -> None:
+    """Raise unless each of ``sites`` is a linear layer of ``model`` with the same shape.
+
+    Raises:
+        PlanMismatchError: With the sites that do not match.
+    """
+    present = {site.name: site for site in linear_sites(model)}
+    faults = [
+        f"{site.name}: not in the model"
+        if site.name not in present
+        else f"{site.name}: {_shape(present[site.name])} in the model, {_shape(site)} in the plan"
+        for site in sites
+        if present.get(site.name) != site
+    ]
+    _raise_faults(faults, f"the plan was made for another model ({base_model or 'unnamed'})")
+
+
+def require_adapters(model: nn.Module, planned: Mapping[str, int], adapter: str) -> None:
+    """Raise unless exactly the sites of ``planned`` carry ``adapter`` in ``model``, each with its rank.
+
+    Raises:
+        PlanMismatchError: With the sites that do not match.
+    """
+    from weightlora.model.layers import adapter_layers
+
+    layers: dict[str, Any] = dict(adapter_layers(model, adapter))
+    found = {name: layer.r[adapter] for name, layer in layers.items()}
+    faults = [f"{name}: no adapter, planned rank {planned[name]}" for name in planned if name not in found]
+    faults += [f"{name}: rank {found[name]}, not planned" for name in found if name not in planned]
+    both = [name for name in planned if name in found]
+    faults += [f"{n}: rank {found[n]}, planned {planned[n]}" for n in both if found[n] != planned[n]]
+    _raise_faults(faults, "the model does not carry the plan (use plan.attach(model))")
+
+
+def _raise_faults(faults: Sequence[str], what: str) -> None:
+    if faults:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise PlanMismatchError(f"{what}: {'; '.join(faults[:5])}{more}")
+
+
+def _shape(site: Site) -> str:
+    return f"{site.in_features}→{site.out_features}"

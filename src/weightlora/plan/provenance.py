@@ -1,0 +1,45 @@
+"""Where a plan comes from: the name of its base model and the versions of the libraries."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def base_model_name(model: nn.Module) -> str | None:
+    """The name or path that a transformers model was loaded from; None where it has none."""
+    from transformers import PretrainedConfig
+
+    config: Any = vars(model).get("config")
+    return (config.name_or_path or None) if isinstance(config, PretrainedConfig) else None
+
+
+def write_base_model_name(folder: Path, name: str | None) -> None:
+    """Name the base model of a saved adapter ``name``, in its configuration and in its card.
+
+    PEFT writes the path of the files that were loaded. For an embedded model that is a folder of this machine.
+
+    Args:
+        folder: What PEFT's ``save_pretrained`` wrote.
+        name: As :func:`base_model_name` returns it; None changes nothing.
+    """
+    file = folder / "adapter_config.json"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    written = config.get("base_model_name_or_path")
+    if name is None or written is None or written == name:
+        return
+    config["base_model_name_or_path"] = name
+    file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")  # as PEFT writes it
+    card = folder / "README.md"
+    if card.exists():
+        card.write_text(card.read_text(encoding="utf-8").replace(written, name), encoding="utf-8")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide a selection, read without importing them."""
+    return {name: version(name) for name in ("weightlora", "torch", "transformers", "peft")}
