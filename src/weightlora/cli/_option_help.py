@@ -20,11 +20,11 @@ def paragraph(text: str, width: int | None = None) -> str:
 
 
 def example(command: str, width: int | None = None) -> str:
-    """Return a command as the last line of a help, wrapped so that a shell still reads it.
+    r"""Return a command as the last line of a help, wrapped so that a shell still reads it.
 
     Example:
         >>> print(example("weightlora train --keep 0.5 --seed 1", width=40))
-        example: weightlora train --keep 0.5 \\
+        example: weightlora train --keep 0.5 \
             --seed 1
     """
     lines = textwrap.wrap(

@@ -23,8 +23,8 @@ def add_parser(commands: Any) -> None:
         help="the paper's Figure 2: adapters trained alone, along the frozen model's gradient",
         description=paragraph(
             "Train the adapter of each site alone for --steps batches and take its dot product with the frozen model's "
-            "gradient (section 2.1 of the paper); then compare the largest with the plan of the recipe, given by --plan "
-            "or chosen on the spot. Writes dot_product.json and dot_product.png."
+            "gradient (section 2.1 of the paper); then compare the largest with the plan of the recipe, given by "
+            "--plan or chosen on the spot. Writes dot_product.json and dot_product.png."
         ),
         epilog=recipe_epilog(
             "weightlora analyse dot-product --task rotten_tomatoes --keep 0.5 --steps 5 --output_dir runs/dot"

@@ -21,8 +21,8 @@ def add_parser(commands: Any) -> None:
         "bench",
         help="compare methods: records and a table",
         description=paragraph(
-            "Run every method, task, budget, learning rate and seed of a YAML file. Each run is a line of records.jsonl; "
-            "the same command resumes where it was stopped."
+            "Run every method, task, budget, learning rate and seed of a YAML file. Each run is a line of "
+            "records.jsonl; the same command resumes where it was stopped."
         ),
         epilog=recipe_epilog("weightlora bench --config benchmarks/table1.yaml --workers 2"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
