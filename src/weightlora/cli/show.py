@@ -78,7 +78,7 @@ def _table(name: str, rows: Iterable[tuple[str, str, str]]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Column, Table
 
-    value = Column("value", min_width=24, max_width=30, overflow="fold")
+    value = Column("value", min_width=24, max_width=36, overflow="fold")
     table = Table(Column(name, min_width=15, no_wrap=True), value, "meaning", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(*row)
