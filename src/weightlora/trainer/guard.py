@@ -17,6 +17,7 @@ from weightlora.model.layers import lora_layers
 from weightlora.model.sites import require_uncompiled
 from weightlora.plan.lora_config import config_fields
 from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.provenance import write_base_model_name
 
 PLAN_FILE = "plan.json"
 
@@ -47,7 +48,9 @@ class PlanGuard(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the plan into the checkpoint that was just written."""
         if state.is_world_process_zero and self.plan is not None:
-            self.plan.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / PLAN_FILE)
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            self.plan.save(folder / PLAN_FILE)
+            write_base_model_name(folder, kwargs["model"])
 
 
 def guarded(trainer: Trainer) -> PlanGuard:
