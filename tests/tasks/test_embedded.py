@@ -199,3 +199,9 @@ def test_a_saved_adapter_of_another_model_keeps_what_peft_wrote(minilm, tmp_path
     attached.save_pretrained(tmp_path / "stock")
     for name in ("adapter_config.json", "README.md"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "stock" / name).read_bytes()
+
+
+def test_names_need_no_wheel(monkeypatch, tmp_path):
+    monkeypatch.setattr("weightlora.tasks.embedded.files", lambda _: [])
+    assert embedded_name(tmp_path) is None
+    assert embedded_name("some/model") is None

@@ -208,7 +208,7 @@ class AdapterPlan:
         require_adapters(model, {name: self.ranks[name] for name in self.names}, adapter)
 
     def jaccard(self, other: AdapterPlan) -> float:
-        """Return |A∩B| / |A∪B| of the kept sites, from 0 (disjoint) to 1 (the same)."""
+        """Return the Jaccard similarity |A∩B| / |A∪B| of the kept sites, from 0 (disjoint) to 1 (equal)."""
         mine, theirs = set(self.names), set(other.names)
         return len(mine & theirs) / len(mine | theirs) if mine | theirs else 1.0
 
@@ -223,7 +223,7 @@ class AdapterPlan:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all.
+        """Write the plan as JSON; a failed write leaves no file.
 
         Raises:
             OutputError: The folder cannot be written.
@@ -237,7 +237,7 @@ class AdapterPlan:
         """Read a plan that :meth:`save` wrote.
 
         Raises:
-            PlanError: The file is missing, truncated, no JSON, of an unknown schema, or contradicts itself.
+            PlanError: The file is missing, truncated, not JSON, of an unknown schema, or inconsistent.
         """
         data = read_plan_file(path)
         plan = cls(
@@ -251,11 +251,11 @@ class AdapterPlan:
             **{key: data[key] for key in PLAN_KEYS},
         )
         if data["fingerprint"] != plan.fingerprint:
-            raise PlanError(f"{path} was edited: its sites do not match its fingerprint; write it anew with select()")
+            raise PlanError(f"{path} was edited: its sites do not match its fingerprint; select anew")
         return plan
 
     def save_adapter(self, model: PeftModel, path: str | Path) -> None:
-        """Write ``model``'s adapter as a stock PEFT directory, ``plan.json`` beside it, whole or not at all.
+        """Write ``model``'s adapter as a stock PEFT directory with ``plan.json``; a failed write leaves no directory.
 
         Raises:
             PlanMismatchError: The model does not carry the plan.

@@ -70,7 +70,7 @@ def embedded_model(name: str) -> tuple[str, str | None] | None:
 def embedded_name(path: str | Path) -> str | None:
     """Return ``embedded/minilm`` or ``embedded/smollm2`` where ``path`` is the model's folder; None elsewhere."""
     for name in ("embedded/minilm", "embedded/smollm2"):
-        with suppress(DataError):  # its package is not installed
+        with suppress(MissingPackageError):  # its package is not installed
             found = embedded_model(name)
             if found is not None and Path(path) == Path(found[0]):
                 return name

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.errors import OptionError, SelectionError
-from weightlora.model.checkpointing import release_inputs, shorten_backward
+from weightlora.model.checkpointing import remove_input_hooks, shorten_backward
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import require_uncompiled
 from weightlora.plan.lora_config import config_fields
@@ -41,7 +41,7 @@ class PlanGuard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Keep the backward pass short: DPO switches checkpointing off and on again after each forward pass."""
-        release_inputs(kwargs["model"])
+        remove_input_hooks(kwargs["model"])
 
     on_substep_end = on_step_begin
 
