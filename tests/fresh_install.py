@@ -7,6 +7,7 @@ Prints a line for each check and exits with 1 at the first one that fails.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -92,19 +93,35 @@ def select_attach_save_reload(folder: Path) -> str:
     return f"{len(plan.names)} of {len(plan.entries)} sites kept, reloaded logits differ by {largest:.0e}"
 
 
+def an_encoder_decoder_is_selected_and_attached(_: Path) -> str:
+    from peft import LoraConfig
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    import weightlora
+
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    )
+    lora = LoraConfig(r=4, task_type="SEQ_2_SEQ_LM")
+    plan = weightlora.select(model, token_batches(), lora=lora, keep=0.5, steps=2, progress=False)
+    plan.attach(model)(**token_batches()[0]).loss.backward()
+    return f"{len(plan.names)} of {len(plan.entries)} sites kept"
+
+
 def the_fast_step_computes_the_same(_: Path) -> str:
     from peft import LoraConfig, get_peft_model
 
     import weightlora
+    from weightlora.fast.enable import fast_coverage
 
-    batch = token_batches()[0]
+    batch = token_batches(rows=64, length=64)[0]  # smaller calls keep PEFT's arithmetic
     lora = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
     adapted = get_peft_model(tiny_model(), lora).train()
     gradients: list[list[Any]] = []
     for fast in (False, True):
         if fast:
             weightlora.enable_fast_lora(adapted)
-            assert len(weightlora.fast_coverage(adapted).covered) == 14
+            assert len(fast_coverage(adapted).covered) == 14
         adapted.zero_grad()
         adapted(**batch).loss.backward()
         gradients.append([p.grad.clone() for p in adapted.parameters() if p.requires_grad])
@@ -130,7 +147,8 @@ def the_paper_s_rule_for_a_trainer(folder: Path) -> str:
     )
     trainer = Trainer(tiny_model(), arguments, train_dataset=rows)
     plan = weightlora.select_for(trainer, keep=3, lora=LoraConfig(r=4, task_type="CAUSAL_LM"), rule="stoiht", steps=2)
-    trainer.train()
+    with contextlib.redirect_stdout(None):  # the Trainer prints its log
+        trainer.train()
     return f"{len(plan.names)} sites, {trainer.state.global_step} steps trained"
 
 
@@ -162,13 +180,13 @@ def tiny_model() -> Any:
     )
 
 
-def token_batches() -> list[dict[str, Any]]:
-    """Four batches of two rows, to be predicted."""
+def token_batches(rows: int = 2, length: int = 12) -> list[dict[str, Any]]:
+    """Four batches of random tokens, to be predicted."""
     import torch
 
     draws = torch.Generator().manual_seed(0)
-    tokens = [torch.randint(0, 64, (2, 12), generator=draws) for _ in range(4)]
-    return [{"input_ids": rows, "labels": rows} for rows in tokens]
+    tokens = [torch.randint(0, 64, (rows, length), generator=draws) for _ in range(4)]
+    return [{"input_ids": batch, "labels": batch} for batch in tokens]
 
 
 def train_a_little(model: Any, batches: list[dict[str, Any]]) -> None:
@@ -212,6 +230,7 @@ CHECKS: tuple[Callable[[Path], str], ...] = (
     public_names_load,
     help_of_each_command,
     select_attach_save_reload,
+    an_encoder_decoder_is_selected_and_attached,
     the_fast_step_computes_the_same,
     the_paper_s_rule_for_a_trainer,
     show_needs_no_picture,

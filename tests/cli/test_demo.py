@@ -3,73 +3,97 @@
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from weightlora.bench.records import read_records
 from weightlora.cli import main
-from weightlora.errors import WeightLoraWarning
 from weightlora.plan.plan import AdapterPlan
+from weightlora.tasks.classification import load_classifier
+from weightlora.tasks.embedded import minilm as minilm_folder
 
 METHODS = ("lora", "random", "weightlora", "weightlora_plus")
+TEXTS = ["a joy from start to end", "two hours lost"]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
-    with warnings.catch_warnings():
-        # 8 sentences make one batch: the warm-up says that it is used again.
-        warnings.simplefilter("ignore", WeightLoraWarning)
-        assert main(["demo", "--train_size", "8", "--test_size", "8", "--fast", "--output_dir", str(folder)]) == 0
+    few = ["--max_train_samples", "8", "--max_eval_samples", "8", "--num_train_epochs", "1", "--seed", "3", "--use_cpu"]
+    assert main(["demo", *few, "--fast", "--output_dir", str(folder)]) == 0
     return folder
 
 
+@pytest.fixture(scope="module")
+def records(demo):
+    return {record["options"]["method"]: record for record in read_records(demo / "records.jsonl")}
+
+
 def test_it_leaves_what_it_promises(demo):
-    left = {path.name for path in demo.iterdir()}
-    assert left == {"plan.json", "heatmap.png", "results.json", *METHODS}
+    left = {path.name for path in demo.iterdir() if not path.name.startswith(".")}
+    assert left == {"plan.json", "heatmap.png", "table.md", "table.tex", "records.jsonl", "adapters"}
+    assert {path.name for path in (demo / "adapters").iterdir()} == set(METHODS)
     assert (demo / "heatmap.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_each_adapter_is_stock(demo):
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("stock_probe.py")), str(demo)], capture_output=True, text=True
-    )
+def slow_logits(adapter, base, batch):
+    """W0 + s·B·A written into the base's weights by hand, and the saved head."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    weights = {
+        k.removeprefix("base_model.model."): v for k, v in load_file(adapter / "adapter_model.safetensors").items()
+    }
+    scale = config["lora_alpha"] / config["r"]
+    with torch.no_grad():
+        for name in config["target_modules"]:
+            a, b = (weights.pop(f"{name}.lora_{matrix}.weight") for matrix in "AB")
+            base.get_submodule(name).weight += scale * b @ a
+        assert not base.load_state_dict(weights, strict=False).unexpected_keys
+        return base.eval()(**batch).logits
+
+
+def test_each_adapter_is_stock(demo, tokenizer):
+    probe = [
+        sys.executable,
+        str(Path(__file__).with_name("stock_probe.py")),
+        str(demo / "adapters"),
+        str(minilm_folder()),
+    ]
+    done = subprocess.run([*probe, *TEXTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [line.split(":")[0] for line in done.stdout.splitlines()] == list(METHODS)
+    loaded = json.loads(done.stdout)
+    assert tuple(loaded) == METHODS
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    for method, logits in loaded.items():
+        by_hand = slow_logits(demo / "adapters" / method, load_classifier(minilm_folder(), labels=2, seed=0), batch)
+        torch.testing.assert_close(torch.tensor(logits), by_hand, rtol=0, atol=1e-5)
 
 
-def test_a_changed_adapter_is_noticed(demo, tmp_path):
-    """The control of the test above: other logits do not pass."""
-    results = json.loads((demo / "results.json").read_text())
-    results["probe"]["logits"]["lora"][0][0] += 1e-4
-    changed = tmp_path / "changed"
-    changed.mkdir()
-    (changed / "results.json").write_text(json.dumps(results))
-    (changed / "lora").symlink_to(demo / "lora")
-    probe = Path(__file__).with_name("stock_probe.py")
-    done = subprocess.run([sys.executable, str(probe), str(changed)], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "AssertionError" in done.stderr
-
-
-def test_the_numbers_are_those_of_the_plans(demo):
-    lines = {line["method"]: line for line in json.loads((demo / "results.json").read_text())["methods"]}
-    head = 384 * 2 + 2  # MiniLM's hidden size × labels, and the bias
-    for method in METHODS:
-        plan = AdapterPlan.load(demo / method / "plan.json")
-        assert lines[method]["adapters"] == len(plan.names) == (36 if method == "lora" else 18)
-        assert lines[method]["parameters"] == plan.parameters + head
-    assert lines["lora"]["step_ratio"] == 1.0
-    assert lines["weightlora_plus"]["parameters"] <= lines["lora"]["parameters"]
+def test_the_numbers_are_those_of_the_plans(demo, records):
+    assert set(records) == set(METHODS)
+    for method, record in records.items():
+        plan = AdapterPlan.load(demo / "adapters" / method / "plan.json")
+        assert (record["status"], record["adapters"]) == ("ok", len(plan.names))
+        assert record["adapter_parameters"] == plan.parameters
+        assert record["options"]["seed"] == 3
+    lora = records["lora"]["adapter_parameters"]
+    assert 2 * records["weightlora"]["adapter_parameters"] <= lora
+    assert lora // 2 < records["weightlora_plus"]["adapter_parameters"] <= lora
 
 
 def test_it_selects_with_the_fast_step(demo):
-    assert json.loads((demo / "results.json").read_text())["settings"]["fast"] is True
     assert AdapterPlan.load(demo / "plan.json").options["fast"] == "input"
 
 
 def test_plus_has_the_sites_of_weightlora(demo):
-    chosen, plus = (AdapterPlan.load(demo / name / "plan.json") for name in ("weightlora", "weightlora_plus"))
+    chosen, plus = (AdapterPlan.load(demo / "adapters" / n / "plan.json") for n in ("weightlora", "weightlora_plus"))
     assert plus.names == chosen.names
     assert AdapterPlan.load(demo / "plan.json") == chosen
+
+
+def test_another_option_of_a_recipe_is_checked(tmp_path, capsys):
+    assert main(["demo", "--keeep", "3", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "closest: 'keep'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

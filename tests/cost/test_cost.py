@@ -268,7 +268,13 @@ def test_estimate_prints_three_lines_and_three_more_for_the_fast_step(minilm, tm
     assert "fast" not in printed
     assert main(["estimate", str(tmp_path / "plan.json"), "--batch", "2x32", "--fast"]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    saved = {name: float(line.split()[-3]) for name in ("plan", "plan, fast") for line in lines if f"{name}  " in line}
+    # of a row such as "plan, fast  18  194,306  1.6  95.5  98.7  0.99  0.90–1.14"
+    saved = {
+        name: float(line.split()[-4])
+        for name in ("plan", "plan, fast")
+        for line in lines
+        if f"{name}   " in line and "–" in line
+    }
     model = plan.attach(minilm).train()
     ones = torch.ones((2, 32), dtype=torch.long)
     batch = {"input_ids": ones, "labels": ones[:, 0]}

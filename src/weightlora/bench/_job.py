@@ -54,7 +54,7 @@ def failure(reason: str) -> dict[str, Any]:
 
 
 def die_with_parent() -> None:
-    """Let this process end when the one that started it does: nobody works on for a benchmark that was killed."""
+    """End this process when the one that started it ends: a killed benchmark leaves no worker behind."""
     parent = parent_process()
     assert parent is not None, "a worker is started by multiprocessing"
 
@@ -93,5 +93,6 @@ def _quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
+    warnings.formatwarning = lambda message, *_, **__: f"weightlora: warning: {message}\n"  # the process is ours
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")  # of torch's loader, where there is no accelerator

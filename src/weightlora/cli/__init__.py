@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from weightlora import __version__
 from weightlora.cli import analyse, bench, demo, estimate, methods, select, show, train
+from weightlora.cli._quiet import quiet_imports
 from weightlora.errors import OptionError, WeightLoraError
 from weightlora.fast.allocator import keep_freed_memory
 
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rest and not chosen.takes_recipe:  # its options are checked when the recipe is read
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         chosen.rest = rest
+        quiet_imports()
         keep_freed_memory()
         chosen.run(chosen)
     except WeightLoraError as error:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
+from weightlora.cli._option_help import example, options_help, paragraph
 from weightlora.runs.recipe import MethodOptions, ModelOptions, TaskOptions
 
 
-def add_recipe_parser(commands: Any, name: str, *, help: str, description: str, example: str) -> Any:
+def add_recipe_parser(commands: Any, name: str, *, help: str, description: str, command: str) -> Any:
     """Add and return a command whose options are those of a recipe; ``main`` leaves them as words."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=help,
-        description=description,
-        epilog=f"{recipe_options()}\n\nexample: {example}",
+        description=paragraph(description),
+        epilog=recipe_epilog(command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -25,9 +25,8 @@ def add_recipe_parser(commands: Any, name: str, *, help: str, description: str, 
     return parser
 
 
-def recipe_options() -> str:
-    """Return the recipe's own options with their meanings, a line each."""
-    lines = ["options of the recipe, beside those of transformers' TrainingArguments:"]
-    for part in (ModelOptions, TaskOptions, MethodOptions):
-        lines += [f"  --{field.name:<24} {field.metadata['help']}" for field in dataclasses.fields(part)]
-    return "\n".join(lines)
+def recipe_epilog(command: str) -> str:
+    """Return type, default and meaning of the recipe's own options, and an example."""
+    own = options_help(ModelOptions, TaskOptions, MethodOptions)
+    note = paragraph("Options of the recipe. Those of transformers' TrainingArguments are options too.")
+    return f"{note}\n\n{own}\n\n{example(command)}"

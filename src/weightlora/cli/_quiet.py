@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 
 
+def quiet_imports() -> None:
+    """Drop the line that bitsandbytes logs when it is imported, about a faster kernel for quantised models.
+
+    PEFT imports bitsandbytes wherever it is installed, whether a model is quantised or not, so that the line would
+    appear in every command. Whatever else bitsandbytes logs is printed.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_says_no_kernel)
+
+
 @contextmanager
 def quiet_libraries() -> Generator[None]:
     """Silence transformers' reports and bars for the block; our own warnings are printed as one line each."""
-    from transformers.utils import logging
+    from transformers.utils import logging as reports
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    level = reports.get_verbosity()
+    reports.set_verbosity_error()
+    reports.disable_progress_bar()
     with suppress(ImportError):  # the extra `tasks`
         from datasets import disable_progress_bars
 
@@ -24,8 +34,8 @@ def quiet_libraries() -> Generator[None]:
         try:
             yield
         finally:
-            logging.set_verbosity(level)
-            logging.enable_progress_bar()
+            reports.set_verbosity(level)
+            reports.enable_progress_bar()
 
 
 @contextmanager
@@ -35,6 +45,10 @@ def one_line_warnings() -> Generator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.showwarning = _one_line  # the documented hook; catch_warnings puts the old one back
         yield
+
+
+def _says_no_kernel(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in record.getMessage()
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> None:

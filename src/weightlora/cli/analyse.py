@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from weightlora.cli._option_help import paragraph
+from weightlora.cli._options import recipe_epilog
+
 
 def add_parser(commands: Any) -> None:
     """Add the command; its options are those of ``weightlora train``."""
@@ -18,11 +21,14 @@ def add_parser(commands: Any) -> None:
     study: argparse.ArgumentParser = studies.add_parser(
         "dot-product",
         help="the paper's Figure 2: adapters trained alone, along the frozen model's gradient",
-        description="Train the adapter of each site alone for --steps batches and take its dot product with the frozen "
-        "model's gradient (section 2.1 of the paper); then compare the largest with the plan of the recipe, given by "
-        "--plan or chosen on the spot. Writes dot_product.json and dot_product.png.",
-        epilog="Options are those of weightlora train, in the YAML file or here.\n"
-        "example: weightlora analyse dot-product --task rotten_tomatoes --keep 0.5 --steps 5 --output_dir runs/dot",
+        description=paragraph(
+            "Train the adapter of each site alone for --steps batches and take its dot product with the frozen model's "
+            "gradient (section 2.1 of the paper); then compare the largest with the plan of the recipe, given by "
+            "--plan or chosen on the spot. Writes dot_product.json and dot_product.png."
+        ),
+        epilog=recipe_epilog(
+            "weightlora analyse dot-product --task rotten_tomatoes --keep 0.5 --steps 5 --output_dir runs/dot"
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

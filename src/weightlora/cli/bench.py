@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlora.cli._options import recipe_options
+from weightlora.cli._option_help import paragraph
+from weightlora.cli._options import recipe_epilog
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,9 +20,11 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
         help="compare methods: records and a table",
-        description="Run every method, task, budget, learning rate and seed of a YAML file. Each run is a line of "
-        "records.jsonl; the same command resumes where it was stopped.",
-        epilog=f"{recipe_options()}\n\nexample: weightlora bench --config benchmarks/table1.yaml --workers 2",
+        description=paragraph(
+            "Run every method, task, budget, learning rate and seed of a YAML file. Each run is a line of "
+            "records.jsonl; the same command resumes where it was stopped."
+        ),
+        epilog=recipe_epilog("weightlora bench --config benchmarks/table1.yaml --workers 2"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

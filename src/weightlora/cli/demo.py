@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from weightlora.cli._options import recipe_options
+from weightlora.cli._option_help import paragraph
+from weightlora.cli._options import recipe_epilog
 
 
 def add_parser(commands: Any) -> None:
@@ -14,9 +15,11 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "demo",
         help="compare four methods on the embedded model and data",
-        description="Train MiniLM on 2,000 film reviews with LoRA, random, WeightLoRA and WeightLoRA+; takes a few "
-        "minutes on two cores. It is a benchmark like those of weightlora bench.",
-        epilog=f"{recipe_options()}\n\nexample: weightlora demo --output_dir runs/demo --seed 1",
+        description=paragraph(
+            "Train MiniLM on 2,000 film reviews with LoRA, random, WeightLoRA and WeightLoRA+; takes a few minutes on "
+            "two cores. It is a benchmark like those of weightlora bench."
+        ),
+        epilog=recipe_epilog("weightlora demo --output_dir runs/demo --seed 1"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -49,4 +52,6 @@ def run(arguments: argparse.Namespace) -> None:
         draw_heatmap(plan, grid.output_dir / "heatmap.png")
         console.print(terminal_heatmap(plan))
     print_table(grid, records, console)
-    console.print(f"wrote {grid.output_dir}: plan.json, heatmap.png, table.md, records.jsonl, and adapters/")
+    console.print(
+        f"wrote {grid.output_dir}: plan.json, heatmap.png, table.md, records.jsonl, and adapters/", soft_wrap=True
+    )

@@ -1,18 +1,22 @@
-"""``weightlora estimate``: what training a plan takes, beside plain LoRA and the plan's expansion."""
+"""``weightlora estimate``: what training a plan takes, next to plain LoRA and WeightLoRA+."""
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from weightlora.cost.estimate import Estimate
     from weightlora.plan.plan import AdapterPlan
 
-#: transformers' loader and the shape of the labels, by PEFT's task type: those of a row, or one a token.
+#: transformers' loader and the labels, by PEFT's task type: one for each row, one for each token, or a span.
 _LOADERS = {
     "SEQ_CLS": ("AutoModelForSequenceClassification", "row"),
     "TOKEN_CLS": ("AutoModelForTokenClassification", "token"),
@@ -26,19 +30,21 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "estimate",
-        help="parameters, bytes and step time of a plan, beside plain LoRA",
-        description="Bytes are exact for full rows of the batch, without running it; steps are timed on a smaller one.",
+        help="memory and step time of a plan, next to plain LoRA",
+        description="Print parameters, memory and step time of plain LoRA, of the plan and of WeightLoRA+. Memory is "
+        "counted for the whole batch without running it; steps are timed on a smaller batch.",
         epilog="example: weightlora estimate runs/demo/plan.json --batch 32x512",
     )
     parser.add_argument("path", type=Path, help="plan.json")
     parser.add_argument("--batch", required=True, help="rows x tokens, such as 32x512")
-    parser.add_argument("--model_name_or_path", help="default: the base model that the plan names")
+    parser.add_argument("--model_name_or_path", help="hub name or folder; default: the base model that the plan names")
     parser.add_argument(
         "--fast",
         nargs="?",
         const="input",
         choices=("input", "rank"),
-        help="three more lines, with the cheaper LoRA step; input or rank: what its dropout drops",
+        help="three more lines, with the fast LoRA step; its dropout drops elements of the adapter's input (default), "
+        "or of the rank-sized activation",
     )
     parser.set_defaults(run=run)
 
@@ -49,9 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     if match is None:
         raise OptionError(f"--batch {arguments.batch!r} is not allowed: give rows x tokens, such as 32x512")
 
-    from rich.box import SIMPLE
     from rich.console import Console
-    from rich.table import Table
 
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.cost.estimate import estimate
@@ -62,16 +66,44 @@ def run(arguments: argparse.Namespace) -> None:
     with quiet_libraries():
         model, make_loss = _model_and_loss(plan, arguments.model_name_or_path or plan.base_model, length)
         lines = estimate(plan, model, make_loss, rows=rows, length=length, fast=arguments.fast)
-    table = Table(title=f"a training step of {rows} rows of {length} tokens", box=SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column(no_wrap=True)
-    for header in ("adapters", "trained", "AdamW MB", "saved MB", "together MB", "step ÷ LoRA"):
-        table.add_column(header, justify="right")
-    for line in lines:
-        in_mb = (f"{n / 1e6:,.1f}" for n in (line.optimizer_bytes, line.saved_bytes, line.memory_bytes))
-        table.add_row(line.name, str(line.sites), f"{line.parameters:,}", *in_mb, f"{line.step_ratio:.2f}")
     console = Console()
-    console.print(table)
-    console.print("together: trained parameters, gradients, AdamW's state, saved bytes; the frozen weights not counted")
+    console.print(_table(lines, f"one training step, {rows} rows of {length} tokens"))
+    console.print(_LEGEND, highlight=False)
+
+
+#: What the rows and columns are.
+_LEGEND = """\
+LoRA         plain LoRA on all candidate sites
+plan         this plan
+WeightLoRA+  the plan's sites at the rank that uses plain LoRA's parameters
+sites        linear layers that carry an adapter
+trained      parameters that are trained, with a new task head
+AdamW        its two moments of the trained parameters
+saved        what the forward pass saves for the backward pass
+total        trained parameters, their gradients, AdamW and saved; the frozen
+             weights come on top
+step         time ÷ plain LoRA's by PEFT, median of the rounds
+spread       lowest and highest ratio of a round"""
+
+
+def _table(lines: Sequence[Estimate], title: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(no_wrap=True)
+    for header in ("sites", "trained", "AdamW\nMB", "saved\nMB", "total\nMB", "step\n÷ LoRA", "spread"):
+        table.add_column(header, justify="right", vertical="bottom", no_wrap=True)
+    for line in lines:
+        in_mb = [_mb(n) for n in (line.optimizer_bytes, line.saved_bytes, line.memory_bytes)]
+        low, high = line.step_range
+        spread = "" if line.name == "LoRA" else f"{low:.2f}–{high:.2f}"
+        table.add_row(line.name, str(line.sites), f"{line.parameters:,}", *in_mb, f"{line.step_ratio:.2f}", spread)
+    return table
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.1f}" if count < 1e9 else f"{count / 1e6:,.0f}"
 
 
 def _model_and_loss(plan: AdapterPlan, path: str | None, length: int) -> tuple[Any, Any]:

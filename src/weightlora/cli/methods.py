@@ -1,17 +1,24 @@
-"""``weightlora methods``: what there is, with its paper; the tasks too."""
+"""``weightlora methods``: the methods with their papers, or the tasks."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        "methods", help="list the methods, with their papers", epilog="example: weightlora methods --tasks"
+        "methods",
+        help="list the methods with their papers, or the tasks",
+        description="List the methods of weightlora train with their papers.",
+        epilog="example: weightlora methods --tasks",
     )
-    parser.add_argument("--tasks", action="store_true", help="list the tasks of weightlora train instead")
+    parser.add_argument("--tasks", action="store_true", help="list the tasks instead")
     parser.set_defaults(run=run)
 
 
@@ -19,27 +26,35 @@ def run(arguments: argparse.Namespace) -> None:
     """Print a registry."""
     from rich.console import Console
 
-    Console().print(_tasks() if arguments.tasks else _methods())
+    console = Console()
+    if arguments.tasks:
+        console.print(_table("task", "metrics, columns and data", _tasks()))
+    else:
+        console.print(_table("method", "how the budget is spent, and the paper", _methods()))
 
 
-def _methods() -> Any:
-    from rich.table import Table
+def _table(name: str, text: str, rows: Iterable[tuple[str, ...]]) -> Table:
+    """Names, each with a line of text and further lines, indented and dim."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Column, Table
+    from rich.text import Text
 
+    table = Table(Column(name, no_wrap=True), Column(text, overflow="fold"), box=SIMPLE_HEAD)
+    for key, first, *further in rows:
+        table.add_row(key, Text("\n").join([Text(first), *(Text(f"  {line}", style="dim") for line in further)]))
+    return table
+
+
+def _methods() -> Iterator[tuple[str, ...]]:
     from weightlora.methods import METHODS
 
-    table = Table("method", "how the budget is spent", "paper")
     for entry in METHODS:
-        table.add_row(entry.name, entry.summary, entry.paper)
-    return table
+        yield entry.name, entry.summary, entry.paper
 
 
-def _tasks() -> Any:
-    from rich.table import Column, Table
-
+def _tasks() -> Iterator[tuple[str, ...]]:
     from weightlora.tasks import TASKS
 
-    table = Table(Column("task", no_wrap=True), "columns", "metrics", Column("data", overflow="fold"))
     for task in TASKS:
-        columns, metrics = ", ".join(task.columns.values()), ", ".join(task.metrics)
-        table.add_row(task.name, columns, metrics, task.dataset or "your own")
-    return table
+        columns = f"columns: {', '.join(task.columns.values())}"
+        yield task.name, ", ".join(task.metrics), columns, f"data: {task.dataset or 'your own'}"

@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
         help="choose the adapters: plan.json and a heat map",
         description="Run the warm-up of a recipe and write plan.json and heatmap.png into --output_dir (default: "
         "runs/select). The options are those of weightlora train, in the YAML file or here, where they win.",
-        example="weightlora select --task text_classification --train_file reviews.csv --keep 0.5",
+        command="weightlora select --task text_classification --train_file reviews.csv --keep 0.5",
     )
     parser.set_defaults(run=run)
 

@@ -1,19 +1,53 @@
-"""``weightlora show``: a plan or an adapter directory as a table and a heat map."""
+"""``weightlora show``: a plan or an adapter directory as a heat map and a table."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from weightlora.errors import require_extra
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from weightlora.plan.plan import AdapterPlan
+
+#: What the options of a selection mean; methods have further ones of their own.
+_MEANINGS = {
+    "steps": "warm-up batches that score sites",
+    "head_steps": "steps that train a new head first",
+    "threshold_every": "steps between hard thresholds",
+    "threshold": "gates kept: largest |ω| (magnitude) or largest ω (signed)",
+    "lr": "learning rate of the warm-up",
+    "gate_lr": "step size of the gates",
+    "fast": "fast step in the warm-up, and what its dropout drops",
+    "expand": "WeightLoRA+: lora_alpha grows with the rank (scale) or stays (keep)",
+    "cost": "measured: bytes, or share of plain LoRA's step time",
+}
+_BUDGETS = {
+    int: "budget: number of adapters",
+    float: "budget: fraction of plain LoRA",
+    str: "budget: limit on parameters, memory or step time",
+}
+_RULES = {
+    "first_order": "score: size of B's mean gradient",
+    "stoiht": "score: gate ω, trained under a hard threshold (the paper)",
+    "adapter": "the adapter's files do not say how its sites were chosen",
+}
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        "show", help="show a plan or an adapter directory", epilog="example: weightlora show runs/demo/plan.json"
+        "show",
+        help="show a plan or an adapter directory",
+        description="Print which layers carry an adapter, how many parameters that is, and how they were chosen.",
+        epilog="example: weightlora show runs/demo/plan.json",
     )
     parser.add_argument("path", type=Path, help="plan.json, or a directory that PEFT saved an adapter into")
-    parser.add_argument("--png", type=Path, help="also write the heat map as a PNG")
+    parser.add_argument("--png", type=Path, help="also write the heat map as a PNG; needs weightlora[plots]")
     parser.set_defaults(run=run)
 
 
@@ -21,26 +55,74 @@ def run(arguments: argparse.Namespace) -> None:
     """Print what the plan keeps, where, and how it was found."""
     from rich.console import Console
 
-    from weightlora.errors import require_extra
     from weightlora.plan.from_adapter import read_adapter
     from weightlora.plan.plan import AdapterPlan
-    from weightlora.report.coverage import fast_gaps, fast_text
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
 
+    path: Path = arguments.path
     if arguments.png:
         require_extra("matplotlib", "plots")
-    path: Path = arguments.path
     plan = read_adapter(path) if path.is_dir() else AdapterPlan.load(path)
     console = Console()
     console.print(terminal_heatmap(plan))
-    ranks = sorted({entry.r for entry in plan.entries if entry.r > 0})
-    console.print(f"adapters    {len(plan.names)} of {len(plan.entries)} sites, rank {', '.join(map(str, ranks))}")
-    console.print(
-        f"parameters  {plan.parameters:,} ({100 * plan.parameters / plan.lora_parameters:.1f} % of plain LoRA)"
-    )
-    console.print(f"fast step   {fast_text(*fast_gaps(path, plan))}", soft_wrap=True)
-    console.print(f"rule        {plan.rule} {dict(plan.options) or ''} seed {plan.seed}")
-    console.print(f"base model  {plan.base_model or 'unnamed'}", soft_wrap=True)
+    console.print(_table("plan", _summary(path, plan)))
+    if plan.options:
+        console.print(_table("option", _options(plan)))
     if arguments.png:
         draw_heatmap(plan, arguments.png)
-        console.print(f"wrote       {arguments.png}", soft_wrap=True)
+        console.print(f"wrote {arguments.png}", soft_wrap=True)
+
+
+def _table(name: str, rows: Iterable[tuple[str, str, str]]) -> Table:
+    """Name, value and meaning; two of them, one below the other, have equal columns."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Column, Table
+
+    value = Column("value", min_width=24, max_width=30, overflow="fold")
+    table = Table(Column(name, min_width=15, no_wrap=True), value, "meaning", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _summary(path: Path, plan: AdapterPlan) -> Iterator[tuple[str, str, str]]:
+    from weightlora.report.coverage import fast_gaps, fast_text
+
+    ranks = sorted({entry.r for entry in plan.entries if entry.r > 0})
+    rank = ", ".join(map(str, ranks)) if len(ranks) <= 3 else f"{ranks[0]} to {ranks[-1]}"
+    share = 100 * plan.parameters / plan.lora_parameters
+    yield (
+        "adapters",
+        f"{len(plan.names)} of {len(plan.entries)} sites, rank {rank}",
+        "layers that carry an adapter",
+    )
+    yield (
+        "parameters",
+        f"{plan.parameters:,} ({share:.1f} %)",
+        f"of plain LoRA's {plan.lora_parameters:,}",
+    )
+    yield "fast step", fast_text(*fast_gaps(path, plan)), "what enable_fast_lora can speed up"
+    yield "rule", plan.rule, _rule_text(plan.rule)
+    yield "seed", str(plan.seed), "random numbers of the selection"
+    yield "base model", plan.base_model or "unnamed", "model that the plan was made for"
+
+
+def _rule_text(rule: str) -> str:
+    from weightlora.methods import METHODS
+
+    methods = {entry.name: f"method: {entry.summary}" for entry in METHODS}
+    return {**methods, **_RULES}.get(rule, "how sites were chosen")
+
+
+def _options(plan: AdapterPlan) -> Iterator[tuple[str, str, str]]:
+    for name, value in plan.options.items():
+        meaning = _BUDGETS.get(type(value), "budget") if name == "keep" else _MEANINGS.get(name)
+        yield name, _text(value), meaning or f"option of {plan.rule}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_text, value))
+    return "none" if value is None else str(value)

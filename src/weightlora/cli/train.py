@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
         help="train a recipe: plan, stock adapter, metrics",
         description="Train a recipe. Every option can be in the YAML file or here, where it wins; the same command "
         "resumes an interrupted run.",
-        example="weightlora train --task rotten_tomatoes --keep 0.5 --learning_rate 2e-3",
+        command="weightlora train --task rotten_tomatoes --keep 0.5 --learning_rate 2e-3",
     )
     parser.set_defaults(run=run)
 

@@ -38,7 +38,9 @@ class Estimate:
     memory_bytes: int
     """Parameters, gradients, optimizer and saved bytes: what ``keep="512MB"`` counts."""
     step_ratio: float
-    """Step time ÷ step time of plain LoRA in stock PEFT."""
+    """Step time ÷ step time of plain LoRA in stock PEFT: the median over the rounds."""
+    step_range: tuple[float, float]
+    """The smallest and the largest ratio of a round."""
 
 
 def plain_lora(plan: AdapterPlan) -> AdapterPlan:
@@ -56,10 +58,10 @@ def estimate(
     fast: Dropout | None = None,
     rounds: int = 3,
 ) -> list[Estimate]:
-    """Return a line each for plain LoRA, the plan and its expansion; ``model`` is left unchanged.
+    """Return a line each for plain LoRA, the plan and WeightLoRA+; ``model`` is left unchanged.
 
     Bytes are exact for the batch and need no arithmetic; what the fast step's dropout saves is an expected number.
-    Step times are measured in interleaved steps of about ``TIMED_TOKENS`` tokens.
+    Timed steps have about ``TIMED_TOKENS`` tokens, one variant after the other in each round.
 
     Args:
         plan: Made for ``model``.
@@ -68,12 +70,12 @@ def estimate(
         rows: Rows of the batch.
         length: Tokens of a row.
         fast: The ``dropout`` of :func:`weightlora.enable_fast_lora`: three more lines, with that step.
-        rounds: Timed rounds; the ratio is that of the medians.
+        rounds: Timed rounds; each gives a ratio to plain LoRA.
 
     Raises:
         PlanMismatchError: The plan was made for another model.
     """
-    plans = {"LoRA": plain_lora(plan), "plan": plan, "expanded": plan.expand()}
+    plans = {"LoRA": plain_lora(plan), "plan": plan, "WeightLoRA+": plan.expand()}
     variants: dict[str, tuple[AdapterPlan, Dropout | None]] = {name: (plans[name], None) for name in plans}
     if fast is not None:
         variants |= {f"{name}, fast": (plans[name], fast) for name in plans}
@@ -88,12 +90,13 @@ def estimate(
                     enable_fast_lora(attached, step)
                 if name not in counts:
                     counts[name] = _count(attached, make_loss, rows)
-                seconds[name] += step_seconds(attached, lambda: [make_loss(model, timed_rows)])
-    first = statistics.median(seconds["LoRA"])
-    return [
-        Estimate(name, len(variant.names), **counts[name], step_ratio=statistics.median(seconds[name]) / first)
-        for name, (variant, _) in variants.items()
-    ]
+                seconds[name].append(statistics.median(step_seconds(attached, lambda: [make_loss(model, timed_rows)])))
+    lines: list[Estimate] = []
+    for name, (variant, _) in variants.items():
+        ratios = [time / lora for time, lora in zip(seconds[name], seconds["LoRA"], strict=True)]
+        spread = {"step_ratio": statistics.median(ratios), "step_range": (min(ratios), max(ratios))}
+        lines.append(Estimate(name, len(variant.names), **counts[name], **spread))  # pyright: ignore[reportArgumentType]
+    return lines
 
 
 def _count(attached: nn.Module, make_loss: MakeLoss, rows: int) -> dict[str, int]:

@@ -1,0 +1,105 @@
+"""Help for the options of a recipe: type, default and meaning of each, wrapped to the width of the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import textwrap
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_TYPES: Mapping[Any, str] = {str: "TEXT", int: "INT", float: "FLOAT", bool: "true|false"}
+#: As argparse has it, which leaves two columns free.
+_MARGIN = 2
+
+
+def paragraph(text: str, width: int | None = None) -> str:
+    """Return ``text`` wrapped to the terminal, for parsers whose help keeps its own line breaks."""
+    return "\n".join(_wrapped(text, _columns(width), ""))
+
+
+def example(command: str, width: int | None = None) -> str:
+    r"""Return a command as the last line of a help, wrapped so that a shell still reads it.
+
+    Example:
+        >>> print(example("weightlora train --keep 0.5 --seed 1", width=40))
+        example: weightlora train --keep 0.5 \
+            --seed 1
+    """
+    lines = textwrap.wrap(
+        f"example: {command}",
+        _columns(width) - 2,
+        subsequent_indent="    ",
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    return " \\\n".join(lines)
+
+
+def options_help(*parts: type, prefix: str = "--", width: int | None = None) -> str:
+    """Return the options of dataclasses as text for the end of a command's help.
+
+    Args:
+        parts: Dataclasses whose fields have a ``help`` text in their metadata; each is a section under its docstring.
+        prefix: What stands before a name: nothing, for options of a file alone.
+        width: Columns; None is the terminal's.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Budget:
+        ...     '''The budget.'''
+        ...     keep: float = dataclasses.field(default=0.5, metadata={"help": "share of the parameters"})
+        >>> print(options_help(Budget))
+        The budget:
+          --keep FLOAT (default: 0.5)
+              share of the parameters
+    """
+    width = _columns(width)
+    return "\n\n".join("\n".join([f"{_title(part)}:", *_lines(part, prefix, width)]) for part in parts)
+
+
+def _columns(width: int | None) -> int:
+    return (shutil.get_terminal_size().columns if width is None else width) - _MARGIN
+
+
+def _title(part: type) -> str:
+    return (part.__doc__ or part.__name__).splitlines()[0].rstrip(".")
+
+
+def _lines(part: type, prefix: str, width: int) -> list[str]:
+    hints = get_type_hints(part)
+    lines: list[str] = []
+    for field in dataclasses.fields(part):
+        meaning = field.metadata["help"]
+        takes = _type_text(hints[field.name], optional="nargs" in field.metadata)
+        said = "default:" in meaning  # where None stands for something that depends on the rest
+        head = f"{prefix}{field.name} {takes}" + ("" if said else f" (default: {_default_text(field)})")
+        lines += _wrapped(head, width, "  ") + _wrapped(meaning, width, "      ")
+    return lines
+
+
+def _wrapped(text: str, width: int, indent: str) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _type_text(hint: Any, *, optional: bool = False) -> str:
+    """The type as a user writes it: ``INT``, ``{a,b}``, ``TEXT ...``; in brackets where the value can be left out."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        [hint] = [kind for kind in get_args(hint) if kind is not type(None)]
+        origin = get_origin(hint)
+    if origin is Literal:
+        text = "{" + ",".join(map(str, get_args(hint))) + "}"
+    elif origin in (list, Sequence):
+        text = f"{_TYPES.get(get_args(hint)[0], 'TEXT')} ..."
+    else:
+        text = _TYPES.get(hint, "TEXT")
+    return f"[{text}]" if optional or hint is bool else text
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value)) or "none"
+    return {"None": "none", "True": "true", "False": "false"}.get(str(value), str(value))
