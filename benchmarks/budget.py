@@ -28,7 +28,7 @@ from weightlora.bench.records import append_record, read_records
 from weightlora.bench.step_cost import saved_bytes
 from weightlora.cost.knapsack import CostBudget
 from weightlora.cost.saved_bytes import saved_cost
-from weightlora.cost.step_time import in_turns, median_ratio, time_cost
+from weightlora.cost.step_time import interleaved, median_ratio, time_cost
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
 from weightlora.plan.make import make_plan
@@ -114,7 +114,7 @@ def measure(name: str, rounds: int, *, fast: bool) -> None:
         model(**batch).loss.backward()
         optimizer.step()
 
-    seconds = in_turns([partial(with_sites, kept) for kept in (list(range(n)), *plans, chosen)], rounds)
+    seconds = interleaved([partial(with_sites, kept) for kept in (list(range(n)), *plans, chosen)], rounds)
     model_name = f"{name}, fast" if fast else name
     common = {"model": model_name, "sites": n, "rows": rows, "length": length, "fake_error": unreal}
     unwrapped = model.unload()

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from weightlora import shorten_backward
 from weightlora.bench.records import append_record
-from weightlora.cost.step_time import in_turns, median_ratio
+from weightlora.cost.step_time import interleaved, median_ratio
 from weightlora.model.sites import find_sites
 from weightlora.plan.make import make_plan
 from weightlora.tasks.embedded import embedded_model
@@ -50,7 +50,7 @@ def main() -> None:
         model = planned(lowest)
         short, trapped = (partial(prepared_step, model, tokens, trap=trap) for trap in (False, True))
         before, after = trapped(), short()
-        first, with_short, second = in_turns([before.again, after.again, before.again], arguments.rounds)
+        first, with_short, second = interleaved([before.again, after.again, before.again], arguments.rounds)
         ratio, control = median_ratio(with_short, first), median_ratio(second, first)
         layers = f"{after.layers} of {before.layers}"
         saved = f"{after.saved_bytes / 1e6:.1f} of {before.saved_bytes / 1e6:.1f}"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from weightlora import enable_fast_lora, select
 from weightlora.bench.records import append_record
-from weightlora.cost.step_time import in_turns, median_ratio
+from weightlora.cost.step_time import interleaved, median_ratio
 
 RESULTS = Path(__file__).parent / "results" / "scale.jsonl"
 SITES = (36, 210, 2000)
@@ -71,7 +71,7 @@ def overheads(net: nn.Module, x: Tensor, ranks: Sequence[int], rounds: int, *, f
     for rank in ranks:
         model: Any = get_peft_model(chain(len(targets), x.shape[-1]), LoraConfig(r=rank, target_modules=targets))  # type: ignore[arg-type]
         steps.append(step(enable_fast_lora(model) if fast else model, x))
-    frozen, *adapted = in_turns(steps, rounds, warmups=2)
+    frozen, *adapted = interleaved(steps, rounds, warmups=2)
     return [statistics.median(a - b for a, b in zip(times, frozen, strict=True)) for times in adapted]
 
 
@@ -133,7 +133,7 @@ def report_few_tokens(rounds: int) -> None:
         ratios = []
         for tokens in TOKENS:
             x = torch.randn(tokens, 576)
-            theirs, ours = in_turns([run(stock, x), run(fast, x)], 3 * rounds, warmups=2)
+            theirs, ours = interleaved([run(stock, x), run(fast, x)], 3 * rounds, warmups=2)
             ratios.append(median_ratio(ours, theirs))
         print(f"| {what} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |", flush=True)
         append_record(RESULTS, {"over": "tokens", "what": what, "sizes": list(TOKENS), "ratios": ratios})

@@ -39,7 +39,7 @@ from warmup import gated_bytes
 import weightlora
 from weightlora.bench.records import append_record, read_records
 from weightlora.bench.step_cost import saved_bytes
-from weightlora.cost.step_time import in_turns, median_ratio
+from weightlora.cost.step_time import interleaved, median_ratio
 from weightlora.model.gates import gated
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
@@ -115,7 +115,7 @@ def measure(setting: Setting, rounds: int, only: Sequence[str]) -> list[dict[str
     with tqdm(total=(rounds + 2) * len(rows), desc="steps") as bar:
         steps = [_step(row, batch, bar) for row in rows.values()]
         peaks = [(peak_bytes if batch["input_ids"].is_cpu else accelerator_peak_bytes)(step) for step in steps]
-        seconds = in_turns(steps, rounds)
+        seconds = interleaved(steps, rounds)
     sizes = {name: sum(p.numel() for p in row.model.parameters() if p.requires_grad) for name, row in rows.items()}
     return [
         {

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from weightlora.bench.records import append_record
 from weightlora.bench.step_cost import saved_bytes
-from weightlora.cost.step_time import in_turns, median_ratio
+from weightlora.cost.step_time import interleaved, median_ratio
 from weightlora.model.gates import gated
 from weightlora.model.layers import lora_layers
 
@@ -105,7 +105,7 @@ def step_ratios(model: PeftModel, batch: dict[str, Tensor], omega: Tensor, round
             optimizer.zero_grad()
             gates.clear()
 
-    first, with_gates_seconds, second = in_turns([stock, with_gates, stock], rounds, warmups=2)
+    first, with_gates_seconds, second = interleaved([stock, with_gates, stock], rounds, warmups=2)
     mean = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
     return median_ratio(with_gates_seconds, mean), median_ratio(second, first)
 
@@ -126,8 +126,8 @@ def gate_seconds(sites: int, rounds: int) -> float:
             gates.write(gates.omega - 1e-6 * gates.gradient)
             gates.clear()
 
-        gated_seconds = statistics.median(in_turns([with_gates], rounds)[0])
-    return gated_seconds - statistics.median(in_turns([stock], rounds)[0])
+        gated_seconds = statistics.median(interleaved([with_gates], rounds)[0])
+    return gated_seconds - statistics.median(interleaved([stock], rounds)[0])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every error and warning of the package; each is also a stdlib type, so old ``except ValueError`` code works.
+"""Every error and warning of the package; each is also a standard type, so that ``except ValueError`` works.
 
 The text of an error names the value found, what is allowed, and which knob to turn.
 """
@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 
 class WeightLoraError(Exception):
-    """Root of all errors that a user can cause; the command line prints its text and exits 2."""
+    """Base class of all errors that a user can cause; the command line prints the text and exits with status 2."""
 
 
 class OptionError(WeightLoraError, ValueError):
@@ -17,19 +17,19 @@ class OptionError(WeightLoraError, ValueError):
 
 
 class SiteError(WeightLoraError, ValueError):
-    """The model has no layer that could carry an adapter, or the wanted ones do not exist."""
+    """The model has no layer that can carry an adapter, or the wanted layers do not exist."""
 
 
 class SelectionError(WeightLoraError, RuntimeError):
-    """The warm-up could not tell which adapters matter; the model is as it was."""
+    """The selection could not score the adapters; the model is unchanged."""
 
 
 class PlanError(WeightLoraError, ValueError):
-    """A plan file is not readable as a plan."""
+    """A file is not a valid plan."""
 
 
 class PlanMismatchError(PlanError):
-    """A plan and a model do not belong together; the text lists what does not match."""
+    """A plan does not match a model; the text lists the differences."""
 
 
 class DataError(WeightLoraError, ValueError):
@@ -41,11 +41,11 @@ class MissingPackageError(WeightLoraError, ImportError):
 
 
 class OutputError(WeightLoraError, OSError):
-    """A result could not be written; nothing half-written was left behind."""
+    """A result could not be written; no partial file was left."""
 
 
 class WeightLoraWarning(UserWarning):
-    """Something was done differently from what was asked; the text says what and how to silence it."""
+    """Something was done differently from what was asked; the text says what, and how to avoid it."""
 
 
 def require_extra(package: str, extra: str) -> None:

@@ -1,4 +1,4 @@
-"""Write files and folders so that they are either whole or not there."""
+"""Write files and folders atomically: complete, or not at all."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from weightlora.errors import DataError, OutputError
 
 @contextmanager
 def whole_file(path: str | Path) -> Generator[Path]:
-    """Yield a temporary path beside ``path`` that takes its place when the block ends without an error.
+    """Yield a temporary path that replaces ``path`` when the block ends without an error.
 
     Args:
-        path: The file to write; its folder is made when it does not exist.
+        path: The file to write; its folder is created if missing.
 
     Raises:
-        OutputError: The folder cannot be made or written, or the disk is full.
+        OutputError: The folder cannot be created or written, or the disk is full.
 
     Example:
         >>> with whole_file(tmp_path / "a.txt") as draft:
@@ -34,11 +34,11 @@ def whole_file(path: str | Path) -> Generator[Path]:
     draft: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The suffix stays: savers such as matplotlib choose the format by it.
+        # Keep the suffix: savers such as matplotlib choose the format by it.
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
         os.close(descriptor)
         draft = Path(name)
-        draft.chmod(0o666 & ~_umask())  # mkstemp makes private files; a result is as readable as any other
+        draft.chmod(0o666 & ~_umask())  # mkstemp creates private files
         yield draft
         draft.replace(path)
     except OSError as error:
@@ -50,7 +50,7 @@ def whole_file(path: str | Path) -> Generator[Path]:
 
 @contextmanager
 def whole_folder(path: str | Path) -> Generator[Path]:
-    """Yield a temporary folder beside ``path`` that replaces it when the block ends without an error.
+    """Yield a temporary folder that replaces ``path`` when the block ends without an error.
 
     Raises:
         OutputError: The parent folder cannot be written, or the disk is full.
@@ -63,7 +63,7 @@ def whole_folder(path: str | Path) -> Generator[Path]:
         draft.chmod(0o777 & ~_umask())
         yield draft
         if path.exists():
-            # The old folder goes aside first: whatever happens, one of the two is whole.
+            # Move the old folder first: whatever happens, one of the two is complete.
             old = draft.with_name(draft.name + "-old")
             path.replace(old)
             draft.replace(path)
@@ -91,7 +91,7 @@ def replace_folder(source: Path, target: Path) -> None:
 
 
 def write_json(path: str | Path, value: Any, *, default: Callable[[Any], Any] | None = None) -> None:
-    """Write ``value`` as JSON, whole or not at all.
+    """Write ``value`` as JSON, atomically.
 
     Raises:
         OutputError: See :func:`whole_file`.
@@ -100,7 +100,7 @@ def write_json(path: str | Path, value: Any, *, default: Callable[[Any], Any] | 
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write ``text``, whole or not at all.
+    """Write ``text``, atomically.
 
     Raises:
         OutputError: See :func:`whole_file`.
@@ -110,10 +110,10 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """Return the mapping of a YAML file; an empty file is an empty one.
+    """Return the mapping in a YAML file; an empty file is an empty mapping.
 
     Raises:
-        DataError: The file is missing, no YAML, or holds something else.
+        DataError: The file is missing, not YAML, or holds no mapping.
 
     Example:
         >>> write_text(tmp_path / "a.yaml", "keep: 0.5")
@@ -132,12 +132,12 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def writable_folder(path: str | Path) -> Path:
-    """Return ``path``, a folder that can be written, or made where it is missing; long work asks before it begins.
+    """Return ``path`` if it is, or can be created as, a writable folder; call it before long work.
 
-    Nothing is made: where the work is refused afterwards, nothing is left.
+    It creates nothing, so that nothing is left if the work is refused afterwards.
 
     Raises:
-        OutputError: The folder cannot be made or written.
+        OutputError: The folder cannot be created or written.
     """
     path = Path(path)
     try:
@@ -154,7 +154,7 @@ def _cannot_write(path: Path, error: OSError) -> OutputError:
 
 
 def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
+    """The process's umask; reading it requires setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,4 +1,4 @@
-"""Text for people: the closest known word."""
+"""Hints for error messages: the closest known word."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """Return a hint at the most similar known word, for the end of an error; empty where none is similar.
+    """Return a hint with the most similar known word, for the end of an error; empty if none is similar.
 
     Example:
         >>> closest("kepe", ["keep", "rule"]), closest("xyz", ["keep"])

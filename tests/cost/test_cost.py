@@ -189,7 +189,7 @@ def test_the_price_is_exact_for_the_three_sets_whose_steps_are_timed(monkeypatch
 
 def test_whole_steps_are_compared_round_by_round(monkeypatch):
     """Ratios 0.1, 0.3 and 0.15 to the last, whose median is 10 s: 1.5 s. The rounds' own median is 3 s."""
-    monkeypatch.setattr(timing, "in_turns", lambda *_: [[1.0, 3.0, 6.0], [10.0, 10.0, 40.0]])
+    monkeypatch.setattr(timing, "interleaved", lambda *_: [[1.0, 3.0, 6.0], [10.0, 10.0, 40.0]])
     assert timing._steps({}, list, None, [(), ()], 3) == pytest.approx([1.5, 10.0])
 
 

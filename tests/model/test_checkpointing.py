@@ -12,7 +12,7 @@ from weightlora.trainer.select_for import adopt
 
 import weightlora
 from weightlora.errors import WeightLoraWarning
-from weightlora.model.checkpointing import release_inputs
+from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.sites import find_sites
 from weightlora.plan.make import make_plan
 from weightlora.tasks.embedded import minilm as minilm_folder
@@ -81,7 +81,7 @@ def test_hooks_set_twice_go_and_those_of_others_stay():
     handle = model.model.embed_tokens.register_forward_hook(lambda *_: None)
     model.disable_input_require_grads()
     assert len(model.model.embed_tokens._forward_hooks) == 2
-    assert release_inputs(model)
+    assert remove_input_hooks(model)
     assert list(model.model.embed_tokens._forward_hooks) == [handle.id]
     model.disable_input_require_grads()  # as ever
 
@@ -102,7 +102,7 @@ def test_reentrant_checkpointing_keeps_the_hooks_that_it_needs():
     model.activation_checkpointing_disable()
     assert all(map(torch.equal, found, gradients(model)[0]))
     model.activation_checkpointing_enable({"preserve_rng_state": True})  # torch's own default, whichever it is
-    assert not release_inputs(model)
+    assert not remove_input_hooks(model)
 
 
 class Watch(TrainerCallback):

@@ -88,7 +88,12 @@ def test_a_run_leaves_a_stock_adapter_its_plan_a_card_and_numbers(unbroken):
     plan.check(PeftModel.from_pretrained(base, str(unbroken / "adapter")))
     for folder in (unbroken / "adapter", *unbroken.glob("checkpoint-*")):
         assert AdapterPlan.load(folder / "plan.json") == plan
+        texts = [file.read_text() for file in folder.iterdir() if file.suffix in (".json", ".md", ".jinja")]
+        assert not any(str(minilm_folder()) in text for text in texts), "a path of this machine"
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "embedded/minilm"
+    assert plan.base_model == "embedded/minilm"
     card = (unbroken / "adapter" / "README.md").read_text()
+    assert "base_model: embedded/minilm" in card
     assert "9 of 36 sites" in card
     assert len(re.findall(r"^\| [\w.]+ \| \d of 6 \|", card, re.MULTILINE)) == 6  # one line a projection of MiniLM
 
@@ -259,7 +264,7 @@ def test_the_fast_step_goes_on_where_it_stopped(unbroken, tmp_path):
 
 
 def test_what_the_fast_step_leaves_to_peft_is_told(tmp_path):
-    with pytest.warns(WeightLoraWarning, match="9 of 9 LoRA layers stay as PEFT computes them"):
+    with pytest.warns(WeightLoraWarning, match="does not cover 9 of 9 LoRA layers"):
         run(tmp_path, fast="input", use_dora=True, method="random", max_steps=1)
 
 

@@ -6,13 +6,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import DataCollatorWithPadding
 from transformers.trainer_utils import validate_quantization_for_training
 
 from weightlora.errors import DataError, MissingPackageError
+from weightlora.model.sites import find_sites
+from weightlora.plan.make import make_plan
+from weightlora.plan.provenance import base_model_name
 from weightlora.tasks.classification import accuracy, encode, load_classifier, shuffled_batches
+from weightlora.tasks.embedded import embedded_model, embedded_name, rotten_tomatoes, smollm2, wheel_file
 from weightlora.tasks.embedded import minilm as minilm_folder
-from weightlora.tasks.embedded import rotten_tomatoes, smollm2, wheel_file
 from weightlora.tasks.pretrained import load_pretrained, load_tokenizer
 
 # -- wheels ----------------------------------------------------------------------------------------------------------
@@ -155,3 +159,49 @@ def test_accuracy_is_the_share_of_rows_whose_largest_logit_is_the_label():
     logits = np.array([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 5.0, 1.0], [3.0, 0.0, 0.0]])
     prediction = SimpleNamespace(predictions=logits, label_ids=np.array([0, 2, 1, 1]))
     assert accuracy(prediction) == {"accuracy": 0.75}
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_embedded_model_has_its_name_and_any_other_its_path(tmp_path):
+    model = load_classifier(minilm_folder(), labels=2, seed=0)
+    assert base_model_name(model) == "embedded/minilm"
+    model.save_pretrained(tmp_path)
+    assert base_model_name(load_classifier(tmp_path, labels=2, seed=0)) == str(tmp_path)
+    folder, gguf = embedded_model("embedded/smollm2")
+    assert embedded_name(folder) == "embedded/smollm2"
+    assert embedded_model("embedded/minilm") == (str(minilm_folder()), None)
+    assert gguf.endswith(".gguf")
+
+
+def test_a_saved_adapter_names_the_embedded_model_and_no_folder(minilm, tmp_path):
+    lora = LoraConfig(r=2, task_type="SEQ_CLS")
+    sites = find_sites(minilm, lora).sites
+    plan = make_plan(sites, lora, [sites[0].name], base_model=base_model_name(minilm))
+    plan.save_adapter(plan.attach(minilm), tmp_path / "adapter")
+    texts = {file.name: file.read_text() for file in (tmp_path / "adapter").iterdir() if file.suffix != ".safetensors"}
+    assert {"adapter_config.json", "plan.json", "README.md"} <= texts.keys()
+    for name, text in texts.items():
+        assert "embedded/minilm" in text, name
+        assert str(minilm_folder().parent) not in text, name
+    assert "base_model:adapter:embedded/minilm" in texts["README.md"]
+
+
+def test_a_saved_adapter_of_another_model_keeps_what_peft_wrote(minilm, tmp_path):
+    minilm.save_pretrained(tmp_path / "base")
+    model = load_classifier(tmp_path / "base", labels=2, seed=0)
+    lora = LoraConfig(r=2, task_type="SEQ_CLS")
+    sites = find_sites(model, lora).sites
+    plan = make_plan(sites, lora, [sites[0].name])
+    attached = plan.attach(model)
+    plan.save_adapter(attached, tmp_path / "ours")
+    attached.save_pretrained(tmp_path / "stock")
+    for name in ("adapter_config.json", "README.md"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "stock" / name).read_bytes()
+
+
+def test_names_need_no_wheel(monkeypatch, tmp_path):
+    monkeypatch.setattr("weightlora.tasks.embedded.files", lambda _: [])
+    assert embedded_name(tmp_path) is None
+    assert embedded_name("some/model") is None

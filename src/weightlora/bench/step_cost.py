@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.cost.saved_bytes import now
-from weightlora.cost.step_time import in_turns, median_ratio
+from weightlora.cost.step_time import interleaved, median_ratio
 from weightlora.files import write_json
 
 
@@ -106,7 +106,7 @@ def step_ratios(models: Mapping[str, nn.Module], batch: Mapping[str, torch.Tenso
 
     trained = [[p for p in model.parameters() if p.requires_grad] for model in models.values()]
     optimizers = [torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0) for parameters in trained]
-    seconds = in_turns([partial(step, *pair) for pair in zip(models.values(), optimizers, strict=True)], rounds)
+    seconds = interleaved([partial(step, *pair) for pair in zip(models.values(), optimizers, strict=True)], rounds)
     return {name: median_ratio(times, seconds[0]) for name, times in zip(models, seconds, strict=True)}
 
 

@@ -1,1 +1,1 @@
-"""What a set of sites costs in bytes and step time."""
+"""What a set of sites costs in bytes and in step time."""

@@ -1,4 +1,4 @@
-"""What training a plan takes, next to plain LoRA and WeightLoRA+: parameters, bytes, step time."""
+"""Parameters, bytes and step time of training a plan, compared with plain LoRA and WeightLoRA+."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from weightlora.fast.enable import enable_fast_lora
 from weightlora.model.restore import untouched
 from weightlora.plan.plan import AdapterPlan
 
-#: Tokens of the steps that are timed: the ratio to plain LoRA hardly depends on the number of rows.
+#: Tokens of a timed step; the ratio to plain LoRA hardly depends on the number of rows.
 TIMED_TOKENS = 1024
 MakeLoss = Callable[[nn.Module, int], Tensor]
-"""``make_loss(model, rows)``: the loss of a batch of so many rows, made on the spot."""
+"""``make_loss(model, rows)`` makes a batch of so many rows and returns its loss."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,21 @@ class Estimate:
     name: str
     sites: int
     parameters: int
-    """All that is trained, a head too."""
+    """All trained parameters, including a head."""
     optimizer_bytes: int
     """AdamW's two moments."""
     saved_bytes: int
-    """Saved for the backward pass, each storage once."""
+    """Bytes saved for the backward pass, each storage once."""
     memory_bytes: int
     """Parameters, gradients, optimizer and saved bytes: what ``keep="512MB"`` counts."""
     step_ratio: float
-    """Step time ÷ that of plain LoRA, computed by PEFT: the median over the rounds."""
+    """Step time ÷ step time of plain LoRA in stock PEFT: the median over the rounds."""
     step_range: tuple[float, float]
     """The smallest and the largest ratio of a round."""
 
 
 def plain_lora(plan: AdapterPlan) -> AdapterPlan:
-    """Return LoRA on all of the plan's candidates: the budget that it was made from."""
+    """Return the plan of plain LoRA on all candidates of ``plan``."""
     return replace(plan, entries=tuple(replace(e, r=e.lora_r, alpha=e.lora_alpha) for e in plan.entries))
 
 
@@ -58,10 +58,10 @@ def estimate(
     fast: Dropout | None = None,
     rounds: int = 3,
 ) -> list[Estimate]:
-    """Return the lines of plain LoRA, the plan and WeightLoRA+; ``model`` is left as it was.
+    """Return a line each for plain LoRA, the plan and WeightLoRA+; ``model`` is left unchanged.
 
-    Bytes are exact for the batch and cost no arithmetic; of what the fast step's dropout keeps, it is the expected
-    number. Steps run on as many rows as hold ``TIMED_TOKENS`` tokens, one variant after the other in each round.
+    Bytes are exact for the batch and need no arithmetic; what the fast step's dropout saves is an expected number.
+    Timed steps have about ``TIMED_TOKENS`` tokens, one variant after the other in each round.
 
     Args:
         plan: Made for ``model``.
@@ -85,7 +85,7 @@ def estimate(
     for _ in range(rounds):
         for name, (variant, step) in variants.items():
             with untouched(model, seed=0), torch.enable_grad():
-                attached = variant.attach(model, init_lora_weights=True).train()  # PiSSA would write to the base
+                attached = variant.attach(model, init_lora_weights=True).train()  # PiSSA would change the base
                 if step is not None:
                     enable_fast_lora(attached, step)
                 if name not in counts:

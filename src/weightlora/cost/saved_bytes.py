@@ -1,8 +1,8 @@
-"""A forward pass with LoRA on all sites, followed once: the bytes that each set of sites would save.
+"""Bytes that each set of sites would save for the backward pass, from one forward pass with LoRA on all sites.
 
-Autograd's own graph tells it. Each node knows what it saved, and which nodes a set of sites leaves in the graph is a
-matter of reachability: those with a kept adapter below them, and of those inside an adapter only the kept ones'. So
-one forward pass, under a ``FakeTensorMode`` even without arithmetic, has the exact bytes of all 2ⁿ sets.
+Each node of autograd's graph holds the tensors that it saved. With fewer adapters, the graph keeps the nodes that have
+a kept adapter below them, without the nodes of dropped adapters. So one forward pass gives the exact bytes of all 2ⁿ
+sets. With fake tensors it needs no arithmetic.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from weightlora.model.layers import lora_layers
 from weightlora.model.torch_private import fake_tensors, next_node_number, node_number, saved_tensors, storage_id
 
 Losses = Callable[[], Iterable[Tensor]]
-"""Runs the forward passes of one optimizer step; each loss that it gives is one backward pass."""
+"""Runs the forward passes of one optimizer step; each loss it yields is one backward pass."""
 
-#: A trained number, its gradient and AdamW's two moments.
+#: A trained parameter, its gradient and AdamW's two moments.
 ADAMW_COPIES = 4
-#: A product keeps a factor for the gradient of the other one only: name of what is saved → place of that other input.
+#: A product saves a factor only for the gradient of the other factor: name of what is saved → input that needs it.
 _FACTORS = {
     "MulBackward0": {"self": 1, "other": 0},
     "MmBackward0": {"self": 1, "mat2": 0},
@@ -61,17 +61,16 @@ def parameter_cost(model: nn.Module) -> Cost:
 
 
 def saved_cost(model: nn.Module, losses: Losses, *, fake: bool = False) -> Cost:
-    """Bytes that autograd holds when the forward pass ends: each storage once, parameters not counted.
+    """Bytes that autograd holds at the end of the forward pass: each storage once, without parameters.
 
     Args:
-        model: It carries LoRA on all sites and is in the mode that it is trained in.
-        losses: Runs the forward pass; of several, such as those of micro-batches, the largest counts.
-        fake: Do no arithmetic: ``losses`` makes its batch, and what is called with it is fake as well. The model
-            stays real.
+        model: A model with LoRA on all sites, in the mode in which it is trained.
+        losses: Runs the forward passes; of several, for example of micro-batches, the largest counts.
+        fake: Do no arithmetic: tensors that ``losses`` makes are fake. The model stays real.
 
     Raises:
-        OptionError: Gradient checkpointing is on, which saves other things than the graph says.
-        SelectionError: The loss depends on nothing that is trained.
+        OptionError: Gradient checkpointing is on: then the graph does not show what is saved.
+        SelectionError: The loss depends on no trained parameter.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -86,7 +85,7 @@ def saved_cost(model: nn.Module, losses: Losses, *, fake: bool = False) -> Cost:
     layers = lora_layers(model)
     parameters = list(model.parameters())
     mode = fake_tensors() if fake else None
-    if mode is not None:  # the very fakes that operations find in the place of these
+    if mode is not None:  # the fakes that operations use instead of these
         parameters += [mode.from_tensor(parameter) for parameter in parameters]
     ours = {storage_id(parameter) for parameter in parameters}
     costs: list[Cost] = []
@@ -99,18 +98,18 @@ def saved_cost(model: nn.Module, losses: Losses, *, fake: bool = False) -> Cost:
 
 @dataclass
 class Marks:
-    """Whose part each of autograd's nodes is, and how long it took to run forwards."""
+    """Which part of the model made each node of autograd's graph, and how long its forward pass took."""
 
     numbers: list[int] = field(default_factory=list[int])
-    """Autograd's count of nodes where a part begins."""
+    """Number of the first node of each part."""
     sites: list[int | None] = field(default_factory=list["int | None"])
-    """The part: a site's adapter, or None for the frozen model."""
+    """Each part: a site's adapter, or None for the frozen model."""
     seconds: list[float] = field(default_factory=list[float])
     order: dict[int, None] = field(default_factory=dict[int, None])
-    """The sites as they were come to."""
+    """The sites in the order of the forward pass."""
 
     def begin(self, site: int | None) -> None:
-        """From here on it is the part of ``site``."""
+        """Begin the part of ``site``."""
         self.numbers.append(next_node_number())
         self.sites.append(site)
         self.seconds.append(now())
@@ -118,26 +117,26 @@ class Marks:
             self.order[site] = None
 
     def own(self, node: Any) -> int:
-        """The site whose adapter made the node, as a set; any for the frozen model."""
+        """The site whose adapter made the node, as a set; ``ANY`` for the frozen model."""
         place = bisect_right(self.numbers, node_number(node)) - 1
         site = self.sites[place] if place >= 0 else None
         return ANY if site is None else 1 << site
 
     def forward_seconds(self) -> Iterator[tuple[int, float]]:
-        """Each time that an adapter took."""
+        """The seconds of each adapter's forward pass."""
         for site, start, end in zip(self.sites, self.seconds, self.seconds[1:], strict=False):
             if site is not None:
                 yield site, end - start
 
     def clear(self) -> None:
-        """Forget a forward pass, but not the order of its sites."""
+        """Delete the marks of a forward pass, but not the order of the sites."""
         for marks in (self.numbers, self.sites, self.seconds):
             marks.clear()
 
 
 @contextmanager
 def marked(layers: Mapping[str, LoraLayer]) -> Generator[Marks]:
-    """Mark what the LoRA layers do themselves, apart from the frozen layers in them."""
+    """Mark the beginning and end of each adapter within the block, apart from the frozen layer inside it."""
     marks = Marks()
     handles: list[Any] = []
     for i, layer in enumerate(layers.values()):
@@ -154,7 +153,7 @@ def marked(layers: Mapping[str, LoraLayer]) -> Generator[Marks]:
 
 
 def graph(loss: Any, leaves: Mapping[int, Cause], rest: int) -> dict[Any, int]:
-    """Each node under the loss, inputs first, with the set of sites that lie below it."""
+    """Each node below the loss, inputs first, with the set of sites below it."""
     if not isinstance(loss, Tensor) or loss.grad_fn is None:
         raise SelectionError("the loss depends on nothing that is trained; does loss_fn detach it?")
     below: dict[Any, int] = {}
@@ -167,7 +166,7 @@ def graph(loss: Any, leaves: Mapping[int, Cause], rest: int) -> dict[Any, int]:
             stack += waiting
             continue
         stack.pop()
-        if node.name() == LEAF:  # what is no adapter's, a head or an input that wants a gradient, is always there
+        if node.name() == LEAF:  # a head, or an input that requires a gradient, is always there
             below[node] = leaves.get(id(node.variable), (ANY, rest))[1]
         else:
             below[node] = 0
@@ -205,18 +204,18 @@ def _require_no_checkpointing(model: nn.Module) -> None:
 
     if any(isinstance(module, PreTrainedModel) and module.is_activation_checkpointing for module in model.modules()):
         raise OptionError(
-            "bytes are not counted under gradient checkpointing, which saves the blocks' inputs alone; turn it off, "
+            "bytes cannot be counted under gradient checkpointing, which saves only the inputs of blocks; turn it off, "
             'or give a count, parameters or a step time such as keep="0.8x"'
         )
 
 
 def _is_number(tensor: Tensor) -> bool:
-    """Whether it is a Python number, as which a product keeps the adapters' scale: no memory of the device."""
+    """Whether the tensor is a Python number, such as the adapters' scaling, which takes no memory of the device."""
     return tensor.dim() == 0 and tensor.dtype == torch.float64
 
 
 def now() -> float:
-    """The time when everything that was asked of the device is done."""
+    """The time in seconds, after all work on the device is done."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""A training step with LoRA on all sites, timed in its parts: how long the step of each set of sites would take."""
+"""How long a training step of each set of sites would take, from the parts of a step with LoRA on all sites."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ from weightlora.model.layers import lora_layers
 def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5) -> Cost:
     """Nanoseconds of a training step: forward passes, backward passes and AdamW.
 
-    The step of a set has three parts: the frozen model's forward pass and the head's step, which are always there; the
-    frozen model's backward pass down to the lowest site; and the adapters. How the two latter are *shared* among
-    layers and sites is measured node by node in backward passes of plain LoRA, and in its adapters' forward passes.
-    What they *sum up* to comes from whole steps, which no clock disturbs: with no adapter, with the first site alone
-    and with all, so that the price is exact for these three::
+    A step has three parts: (1) the frozen model's forward pass and the head, which are always there; (2) the frozen
+    model's backward pass down to the lowest site; (3) the adapters.
+
+    The shares of layers in (2) and of sites in (3) are measured node by node, in steps of plain LoRA. The sums of (2)
+    and (3) are measured in whole steps, where no clock is read: with no adapter, with the first site alone and with
+    all sites. For these three sets the result is exact::
 
         all − first  = a · (adapters' shares but the first one's)
         first − none = b · (frozen model's shares below which the first site lies) + a · (first adapter's share)
 
-    The factors a and b would be 1 if reading the clock took no time. All numbers are medians over the rounds; those of
-    whole steps are medians of their ratios to the step with all sites.
+    The factors a and b would be 1 if reading the clock took no time. All numbers are medians over the rounds; whole
+    steps are medians of the ratios to the step with all sites.
 
     Args:
-        model: It carries LoRA on all sites and is in the mode that it is trained in; nothing of it moves, but its
-            gradients are lost.
+        model: A model with LoRA on all sites, in the mode in which it is trained. Its gradients are lost; nothing else
+            of it changes.
         losses: Runs the forward passes; all of them count.
-        rounds: Steps of each kind, beside one that warms up.
+        rounds: Timed steps of each kind, after one untimed step.
 
     Raises:
-        SelectionError: The loss depends on nothing that is trained.
+        SelectionError: The loss depends on no trained parameter.
     """
     layers = lora_layers(model)
     n = len(layers)
@@ -62,23 +63,23 @@ def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5) -> Cost:
     return make_cost(n, [*items, Item(none, (always,))], own.order)
 
 
-def in_turns(steps: Sequence[Callable[[], object]], rounds: int, *, warmups: int = 1) -> list[list[float]]:
-    """Return the seconds of each step in each of ``rounds``; the steps are taken in turns, in an order drawn anew.
+def interleaved(steps: Sequence[Callable[[], object]], rounds: int, *, warmups: int = 1) -> list[list[float]]:
+    """Return the seconds of each step in each round; the steps are interleaved, in a random order in each round.
 
     Args:
-        steps: Each does one step when it is called.
+        steps: Each does one step when called.
         rounds: Timed rounds.
-        warmups: Rounds before them, which do not count.
+        warmups: Untimed rounds before them.
 
     Example:
-        >>> [quick, slow] = in_turns([lambda: sum(range(10)), lambda: sum(range(100_000))], rounds=3)
+        >>> [quick, slow] = interleaved([lambda: sum(range(10)), lambda: sum(range(100_000))], rounds=3)
         >>> len(quick), median_ratio(slow, quick) > 1
         (3, True)
     """
     seconds: list[list[float]] = [[] for _ in steps]
-    order, turns = list(range(len(steps))), random.Random(0)
+    order, shuffler = list(range(len(steps))), random.Random(0)
     for _ in range(rounds + warmups):
-        turns.shuffle(order)
+        shuffler.shuffle(order)
         for place in order:
             start = now()
             steps[place]()
@@ -87,19 +88,19 @@ def in_turns(steps: Sequence[Callable[[], object]], rounds: int, *, warmups: int
 
 
 def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
-    """Return the median of ``seconds ÷ reference``, round by round: what drifts slower than a round cancels out."""
+    """Return the median over rounds of ``seconds ÷ reference``; drift that is slower than a round cancels out."""
     return statistics.median(time / other for time, other in zip(seconds, reference, strict=True))
 
 
 def step_seconds(model: nn.Module, losses: Losses, *, steps: int = 2) -> list[float]:
-    """Seconds of each of ``steps`` training steps, after one that warms up; nothing of ``model`` moves."""
+    """Seconds of each of ``steps`` training steps, after one untimed step; the parameters do not change."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
     return [_step(losses, optimizer) for _ in range(steps + 1)][1:]
 
 
 @dataclass(frozen=True)
 class _Profile:
-    """Seconds of one step of plain LoRA by what causes them."""
+    """Seconds of one step of plain LoRA, by cause."""
 
     seconds: Mapping[Cause, float]
     order: tuple[int, ...]
@@ -108,7 +109,7 @@ class _Profile:
 def _profile(layers: Mapping[str, LoraLayer], losses: Losses, optimizer: torch.optim.Optimizer) -> _Profile:
     """Time the adapters' forward passes, each node's backward pass and the optimizer's step.
 
-    A node's time goes on until the next node begins: adding up gradients that meet belongs to it.
+    A node's time ends when the next node begins, so it includes adding up gradients.
     """
     optimizer.zero_grad()
     seconds: dict[Cause, float] = {}
@@ -146,14 +147,14 @@ def _steps(
     sets: Sequence[Iterable[int]],
     rounds: int,
 ) -> list[float]:
-    """Seconds of whole steps with each set of sites, taken in turns; medians of their ratios to the last set's step."""
+    """Seconds of whole interleaved steps with each set of sites, from median ratios to the last set's step."""
 
     def step(kept: frozenset[int]) -> None:
         for i, layer in enumerate(layers.values()):
             layer.enable_adapters(i in kept)
         _step(losses, optimizer)
 
-    seconds = in_turns([partial(step, frozenset(kept)) for kept in sets], rounds)
+    seconds = interleaved([partial(step, frozenset(kept)) for kept in sets], rounds)
     for layer in layers.values():
         layer.enable_adapters(True)
     last = statistics.median(seconds[-1])
@@ -165,7 +166,7 @@ def _step(losses: Losses, optimizer: torch.optim.Optimizer) -> float:
     optimizer.zero_grad()
     start = now()
     for loss in losses():
-        if loss.requires_grad:  # without adapters and head there is no backward pass
+        if loss.requires_grad:  # False without adapters and head
             loss.backward()
     optimizer.step()
     return now() - start

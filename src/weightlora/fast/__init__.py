@@ -1,1 +1,1 @@
-"""The LoRA step with fewer passes over memory."""
+"""The fast LoRA step."""

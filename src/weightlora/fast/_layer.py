@@ -1,4 +1,4 @@
-"""The fast step as a PEFT ``LoraVariant``: which layers and calls it covers; the others keep PEFT's arithmetic."""
+"""The fast step as a PEFT ``LoraVariant``: the layers and calls that it covers. All others keep PEFT's arithmetic."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from weightlora.model.gates import Gate
 from weightlora.model.hooks import is_intercepted, keeps_input
 from weightlora.model.torch_private import has_global_hooks, hooks_of, is_hooked, is_view, own_parameter
 
-#: Numbers in x below which PEFT's way is the quicker, as for a token being generated: a node written in Python takes
-#: longer than what it saves. Where numbers of x are dropped, it saves more.
+#: With fewer numbers in x, PEFT's arithmetic is faster, for example when generating token by token: there an autograd
+#: function in Python costs more than it saves. It saves more where dropout acts on x.
 LEAST_NUMBERS, LEAST_WITH_INPUT_DROPOUT = 2**16, 2**14
-#: By name, so that bitsandbytes need not be there.
+#: By name, so that bitsandbytes need not be installed.
 _QUANTISED = {"peft.tuners.lora.bnb.Linear8bitLt", "peft.tuners.lora.bnb.Linear4bit"}
 
 
 @dataclass(frozen=True)
 class FastLora(LoraVariant):
-    """What PEFT calls in place of its own LoRA arithmetic."""
+    """PEFT calls this instead of its own LoRA arithmetic."""
 
     dropout: Dropout
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **_kwargs: Any) -> None:
-        """Nothing to make: the layer keeps PEFT's parameters."""
+        """Do nothing: the layer keeps PEFT's parameters."""
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """W0 + ΔW, rounded as PEFT does it for plain LoRA."""
+        """Return W0 + ΔW, rounded as PEFT does for plain LoRA."""
         delta: Tensor = module.get_delta_weight(active_adapter)
         if _name(type(module)) in _QUANTISED:
             return orig_weight.to(delta.dtype).to(delta.device) + delta
@@ -44,12 +44,12 @@ class FastLora(LoraVariant):
 
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
-        """W0 + ΔW in place."""
+        """Change W0 to W0 + ΔW in place."""
         orig_weight.data += module.get_delta_weight(active_adapter)
 
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """W0 from W0 + ΔW."""
+        """Return W0, given W0 + ΔW."""
         delta: Tensor = module.get_delta_weight(active_adapter)
         if _name(type(module)) in _QUANTISED:
             return orig_weight.to(delta.dtype).to(delta.device) - delta
@@ -58,10 +58,10 @@ class FastLora(LoraVariant):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_kwargs: Any
     ) -> Tensor:
-        """Return ``result``, the base layer's output, with the adapter's added."""
+        """Return the base layer's output ``result`` plus the adapter's output."""
         autocast = torch.is_autocast_enabled(x.device.type)
-        if self._leaves_to_peft(module, active_adapter, x, autocast=autocast):
-            return self._by_modules(module, active_adapter, x, result, autocast=autocast)
+        if self._is_stock_call(module, active_adapter, x, autocast=autocast):
+            return self._stock(module, active_adapter, x, result, autocast=autocast)
         return self._fused(module, active_adapter, x, result, autocast=autocast)
 
     def _fused(self, module: Any, adapter: str, x: Tensor, result: Tensor, *, autocast: bool) -> Tensor:
@@ -81,12 +81,12 @@ class FastLora(LoraVariant):
             narrow=_is_narrow(module, result),
         )
         base = result if weight is None else result.detach()  # its own graph is not needed
-        ear = gate.ear if gate is not None and closed else None
+        leaf = gate.leaf if gate is not None and closed else None
         with without_autocast(x):
-            return Fused.apply(base, x, weight, a.weight, b.weight, ear, step)  # pyright: ignore[reportReturnType]
+            return Fused.apply(base, x, weight, a.weight, b.weight, leaf, step)  # pyright: ignore[reportReturnType]
 
-    def _leaves_to_peft(self, module: LoraLayer, adapter: str, x: Tensor, *, autocast: bool) -> bool:
-        """Whether this one call takes PEFT's arithmetic: it is too small, or nothing that the fast step covers."""
+    def _is_stock_call(self, module: LoraLayer, adapter: str, x: Tensor, *, autocast: bool) -> bool:
+        """Whether this call keeps PEFT's arithmetic: x is too small, or the fast step does not cover the call."""
         p = _probability(module.lora_dropout[adapter])
         return (
             torch.compiler.is_compiling()  # which fuses PEFT's arithmetic itself
@@ -98,8 +98,8 @@ class FastLora(LoraVariant):
             or why_stock(module, adapter) is not None
         )
 
-    def _by_modules(self, module: LoraLayer, adapter: str, x: Tensor, result: Tensor, *, autocast: bool) -> Tensor:
-        """PEFT's own arithmetic, through the modules and their hooks."""
+    def _stock(self, module: LoraLayer, adapter: str, x: Tensor, result: Tensor, *, autocast: bool) -> Tensor:
+        """PEFT's arithmetic, through the modules and their hooks."""
         a, b, drop = module.lora_A[adapter], module.lora_B[adapter], module.lora_dropout[adapter]
         output = b(a(drop(x)) if self.dropout == "input" else drop(a(x))) * module.scaling[adapter]
         if not autocast and _name(type(module)) in _QUANTISED:  # as PEFT rounds it there
@@ -108,15 +108,15 @@ class FastLora(LoraVariant):
 
 
 def why_stock(layer: LoraLayer, adapter: str) -> str | None:
-    """Why the adapter stays as PEFT computes it, or None."""
+    """Why PEFT computes this adapter, or None where the fast step does."""
     if type(layer) is not Linear and _name(type(layer)) not in _QUANTISED:
-        return f"{type(layer).__name__} is no kind of layer that the fast step knows"
+        return f"the fast step does not cover {type(layer).__name__}"
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, FastLora):
-        return f"it is no plain LoRA but {type(variant).__name__}"
+        return f"{type(variant).__name__} instead of plain LoRA"
     a, b, drop = (part[adapter] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
     if type(a) is not nn.Linear or type(b) is not nn.Linear:
-        return "lora_A or lora_B is no nn.Linear"
+        return "lora_A or lora_B is not an nn.Linear"
     if own_parameter(b, "bias") is not None:
         return "lora_bias"
     if not isinstance(drop, (nn.Dropout, nn.Identity)):
@@ -127,12 +127,12 @@ def why_stock(layer: LoraLayer, adapter: str) -> str | None:
 
 
 def _is_small(x: Tensor, *, drops: bool) -> bool:
-    """Whether PEFT's way is the quicker; ``drops`` says that numbers of x are dropped."""
+    """Whether PEFT's arithmetic is faster; ``drops`` says whether dropout acts on x."""
     return x.numel() < (LEAST_WITH_INPUT_DROPOUT if drops else LEAST_NUMBERS)
 
 
 def _frozen_weight(layer: LoraLayer, x: Tensor) -> Tensor | None:
-    """The weight (out, in) of a frozen base layer that computes W0·x + bias, and nothing that others have a say in."""
+    """The weight (out, in) of a frozen base layer that computes just W0·x + bias; None for any other layer."""
     base: Any = layer.base_layer
     if type(base) not in (nn.Linear, Conv1D) or type(base.weight) not in (Tensor, nn.Parameter):
         return None
@@ -144,14 +144,14 @@ def _frozen_weight(layer: LoraLayer, x: Tensor) -> Tensor | None:
 
 
 def _is_ours(layer: LoraLayer, result: Tensor, weight: Tensor | None) -> bool:
-    """Whether the base layer has made ``result`` for this call alone, so that it may be changed in place."""
+    """Whether only this call holds ``result``, so that it may be changed in place."""
     if weight is None and (_name(type(layer)) not in _QUANTISED or is_intercepted(layer.base_layer)):
         return False
     return result.is_contiguous() and (weight is not None or not is_view(result))
 
 
 def _is_narrow(layer: LoraLayer, result: Tensor) -> bool:
-    """Whether the base layer's own input had the type of its output, before PEFT gave it the adapter's."""
+    """Whether the base layer's input had the dtype of its output, before PEFT cast it to the adapter's."""
     base: Any = layer.base_layer
     if _name(type(layer)) in _QUANTISED:
         return True
@@ -165,7 +165,7 @@ def _probability(drop: nn.Module) -> float:
 
 
 def _gate(a: nn.Module) -> Gate | None:
-    """The gate on ``lora_A`` when it is the only hook there."""
+    """The gate on ``lora_A`` if it is the only hook there."""
     if not is_hooked(a):
         return None
     match hooks_of(a):

@@ -1,8 +1,8 @@
-"""One autograd function for a LoRA layer: base + s·B·A·drop(x), added in place.
+"""One autograd function computes base and adapter in place: base + s·B·A·drop(x).
 
-It saves x, r numbers a token and the dropout mask for the backward pass; the frozen base layer saves only its weight.
-Tensors of rank size are stored rank first, (r, tokens): matrix products then run along the long side, which is two to
-five times faster on a CPU. This file knows tensors only, no modules.
+It saves x, r numbers per token and the dropout mask for the backward pass; the frozen base layer saves only its weight.
+Tensors of rank size are stored as (r, tokens), because matrix products along the long side are two to five times faster
+on a CPU. This file uses tensors only, no modules.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from torch.autograd.function import once_differentiable
 from weightlora.fast.dropout import Dropout, drop, unpack, zero, zeroed
 
 
-class Step(NamedTuple):  # made at each call: a fifth of a frozen dataclass's time
-    """What one pass of one layer needs beside tensors."""
+class Step(NamedTuple):  # created at each call, in a fifth of a frozen dataclass's time
+    """Settings of one call of one layer."""
 
     scale: float
     """s·ω/(1−p)."""
     p: float
     dropout: Dropout
     dtype: torch.dtype
-    """In which the adapter is computed."""
+    """Type in which the adapter is computed."""
     in_place: bool
-    """Whether nobody but us holds the base output."""
+    """Whether only this call holds the base output."""
     narrow: bool
-    """Whether the layer's own input had the type of its output, so that x may be kept in that type."""
+    """Whether the base layer's input had the type of its output, so that x may be saved in that type."""
 
 
 class Fused(torch.autograd.Function):
-    """y = base + s·B·A·drop(x); with ``weight`` (out, in) it also computes the gradient of ``base`` = W0·x.
+    """Frozen layer plus LoRA product: y = base + s·B·A·drop(x).
 
-    With ``ear`` the gate is closed: nothing is added, and ∂L/∂ω is accumulated in ``ear.grad``.
+    With ``weight`` (out, in) it also computes the gradient of ``base`` = W0·x. With ``leaf`` the gate is closed: y is
+    base, and ∂L/∂ω accumulates in ``leaf.grad``.
     """
 
     @staticmethod
@@ -46,33 +47,33 @@ class Fused(torch.autograd.Function):
         weight: Tensor | None,
         a: Tensor,
         b: Tensor,
-        ear: Tensor | None,
+        leaf: Tensor | None,
         step: Step,
     ) -> Tensor:
-        """Compute y and keep what the backward pass needs."""
+        """Compute y and save what the backward pass needs."""
         rows = _rows(x).to(step.dtype)  # (tokens, in)
         a_, b_ = a.to(step.dtype), b.to(step.dtype)
-        seen, mask = drop(rows, step.p) if step.p > 0 and step.dropout == "input" else (rows, None)
-        u = a_ @ seen.t()  # (r, tokens)
+        dropped_x, mask = drop(rows, step.p) if step.p > 0 and step.dropout == "input" else (rows, None)
+        u = a_ @ dropped_x.t()  # (r, tokens)
         if step.p > 0 and step.dropout == "rank":
             mask = torch.empty_like(u, dtype=torch.bool).bernoulli_(1 - step.p)
             u.mul_(mask)
-        del seen  # a copy as large as x: not held while y is made
+        del dropped_x  # as large as x: free it before y is allocated
         y = base if step.in_place else base.clone(memory_format=torch.contiguous_format)
         if step.in_place:
             ctx.mark_dirty(base)
-        if ear is None:
+        if leaf is None:
             _add_product(_rows(y), u.t(), b_.t(), step.scale)
 
-        _, needs_x, _, needs_a, needs_b, needs_ear, _ = ctx.needs_input_grad
+        _, needs_x, _, needs_a, needs_b, needs_leaf, _ = ctx.needs_input_grad
         kept = None
         if needs_a:
             narrowest = min(step.dtype, y.dtype if step.narrow else step.dtype, key=lambda dtype: dtype.itemsize)
             kept = x.to(narrowest) if narrowest.itemsize < x.dtype.itemsize else x
         ctx.save_for_backward(
-            kept, weight, a, b, u if needs_b or needs_ear else None, mask if needs_x or needs_a else None
+            kept, weight, a, b, u if needs_b or needs_leaf else None, mask if needs_x or needs_a else None
         )
-        ctx.step, ctx.shape, ctx.closed = step, x.shape, ear is not None
+        ctx.step, ctx.shape, ctx.closed = step, x.shape, leaf is not None
         return y
 
     @staticmethod
@@ -83,16 +84,16 @@ class Fused(torch.autograd.Function):
             return _gradients(ctx, gradient)
 
 
-def _pays_to_merge(p: float, rows: Tensor, dtype: torch.dtype) -> bool:
-    """Whether W0 + s·B·A is fewer numbers to go over than the product with W0 that s·B·A would be added to.
+def _is_merging_faster(p: float, rows: Tensor, dtype: torch.dtype) -> bool:
+    """Whether one product with W0 + s·B·A is faster than adding the adapter's product to that with W0.
 
-    On a CPU the two take the same time where there are 1.6 times as many tokens as features that come in. Half
-    precision would round most of B·A away, and what is dropped differs from token to token.
+    On a CPU the two take the same time at 1.6 tokens per input feature. With half precision W0 + s·B·A would lose most
+    of B·A, and with dropout it would differ from token to token; then the answer is no.
 
     Args:
         p: Probability of dropout.
-        rows: (..., features), the tokens that are multiplied.
-        dtype: In which the adapter is computed.
+        rows: (..., features), the tokens to multiply.
+        dtype: Type in which the adapter is computed.
     """
     twice = rows.numel() >= 2 * rows.shape[-1] ** 2
     return twice and p == 0 and rows.dtype == dtype and dtype.itemsize >= 4
@@ -101,7 +102,7 @@ def _pays_to_merge(p: float, rows: Tensor, dtype: torch.dtype) -> bool:
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, a, b, u, mask = ctx.saved_tensors
     step: Step = ctx.step
-    needs_base, needs_x, _, needs_a, needs_b, needs_ear, _ = ctx.needs_input_grad
+    needs_base, needs_x, _, needs_a, needs_b, needs_leaf, _ = ctx.needs_input_grad
     dy = _rows(gradient)
     dy_, a_, b_ = dy.to(step.dtype), a.to(step.dtype), b.to(step.dtype)
     grad_base = gradient if needs_base else None
@@ -110,9 +111,9 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.closed:
         if needs_x and weight_ is not None:
             grad_x = dy @ weight_
-        heard = torch.sum(u.float() * (b_.t() @ dy_.t()).float()) * step.scale if needs_ear else None
+        grad_leaf = torch.sum(u.float() * (b_.t() @ dy_.t()).float()) * step.scale if needs_leaf else None
         grad_a, grad_b = (torch.zeros_like(a) if needs_a else None), (torch.zeros_like(b) if needs_b else None)
-        return grad_base, _shaped(grad_x, ctx.shape), None, grad_a, grad_b, heard, None
+        return grad_base, _shaped(grad_x, ctx.shape), None, grad_a, grad_b, grad_leaf, None
 
     if needs_b:  # first, so that dy is still in the cache for h
         grad_b = (u @ dy_).mul_(step.scale).t()
@@ -120,12 +121,12 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         h = (b_.t() @ dy_.t()).mul_(step.scale)  # (r, tokens)
         if mask is not None and step.dropout == "rank":
             h.mul_(mask)
-            mask = None  # that was all of it
+            mask = None  # nothing else is dropped
         dropped = None if mask is None else unpack(mask)
         if needs_a:
             rows = _rows(x).to(step.dtype)
             grad_a = h @ (rows if dropped is None else zeroed(rows, dropped))
-        if needs_x and weight_ is not None and _pays_to_merge(step.p, dy, step.dtype):
+        if needs_x and weight_ is not None and _is_merging_faster(step.p, dy, step.dtype):
             grad_x = dy @ torch.addmm(weight_, b_, a_, alpha=step.scale)  # one product with W0 + s·B·A
         elif needs_x:
             grad_x = h.t() @ a_
@@ -137,7 +138,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-    """Add ``scale · left @ right`` to ``total``, in place; a ``total`` of another type is rounded once."""
+    """Add ``scale · left @ right`` to ``total`` in place, with one rounding if ``total`` has another type."""
     if total.dtype == left.dtype:
         return total.addmm_(left, right, alpha=scale)
     return total.add_(left @ right, alpha=scale)
@@ -153,6 +154,6 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """The types are chosen above; autocast would choose them again, and not for operations in place."""
+    """Disable autocast: the types are chosen already, and autocast ignores operations in place."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

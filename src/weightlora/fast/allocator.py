@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep freed memory: a training step takes back what the last one freed."""
+"""Make glibc keep freed memory, so that each training step reuses the memory of the last one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _ENVIRONMENT = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNAB
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc, for this process, not to hand freed memory back to the system.
+    """Tell glibc, for this process, not to return freed memory to the system.
 
-    By default it may hand back at the end of a backward pass all that the forward pass had saved, and the next step
-    gets it again page by page; whether it does so hangs on what lies at the heap's end. The process then stays as large
-    as it was at its largest. Other C libraries, and what the user has set in the environment, are left alone.
+    By default glibc may return, at the end of a backward pass, all memory that the forward pass saved. The next step
+    then requests it again, page by page. With this call the process stays as large as it was at its largest. Other C
+    libraries and settings in the environment are left unchanged.
 
     Example:
         >>> keep_freed_memory()
@@ -24,7 +24,7 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _ENVIRONMENT):
         return
     mallopt = ctypes.CDLL(None).mallopt
-    # Blocks above this are never kept, and a language model's logits are large. Older glibc takes 32 MiB at most.
+    # Larger blocks are never kept, and a language model's logits are large. Older glibc allows 32 MiB at most.
     if not mallopt(_M_MMAP_THRESHOLD, 2**31 - 1):
         mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

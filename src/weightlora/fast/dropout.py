@@ -1,12 +1,12 @@
-"""Dropout without a number a value: what is dropped is drawn as the gaps between one dropped value and the next.
+"""Fast dropout on a CPU: draw the gaps between dropped values instead of one number per value.
 
-With probability p a value is dropped, independently of the others; the distance to the next dropped one is then
-geometric. Drawing these distances takes p·n random numbers instead of n and keeps two bytes for each, which on a CPU
-is twenty times faster than a mask at p = 0.05. Other devices draw n numbers at once and keep a byte for each.
+Each value is dropped with probability p, independently, so the distance to the next dropped value is geometric. Drawing
+the distances takes p·n random numbers instead of n and saves two bytes for each, which on a CPU is twenty times faster
+than a mask at p = 0.05. Other devices draw n numbers and save one byte for each.
 
-A *mask* below is either of the two: a vector of gaps (an integer type; the first one less, so that running sums are
-positions), or booleans of the values' shape, True = kept. It is small, to be held until the backward pass;
-:func:`unpack` makes of it what :func:`zeroed` goes by.
+A *mask* is one of two things: a vector of gaps (integers; the first is one less, so that running sums are positions),
+or booleans of the values' shape, True = kept. It is small, because it is saved for the backward pass. :func:`unpack`
+turns it into the positions or booleans that :func:`zeroed` and :func:`zero` take.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor
 from weightlora.model.torch_private import is_fake
 
 Dropout = Literal["input", "rank"]
-"""Where dropout acts: on the numbers of x, as PEFT has it, or on the r numbers a token that ``lora_A`` returns."""
+"""Where dropout acts: on x, as in PEFT, or on the r numbers per token that ``lora_A`` returns."""
 
 
 def drop(values: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Return a contiguous copy of ``values`` with zeros where dropout drops them, the rest not scaled; and the mask.
+    """Return a contiguous copy of ``values`` with the dropped ones zero, the rest not scaled, and the mask.
 
     Args:
         values: A tensor of any shape.
-        p: Probability of being dropped, 0 < p < 1. It is drawn from the global random numbers of the device.
+        p: Probability of dropping a value, 0 < p < 1. The device's global generator draws.
 
     Example:
         >>> import torch
@@ -44,7 +44,7 @@ def drop(values: Tensor, p: float) -> tuple[Tensor, Tensor]:
         mask = torch.empty_like(values, dtype=torch.bool).bernoulli_(1 - p)
         return zeroed(values, mask), mask
     n = values.numel()
-    # No more are dropped than this, but for once in 10^13 masks, and then the last values are kept.
+    # More are dropped once in 10^13 masks; then the last values are kept.
     most = math.ceil(n * p + 8 * math.sqrt(n * p * (1 - p))) + 32
     # P(gap > k) = P(v < (1−p)^k) for v uniform in (0, 1]; torch.rand is in [0, 1). v has 24 bits: it is at least 2^-24.
     rate = -math.log1p(-p)
@@ -53,14 +53,14 @@ def drop(values: Tensor, p: float) -> tuple[Tensor, Tensor]:
     gaps = gaps.to(torch.int16 if longest < 2**15 else torch.int32)  # rounds down
     gaps[:1].sub_(1)
     dropped = unpack(gaps)
-    # Where only bytes are counted (estimate.py) there are no numbers to look at: the expected count stands for them.
+    # A fake tensor, with which bytes are counted, has no numbers: take the expected count.
     inside = round(n * p) if is_fake(values) else int(torch.searchsorted(dropped, n))
-    mask = gaps[:inside].clone()  # without the clone, the backward pass would hold the rest as well
+    mask = gaps[:inside].clone()  # without the clone the backward pass would hold all of it
     return zeroed(values, dropped[:inside]), mask
 
 
 def unpack(mask: Tensor) -> Tensor:
-    """Return what :func:`zeroed` and :func:`zero` go by: flat positions of the dropped values, or the booleans."""
+    """Return the flat positions of the dropped values, or the booleans, for :func:`zeroed` and :func:`zero`."""
     return mask if mask.dtype == torch.bool else mask.cumsum(0)
 
 

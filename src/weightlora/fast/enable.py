@@ -1,13 +1,13 @@
-"""The LoRA step without waste, on and off for a whole model: the same numbers from fewer passes over memory.
+"""Enable and disable the fast LoRA step for a whole model: the same numbers from fewer passes over memory.
 
     y = W0·x + s·B·A·drop(x)        A (r, in), B (out, r), x (tokens, in)
 
-Stock PEFT lets autograd differentiate this one operation after the other. Here the base layer and its adapter are one
-node (``_step.py``): it adds to the base output in place, in the backward pass to the base layer's gradient, and
-keeps x, r numbers a token and two bytes for each dropped value.
+Stock PEFT lets autograd differentiate each operation of this. Here one autograd function (``_step.py``) computes base
+layer and adapter: it adds to the base output, and in the backward pass to the base gradient, in place. It saves x, r
+numbers per token and two bytes for each dropped value.
 
-Layers that this does not cover are left to stock PEFT one by one; :func:`fast_coverage` says which, and why. So are
-calls with little to compute, that of a token being generated among them (``LEAST_NUMBERS`` in ``_layer.py``).
+PEFT computes the layers that this does not cover; :func:`fast_coverage` lists them with the reason. PEFT also computes
+small calls, such as generating token by token (``LEAST_NUMBERS`` in ``_layer.py``).
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which LoRA layers of a model take the fast step; names are those in the base model."""
+    """Which LoRA layers of a model use the fast step, by their names in the base model."""
 
     covered: tuple[str, ...]
     stock: Mapping[str, str]
-    """Layers that stay as PEFT computes them, and why."""
+    """Layers that PEFT computes, and why."""
 
 
 def enable_fast_lora(model: _Model, dropout: Dropout = "input") -> _Model:
-    """Make every LoRA step of ``model`` cheaper; return ``model``, changed in place.
+    """Use the fast LoRA step in ``model``; return ``model``, changed in place.
 
-    Nothing of it is saved: checkpoints, merging and conversion stay PEFT's. Adapters added later take part once this is
-    called again; :func:`disable_fast_lora` takes it off.
+    Checkpoints, merging and conversion stay PEFT's; nothing of the fast step is saved. Call it again after adding
+    adapters; :func:`disable_fast_lora` undoes it.
 
     Args:
         model: A PEFT model, planned or not, or any module that PEFT has put LoRA layers into.
-        dropout: Where the config's ``lora_dropout`` acts in training. ``"input"`` is PEFT's: each number of x is
-            dropped for each adapter. ``"rank"`` drops among the r numbers a token that ``lora_A`` returns (the paper's
-            Appendix A): cheaper by far, another regulariser.
+        dropout: Where the config's ``lora_dropout`` acts in training. ``"input"`` is PEFT's: on each number of x, for
+            each adapter. ``"rank"`` acts on the r numbers per token that ``lora_A`` returns (the paper's Appendix A):
+            much cheaper, and a different regulariser.
 
     Raises:
         OptionError: ``dropout`` is neither.
         SiteError: The model carries no LoRA layer.
 
     Warns:
-        WeightLoraWarning: Some LoRA layers are not covered and stay as PEFT computes them.
+        WeightLoraWarning: Some LoRA layers are not covered; PEFT computes them.
 
     Example:
         >>> import torch
@@ -79,28 +79,28 @@ def enable_fast_lora(model: _Model, dropout: Dropout = "input") -> _Model:
     if not found:
         raise SiteError(f"{type(model).__name__} carries no LoRA layer; call get_peft_model or plan.attach first")
     if stock:
-        warnings.warn(_left_to_peft(stock, len(found)), WeightLoraWarning, stacklevel=2)
+        warnings.warn(_not_covered(stock, len(found)), WeightLoraWarning, stacklevel=2)
     return model
 
 
 def disable_fast_lora(model: nn.Module) -> None:
-    """Take :func:`enable_fast_lora` off without a trace; a model that does not have it stays as it is."""
+    """Undo :func:`enable_fast_lora`; a model without it is left unchanged."""
     for _, layer, adapter in _adapters(model):
         if isinstance(layer.lora_variant.get(adapter), FastLora):
             del layer.lora_variant[adapter]
 
 
 def fast_dropout(model: nn.Module) -> Dropout | None:
-    """Return the ``dropout`` that :func:`enable_fast_lora` was called with; None where it is not on."""
+    """Return the ``dropout`` given to :func:`enable_fast_lora`; None if it is not enabled."""
     variants = [layer.lora_variant.get(adapter) for _, layer, adapter in _adapters(model)]
     return next((variant.dropout for variant in variants if isinstance(variant, FastLora)), None)
 
 
 def fast_coverage(model: nn.Module, adapter: str = "default") -> Coverage:
-    """Say which LoRA layers :func:`enable_fast_lora` covers, enabled or not, and why the others are left to PEFT.
+    """Return which LoRA layers :func:`enable_fast_lora` covers, enabled or not, and why PEFT computes the others.
 
     Args:
-        model: A PEFT model, or any module that PEFT has put LoRA layers into; only looked at.
+        model: A PEFT model, or any module that PEFT has put LoRA layers into; it is not changed.
         adapter: The adapter's name.
     """
     reasons = {name: why_stock(layer, which) for name, layer, which in _adapters(model) if which == adapter}
@@ -111,7 +111,7 @@ def fast_coverage(model: nn.Module, adapter: str = "default") -> Coverage:
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str]]:
-    """Every LoRA layer's name in the base model, the layer, and each of its adapters."""
+    """Each adapter of each LoRA layer: the layer's name in the base model, the layer, the adapter's name."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     for name, layer in base.named_modules():
         if isinstance(layer, LoraLayer):
@@ -119,7 +119,7 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str]]:
                 yield name, layer, adapter
 
 
-def _left_to_peft(stock: Mapping[str, str], count: int) -> str:
+def _not_covered(stock: Mapping[str, str], count: int) -> str:
     shown = "; ".join(f"{name}: {reason}" for name, reason in list(stock.items())[:5])
     more = f"; and {len(stock) - 5} more" if len(stock) > 5 else ""
-    return f"{len(stock)} of {count} LoRA layers stay as PEFT computes them ({shown}{more})"
+    return f"the fast step does not cover {len(stock)} of {count} LoRA layers; PEFT computes them ({shown}{more})"

@@ -1,1 +1,1 @@
-"""What is done to a torch model without choosing anything: sites, layers, hooks, gates, and putting all back."""
+"""Work on a torch model: sites, adapter layers, hooks, gates, checkpointing, processes, and restoring the model."""

@@ -1,9 +1,9 @@
-"""Let the backward pass end at the lowest adapter, with gradient checkpointing as without.
+"""End the backward pass at the lowest adapter under gradient checkpointing.
 
-Where gradient checkpointing is switched on, transformers, PEFT and TRL call ``enable_input_require_grads``: a hook
-makes the embeddings' output want a gradient. Reentrant checkpointing finds nothing to differentiate without it. For the
-non-reentrant kind, transformers' default, it only makes the backward pass run through every layer, recomputing them on
-the way, however high the lowest adapter stands.
+With gradient checkpointing, transformers, PEFT and TRL call ``enable_input_require_grads``: a hook makes the output of
+the embeddings require a gradient. Reentrant checkpointing needs that. Non-reentrant checkpointing, transformers'
+default, does not: there the hook only makes the backward pass run through, and recompute, all layers below the lowest
+adapter.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from weightlora.errors import WeightLoraWarning
 from weightlora.model.torch_private import forward_hooks
 
 _Model = TypeVar("_Model", bound=nn.Module)
-#: What the hook is called in transformers and in PEFT and TRL; it bears no other mark.
+#: Names of the hook in transformers and in PEFT and TRL; nothing else identifies it.
 _HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
 def shorten_backward(model: _Model) -> _Model:
-    """Let the backward pass end at the lowest adapter; return ``model``, changed in place.
+    """End the backward pass at the lowest adapter; return ``model``, changed in place.
 
-    The hooks of ``enable_input_require_grads`` are taken off, which changes no gradient of an adapter. A trainer puts
-    them on again when its training starts: after ``select_for`` that is seen to.
+    It removes the hooks of ``enable_input_require_grads``, which changes no gradient of an adapter. A trainer sets them
+    again when its training starts; after ``select_for`` or ``method_for`` they are then removed again.
 
     Args:
         model: Any model with adapters, after gradient checkpointing was switched on.
 
     Warns:
-        WeightLoraWarning: Its checkpointing is reentrant, or of a kind that is not known, and needs them.
+        WeightLoraWarning: Its checkpointing is reentrant, or of an unknown kind, and needs the hooks.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,28 +46,28 @@ def shorten_backward(model: _Model) -> _Model:
         >>> len(shorten_backward(model).model.embed_tokens._forward_hooks)
         0
     """
-    if not release_inputs(model):
+    if not remove_input_hooks(model):
         warnings.warn(
-            "gradient checkpointing is reentrant here, so that the backward pass runs through all layers down to the "
-            "embeddings, whatever was selected; give activation_checkpointing_kwargs={'use_reentrant': False}",
+            "gradient checkpointing is reentrant here, so the backward pass runs through all layers down to the "
+            "embeddings; give activation_checkpointing_kwargs={'use_reentrant': False}",
             WeightLoraWarning,
             stacklevel=2,
         )
     return model
 
 
-def release_inputs(model: nn.Module) -> bool:
-    """Take the hooks off unless the checkpointing needs them; return whether none is left."""
+def remove_input_hooks(model: nn.Module) -> bool:
+    """Remove the hooks unless the checkpointing needs them; return whether none is left."""
     found = list(_input_hooks(model))
     if found and _may_be_reentrant(model):
         return False
-    for hooks, key in found:  # not by their handles: of two that were set, transformers keeps the last one's alone
+    for hooks, key in found:  # not by a handle: transformers keeps only the handle of the last one set
         del hooks[key]
     return True
 
 
 def _input_hooks(model: nn.Module) -> Iterator[tuple[dict[int, Any], int]]:
-    """The hooks that make an output want a gradient, each with the dictionary that it stands in."""
+    """The hooks that make an output require a gradient, each as its dictionary and key."""
     for module in model.modules():
         hooks: dict[int, Any] = forward_hooks(module)
         for key, hook in list(hooks.items()):

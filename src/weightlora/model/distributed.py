@@ -1,7 +1,7 @@
-"""Several processes, one selection: averages, copies and agreement over torch.distributed; a single process is free.
+"""Averages, copies and agreement over torch.distributed; a single process skips them.
 
-Parameters that are replaced inside a running job drift apart silently, so every step of the warm-up is the same on
-all processes, and what they found is compared at the end.
+Parameters that are replaced inside a running job drift apart silently. So each step of the selection is the same on all
+processes, and their results are compared at the end.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ T = TypeVar("T")
 
 
 def process_count() -> int:
-    """How many processes work together; 1 without a process group."""
-    return dist.get_world_size() if _together() else 1
+    """Number of processes in the group; 1 without a group."""
+    return dist.get_world_size() if _in_group() else 1
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files."""
-    return not _together() or dist.get_rank() == 0
+    """Whether this is the first process, which writes files."""
+    return not _in_group() or dist.get_rank() == 0
 
 
 def copy_from_first(tensors: Sequence[Tensor]) -> None:
-    """Overwrite ``tensors`` with those of the first process, as DDP does when it starts."""
+    """Overwrite ``tensors`` with the first process's, as DDP does when it starts."""
     if process_count() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
 
 
 def make_whole(module: nn.Module) -> None:
-    """Put whole copies in the place of the trainable parameters of ``module`` that are sharded (FSDP2).
+    """Replace the trainable parameters of ``module`` that are sharded (FSDP2) by whole copies.
 
-    The copies of its head that PEFT trains are sharded as the head is, and nobody gathers them for a forward pass.
+    PEFT's trainable copy of a head is sharded like the head, but FSDP does not gather it for a forward pass.
     """
-    if not _together():
+    if not _in_group():
         return
     from torch.distributed.tensor import DTensor
 
@@ -51,7 +51,7 @@ def make_whole(module: nn.Module) -> None:
 
 
 def average_gradients(tensors: Sequence[Tensor]) -> None:
-    """Replace every ``.grad`` by its mean over the processes; a missing one counts as zero where another has it."""
+    """Replace every ``.grad`` by its mean over the processes; missing ones count as zero if another process has it."""
     if process_count() == 1:
         return
     have = torch.tensor([float(t.grad is not None) for t in tensors], device=tensors[0].device)
@@ -80,7 +80,7 @@ def add_up(numbers: Tensor) -> Tensor:
 def from_first(make: Callable[[], T]) -> T:
     """Return what ``make()`` gives on the first process, on every process.
 
-    An error there is raised on all of them: one process that waits for a dead one would wait for ever.
+    An error there is raised on all processes; otherwise the others would wait for ever.
     """
     if process_count() == 1:
         return make()
@@ -109,10 +109,10 @@ def require_agreement(value: str, what: str) -> None:
     dist.all_gather_object(values, value)
     if len(set(values)) > 1:
         raise SelectionError(
-            f"{what} differs between the {len(values)} processes ({len(set(values))} kinds); "
+            f"{what} differs between the {len(values)} processes ({len(set(values))} different values); "
             "give all of them the same model, seed and options, and each its own batches"
         )
 
 
-def _together() -> bool:
+def _in_group() -> bool:
     return dist.is_available() and dist.is_initialized()

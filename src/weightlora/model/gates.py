@@ -1,11 +1,11 @@
 """One trainable number ω per adapter, kept outside the model: W = W0 + ω·s·B·A (paper, eq. 1).
 
-A gate is a forward hook on ``lora_A`` that multiplies its output of r numbers a token: ΔW is never built, nothing of
+A gate is a forward hook on ``lora_A`` that multiplies its output, r numbers per token. ΔW is never built, nothing of
 size d_out is saved for the backward pass, and quantised base layers work unchanged. No parameter is registered: no
 optimizer, weight decay, gradient clipping or cast can reach ω.
 
-The loss depends on ω and B through ω·B alone, so an open gate's gradient is ⟨B, ∂L/∂B⟩/ω: two small tensors after the
-backward pass, and nothing in it. Only a closed gate, where that is 0/0, listens in the backward pass itself.
+The loss depends on ω and B only through ω·B. So an open gate (ω ≠ 0) has the gradient ⟨B, ∂L/∂B⟩/ω, which needs two
+small tensors after the backward pass. At a closed gate (ω = 0) that is 0/0; its gradient is computed during the pass.
 """
 
 from __future__ import annotations
@@ -23,43 +23,45 @@ from torch.autograd.function import once_differentiable
 
 @dataclass
 class Gate:
-    """One site's ω while it is attached."""
+    """The gate of one site while it is attached."""
 
     matrix: nn.Parameter
-    """The weight of ``lora_B``, behind the gate."""
-    ear: Tensor
-    """An fp32 leaf of shape (): what a closed gate hears gathers in its ``grad``."""
+    """The weight of ``lora_B``, which multiplies the gate's output."""
+    leaf: Tensor
+    """An fp32 leaf tensor of shape (); its ``grad`` accumulates ∂L/∂ω while the gate is closed."""
     omega: float = 1.0
 
     def __call__(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        """The forward hook: the output of ``lora_A``, times ω, in the same dtype."""
+        """Return the output of ``lora_A`` times ω, in the same dtype."""
         if self.omega != 0:
             return output * self.omega
-        return _Closed.apply(output, self.ear)  # pyright: ignore[reportReturnType]
+        return _Closed.apply(output, self.leaf)  # pyright: ignore[reportReturnType]
 
     @property
     def gradient(self) -> Tensor:
         """∂L/∂ω as an fp32 tensor of shape ()."""
         if self.omega == 0:
-            return torch.zeros_like(self.ear) if self.ear.grad is None else self.ear.grad
+            return torch.zeros_like(self.leaf) if self.leaf.grad is None else self.leaf.grad
         if self.matrix.grad is None:
-            return torch.zeros_like(self.ear)
-        wide = torch.promote_types(self.matrix.dtype, torch.float32)  # a product of two halves would round or underflow
+            return torch.zeros_like(self.leaf)
+        wide = torch.promote_types(
+            self.matrix.dtype, torch.float32
+        )  # a product in half precision would round or underflow
         b, gradient = self.matrix.detach().to(wide), self.matrix.grad.to(wide)
         return (torch.dot(b.flatten(), gradient.flatten()) / self.omega).float()
 
 
 @dataclass(frozen=True)
 class Gates:
-    """The gates of a model while they are attached; a vector in the order of ``names``."""
+    """The gates of a model while they are attached, in the order of ``names``."""
 
     names: tuple[str, ...]
     gates: tuple[Gate, ...]
 
     @property
-    def ears(self) -> list[Tensor]:
-        """The leaves of the gates, one a site."""
-        return [gate.ear for gate in self.gates]
+    def leaves(self) -> list[Tensor]:
+        """The leaf tensor of each gate."""
+        return [gate.leaf for gate in self.gates]
 
     @property
     def omega(self) -> Tensor:
@@ -70,15 +72,15 @@ class Gates:
     def gradient(self) -> Tensor:
         """∂L/∂ω as one fp32 vector of shape (n,) on the CPU, summed over the backward passes.
 
-        It is made of B and its ``grad``: read it before the optimizer moves B. An optimizer's ``zero_grad`` on B and
-        :meth:`clear` start the next sum.
+        It is computed from B and its ``grad``: read it before the optimizer changes B. To start the next sum, zero B's
+        gradients and call :meth:`clear`.
         """
         return torch.stack([gate.gradient for gate in self.gates]).cpu()
 
     def clear(self) -> None:
-        """Forget what the closed gates heard."""
+        """Delete the gradients of closed gates."""
         for gate in self.gates:
-            gate.ear.grad = None
+            gate.leaf.grad = None
 
     def write(self, omega: Tensor) -> None:
         """Set the gates to the vector ``omega`` of shape (n,)."""
@@ -88,7 +90,7 @@ class Gates:
 
 @contextmanager
 def gated(layers: Mapping[str, LoraLayer], adapter: str = "default") -> Generator[Gates]:
-    """Attach a gate of value 1 to each layer for the length of the block.
+    """Attach a gate with ω = 1 to each layer within the block.
 
     Args:
         layers: LoRA layers by site name, as :func:`weightlora.model.layers.lora_layers` returns them.
@@ -106,8 +108,8 @@ def gated(layers: Mapping[str, LoraLayer], adapter: str = "default") -> Generato
         (('0',), torch.Size([1]))
     """
     matrices: list[Any] = [layer.lora_B[adapter].weight for layer in layers.values()]
-    ears = (torch.ones((), dtype=torch.float32, device=matrix.device, requires_grad=True) for matrix in matrices)
-    gates = Gates(names=tuple(layers), gates=tuple(map(Gate, matrices, ears)))
+    leaves = (torch.ones((), dtype=torch.float32, device=matrix.device, requires_grad=True) for matrix in matrices)
+    gates = Gates(names=tuple(layers), gates=tuple(map(Gate, matrices, leaves)))
     handles = [
         layer.lora_A[adapter].register_forward_hook(gate)
         for layer, gate in zip(layers.values(), gates.gates, strict=True)
@@ -120,10 +122,10 @@ def gated(layers: Mapping[str, LoraLayer], adapter: str = "default") -> Generato
 
 
 class _Closed(torch.autograd.Function):
-    """y = 0·x, with ∂L/∂ω = ⟨∂L/∂y, x⟩, so that the gate can open again."""
+    """y = 0·x with the gradient ∂L/∂ω = ⟨∂L/∂y, x⟩, so that the gate can open again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, _ear: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, _leaf: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return torch.zeros_like(x)
 
@@ -131,5 +133,5 @@ class _Closed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
         (x,) = ctx.saved_tensors
-        wide = torch.promote_types(x.dtype, torch.float32)  # a product of two halves would round or underflow
+        wide = torch.promote_types(x.dtype, torch.float32)  # a product in half precision would round or underflow
         return torch.zeros_like(x), torch.dot(gradient.to(wide).flatten(), x.to(wide).flatten()).float()

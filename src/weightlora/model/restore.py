@@ -1,4 +1,4 @@
-"""Lend a model out and get it back bit for bit, whatever happens in between."""
+"""Restore a model and the random states, bit for bit, after a block that changes them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from torch import nn
 
 @contextmanager
 def untouched(model: nn.Module, *, seed: int) -> Generator[None]:
-    """Seed the random numbers for the block, and at its end put model and random states back as they were.
+    """Seed the random generators for the block; restore the model and the random states when it ends.
 
-    Put back are: the module tree and all attributes of every module in it (hooks, train/eval mode, flags, the
-    configuration), which parameters require gradients and their ``.grad``, the content of buffers, and the states
-    of Python's, NumPy's and torch's global generators. The block may wrap, add and remove modules and change
-    buffers; it must not write to the values of the model's own parameters, which would cost a copy of the model.
+    Restored are, also after an exception:
+
+    - the module tree and all attributes of every module: hooks, train/eval mode, flags, the configuration;
+    - ``requires_grad`` and ``.grad`` of the parameters, and the content of buffers;
+    - the states of Python's, NumPy's and torch's global generators.
+
+    The block may wrap, add and remove modules and change buffers. It must not write to the values of the model's own
+    parameters: restoring those would need a copy of the model.
 
     Args:
-        model: The model that is lent out.
+        model: The model that the block changes.
         seed: Seed of all three generators inside the block.
 
     Example:
@@ -35,7 +39,7 @@ def untouched(model: nn.Module, *, seed: int) -> Generator[None]:
         (True, 'Linear')
     """
     with seeded(seed):
-        restore = _remember_model(model)
+        restore = _model_restorer(model)
         try:
             yield
         finally:
@@ -44,7 +48,7 @@ def untouched(model: nn.Module, *, seed: int) -> Generator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Generator[None]:
-    """Seed Python's, NumPy's and torch's generators for the block; their states are then as before.
+    """Seed Python's, NumPy's and torch's generators for the block, and restore their states when it ends.
 
     Example:
         >>> with seeded(0):
@@ -53,7 +57,7 @@ def seeded(seed: int) -> Generator[None]:
         ...     print(torch.equal(torch.rand(1), first))
         True
     """
-    restore = _remember_random()
+    restore = _random_restorer()
     try:
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -63,10 +67,11 @@ def seeded(seed: int) -> Generator[None]:
         restore()
 
 
-def _remember_model(model: nn.Module) -> Callable[[], None]:
+def _model_restorer(model: nn.Module) -> Callable[[], None]:
+    """Return a function that restores everything of the model but its parameters' values."""
     _reshard(model)
-    modules = [(module, _remember_attributes(vars(module))) for module in model.modules()]
-    configs = [_remember_attributes(vars(c)) for c in _configurations(model)]
+    modules = [(module, _attribute_restorer(vars(module))) for module in model.modules()]
+    configs = [_attribute_restorer(vars(c)) for c in _configurations(model)]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
 
@@ -87,7 +92,7 @@ def _remember_model(model: nn.Module) -> Callable[[], None]:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Let go of what FSDP2 has gathered for a forward pass, so that the shards are what is remembered and put back."""
+    """Free the parameters that FSDP2 gathered for a forward pass, so that the shards are saved and restored."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     from torch.distributed.fsdp import FSDPModule
@@ -97,10 +102,10 @@ def _reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _remember_attributes(attributes: dict[str, Any]) -> Callable[[], None]:
-    """Remember a ``__dict__`` and the content of its containers, one level deep.
+def _attribute_restorer(attributes: dict[str, Any]) -> Callable[[], None]:
+    """Return a function that restores a ``__dict__`` and the content of its containers, one level deep.
 
-    Containers are refilled in place and not replaced: a hook's handle finds its hook through the very dictionary.
+    Containers are refilled, not replaced: a hook's handle refers to its dictionary.
     """
     saved = dict(attributes)
     contents = {key: value.copy() for key, value in saved.items() if isinstance(value, (dict, list, set))}
@@ -117,14 +122,15 @@ def _remember_attributes(attributes: dict[str, Any]) -> Callable[[], None]:
 
 
 def _configurations(model: nn.Module) -> Iterator[Any]:
-    """The transformers configurations in the tree, each once: PEFT writes to them."""
+    """The transformers configurations in the tree, each once; PEFT writes to them."""
     from transformers import PretrainedConfig
 
     found = {id(c): c for m in model.modules() if isinstance(c := vars(m).get("config"), PretrainedConfig)}
     yield from found.values()
 
 
-def _remember_random() -> Callable[[], None]:
+def _random_restorer() -> Callable[[], None]:
+    """Return a function that restores the states of the global generators."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 

@@ -1,4 +1,4 @@
-"""Which layers of a model can carry a LoRA adapter, which were skipped, and why."""
+"""The layers of a model that can carry a LoRA adapter; which linear layers are skipped, and why."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError, SiteError
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
-#: Modules that PEFT trains as a whole for a task type, beside what ``modules_to_save`` names.
+#: Modules that PEFT trains whole for a task type, in addition to ``modules_to_save``.
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _HEAD_NAMES = frozenset([*(name for names in TASK_HEADS.values() for name in names), "classification_head"])
 
@@ -30,23 +31,23 @@ class Site:
     """
 
     name: str
-    """Full dotted module name in the base model: an adapter's only identity."""
+    """Full dotted module name in the base model; it identifies the adapter."""
     in_features: int
     out_features: int
 
     @property
     def block(self) -> str:
-        """The name up to its first number, the repeated layer; empty when the name has none."""
+        """The repeated layer: the name up to its first number, or empty without one."""
         match = re.match(r"(?:.*?\.)?\d+(?=\.)", self.name)
         return match.group() if match else ""
 
     @property
     def projection(self) -> str:
-        """The name inside its block, the same in every layer."""
+        """The name inside the block, the same in every layer."""
         return self.name[len(self.block) :].lstrip(".")
 
     def parameters(self, r: int) -> int:
-        """Trainable numbers of an adapter of rank ``r`` here: A is (r, in), B is (out, r)."""
+        """Trainable parameters of an adapter of rank ``r``: A is (r, in), B is (out, r)."""
         return r * (self.in_features + self.out_features)
 
 
@@ -60,22 +61,22 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What :func:`find_sites` found, both parts sorted by name."""
+    """What :func:`find_sites` returns, both parts sorted by name."""
 
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
 
 
 def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
-    """List the layers of ``model`` that ``lora`` would adapt, sorted by name, and the linear layers left out.
+    """List the layers of ``model`` that ``lora`` would adapt, sorted by name, and the linear layers it skips.
 
-    Names are matched by PEFT's own rule (``target_modules``, ``exclude_modules``, ``layers_to_transform``,
-    ``modules_to_save``). Where ``target_modules`` is None, every linear layer is a candidate but the output head
-    and the pooler; ``"all-linear"`` is PEFT's word for the same with the pooler.
+    PEFT's own rule matches the names: ``target_modules``, ``exclude_modules``, ``layers_to_transform``,
+    ``modules_to_save``. With ``target_modules=None`` every linear layer is a candidate except the output head and the
+    pooler; ``"all-linear"`` includes the pooler.
 
     Args:
-        model: A transformers model, a PEFT model (its base is looked at) or any module with linear layers.
-        lora: The adapters wanted; None stands for ``LoraConfig()``.
+        model: A transformers model, a PEFT model (its base is searched) or any module with linear layers.
+        lora: The wanted adapters; None means ``LoraConfig()``.
 
     Raises:
         SiteError: There is no linear layer, ``target_modules`` match none (the text names the closest), or the model
@@ -109,26 +110,26 @@ def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
 
 
 def linear_sites(model: nn.Module) -> tuple[Site, ...]:
-    """Every linear layer of ``model``, candidate or not, sorted by name and seen through PEFT's wrappers."""
+    """Every linear layer of ``model``, candidate or not, sorted by name; PEFT's wrappers are ignored."""
     return tuple(sorted(Site(name, *_shape(layer)) for name, layer in _linear_layers(model)))
 
 
 def require_uncompiled(model: nn.Module) -> None:
-    """Raise where ``model`` is what ``torch.compile`` returned: its layers have other names than the model's own.
+    """Raise if ``model`` is the result of ``torch.compile``, whose layers have other names.
 
     Raises:
-        SiteError: It is compiled.
+        SiteError: The model is compiled.
     """
     from accelerate.utils import is_compiled_module
 
     if is_compiled_module(model):
         raise SiteError(
-            "the model is compiled, which renames its layers; give it as it was, and compile the planned one"
+            "the model is compiled, which renames its layers; give the model before torch.compile, and compile it later"
         )
 
 
 def rank_and_alpha(lora: LoraConfig, name: str) -> tuple[int, float]:
-    """Return the ``r`` and ``lora_alpha`` that plain LoRA has at the site ``name``, its patterns applied.
+    """Return ``r`` and ``lora_alpha`` of plain LoRA at the site ``name``, with the config's patterns applied.
 
     Example:
         >>> from peft import LoraConfig
@@ -143,21 +144,25 @@ def rank_and_alpha(lora: LoraConfig, name: str) -> tuple[int, float]:
 
 
 def require_uniform(name: str, lora: LoraConfig) -> None:
-    """Raise unless ``lora`` is s·B·A with the same rank and s = alpha/r at every site, for the method ``name``.
+    """Raise unless ``lora`` is plain s·B·A with the same rank and s = alpha/r at every site.
+
+    Args:
+        name: The method that needs it, for the error.
+        lora: The user's config.
 
     Raises:
-        OptionError: It is not.
+        OptionError: The config has patterns, rsLoRA, DoRA or a bias.
     """
     if lora.rank_pattern or lora.alpha_pattern or lora.use_dora or lora.use_rslora:
         raise OptionError(f"{name} gives every site the same rank and alpha; leave out patterns, rsLoRA and DoRA")
     if lora.lora_bias:
         raise OptionError(
-            f"lora_bias=True is not allowed: {name} trains and exports no bias of an adapter's; leave it out"
+            f"lora_bias=True is not allowed: {name} trains and exports adapters without bias; leave it out"
         )
 
 
 def tuner_fields(lora: LoraConfig, sites: Sequence[Site]) -> dict[str, Any]:
-    """The fields that PEFT's other configs share with LoRA's, for adapters on exactly ``sites``."""
+    """The fields that PEFT's other configs share with ``LoraConfig``, for adapters on exactly ``sites``."""
     return {
         "task_type": lora.task_type,
         "target_modules": "|".join(re.escape(site.name) for site in sites),
@@ -172,14 +177,14 @@ def adapter_parameters(sites: Sequence[Site], lora: LoraConfig) -> dict[str, int
 
 
 def trained_modules(lora: LoraConfig) -> tuple[str, ...]:
-    """Names of the modules that PEFT trains as a whole under ``lora``: heads, never candidates."""
+    """Names of the modules that PEFT trains whole under ``lora``, such as a task head; they are never candidates."""
     task = lora.task_type
-    by_task = TASK_HEADS.get(str(getattr(task, "value", task)), ())
+    by_task = TASK_HEADS.get(str(task.value if isinstance(task, Enum) else task), ())
     return tuple(dict.fromkeys([*(lora.modules_to_save or ()), *by_task]))
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every linear layer with its name in the base model, seen through PEFT's wrappers."""
+    """Every linear layer with its name in the base model; PEFT's wrappers are ignored."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -216,7 +221,7 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that turns hidden states into token logits, where the model is a transformers one."""
+    """The layer that maps hidden states to token logits; None outside transformers."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -230,7 +235,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _reason_to_skip(name: str, layer: nn.Module, lora: LoraConfig, output_head: nn.Module | None) -> str | None:
-    """Why the layer is no candidate, or None when it is one."""
+    """Why the layer is skipped, or None for a candidate."""
     from torch import nn
 
     parts = name.split(".")
@@ -238,7 +243,7 @@ def _reason_to_skip(name: str, layer: nn.Module, lora: LoraConfig, output_head: 
         return "inside nn.MultiheadAttention, which never calls it"
     for module in trained_modules(lora):
         if re.match(rf"(^|.*\.){module}($|\..*)", name):
-            return f"trained as a whole ({module!r} in modules_to_save)"
+            return f"trained whole ({module!r} in modules_to_save)"
     if lora.target_modules is None or _is_all_linear(lora):
         if layer is output_head or not _HEAD_NAMES.isdisjoint(parts):
             return "output head"
@@ -253,7 +258,7 @@ def _reason_to_skip(name: str, layer: nn.Module, lora: LoraConfig, output_head: 
 
 
 def _matches(lora: LoraConfig, name: str, targets: str | list[str], excluded: str | list[str] | None) -> bool:
-    """PEFT's own matching rule for ``targets`` and ``excluded``, the rest as in ``lora``."""
+    """Whether PEFT would adapt ``name`` under ``lora`` with other ``targets`` and ``excluded``."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -268,13 +273,13 @@ def _matches(lora: LoraConfig, name: str, targets: str | list[str], excluded: st
 
 
 def _nothing_matched(lora: LoraConfig, skipped: Sequence[Skipped]) -> str:
-    """The error's text: what was asked for and what comes closest."""
+    """The error's text: the wanted names and the closest layers."""
     if lora.target_modules is None or _is_all_linear(lora):
         return "no site is left: " + "; ".join(f"{skip.name}: {skip.reason}" for skip in skipped[:5])
     wanted = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
     known = sorted({skip.name.rsplit(".", 1)[-1] for skip in skipped} | {skip.name for skip in skipped})
     close = [match for want in wanted for match in difflib.get_close_matches(want, known, n=2, cutoff=0.4)]
-    # A wanted layer that was left out for another reason is what the user has to know of.
+    # Name first a wanted layer that was skipped for another reason.
     left_out = [s for s in skipped if s.reason != "not in target_modules" and s.name.endswith(tuple(wanted))]
     close = [f"{skip.name} ({skip.reason})" for skip in left_out[:2]] or close
     hint = f"the closest: {', '.join(dict.fromkeys(close))}" if close else f"there are: {', '.join(known[:8])}"
@@ -282,5 +287,5 @@ def _nothing_matched(lora: LoraConfig, skipped: Sequence[Skipped]) -> str:
 
 
 def _is_all_linear(lora: LoraConfig) -> bool:
-    """Whether the target is PEFT's word for every linear layer, which it reads in any case."""
+    """Whether the target is PEFT's ``"all-linear"``, in upper or lower case."""
     return isinstance(lora.target_modules, str) and lora.target_modules.lower() == "all-linear"

@@ -1,4 +1,4 @@
-"""The plan's file: JSON of a known schema, read as strictly as it was written."""
+"""The plan's file: JSON of a known schema, validated when read."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from weightlora.errors import PlanError
 from weightlora.files import write_json
 
 SCHEMA = 1
-#: Fields of a planned site beside its name and shape.
+#: Fields of a planned site, in addition to its name and shape.
 ENTRY_KEYS = ("lora_r", "lora_alpha", "r", "alpha", "score")
-#: Fields of the plan beside its sites and its history.
+#: Fields of the plan, in addition to its sites and history.
 PLAN_KEYS = ("rule", "options", "seed", "base_model", "versions", "lora")
 
 
 def write_plan_file(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Write ``data`` under the current schema, whole or not at all.
+    """Write ``data`` under the current schema; a failed write leaves no file.
 
     Raises:
         OutputError: The folder cannot be written.
@@ -28,10 +28,10 @@ def write_plan_file(path: str | Path, data: Mapping[str, Any]) -> None:
 
 
 def read_plan_file(path: str | Path) -> dict[str, Any]:
-    """Return the content of a plan's file, each field present and of its type.
+    """Return the content of a plan's file, with each field present and of its type.
 
     Raises:
-        PlanError: The file is missing, truncated, no JSON, of an unknown schema, or contradicts itself.
+        PlanError: The file is missing, truncated, not JSON, of an unknown schema, or inconsistent.
     """
     try:
         data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -41,15 +41,15 @@ def read_plan_file(path: str | Path) -> dict[str, Any]:
         raise PlanError(f"cannot read the plan {path}: {error}") from error
     schema = cast("dict[str, Any]", data).get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
-        raise PlanError(f"{path} is not a plan of schema {SCHEMA}: found schema {schema!r}; write it anew")
+        raise PlanError(f"{path} is not a plan of schema {SCHEMA}: found schema {schema!r}; select anew")
     fault = _fault(data)
     if fault:
-        raise PlanError(f"{path} is not a whole plan: {fault}")
+        raise PlanError(f"{path} is not a valid plan: {fault}; select anew")
     return data
 
 
 def _fault(data: Mapping[str, Any]) -> str | None:
-    """What is wrong with the content, or None."""
+    """The first fault of the content, or None."""
     missing = [key for key in (*PLAN_KEYS, "fingerprint", "sites", "history") if key not in data]
     if missing:
         return f"it lacks {', '.join(missing)}"
@@ -89,10 +89,10 @@ def _whole_fault(data: Mapping[str, Any]) -> str | None:
         return "it keeps no site"
     planned = {"target_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern"} & set(data["lora"])
     if planned:
-        return f"lora holds {', '.join(sorted(planned))}, which stand in its sites"
+        return f"lora holds {', '.join(sorted(planned))}, which belong to its sites"
     for row in data["history"]:
         if not isinstance(row, list) or len(cast("list[Any]", row)) != len(names):
-            return f"each row of its history needs {len(names)} numbers, one a site"
+            return f"each row of its history needs {len(names)} numbers, one per site"
         if any(type(value) not in (int, float) for value in cast("list[Any]", row)):
-            return "its history holds what is no number"
+            return "its history holds something that is not a number"
     return None

@@ -1,4 +1,4 @@
-"""Read what an adapter directory really holds, from its tensors' shapes: any PEFT LoRA, ours or not."""
+"""Read the plan of any PEFT LoRA adapter directory, from its ``plan.json`` or its tensors' shapes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from weightlora.errors import PlanError
 from weightlora.model.sites import Site
 from weightlora.plan.plan import AdapterPlan, PlannedSite
 
-#: What PEFT writes: the configuration and the tensors.
+#: Files that PEFT writes: the configuration and the tensors.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def read_adapter(folder: str | Path) -> AdapterPlan:
-    """Return the plan beside the adapter, or one made from the adapter's tensors (all kept, nothing heard).
+    """Return the adapter's ``plan.json``, or a plan of its tensors, in which all sites are kept and none is scored.
 
     Args:
         folder: A directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -33,7 +33,7 @@ def read_adapter(folder: str | Path) -> AdapterPlan:
         config: dict[str, Any] = json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
         shapes = {key: shape for key, shape in tensor_shapes(folder).items() if len(shape) == 2}
     except (OSError, ValueError, SafetensorError) as error:
-        raise PlanError(f"{folder} is no adapter directory: {error}") from error
+        raise PlanError(f"{folder} is not an adapter directory: {error}") from error
     alpha = config.get("lora_alpha", 1)
     entries: list[PlannedSite] = []
     for key, (r, in_features) in shapes.items():
@@ -48,6 +48,6 @@ def read_adapter(folder: str | Path) -> AdapterPlan:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of an adapter, sorted by name, from the file's header; no tensor is read."""
+    """Shape of every tensor of an adapter, sorted by name; only the file's header is read."""
     with safe_open(folder / ADAPTER_FILES[1], framework="numpy") as tensors:
         return {key: tuple(tensors.get_slice(key).get_shape()) for key in sorted(tensors.keys())}

@@ -20,7 +20,7 @@ from weightlora.plan._match import require_adapters, require_sites
 from weightlora.plan._schema import ENTRY_KEYS, PLAN_KEYS, read_plan_file, write_plan_file
 from weightlora.plan.budget import expanded_ranks
 from weightlora.plan.lora_config import planned_lora_config, whole_or_float
-from weightlora.plan.provenance import base_model_name, library_versions, write_base_model_name
+from weightlora.plan.provenance import library_versions, write_base_model_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -208,7 +208,7 @@ class AdapterPlan:
         require_adapters(model, {name: self.ranks[name] for name in self.names}, adapter)
 
     def jaccard(self, other: AdapterPlan) -> float:
-        """Return |A∩B| / |A∪B| of the kept sites, from 0 (disjoint) to 1 (the same)."""
+        """Return the Jaccard similarity |A∩B| / |A∪B| of the kept sites, from 0 (disjoint) to 1 (equal)."""
         mine, theirs = set(self.names), set(other.names)
         return len(mine & theirs) / len(mine | theirs) if mine | theirs else 1.0
 
@@ -223,7 +223,7 @@ class AdapterPlan:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, whole or not at all.
+        """Write the plan as JSON; a failed write leaves no file.
 
         Raises:
             OutputError: The folder cannot be written.
@@ -237,7 +237,7 @@ class AdapterPlan:
         """Read a plan that :meth:`save` wrote.
 
         Raises:
-            PlanError: The file is missing, truncated, no JSON, of an unknown schema, or contradicts itself.
+            PlanError: The file is missing, truncated, not JSON, of an unknown schema, or inconsistent.
         """
         data = read_plan_file(path)
         plan = cls(
@@ -251,11 +251,11 @@ class AdapterPlan:
             **{key: data[key] for key in PLAN_KEYS},
         )
         if data["fingerprint"] != plan.fingerprint:
-            raise PlanError(f"{path} was edited: its sites do not match its fingerprint; write it anew with select()")
+            raise PlanError(f"{path} was edited: its sites do not match its fingerprint; select anew")
         return plan
 
     def save_adapter(self, model: PeftModel, path: str | Path) -> None:
-        """Write ``model``'s adapter as a stock PEFT directory, ``plan.json`` beside it, whole or not at all.
+        """Write ``model``'s adapter as a stock PEFT directory with ``plan.json``; a failed write leaves no directory.
 
         Raises:
             PlanMismatchError: The model does not carry the plan.
@@ -269,7 +269,7 @@ class AdapterPlan:
                 model.save_pretrained(str(draft))
             except SafetensorError as error:  # raised when the disk is full
                 raise OSError(str(error)) from error
-            write_base_model_name(draft, base_model_name(model.get_base_model()))
+            write_base_model_name(draft, model)
             self.save(draft / "plan.json")
 
 

@@ -12,23 +12,26 @@ if TYPE_CHECKING:
 
 
 def base_model_name(model: nn.Module) -> str | None:
-    """The name or path that a transformers model was loaded from; None where it has none."""
+    """The name or path that a transformers model, with or without adapters, was loaded from; None where it has none."""
+    from peft import PeftModel
     from transformers import PretrainedConfig
 
-    config: Any = vars(model).get("config")
+    config: Any = vars(model.get_base_model() if isinstance(model, PeftModel) else model).get("config")
     return (config.name_or_path or None) if isinstance(config, PretrainedConfig) else None
 
 
-def write_base_model_name(folder: Path, name: str | None) -> None:
-    """Name the base model of a saved adapter ``name``, in its configuration and in its card.
+def write_base_model_name(folder: Path, model: nn.Module) -> None:
+    """Write the name of ``model``'s base into a saved adapter: its configuration and its card.
 
-    PEFT writes the path of the files that were loaded. For an embedded model that is a folder of this machine.
+    PEFT writes the path of the files that were loaded, which for an embedded model is a folder of this machine.
 
     Args:
-        folder: What PEFT's ``save_pretrained`` wrote.
-        name: As :func:`base_model_name` returns it; None changes nothing.
+        folder: What PEFT's ``save_pretrained`` wrote; without a configuration in it, nothing is done.
+        model: The model that was saved.
     """
-    file = folder / "adapter_config.json"
+    name, file = base_model_name(model), folder / "adapter_config.json"
+    if not file.exists():
+        return
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     written = config.get("base_model_name_or_path")
     if name is None or written is None or written == name:

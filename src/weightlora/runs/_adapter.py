@@ -23,8 +23,9 @@ def save_adapter(trainer: Trainer, plan: AdapterPlan, path: Path) -> None:
     if not is_first():
         return
     with whole_folder(path) as draft:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(str(draft), state_dict=weights)  # type: ignore[union-attr]
-        write_base_model_name(draft, plan.base_model)
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)  # type: ignore[arg-type]
+        model.save_pretrained(str(draft), state_dict=weights)
+        write_base_model_name(draft, model)
         tokenizer: Any = trainer.processing_class
         tokenizer.save_pretrained(str(draft))
         plan.save(draft / PLAN_FILE)

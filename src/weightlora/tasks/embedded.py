@@ -10,6 +10,7 @@ import bz2
 import csv
 import io
 import random
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -63,6 +64,16 @@ def embedded_model(name: str) -> tuple[str, str | None] | None:
         return str(minilm()), None
     if name == "embedded/smollm2":
         return str(smollm2().parent), smollm2().name
+    return None
+
+
+def embedded_name(path: str | Path) -> str | None:
+    """Return ``embedded/minilm`` or ``embedded/smollm2`` where ``path`` is the model's folder; None elsewhere."""
+    for name in ("embedded/minilm", "embedded/smollm2"):
+        with suppress(MissingPackageError):  # its package is not installed
+            found = embedded_model(name)
+            if found is not None and Path(path) == Path(found[0]):
+                return name
     return None
 
 

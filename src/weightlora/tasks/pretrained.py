@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError, require_extra
+from weightlora.tasks.embedded import embedded_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,12 +33,18 @@ def load_pretrained(auto_class: str, path: str | Path, *, seed: int, **options: 
         require_extra("gguf", "llm")
         # Plain weights, whatever kernels are installed: transformers' Trainer does not train GGUF's own blocks.
         options.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
+    embedded = embedded_name(path)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return getattr(transformers, auto_class).from_pretrained(str(path), **options)
+            model = getattr(transformers, auto_class).from_pretrained(str(path), **options)
         except (ImportError, OSError, ValueError) as error:
             raise DataError(f"cannot load {auto_class} from {path}: {str(error).splitlines()[0]}") from error
+    if embedded is not None:
+        # The name that plans and adapters are saved with. ``model.name_or_path`` stays the folder, where PEFT looks for
+        # the configuration when it saves; by the name it would ask the hub.
+        model.config.name_or_path = embedded
+    return model
 
 
 def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:

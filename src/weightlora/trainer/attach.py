@@ -21,7 +21,7 @@ from weightlora.files import writable_folder
 from weightlora.methods import Method, MethodEntry, entry_of, make_method, options_of
 from weightlora.methods.base import planned_method
 from weightlora.methods.common.export import cast_trained, take_tuner
-from weightlora.model.checkpointing import release_inputs
+from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.distributed import from_first, process_count
 from weightlora.model.layers import without_adapters
 from weightlora.model.restore import seeded
@@ -229,7 +229,7 @@ def _batches(trainer: Trainer, entry: MethodEntry, seed: int) -> Iterable[Any]:
         settings: dict[str, Any] = dict(given or {})
         placing = {key: settings.pop(key) for key in ("every_n_layers", "offload") if key in settings}
         model.activation_checkpointing_enable(settings or None, **placing)
-    release_inputs(model)  # as PlanGuard will do
+    remove_input_hooks(model)  # as PlanGuard will do
     quiet = quiet_copy(trainer)
     with seeded(seed):  # before anything else is drawn: the loader's order must not depend on the adapters
         _, batches = peeked(optimizer_steps(quiet) if entry.batch == "step" else micro_batches(quiet))

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.errors import OptionError, SelectionError
-from weightlora.model.checkpointing import release_inputs, shorten_backward
+from weightlora.model.checkpointing import remove_input_hooks, shorten_backward
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import require_uncompiled
 from weightlora.plan.lora_config import config_fields
 from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.provenance import write_base_model_name
 
 PLAN_FILE = "plan.json"
 
@@ -40,14 +41,16 @@ class PlanGuard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Keep the backward pass short: DPO switches checkpointing off and on again after each forward pass."""
-        release_inputs(kwargs["model"])
+        remove_input_hooks(kwargs["model"])
 
     on_substep_end = on_step_begin
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the plan into the checkpoint that was just written."""
         if state.is_world_process_zero and self.plan is not None:
-            self.plan.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / PLAN_FILE)
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            self.plan.save(folder / PLAN_FILE)
+            write_base_model_name(folder, kwargs["model"])
 
 
 def guarded(trainer: Trainer) -> PlanGuard:
