@@ -11,7 +11,7 @@ from ruled import ruled
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import weightlora
-from weightlora.errors import OptionError, PlanMismatchError
+from weightlora.errors import OptionError, PlanError, PlanMismatchError
 from weightlora.methods import METHODS, make_method
 from weightlora.model.sites import find_sites
 from weightlora.selection.rules.first_order import FirstOrder
@@ -210,3 +210,9 @@ def test_export_refuses_a_model_that_does_not_carry_the_plan():
     other = make_method("random", keep=6).attach(llama(), LORA, [], 100)
     with pytest.raises(PlanMismatchError):
         method.export(other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plan_before_attach_is_a_clear_error(name):
+    with pytest.raises(PlanError, match=r"no plan yet; call attach\(\) or weightlora.method_for"):
+        _ = make_method(name).plan

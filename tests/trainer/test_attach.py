@@ -337,6 +337,62 @@ def test_a_trainer_without_adapters_takes_a_config(make_classifier):
     trainer.train()
 
 
+# -- one entry --------------------------------------------------------------------------------------------------------
+
+
+def selected_by_hand(trainer, keep):
+    """``select()`` on the trainer's batches in groups of an optimizer step, each loss weighted as the Trainer does."""
+    rows = trainer.args.per_device_train_batch_size
+    accumulate = trainer.args.gradient_accumulation_steps
+    count = min(24, len(trainer.train_dataset) // (rows * accumulate))
+    torch.manual_seed(trainer.args.seed)
+    order = iter(trainer.get_train_dataloader())
+    groups = [
+        [next(order) for _ in range(accumulate)]
+        for _ in range(min(count, len(trainer.train_dataset) // (rows * accumulate)))
+    ]
+
+    def losses(model, group):
+        for batch in group:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=trainer.args.bf16):
+                loss = model(**batch).loss
+            yield loss / len(group)
+
+    rule = FirstOrder(head_steps=4)
+    return weightlora.select(
+        trainer.model,
+        groups,
+        keep=keep,
+        rule=rule,
+        steps=20,
+        lr=trainer.args.learning_rate,
+        seed=trainer.args.seed,
+        loss_fn=losses,
+        progress=False,
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.filterwarnings("ignore::weightlora.errors.WeightLoraWarning")  # few batches are used again
+def test_method_for_and_select_for_and_select_give_the_same_plan(make_classifier, accumulate, bf16):
+    def trainer(folder, **changed):
+        arguments = {"gradient_accumulation_steps": accumulate, "per_device_train_batch_size": 2, "bf16": bf16}
+        made = make_classifier(folder, **{**arguments, **changed})
+        made.model_accepts_loss_kwargs = False  # a classifier's loss is a mean, which the Trainer then divides
+        return made
+
+    options = {"keep": 3, "rule": FirstOrder(head_steps=4), "steps": 20}
+    by_method = weightlora.method_for(trainer("a"), "weightlora", **options).plan
+    by_line = weightlora.select_for(trainer("b"), **options)
+    assert by_method == by_line
+    by_hand = selected_by_hand(trainer("c"), 3)
+    assert by_hand.history == by_line.history
+    assert by_hand.ranks == by_line.ranks
+    other = weightlora.select_for(trainer("d", seed=1), **options)
+    assert other.history != by_line.history  # the control
+
+
 # -- plans that are there already ------------------------------------------------------------------------------------
 
 

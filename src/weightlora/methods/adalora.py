@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from weightlora.errors import OptionError
-from weightlora.methods.base import Method
+from weightlora.methods.base import AttachedPlan, Method
 from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
 from weightlora.methods.common.schedules import cubic_budget
 from weightlora.methods.common.triplets import (
@@ -81,6 +81,8 @@ def build(
 
 class AdaLora:
     """AdaLoRA as a method, and the mover that its callback calls."""
+
+    _plan = AttachedPlan()
 
     def __init__(self, options: _Options) -> None:
         self._options = options

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from weightlora.errors import OptionError, SelectionError
-from weightlora.methods.base import Method
+from weightlora.methods.base import AttachedPlan, Method
 from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
 from weightlora.methods.common.export import Factors, become_stock, factors_plan
 from weightlora.methods.common.schedules import growth
@@ -84,6 +84,8 @@ def build(
 class ALora:
     """ALoRA as a method, and the mover that its callback calls."""
 
+    _plan = AttachedPlan()
+
     def __init__(self, options: _Options) -> None:
         self._options = options
         self._callback = MoverCallback(self)
@@ -91,8 +93,8 @@ class ALora:
     @property
     def plan(self) -> AdapterPlan:
         """``max_r`` at each site before the training, as in its checkpoints; then the current ranks."""
-        masks = dict(zip(self._layers, self._live, strict=True))
-        return plan_under(self._plan, masks if self._begun else None)
+        plan = self._plan
+        return plan_under(plan, dict(zip(self._layers, self._live, strict=True)) if self._begun else None)
 
     def budget(self, step: int) -> int:  # noqa: ARG002 - the same at every step
         """Return plain LoRA's ranks: moving them keeps their sum."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from weightlora.errors import OptionError
-from weightlora.methods.base import Method
+from weightlora.methods.base import AttachedPlan, Method
 from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
 from weightlora.methods.common.schedules import require_window, window
 from weightlora.methods.common.triplets import (
@@ -83,6 +83,8 @@ def build(
 
 class DynamicLora:
     """Dynamic LoRA as a method, and the mover that its callback calls."""
+
+    _plan = AttachedPlan()
 
     def __init__(self, options: _Options) -> None:
         self._options = options

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.errors import OptionError, SelectionError
-from weightlora.methods.base import Method
+from weightlora.methods.base import AttachedPlan, Method
 from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
 from weightlora.methods.common.export import Factors, become_stock, factors_plan
 from weightlora.methods.common.triplets import require_steps, triplet_plan
@@ -51,6 +51,8 @@ def build(*, clients: int = 4, ranks: Sequence[int] | int | None = None, rounds:
 
 class FlexLora:
     """FlexLoRA as a method, and the mover that its callback calls: the server and the active client."""
+
+    _plan = AttachedPlan()
 
     def __init__(self, clients: int, ranks: Sequence[int] | None, rounds: int) -> None:
         self._clients, self._asked, self._rounds = clients, ranks, rounds

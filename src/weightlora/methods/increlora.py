@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from weightlora.errors import OptionError, SelectionError
-from weightlora.methods.base import Method
+from weightlora.methods.base import AttachedPlan, Method
 from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
 from weightlora.methods.common.importance import sensitivity, watch_backward
 from weightlora.methods.common.schedules import growth, require_window, window
@@ -144,6 +144,8 @@ class Components:
 class IncreLora:
     """IncreLoRA as a method, and the mover that its callback calls."""
 
+    _plan = AttachedPlan()
+
     def __init__(self, options: _Options) -> None:
         self._options = options
         self._callback = MoverCallback(self)
@@ -151,8 +153,9 @@ class IncreLora:
     @property
     def plan(self) -> AdapterPlan:
         """``max_r`` at each site before the training, as in its checkpoints; then the current ranks."""
-        masks = dict(zip(self._layers, self._components.promoted >= 0, strict=True))
-        return plan_under(self._plan, masks if self._begun else None)
+        plan = self._plan
+        masks = dict(zip(self._layers, self._components.promoted >= 0, strict=True)) if self._begun else None
+        return plan_under(plan, masks)
 
     def budget(self, step: int) -> int:
         """Return one rank for each site plus those of the rounds up to ``step``: equal shares of whole ``count``s."""

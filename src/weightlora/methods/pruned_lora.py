@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from weightlora.errors import OptionError, SelectionError
-from weightlora.methods.base import Method
+from weightlora.methods.base import AttachedPlan, Method
 from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
 from weightlora.methods.common.export import Factors, become_stock, factors_plan
 from weightlora.methods.common.triplets import plan_under, require_steps, triplet_plan
@@ -71,6 +71,8 @@ def build(
 
 class PrunedLora:
     """PrunedLoRA as a method, and the mover that its callback calls."""
+
+    _plan = AttachedPlan()
 
     def __init__(self, options: _Options) -> None:
         self._options = options

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from weightlora.errors import OptionError, SelectionError
-from weightlora.methods.base import Method
+from weightlora.methods.base import AttachedPlan, Method
 from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
@@ -43,6 +43,8 @@ def build(*, reg: float = 1e-2) -> Method:
 
 class Riemannian:
     """The method, and the mover that its callback calls: it changes gradients, not ranks."""
+
+    _plan = AttachedPlan()
 
     def __init__(self, reg: float) -> None:
         self._reg = reg
