@@ -24,7 +24,7 @@ from distributed_worker import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
-from weightlora.trainer.select_for import adopt, select_for
+from weightlora.trainer.attach import adopt, select_for
 
 from weightlora.cli import main
 from weightlora.errors import OptionError

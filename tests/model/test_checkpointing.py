@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from weightlora.trainer.select_for import adopt
+from weightlora.trainer.attach import adopt
 
 import weightlora
 from weightlora.errors import WeightLoraWarning
