@@ -146,7 +146,7 @@ def the_paper_s_rule_for_a_trainer(folder: Path) -> str:
         disable_tqdm=True,
     )
     trainer = Trainer(tiny_model(), arguments, train_dataset=rows)
-    plan = weightlora.select_for(trainer, keep=3, lora=LoraConfig(r=4, task_type="CAUSAL_LM"), rule="stoiht", steps=2)
+    plan = weightlora.select_for(trainer, keep=3, lora=LoraConfig(r=4, task_type="CAUSAL_LM"), rule="paper", steps=2)
     with contextlib.redirect_stdout(None):  # the Trainer prints its log
         trainer.train()
     return f"{len(plan.names)} sites, {trainer.state.global_step} steps trained"

@@ -287,7 +287,7 @@ def unbroken(tmp_path_factory):
     reports = []
     run_grid(grid, workers=2, report=lambda _, *counts: reports.append(counts))
     # Two rows: two rates with seed 0, then the better one with seed 1.
-    assert reports == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 2), (2, 2)]
+    assert reports == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4), (0, 2), (1, 2), (2, 2)]
     return grid
 
 
@@ -344,8 +344,8 @@ def test_what_is_recorded_is_not_run_again_but_for_failures_on_demand(unbroken, 
     reports = []
     run_grid(grid, report=lambda *report: reports.append(report))
     assert reports == []
-    run_grid(grid, retry=True, report=lambda record, *_: reports.append(record["options"]))
-    assert reports == [broken["options"]]
+    run_grid(grid, retry=True, report=lambda record, *_: reports.append(record and record["options"]))
+    assert reports == [None, broken["options"]]
     assert lasting(recorded(grid)) == lasting(recorded(unbroken))
 
 

@@ -80,7 +80,7 @@ def test_show_of_a_long_path_and_of_unknown_options_fits_too(plan, capsys):
     printed = screen(capsys, "show", plan)
     assert "option of adalora" in printed
     assert "a, 1.5" in printed
-    values = [line[18:48].strip() for line in printed.splitlines()]  # the column of values, where the name is folded
+    values = [line[18:52].strip() for line in printed.splitlines()]  # the column of values, where the name is folded
     assert name in "".join(values)
 
 

@@ -377,7 +377,7 @@ def test_dry_run(name, tiny, tmp_path):
     words = {"model_name_or_path": base, "dataset_name": tmp_path / "rows", "output_dir": tmp_path / "run"}
     words |= {"max_steps": 2, "warmup_steps": 0, "learning_rate": 1e-2, "max_target_length": 3, "disable_tqdm": True}
     words |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-    words |= {"keep": 0.5, "steps": 2, "gate_lr": 0.1}  # gradients are large here: at 5 some gates turn negative
+    words |= {"keep": 0.5, "steps": 2, "rule_options": "gate_lr=0.1"}  # at 5 some gates turn negative here
     if task.kind == "completion":
         words["harness_path"] = write_judge(task, tmp_path / "judge")
     recipe = read(name, *(f"--{key}={value}" for key, value in words.items()))
@@ -389,7 +389,8 @@ def test_dry_run(name, tiny, tmp_path):
         wanted = [f"{task.name}_{metric}" for metric in task.metrics]
     assert set(wanted) <= results["metrics"].keys()
     plan = AdapterPlan.load(tmp_path / "run" / "plan.json")
-    assert (results["steps"], results["adapters"]) == (2, round(len(plan.entries) / 2))
+    assert (results["steps"], results["adapters"]) == (2, len(plan.names))
+    assert 0 < 2 * results["adapter_parameters"] <= results["lora_parameters"]
 
     with safe_open(tmp_path / "run" / "adapter" / "adapter_model.safetensors", "pt") as file:
         whole = ("classifier", "score", "qa_outputs", "pooler")

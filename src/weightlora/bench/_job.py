@@ -86,6 +86,10 @@ def _results(job: Job) -> dict[str, Any]:
 _LEFT_OUT = {"before", "losses", "method", "per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
+def _one_line(message: Warning | str, *_: object, **__: object) -> str:
+    return f"weightlora: warning: {message}\n"
+
+
 def _quiet() -> None:
     from datasets import disable_progress_bars
     from transformers.utils import logging
@@ -93,6 +97,6 @@ def _quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
-    warnings.formatwarning = lambda message, *_, **__: f"weightlora: warning: {message}\n"  # the process is ours
+    warnings.formatwarning = _one_line  # this process runs the job alone
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")  # of torch's loader, where there is no accelerator

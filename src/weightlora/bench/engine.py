@@ -77,7 +77,8 @@ def _run_missing(grid: Grid, points: Sequence[Point], workers: int, on_ray: bool
     folder = (grid.output_dir / _RUNS).absolute()
     jobs = [Job(point.options, folder / point.key, grid.timing_rounds, threads) for point in missing]
     points_by_key = {point.key: point for point in missing}
-    report(None, 0, len(jobs))
+    if jobs:
+        report(None, 0, len(jobs))
     for done, record in enumerate(_finished(jobs, workers, on_ray), 1):
         key = key_of(record["options"])
         if grid.keep_adapters and record["status"] == "ok":

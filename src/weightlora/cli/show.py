@@ -26,6 +26,8 @@ _MEANINGS = {
     "expand": "WeightLoRA+: lora_alpha grows with the rank (scale) or stays (keep)",
     "cost": "measured: bytes, or share of plain LoRA's step time",
 }
+#: Columns of a value; a longer one, such as a path, is folded.
+_WIDEST = 34
 _BUDGETS = {
     int: "budget: number of adapters",
     float: "budget: fraction of plain LoRA",
@@ -65,20 +67,22 @@ def run(arguments: argparse.Namespace) -> None:
     plan = read_adapter(path) if path.is_dir() else AdapterPlan.load(path)
     console = Console()
     console.print(terminal_heatmap(plan))
-    console.print(_table("plan", _summary(path, plan)))
-    if plan.options:
-        console.print(_table("option", _options(plan)))
+    summary, options = list(_summary(path, plan)), list(_options(plan))
+    width = min(_WIDEST, max(len(value) for _, value, _ in (*summary, *options)))
+    console.print(_table("plan", summary, width))
+    if options:
+        console.print(_table("option", options, width))
     if arguments.png:
         draw_heatmap(plan, arguments.png)
         console.print(f"wrote {arguments.png}", soft_wrap=True)
 
 
-def _table(name: str, rows: Iterable[tuple[str, str, str]]) -> Table:
-    """Name, value and meaning; two of them, one below the other, have equal columns."""
+def _table(name: str, rows: Iterable[tuple[str, str, str]], width: int) -> Table:
+    """Name, value and meaning; ``width`` is that of the values."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Column, Table
 
-    value = Column("value", min_width=24, max_width=30, overflow="fold")
+    value = Column("value", width=width, overflow="fold")
     table = Table(Column(name, min_width=15, no_wrap=True), value, "meaning", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(*row)
