@@ -5,7 +5,7 @@
     python benchmarks/budget.py table         # prints Markdown
 
 Bytes are exact counts (``saved_tensors_hooks``) on the model that really carries the plan. Times are medians over
-rounds of steps taken in turns; plain LoRA is one of them, and both sides are ratios to it.
+rounds of interleaved steps; plain LoRA is one of them, and both sides are ratios to it.
 """
 
 from __future__ import annotations

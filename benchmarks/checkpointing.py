@@ -3,8 +3,8 @@
     python benchmarks/checkpointing.py      # prints Markdown, appends benchmarks/results/checkpointing.jsonl
 
 SmolLM2 (30 layers) with rank-8 LoRA on all sites, and on those of the upper half and the upper fifth. Bytes are what is
-alive for the backward pass when the forward pass ends. Times are medians over the rounds of steps
-taken in turns, and the trapped step against itself is the control.
+alive for the backward pass when the forward pass ends. Times are medians over rounds of interleaved
+steps, and the step with the hooks against itself is the control.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokens = torch.arange(arguments.rows * arguments.length).reshape(arguments.rows, arguments.length) + 1000
-    print("| lowest layer | layers run backward | saved MB | step time ÷ trapped | trapped ÷ trapped |")
+    print("| lowest layer | layers run backward | saved MB | step time ÷ with hooks | with hooks ÷ with hooks |")
     print("| --- | --- | --- | --- | --- |")
     for lowest in (0, LAYERS // 2, LAYERS * 4 // 5):
         model = planned(lowest)
-        short, trapped = (partial(prepared_step, model, tokens, trap=trap) for trap in (False, True))
-        before, after = trapped(), short()
+        short, hooked = (partial(prepared_step, model, tokens, hooks=hooks) for hooks in (False, True))
+        before, after = hooked(), short()
         first, with_short, second = interleaved([before.again, after.again, before.again], arguments.rounds)
         ratio, control = median_ratio(with_short, first), median_ratio(second, first)
         layers = f"{after.layers} of {before.layers}"
@@ -57,7 +57,7 @@ def main() -> None:
         print(f"| {lowest} | {layers} | {saved} | {ratio:.3f} | {control:.3f} |", flush=True)
         counts = {
             f"{name}_{key}": getattr(measured, key)
-            for name, measured in (("short", after), ("trapped", before))
+            for name, measured in (("short", after), ("hooked", before))
             for key in ("layers", "saved_bytes")
         }
         shape = {"rows": arguments.rows, "length": arguments.length, "rounds": arguments.rounds}
@@ -88,13 +88,13 @@ def planned(lowest: int) -> Any:
     return model
 
 
-def prepared_step(model: Any, tokens: Tensor, *, trap: bool) -> Measured:
-    """Count what a step with or without the trap saves and runs, and return it for the timing."""
+def prepared_step(model: Any, tokens: Tensor, *, hooks: bool) -> Measured:
+    """Count what a step with or without the hooks saves and runs; return it for the timing."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
     def again() -> None:
         shorten_backward(model)
-        if trap:
+        if hooks:
             model.get_base_model().enable_input_require_grads()
         model(tokens, labels=tokens).loss.backward()
         optimizer.step()

@@ -3,8 +3,8 @@
     python benchmarks/faults.py               # appends benchmarks/results/faults.jsonl, about six minutes
     python benchmarks/faults.py smollm2 --rounds 2 --steps 15
 
-Stock LoRA and the fast step on all sites, each alone in a fresh process with two threads, since what is handed back
-depends on what else lies in the heap; with glibc's default and with ``keep_freed_memory()``, in turns.
+Stock LoRA and the fast step on all sites, each alone in a fresh process with two threads, since what is returned
+depends on what else lies in the heap; with glibc's default and with ``keep_freed_memory()``, interleaved.
 """
 
 from __future__ import annotations

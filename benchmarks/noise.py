@@ -1,10 +1,10 @@
-"""How much of what the gates hear is signal: the first-order gain on batches that did not choose the step.
+"""How much of the mean gradient is signal: the first-order gain on batches that did not choose the step.
 
     python benchmarks/noise.py          # prints Markdown, appends benchmarks/results/noise.jsonl
 
-Half of the warm-up batches give the mean gradient a of B, the other half b. A sign step along a promises the gain
-‖a‖₁, and brings ⟨sign(a), b⟩ on the other half. Their ratio is 1 where every batch agrees and 0 where the gradients
-are noise; the sites' order by ‖a‖₁ means something only where it is well above 0.
+Half of the warm-up batches give the mean gradient a of B, the other half b. A sign step along a has the predicted gain
+‖a‖₁; its gain on the held-out half is ⟨sign(a), b⟩. Their ratio is 1 where all batches agree and 0 where the gradients
+are noise. The order of the sites by ‖a‖₁ has a meaning only where the ratio is well above 0.
 """
 
 from __future__ import annotations

@@ -105,6 +105,7 @@ def find_plan(variant: Variant, rule: str, seed: int, steps: int, batch_size: in
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
     from weightlora import select_for
+    from weightlora.selection.rules import rule_of
     from weightlora.tasks.classification import encode
     from weightlora.tasks.embedded import minilm, rotten_tomatoes
     from weightlora.tasks.pretrained import load_tokenizer
@@ -132,8 +133,8 @@ def find_plan(variant: Variant, rule: str, seed: int, steps: int, batch_size: in
         data_collator=DataCollatorWithPadding(tokenizer),
     )
     trainer.model_accepts_loss_kwargs = False  # BERT's loss is a mean over rows, whatever its **kwargs promise
-    head_steps = steps if rule == "first_order" else 0  # as the paper has it
-    return select_for(trainer, keep=18, rule=rule, steps=steps, head_steps=head_steps)  # type: ignore[arg-type]
+    head_steps = steps if rule == "first_order" else 0  # 0 in the paper
+    return select_for(trainer, keep=18, rule=rule_of(rule, head_steps=head_steps), steps=steps)
 
 
 def lora_model(seed: int, bits: int | None = None, **loading: Any) -> Any:

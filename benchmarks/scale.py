@@ -3,7 +3,7 @@
     python benchmarks/scale.py          # prints Markdown, appends benchmarks/results/scale.jsonl
 
 The overhead of adapters is the time of a step with them, less that of the frozen model, on the same batch and one
-thread; the steps are taken in turns. Small layers show what a site costs, wide ones what a rank costs. With few tokens,
+thread; the steps are interleaved. Small layers show what a site costs, wide ones what a rank costs. With few tokens,
 as where text is generated, the fast step should be no slower than PEFT's: its time as a ratio, on SmolLM2's width.
 """
 
@@ -96,9 +96,7 @@ def selection_seconds(net: nn.Module, x: Tensor, rounds: int) -> float:
 
     def chosen() -> float:
         start = time.perf_counter()
-        select(
-            net, [x] * 5, lora=lora, steps=5, head_steps=0, loss_fn=lambda m, b: m(b).square().mean(), progress=False
-        )
+        select(net, [x] * 5, lora=lora, steps=5, loss_fn=lambda m, b: m(b).square().mean(), progress=False)
         return time.perf_counter() - start
 
     return statistics.median(chosen() for _ in range(max(rounds // 4, 1)))

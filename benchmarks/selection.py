@@ -13,11 +13,12 @@ import argparse
 import itertools
 import random
 import statistics
+import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from weightlora.model.sites import find_sites
 from weightlora.plan.budget import Budget
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
+from weightlora.selection.rules.first_order import FirstOrder
+from weightlora.selection.rules.stoiht import StoIHT
 
 RESULTS = Path(__file__).parent / "results"
 LEARNING_RATES = (6e-4, 1.5e-3, 4e-3)
@@ -55,18 +58,18 @@ CHOICES = (
     Variant("random", "random"),
     Variant("nearest the output", "nearest"),
     *(
-        Variant(f"{rule}, head_steps={head}", "weightlora", {**options, "head_steps": head})
-        for rule, options in {
-            "first_order": {"rule": "first_order"},
-            "stoiht, every step": {"rule": "stoiht", "threshold_every": 1},
-            "stoiht, once at T": {"rule": "stoiht", "threshold_every": 20},
+        Variant(f"{name}, head_steps={head}", "weightlora", {"rule": replace(rule, head_steps=head)})
+        for name, rule in {
+            "first_order": FirstOrder(),
+            "stoiht, every step": StoIHT(threshold_every=1),
+            "stoiht, once at T": StoIHT(threshold_every=20),
         }.items()
         for head in (0, 20)
     ),
 )
 
 
-DEFAULT = "first_order, head_steps=20"  # what select() does here when nothing is said
+DEFAULT = "first_order, head_steps=20"  # select()'s defaults on this model
 
 
 def main() -> None:
@@ -140,7 +143,6 @@ def run_point(point: Point) -> dict[str, Any]:
     import torch
     from peft import LoraConfig
     from transformers.utils import logging
-    from weightlora.bench.run import Settings, train_classifier
 
     from weightlora.errors import SelectionError
     from weightlora.tasks.classification import encode
@@ -157,19 +159,69 @@ def run_point(point: Point) -> dict[str, Any]:
     test_rows = encode(tokenizer, getattr(data, point.split), max_length=MAX_LENGTH)
     lora = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.0, task_type="SEQ_CLS")
     method = build(point.variant, keep=point.keep, seed=point.seed, lr=point.lr)
-    settings = Settings(minilm(), lr=point.lr, seed=point.seed)
     try:
-        outcome = train_classifier(settings, method, lora, tokenizer, train_rows, test_rows)
+        outcome = train_classifier(method, lora, tokenizer, train_rows, test_rows, lr=point.lr, seed=point.seed)
     except SelectionError as error:
         return {**point.key, "accuracy": None, "error": str(error)}
     return {
         **point.key,
-        "accuracy": outcome.accuracy,
-        "kept": outcome.plan.names,
-        "adapter_parameters": outcome.plan.parameters,
-        "selection_seconds": round(outcome.selection_seconds, 2),
-        "training_seconds": round(outcome.training_seconds, 2),
+        **outcome,
+        "kept": method.plan.names,
+        "adapter_parameters": method.plan.parameters,
         "settings": {"train": 2000, "epochs": 1, "batch_size": 32, "max_length": MAX_LENGTH, "lora": "r=8 a=32"},
+    }
+
+
+def train_classifier(
+    method: Method, lora: Any, tokenizer: Any, train_rows: Any, test_rows: Any, *, lr: float, seed: int
+) -> dict[str, float]:
+    """Train MiniLM for an epoch of batches of 32; return accuracy and seconds."""
+    from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
+
+    from weightlora.tasks.classification import accuracy, load_classifier, shuffled_batches
+    from weightlora.tasks.embedded import minilm
+
+    collate = DataCollatorWithPadding(tokenizer)
+    base = load_classifier(minilm(), labels=2, seed=seed)
+    batches = shuffled_batches(train_rows, collate, batch_size=32, count=64, seed=seed)
+    start = time.perf_counter()
+    model = method.attach(base, lora, batches, -(-len(train_rows) // 32))
+    selected = time.perf_counter()
+    arguments = TrainingArguments(
+        output_dir="runs/trainer",
+        num_train_epochs=1.0,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=128,
+        learning_rate=lr,
+        lr_scheduler_type="linear",
+        warmup_steps=0.1,
+        weight_decay=1e-4,
+        adam_beta2=0.99,
+        seed=seed,
+        data_seed=seed,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(
+        model=model,  # type: ignore[arg-type]
+        args=arguments,
+        train_dataset=list(train_rows),  # type: ignore[arg-type]
+        eval_dataset=sorted(test_rows, key=lambda row: len(row["input_ids"])),  # type: ignore[arg-type]
+        data_collator=collate,
+        compute_metrics=accuracy,
+        callbacks=method.callbacks(),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trained = time.perf_counter()
+    return {
+        "accuracy": trainer.evaluate()["eval_accuracy"],
+        "selection_seconds": round(selected - start, 2),
+        "training_seconds": round(trained - selected, 2),
     }
 
 
@@ -238,15 +290,15 @@ def run_smollm2() -> None:
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     lora = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")
     rules = {
-        "first_order": {"rule": "first_order"},
-        "stoiht, every step": {"rule": "stoiht", "threshold_every": 1},
-        "stoiht, once at T": {"rule": "stoiht", "threshold_every": LLM_STEPS},
+        "first_order": FirstOrder(),
+        "stoiht, every step": StoIHT(threshold_every=1),
+        "stoiht, once at T": StoIHT(threshold_every=LLM_STEPS),
     }
-    for seed, (label, options) in itertools.product(SEEDS, rules.items()):
+    for seed, (label, rule) in itertools.product(SEEDS, rules.items()):
         if any((r["method"], r["seed"]) == (label, seed) for r in read_records(path)):
             continue
         batches = list(itertools.islice(sum_batches(tokenizer, seed), LLM_STEPS))
-        plan = select(model, batches, lora=lora, keep=105, steps=LLM_STEPS, seed=seed, lr=5e-4, **options)
+        plan = select(model, batches, lora=lora, keep=105, steps=LLM_STEPS, seed=seed, lr=5e-4, rule=rule)
         append_record(path, {"method": label, "keep": 105, "seed": seed, "steps": LLM_STEPS, "kept": plan.names})
 
 

@@ -6,8 +6,8 @@
     python benchmarks/step.py llama --device cuda
     python benchmarks/step.py table           # Markdown and benchmarks/results/step.png from the stored records
 
-A step is forward, backward and AdamW, on a CPU with one thread. The steps of all rows are taken in turns in one
-process, in another order each round; a ratio is the median over the rounds, and the limit against itself is the
+A step is forward, backward and AdamW, on a CPU with one thread. The steps of all rows are interleaved in one
+process, in a random order each round; a ratio is the median over the rounds, and the limit against itself is the
 control. Saved bytes are exact counts of what autograd holds; peak bytes are the most that the first step has allocated
 at one time, with the optimizer's state. The limit is the frozen model without adapters whose backward pass runs to the
 embeddings: what any adapter at the bottom of the model must pay.
@@ -43,6 +43,7 @@ from weightlora.cost.step_time import interleaved, median_ratio
 from weightlora.model.gates import gated
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
+from weightlora.selection.rules.first_order import FirstOrder
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT, CONTROL, STOCK, STOCK_0 = "limit", "limit again", "PEFT LoRA, dropout 0.05", "PEFT LoRA, dropout 0"
@@ -107,7 +108,7 @@ def main() -> None:
 
 
 def measure(setting: Setting, rounds: int, only: Sequence[str]) -> list[dict[str, Any]]:
-    """Build the rows, count their bytes, and take their steps in turns."""
+    """Build the rows, count their bytes, and time their steps, interleaved."""
     rows = {name: make() for name, make in make_rows(setting).items() if not only or name in only}
     gc.collect()
     batch = setting.batches[0]
@@ -230,7 +231,12 @@ def _plan(setting: Setting, keep: int) -> weightlora.AdapterPlan:
     lora = deepcopy(setting.lora)
     lora.lora_dropout = P
     return weightlora.select(
-        _shared(setting.base), setting.batches, lora=lora, keep=keep, head_steps=setting.head_steps, progress=False
+        _shared(setting.base),
+        setting.batches,
+        lora=lora,
+        keep=keep,
+        rule=FirstOrder(head_steps=setting.head_steps),
+        progress=False,
     )
 
 

@@ -203,7 +203,7 @@ def test_select_keeps_what_the_budget_pays_for(minilm, review_batches, keep, fas
     assert 1 <= len(plan.names) < 36
     assert plan.options["keep"] == keep
     assert plan.options["cost"] <= read_limit(keep).amount
-    # Measuring leaves the hearing as it is.
+    # Measuring does not change the scores.
     assert plan.scores == select(minilm, review_batches, keep=3, **options).scores
 
 

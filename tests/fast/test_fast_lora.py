@@ -177,7 +177,7 @@ def test_checkpointing(lora_minilm, review_batches, reentrant):
 
 
 def test_autocast_and_bf16_are_as_near_to_float64_as_peft(lora_minilm, review_batches):
-    """bf16 rounds by 2^-9; either order of operations is one draw of these roundings, so a factor 1.5 is the room."""
+    """bf16 rounds by 2^-9. Either order of operations is one draw of these roundings: the tolerance is a factor of 1.5."""
     run = logits(review_batches[0])
     exact = outcome(deepcopy(lora_minilm).double(), run)
 
@@ -284,12 +284,12 @@ def test_gates_go_through_the_same_path(omega, tokens, small, monkeypatch):
             gates.write(torch.full((2,), omega))
             return *outcome(model, lambda model: model(x)), gates.gradient, x.grad.clone()
 
-    y, gradients, heard, at_x = run()
+    y, gradients, at_gate, at_x = run()
     enable_fast_lora(model)
-    y_, gradients_, heard_, at_x_ = run()
+    y_, gradients_, at_gate_, at_x_ = run()
     assert distance((y_, {**gradients_, "x": at_x_}), (y, {**gradients, "x": at_x})) < 1e-5
-    torch.testing.assert_close(heard_, heard, rtol=1e-5, atol=0)
-    assert heard.abs().min() > 0
+    torch.testing.assert_close(at_gate_, at_gate, rtol=1e-5, atol=0)
+    assert at_gate.abs().min() > 0
 
 
 # -- dropout ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from weightlora.trainer.select_for import adopt
 
 import weightlora
 from weightlora.errors import WeightLoraWarning
@@ -16,6 +15,7 @@ from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.sites import find_sites
 from weightlora.plan.make import make_plan
 from weightlora.tasks.embedded import minilm as minilm_folder
+from weightlora.trainer.attach import adopt
 
 LAYERS, LOWEST = 4, 2
 TOKENS = torch.arange(24).reshape(2, 12)
@@ -65,12 +65,12 @@ def test_the_backward_pass_ends_at_the_lowest_adapter_and_no_gradient_changes():
     plain, layers = gradients(model)
     assert layers == ABOVE
     model.activation_checkpointing_enable()
-    trapped, layers = gradients(model)
-    assert layers == ALL  # transformers' own way, in which the selection buys nothing
+    hooked, layers = gradients(model)
+    assert layers == ALL  # transformers' own way, in which the selection saves nothing
     weightlora.shorten_backward(model)
     short, layers = gradients(model)
     assert layers == ABOVE
-    assert all(map(torch.equal, short, trapped))
+    assert all(map(torch.equal, short, hooked))
     assert all(map(torch.equal, short, plain))
 
 

@@ -30,7 +30,7 @@ def omegas(n):
 def assert_gradient_is_closed_form(model, loss):
     """The definition, ∂L/∂ω = ⟨∂L/∂y, y⟩/ω at the gate's output y, and both closed forms, are one number.
 
-    The room is one fp32 rounding, 2^-24 of Σ|terms|, at each level of a tree of sums; no sum here has 2^16 terms.
+    The tolerance is one fp32 rounding, 2^-24 of Σ|terms|, at each level of a tree of sums; no sum here has 2^16 terms.
     """
     layers, terms = lora_layers(model), defaultdict(list)  # a layer may be passed more than once
 
@@ -154,7 +154,7 @@ def test_cleared_gradient_is_zero(lora_minilm, review_batches):
         assert not gates.gradient.any()
 
 
-def test_what_closed_gates_heard_adds_up_until_it_is_cleared(lora_minilm, review_batches):
+def test_gradients_of_closed_gates_add_up_until_cleared(lora_minilm, review_batches):
     with gated(lora_layers(lora_minilm)) as gates:
         gates.write(torch.zeros_like(gates.omega))
         assert not gates.gradient.any()
@@ -244,7 +244,7 @@ def test_an_open_gate_saves_nothing_for_the_backward_pass():
         assert saved_numbers()[0] == without + tokens * r
 
 
-def test_a_closed_gate_still_hears_its_gradient():
+def test_a_closed_gate_has_a_gradient():
     """∂L/∂ω at ω = 0, where A and B have no gradient to compare with: the explicit forward pass, differentiated."""
     torch.manual_seed(0)
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["0"], init_lora_weights=False)

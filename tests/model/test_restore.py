@@ -1,4 +1,4 @@
-"""Selecting lends the model out: whatever happens, it comes back bit for bit.
+"""Selecting restores the model bit for bit, whatever happens.
 
 `fingerprint` is what "as it was" means here; it is first shown to notice every kind of change.
 """
