@@ -14,7 +14,8 @@ MODULES = sorted(
 #: Files whose functions are called by users: each shows how.
 SHOWN = (
     *("model.sites", "model.gates", "model.restore", "plan.budget", "plan.plan", "fast.dropout", "fast.enable"),
-    *("selection.select", "selection.rules.stoiht", "trainer.select_for", "trainer.attach", "methods", "text"),
+    *("selection.select", "selection.rules", "selection.rules.stoiht", "selection.rules.first_order"),
+    *("trainer.attach", "methods", "text"),
 )
 
 

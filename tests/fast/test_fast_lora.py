@@ -177,7 +177,7 @@ def test_checkpointing(lora_minilm, review_batches, reentrant):
 
 
 def test_autocast_and_bf16_are_as_near_to_float64_as_peft(lora_minilm, review_batches):
-    """bf16 rounds by 2^-9. Either order of operations is one draw of these roundings: the tolerance is a factor of 1.5."""
+    """bf16 rounds by 2^-9. Each order of operations is one draw of these roundings: the tolerance is a factor 1.5."""
     run = logits(review_batches[0])
     exact = outcome(deepcopy(lora_minilm).double(), run)
 

@@ -124,10 +124,10 @@ def select_for(
         >>> base = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
         >>> rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 160
         >>> quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
-        >>> trainer = Trainer(base, TrainingArguments(str(tmp_path), max_steps=1, **quiet), train_dataset=rows)
+        >>> trainer = Trainer(base, TrainingArguments(str(tmp_path / "run"), max_steps=1, **quiet), train_dataset=rows)
         >>> plan = select_for(trainer, lora=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), keep=1)
         >>> len(plan.names), type(trainer.model).__name__
-        (1, 'PeftModelForCausalLM')
+        (1, 'PeftModel')
     """
     name = "weightlora_plus" if expand else "weightlora"
     return method_for(trainer, name, lora=lora, keep=keep, **options).plan
