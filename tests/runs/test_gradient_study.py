@@ -124,7 +124,7 @@ def test_what_is_written_says_what_the_plan_and_the_largest_share(found):
     shared = len(kept & largest)
     assert data["overlap"]["shared"] == shared
     assert data["overlap"]["jaccard"] == pytest.approx(shared / len(kept | largest))
-    assert data["overlap"]["by_lot"] == pytest.approx(25 / 12)
+    assert data["overlap"]["by_chance"] == pytest.approx(25 / 12)
     assert data["settings"]["learning_rate"] == RATE
     assert (found / "dot_product.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in found.iterdir()) == ["dot_product.json", "dot_product.png", "plan.json"]
@@ -159,13 +159,13 @@ def test_the_model_is_as_it_was(folder):
 
 
 @pytest.mark.parametrize(("n", "k"), [(5, 2), (6, 3), (7, 5), (4, 1)])
-def test_what_a_choice_by_lot_shares_is_counted_over_all_choices(n, k):
+def test_what_a_choice_by_chance_shares_is_counted_over_all_choices(n, k):
     best = set(range(k))
     shared = [len(best & set(lot)) for lot in itertools.combinations(range(n), k)]
     for mine in range(k + 1):
         overlap = Overlap(n, k, mine)
-        assert overlap.by_lot == pytest.approx(sum(shared) / len(shared))
-        assert overlap.jaccard_by_lot == pytest.approx(sum(s / (2 * k - s) for s in shared) / len(shared))
+        assert overlap.by_chance == pytest.approx(sum(shared) / len(shared))
+        assert overlap.jaccard_by_chance == pytest.approx(sum(s / (2 * k - s) for s in shared) / len(shared))
         assert overlap.chance == pytest.approx(sum(s >= mine for s in shared) / len(shared))
 
 
@@ -186,15 +186,15 @@ def test_the_largest_are_those_of_the_greatest_magnitude_and_ties_go_by_name():
     assert overlap_text(found).splitlines()[0].endswith("Jaccard 0.33")
 
 
-def test_by_lot_within_is_counted_over_all_choices_that_keep_as_many_of_each_projection():
+def test_by_chance_within_is_counted_over_all_choices_that_keep_as_many_of_each_projection():
     rows = [(f"layers.{i}.{kind}", i < keeps, size * (i + 1)) for kind, keeps, size in KINDS for i in range(4)]
     found = planned(*sorted(rows))
     lots = itertools.product(
         *(itertools.combinations([f"layers.{i}.{kind}" for i in range(4)], k) for kind, k, _ in KINDS)
     )
     shared = [len(set(found.largest) & {name for part in lot for name in part}) for lot in lots]
-    assert found.by_lot_within == pytest.approx(sum(shared) / len(shared))
-    assert found.by_lot_within > found.overlap.by_lot, "the larger projection is the one kept"
+    assert found.by_chance_within == pytest.approx(sum(shared) / len(shared))
+    assert found.by_chance_within > found.overlap.by_chance, "the larger projection is the one kept"
 
 
 def test_products_that_are_all_zero_can_be_drawn(tmp_path):

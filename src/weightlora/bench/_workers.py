@@ -36,7 +36,7 @@ def run_here(jobs: Sequence[Job], workers: int, run: Run = run_job) -> Iterator[
             stopped = False
         finally:
             pool.shutdown(wait=not stopped, cancel_futures=True)
-            if stopped:  # by Ctrl-C, or whoever takes the records wants no more: nobody waits for runs half done
+            if stopped:  # by Ctrl-C, or because no more records are wanted: unfinished runs are ended
                 for process in set(active_children()) - others:
                     process.terminate()
         if left and crowd == 1:  # alone, they run in their order, and one knows who it was

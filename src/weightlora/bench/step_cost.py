@@ -44,8 +44,8 @@ class Peak:
 class StepCost(TrainerCallback):
     """Writes ``{step_ratio, saved_bytes, peak_parameters, measuring_seconds}`` to a file when the training ends.
 
-    The ratio is that of a step of the trained model, as it was trained, and one of plain LoRA on all candidates in
-    stock PEFT, taken in turns in this process; what a method's callback does between steps is not in it.
+    The ratio compares a step of the trained model with one of plain LoRA on all candidates in stock PEFT. The steps
+    are interleaved in this process; what a method's callback does between steps is not counted.
 
     Args:
         path: The file.

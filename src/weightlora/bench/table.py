@@ -57,8 +57,7 @@ def make_table(grid: Grid, records: Sequence[Record]) -> Table:
 
     Metrics are those of the runs at the chosen learning rate, in per cent. Parameters are those of the adapters, at
     their peak, the selection included, and as exported, means over the runs. Times are medians over the runs, relative
-    to those of ``grid.reference``: of a step, as measured in turns with plain LoRA, and of selection and training
-    together.
+    to ``grid.reference``: the time of a step, interleaved with plain LoRA's, and of selection and training together.
     """
     known = by_key(records)
     tasks = list(dict.fromkeys(row.task for row in grid.rows))

@@ -42,7 +42,7 @@ def options_help(*parts: type, prefix: str = "--", width: int | None = None) -> 
 
     Args:
         parts: Dataclasses whose fields have a ``help`` text in their metadata; each is a section under its docstring.
-        prefix: What stands before a name: nothing, for options of a file alone.
+        prefix: The text before a name; empty for options of a file.
         width: Columns; None is the terminal's.
 
     Example:

@@ -47,9 +47,9 @@ def overlap_text(found: DotProducts) -> str:
     lines = (
         f"{overlap.shared} of the {overlap.k} sites with the largest products are kept by {found.plan.rule}; "
         f"Jaccard {overlap.jaccard:.2f}",
-        f"at random: {overlap.by_lot:.1f} of {overlap.k} (K²/n, n = {overlap.n}); Jaccard "
-        f"{overlap.jaccard_by_lot:.2f}; as many or more with probability {overlap.chance:.2g}",
-        f"at random, but as many of each projection as {found.plan.rule} keeps: {found.by_lot_within:.1f} of "
+        f"at random: {overlap.by_chance:.1f} of {overlap.k} (K²/n, n = {overlap.n}); Jaccard "
+        f"{overlap.jaccard_by_chance:.2f}; as many or more with probability {overlap.chance:.2g}",
+        f"at random, but as many of each projection as {found.plan.rule} keeps: {found.by_chance_within:.1f} of "
         f"{overlap.k}",
     )
     return "\n".join(lines)
@@ -83,7 +83,7 @@ def draw_bars(found: DotProducts, path: str | Path) -> None:
     axes.set_ylabel("|⟨∇L(W0), s·B·A⟩|")
     overlap, rule = found.overlap, found.plan.rule
     axes.set_title(
-        f"{overlap.shared} of the {overlap.k} largest are kept by {rule}; at random it would be {overlap.by_lot:.1f}",
+        f"{overlap.shared} of the {overlap.k} largest are kept by {rule}; at random it would be {overlap.by_chance:.1f}",
         size=9,
     )
     handles = [Patch(color="#d95f02", label=f"kept by {rule} (starred)"), Patch(color="#9aa5b1", label="not kept")]

@@ -1,4 +1,4 @@
-"""The paper's motivating example (section 2.1, Figure 2) on your model: adapters trained alone, and the gradient.
+"""The paper's motivating example (section 2.1, Figure 2) on your model.
 
 recipe → plan, and |⟨∂L/∂W_i(W0), s·B_i·A_i⟩| of each site's adapter trained alone → how far the two choices agree
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many of K sites two choices among n share, and what a choice by lot would."""
+    """How many of K sites two choices among n share, and how many a random choice would share."""
 
     n: int
     k: int
@@ -32,22 +32,22 @@ class Overlap:
         return self.shared / (2 * self.k - self.shared)
 
     @property
-    def by_lot(self) -> float:
+    def by_chance(self) -> float:
         """Sites that K random ones share with any K: the hypergeometric mean K²/n."""
         return self.k**2 / self.n
 
     @property
-    def jaccard_by_lot(self) -> float:
-        """Mean of the Jaccard index of a choice by lot."""
+    def jaccard_by_chance(self) -> float:
+        """Mean of the Jaccard index of a random choice."""
         return sum(self._chance(i) * i / (2 * self.k - i) for i in range(self.k + 1))
 
     @property
     def chance(self) -> float:
-        """Probability that a choice by lot shares as many or more.
+        """Probability that a random choice shares as many or more.
 
         Example:
             >>> overlap = Overlap(n=4, k=2, shared=2)
-            >>> overlap.by_lot, round(overlap.chance, 4)
+            >>> overlap.by_chance, round(overlap.chance, 4)
             (1.0, 0.1667)
         """
         return sum(self._chance(i) for i in range(self.shared, self.k + 1))
@@ -78,8 +78,8 @@ class DotProducts:
         return Overlap(n=len(self.products), k=len(self.plan.names), shared=shared)
 
     @property
-    def by_lot_within(self) -> float:
-        """Mean that a choice by lot shares which keeps as many of each projection as the plan does: Σ_p k_p·m_p/n_p.
+    def by_chance_within(self) -> float:
+        """Mean that a random choice shares if it keeps as many of each projection as the plan: Σ_p k_p·m_p/n_p.
 
         Products grow with the size of a site, and so do gates; what the two share beyond this is not size alone.
         """
@@ -90,13 +90,13 @@ class DotProducts:
     def to_json(self) -> dict[str, Any]:
         """The numbers, for a file."""
         overlap = self.overlap
-        fields = ("n", "k", "shared", "jaccard", "by_lot", "jaccard_by_lot", "chance")
+        fields = ("n", "k", "shared", "jaccard", "by_chance", "jaccard_by_chance", "chance")
         sites = [
             {"name": name, "product": product, "kept": name in self.plan.names, "largest": name in self.largest}
             for name, product in self.products.items()
         ]
         numbers = {field: getattr(overlap, field) for field in fields}
-        return {"overlap": {**numbers, "by_lot_within": self.by_lot_within}, "sites": sites}
+        return {"overlap": {**numbers, "by_chance_within": self.by_chance_within}, "sites": sites}
 
 
 def dot_product_study(recipe: Recipe) -> DotProducts:
