@@ -235,7 +235,7 @@ def test_a_bad_limit_names_itself_and_what_is_allowed(keep):
 def test_a_limit_below_the_cheapest_site(minilm, review_batches, keep, knob):
     before = fingerprint(minilm)
     lora = LoraConfig(r=8, task_type="SEQ_CLS")
-    with pytest.raises(OptionError, match=rf"keep='{keep}' pays for no site: the cheapest, bert\S+, takes.*{knob}"):
+    with pytest.raises(OptionError, match=rf"keep='{keep}' fits no site: the cheapest, bert\S+, takes.*{knob}"):
         select(minilm, review_batches, lora=lora, keep=keep, steps=2, progress=False, **ruled(head_steps=1))
     assert fingerprint(minilm) == before
 

@@ -260,7 +260,7 @@ def test_an_edited_file_is_one_line_that_names_it(tmp_path, edit):
 def test_sites_that_stand_there_twice_are_named(tmp_path):
     plan = flat_plan(3, [1])
     replace(plan, entries=(*plan.entries, plan.entries[-1])).save(tmp_path / "plan.json")  # its fingerprint fits
-    with pytest.raises(PlanError, match=r"twice: layers\.002\.x$"):
+    with pytest.raises(PlanError, match=r"twice: layers\.002\.x;"):
         AdapterPlan.load(tmp_path / "plan.json")
 
 

@@ -110,7 +110,7 @@ class FastLora(LoraVariant):
 def why_stock(layer: LoraLayer, adapter: str) -> str | None:
     """Why PEFT computes this adapter, or None where the fast step does."""
     if type(layer) is not Linear and _name(type(layer)) not in _QUANTISED:
-        return f"the fast step does not cover {type(layer).__name__}"
+        return f"layer type {type(layer).__name__}"
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, FastLora):
         return f"{type(variant).__name__} instead of plain LoRA"
