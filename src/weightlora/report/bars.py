@@ -83,7 +83,7 @@ def draw_bars(found: DotProducts, path: str | Path) -> None:
     axes.set_ylabel("|⟨∇L(W0), s·B·A⟩|")
     overlap, rule = found.overlap, found.plan.rule
     axes.set_title(
-        f"{overlap.shared} of the {overlap.k} largest are kept by {rule}; at random it would be {overlap.by_chance:.1f}",
+        f"{overlap.shared} of the {overlap.k} largest are kept by {rule}; at random {overlap.by_chance:.1f}",
         size=9,
     )
     handles = [Patch(color="#d95f02", label=f"kept by {rule} (starred)"), Patch(color="#9aa5b1", label="not kept")]

@@ -55,15 +55,15 @@ class ModelOptions:
 class TaskOptions:
     """The rows, and how they become tokens."""
 
-    task: str = _option("rotten_tomatoes", "see `weightlora methods --tasks`")
+    task: str = _option("rotten_tomatoes", "name of a task; `weightlora methods --tasks` lists them")
     dataset_name: str | None = _option(None, "hub name or folder, instead of the task's own")
-    dataset_config_name: str | None = _option(None, "its configuration; of a generator: setting=value ...")
+    dataset_config_name: str | None = _option(None, "configuration of the data set; of a generator: setting=value ...")
     train_file: str | None = _option(None, ".csv, .json, .jsonl or .parquet, instead of dataset_name")
-    validation_file: str | None = _option(None, "what is measured")
+    validation_file: str | None = _option(None, "rows that are measured")
     columns: list[str] = field(default_factory=list[str], metadata={"help": "role=column, where yours differ"})
     max_train_samples: int | None = _option(None, "only so many rows to train on")
     max_eval_samples: int | None = _option(None, "only so many rows a measured split")
-    held_out_samples: int = _option(0, "training rows set aside and measured too: what options are chosen on")
+    held_out_samples: int = _option(0, "training rows set aside and measured, to choose options on")
     max_seq_length: int = _option(128, "tokens of a row or source text")
     max_target_length: int = _option(128, "tokens of a summary or generated answer")
     doc_stride: int = _option(128, "tokens that pieces of a long context share")
@@ -75,9 +75,9 @@ class TaskOptions:
 class MethodOptions:
     """The budget, and how it is spent."""
 
-    method: str = _option("weightlora", "see `weightlora methods`")
-    plan: str | None = _option(None, "a plan.json that decides instead of a method")
-    keep: str = _option("0.5", 'fraction, count, "300k parameters", 512MB or 0.8x')
+    method: str = _option("weightlora", "name of a method; `weightlora methods` lists them")
+    plan: str | None = _option(None, "a plan.json to train, instead of a method")
+    keep: str = _option("0.5", 'fraction of LoRA\'s parameters, number of adapters, "300k parameters", 512MB or 0.8x')
     rule: str = _option("first_order", "how sites are scored: first_order, stoiht or paper")
     rule_options: list[str] = field(
         default_factory=list[str], metadata={"help": "settings of the rule, as name=value: head_steps=0 gate_lr=5.0"}
@@ -87,20 +87,23 @@ class MethodOptions:
         default_factory=list[str], metadata={"help": "settings of the method, as name=value"}
     )
     lora_r: int = _option(8, "rank of plain LoRA: the budget")
-    lora_alpha: int = _option(16, "its lora_alpha")
-    lora_dropout: float = _option(0.0, "its dropout")
+    lora_alpha: int = _option(16, "lora_alpha of plain LoRA")
+    lora_dropout: float = _option(0.0, "dropout of the adapters")
     lora_target_modules: list[str] = field(
         default_factory=list[str], metadata={"help": "default: every linear layer but head and pooler"}
     )
     lora_modules_to_save: list[str] = field(
-        default_factory=list[str], metadata={"help": "modules to train whole, beside the task's head"}
+        default_factory=list[str], metadata={"help": "modules to train whole, in addition to the task's head"}
     )
     use_rslora: bool = _option(False, "scale by alpha/√r")
     use_dora: bool = _option(False, "train DoRA on the chosen sites")
     fast: Literal["input", "rank"] | None = _option(
-        None, "the cheaper LoRA step; rank drops behind lora_A, input (alone) as PEFT does", nargs="?", const="input"
+        None,
+        "the fast LoRA step; its dropout acts on the input, as PEFT's does, or on lora_A's output (rank)",
+        nargs="?",
+        const="input",
     )
-    grow_batch: bool = _option(False, "then train larger batches with less accumulation, in the memory of plain LoRA")
+    grow_batch: bool = _option(False, "train larger batches with less accumulation, within the memory of plain LoRA")
 
     @property
     def scored_by(self) -> Rule:
