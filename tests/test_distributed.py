@@ -144,7 +144,7 @@ def test_a_sharded_model_is_left_as_it_was(two):
 def test_processes_that_choose_differently_are_stopped(two):
     """Without the mean of the gradients each process hears its own rows: were this equal, so would all above be."""
     for error in told(two, "unaveraged"):
-        assert "the choice differs between the 2 processes (2 kinds)" in error
+        assert "the choice differs between the 2 processes (2 different values)" in error
 
 
 @pytest.mark.parametrize("keep", LIMITS)
@@ -158,7 +158,7 @@ def test_two_processes_spend_what_the_first_one_measured(two, keep):
 def test_a_process_that_measures_for_itself_is_stopped(two):
     """The second has half of the first one's rows, so that its bytes pay for more sites."""
     for error in told(two, "apart"):
-        assert "the choice differs between the 2 processes (2 kinds)" in error
+        assert "the choice differs between the 2 processes (2 different values)" in error
 
 
 # -- one adapter -----------------------------------------------------------------------------------------------------

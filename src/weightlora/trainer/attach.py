@@ -7,6 +7,7 @@ method = weightlora.method_for(trainer, "adalora", init_r=12)  # any other metho
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ def _attach(
     model: Any = trainer.model
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     total_steps = planned_steps(trainer)
-    with placed(trainer), seeded(seed):
+    with placed(trainer) if batches else nullcontext(), seeded(seed):  # without batches there is no forward pass
         attached = method.attach(model if whole else without_adapters(model), lora, batches, total_steps)
     if isinstance(model, PeftModel):
         if len(trained) == 1:  # TRL's choice for quantised models, or the user's
