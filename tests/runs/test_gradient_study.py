@@ -52,7 +52,7 @@ def words(folder, output, **changed):
         "seed": SEED,
         "keep": 5,
         "steps": STEPS,
-        "head_steps": HEAD_STEPS,
+        "rule_options": f"head_steps={HEAD_STEPS}",
         "lora_r": 2,
         "lora_alpha": 6,
         "use_cpu": True,

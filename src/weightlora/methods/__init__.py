@@ -51,11 +51,15 @@ METHODS = (
     MethodEntry("lora", "rank r on every site: the budget", "Hu et al. 2021, arXiv:2106.09685", reads="nothing"),
     MethodEntry("random", "K random sites: the control", "RLoRA, Veprikov et al., Table 7", reads="nothing"),
     MethodEntry(
-        "weightlora", "the K sites that matter, at rank r", "Veprikov et al., section 2", batch="step", reuses_plan=True
+        "weightlora",
+        "the sites with the best scores, at rank r",
+        "Veprikov et al., section 2",
+        batch="step",
+        reuses_plan=True,
     ),
     MethodEntry(
         "weightlora_plus",
-        "the same sites at the rank that plain LoRA's budget pays for",
+        "the same sites at a rank that uses LoRA's whole budget",
         "section 2.2",
         batch="step",
         reuses_plan=True,
@@ -88,7 +92,7 @@ METHODS = (
     MethodEntry("flexora", "the blocks whose weight grows on held-out rows", "Wei et al. 2025, ACL"),
     MethodEntry(
         "lora_drop",
-        "the adapters with the strongest output; the others may share one",
+        "the adapters with the strongest output",
         "Zhou et al. 2025, arXiv:2402.07721",
     ),
     MethodEntry(
@@ -122,14 +126,14 @@ METHODS = (
     ),
     MethodEntry(
         "vera",
-        "two vectors a site between random matrices that all share",
+        "two vectors per site between shared random matrices",
         "Kopiczko et al. 2023, arXiv:2310.11454",
         reads="nothing",
         trains="other",
     ),
     MethodEntry(
         "vb_lora",
-        "A and B put together from one bank of vectors",
+        "A and B composed from one bank of vectors",
         "Li et al. 2024, arXiv:2405.15179",
         reads="nothing",
         trains="other",

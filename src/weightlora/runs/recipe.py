@@ -191,7 +191,8 @@ def read_recipe(
     if rest:
         name = rest[0].lstrip("-").partition("=")[0]
         raise OptionError(f"unknown option {rest[0]!r}{closest(name, known)}")
-    make_method(method.method, **method.given)  # mistakes are found before anything is loaded
+    if method.plan is None:  # mistakes are found before anything is loaded
+        make_method(method.method, **method.given)
     return Recipe(model, rows, method, training, _settings((model, rows, method), training))
 
 
