@@ -396,7 +396,7 @@ class NotFinite(torch.autograd.Function):
         return gradient * float("nan")
 
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 REFUSED = {
     "one step": (OptionError, "steps=1", lambda: {"steps": 1}),
     "negative head_steps": (OptionError, "head_steps=-2", lambda: {"head_steps": -2}),
@@ -412,11 +412,15 @@ REFUSED = {
         lambda: {"loss_fn": lambda m, b: squared(m, b).item()},
     ),
     "loss is a vector": (SelectionError, r"\(8, 6\).*loss_fn", lambda: {"loss_fn": lambda m, b: m(b["x"])}),
-    "loss is nan": (SelectionError, "gates step 3: the loss is nan.*lr", lambda: {"loss_fn": at_step(3, NAN)}),
-    "loss is inf": (SelectionError, "gates step 3: the loss is inf.*lr", lambda: {"loss_fn": at_step(3, float("inf"))}),
+    "loss is nan": (SelectionError, "scoring step 3: the loss is nan.*lr", lambda: {"loss_fn": at_step(3, NAN)}),
+    "loss is inf": (
+        SelectionError,
+        "scoring step 3: the loss is inf.*lr",
+        lambda: {"loss_fn": at_step(3, float("inf"))},
+    ),
     "gradient is nan": (
         SelectionError,
-        "gates step 1: a gradient is not finite.*lr",
+        "scoring step 1: a gradient is not finite.*lr",
         lambda: {"loss_fn": lambda m, b: NotFinite.apply(squared(m, b))},
     ),
     "batches of tuples": (
@@ -456,8 +460,8 @@ def test_bad_input_is_refused_in_one_line_and_the_model_is_as_it_was(case, rule)
 
 @pytest.mark.parametrize("where", [1, 3, 4])
 def test_error_names_phase_and_step(where):
-    """Two steps of the head, then the gates: the third call is the gates' first."""
-    phase = {1: "head step 1", 3: "gates step 1", 4: "gates step 2"}[where]
+    """Two steps of the head, then the scores: the third call is their first."""
+    phase = {1: "head step 1", 3: "scoring step 1", 4: "scoring step 2"}[where]
     lora = LoraConfig(r=2, modules_to_save=["5"])
     with pytest.raises(SelectionError, match=f"^{phase}: the loss is nan"):
         quietly(net(), pairs(5), lora=lora, head_steps=2, loss_fn=at_step(where, NAN))

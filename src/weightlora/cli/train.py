@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, then print the heat map and the metrics."""
     from rich.console import Console
 
-    from weightlora.cli._quiet import one_line_warnings
+    from weightlora.cli._quiet import quiet_libraries
     from weightlora.errors import require_extra
     from weightlora.model.distributed import is_first
     from weightlora.plan.plan import AdapterPlan
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     require_extra("matplotlib", "plots")  # before the work begins
     recipe = read_recipe(arguments.config, arguments.rest)
-    with one_line_warnings():
+    with quiet_libraries():
         results = train(recipe)
     if not is_first():
         return

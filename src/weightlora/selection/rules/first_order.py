@@ -47,7 +47,7 @@ class FirstOrder:
         let_train(stage, matrices)
         history: list[tuple[float, ...]] = []
         for step in range(1, steps + 1):
-            stage.backward("gates", step, matrices)  # gradients accumulate
+            stage.backward("scoring", step, matrices)  # gradients accumulate
             gains = [torch.zeros(()) if b.grad is None else b.grad.float().abs().sum() / step for b in matrices]
             history.append(tuple(torch.stack([gain.cpu() for gain in gains]).tolist()))
         return Scores(tuple(history), tuple(gain > 0 for gain in history[-1]), history[-1])

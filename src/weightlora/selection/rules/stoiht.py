@@ -71,7 +71,7 @@ class StoIHT:
         moved = torch.zeros(len(stage.layers), dtype=torch.bool)
         with gated(stage.layers) as gates:
             for step in range(1, steps + 1):
-                stage.backward("gates", step, [*trained, *gates.leaves])
+                stage.backward("scoring", step, [*trained, *gates.leaves])
                 cut = step % self.threshold_every == 0 or step == steps
                 gradient = gates.gradient
                 moved |= gradient != 0
