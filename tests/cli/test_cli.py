@@ -213,3 +213,12 @@ def test_language_modelling_from_a_folder(tmp_path):
     plan = AdapterPlan.load(tmp_path / "out" / "plan.json")
     assert len(plan.entries) == 14  # two layers of seven projections, and no head
     assert 0 < 2 * plan.parameters <= plan.lora_parameters
+
+
+@pytest.mark.parametrize("command", ["select", "train", "demo", "analyse dot-product", "bench --config b.yaml"])
+def test_a_wrong_budget_is_found_before_anything_is_loaded(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.yaml").write_text("methods: [weightlora]\nlearning_rates: [1.0e-3]\n")
+    monkeypatch.setattr("weightlora.runs._load.load_rows", lambda *_, **__: pytest.fail("rows were loaded"))
+    assert "keep='2.5' is not allowed" in failure(capsys, *command.split(), "--keep", "2.5", "--output_dir", "out")
+    assert not (tmp_path / "out").exists()
