@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError, SiteError
+from weightlora.text import similar
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -278,7 +278,7 @@ def _nothing_matched(lora: LoraConfig, skipped: Sequence[Skipped]) -> str:
         return "no site is left: " + "; ".join(f"{skip.name}: {skip.reason}" for skip in skipped[:5])
     wanted = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
     known = sorted({skip.name.rsplit(".", 1)[-1] for skip in skipped} | {skip.name for skip in skipped})
-    close = [match for want in wanted for match in difflib.get_close_matches(want, known, n=2, cutoff=0.4)]
+    close = [match for want in wanted for match in similar(want, known, count=2, cutoff=0.4)]
     # Name first a wanted layer that was skipped for another reason.
     left_out = [s for s in skipped if s.reason != "not in target_modules" and s.name.endswith(tuple(wanted))]
     close = [f"{skip.name} ({skip.reason})" for skip in left_out[:2]] or close
