@@ -24,6 +24,7 @@ _MEANINGS = {
     "gate_lr": "step size of the gates",
     "fast": "fast step in the warm-up, and what its dropout drops",
     "expand": "WeightLoRA+: lora_alpha grows with the rank (scale) or stays (keep)",
+    "agreement": "rank correlation of the scores of two halves of the batches",
     "cost": "measured: bytes, or share of plain LoRA's step time",
 }
 #: Columns of a value; a longer one, such as a path, is folded.

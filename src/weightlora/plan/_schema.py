@@ -13,7 +13,7 @@ from weightlora.files import write_json
 
 SCHEMA = 1
 #: Fields of a planned site, in addition to its name and shape.
-ENTRY_KEYS = ("lora_r", "lora_alpha", "r", "alpha", "score")
+ENTRY_KEYS = ("lora_r", "lora_alpha", "r", "alpha", "score", "score_error")
 #: Fields of the plan, in addition to its sites and history.
 PLAN_KEYS = ("rule", "options", "seed", "base_model", "versions", "lora")
 
@@ -75,6 +75,9 @@ def _site_fault(row: Any) -> str | None:
             return f"{site['name']} has {key}={site.get(key)!r}; give a finite number"
         if key != "score" and site[key] <= 0:
             return f"{site['name']} has {key}={site[key]!r}; give a positive number"
+    error = site.get("score_error")  # plans of before have none
+    if error is not None and (type(error) not in (int, float) or not 0 <= error < math.inf):
+        return f"{site['name']} has score_error={error!r}; give null or a number from 0"
     return None
 
 

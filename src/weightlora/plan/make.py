@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def make_plan(
-    sites: Sequence[Site], lora: LoraConfig, kept: Sequence[str], scores: Sequence[float] | None = None, **record: Any
+    sites: Sequence[Site],
+    lora: LoraConfig,
+    kept: Sequence[str],
+    scores: Sequence[float] | None = None,
+    errors: Sequence[float] = (),
+    **record: Any,
 ) -> AdapterPlan:
     """Build the plan that keeps ``kept`` of ``sites`` at the ranks ``lora`` gives them.
 
@@ -23,11 +28,14 @@ def make_plan(
         lora: The user's config; its rank and alpha patterns are applied.
         kept: Names of the sites that carry an adapter.
         scores: One per site; None where sites were not scored.
+        errors: Standard error of each score; empty where they have none.
         record: Further fields of :class:`AdapterPlan`.
     """
     keep = set(kept)
     entries: list[PlannedSite] = []
-    for site, score in zip(sites, scores or [0.0] * len(sites), strict=True):
+    known = zip(sites, scores or [0.0] * len(sites), errors or [None] * len(sites), strict=True)
+    for site, score, error in known:
         r, alpha = rank_and_alpha(lora, site.name)
-        entries.append(PlannedSite(site, r, alpha, r=r if site.name in keep else 0, alpha=alpha, score=score))
+        planned = r if site.name in keep else 0
+        entries.append(PlannedSite(site, r, alpha, r=planned, alpha=alpha, score=score, score_error=error))
     return AdapterPlan(tuple(entries), lora=config_fields(lora), **record)

@@ -42,6 +42,8 @@ class PlannedSite:
     """Planned ``lora_alpha``."""
     score: float
     """Higher = keep: the gate's first-order gain, ω after StoIHT, or 0 where sites were not scored."""
+    score_error: float | None = None
+    """Standard error of the score over the batches; None where it has none."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ class AdapterPlan:
         plan = cls(
             entries=tuple(
                 PlannedSite(
-                    Site(row["name"], row["in_features"], row["out_features"]), **{k: row[k] for k in ENTRY_KEYS}
+                    Site(row["name"], row["in_features"], row["out_features"]), **{k: row.get(k) for k in ENTRY_KEYS}
                 )
                 for row in data["sites"]
             ),

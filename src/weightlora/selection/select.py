@@ -31,6 +31,7 @@ from weightlora.plan.budget import Budget, Keep, Limit, read_budget, read_limit,
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import base_model_name
+from weightlora.selection._jackknife import rank_correlation
 from weightlora.selection.batches import Loss, cycled, in_parts, model_loss, peeked
 from weightlora.selection.rules import rule_of, settings_of
 from weightlora.selection.rules.base import Rule, Scores, require
@@ -38,6 +39,8 @@ from weightlora.selection.stage import Stage, head_of, with_plain_lora
 
 #: Steps in which a new head is trained alone, unless the rule says otherwise.
 HEAD_STEPS = 20
+#: With fewer sites the agreement of two halves says nothing.
+_FEW = 10
 
 
 def select(
@@ -128,11 +131,13 @@ def select(
 
     settings = {**settings_of(rule), "head_steps": head_steps}
     cost = {"cost": budget.price(kept)} if isinstance(budget, CostBudget) else {}
+    agreement = {} if scores.halves is None else {"agreement": _agreement(scores.halves)}
     return make_plan(
         sites,
         lora,
         kept=[sites[i].name for i in kept],
         scores=scores.final,
+        errors=scores.errors,
         history=scores.history,
         rule=rule.name,
         options={
@@ -142,6 +147,7 @@ def select(
             **settings,
             **({} if fast is None else {"fast": fast}),
             **cost,
+            **agreement,
         },
         seed=seed,
         base_model=base_model_name(model),
@@ -181,6 +187,20 @@ def _require_gradients(names: Sequence[str], scores: Scores) -> None:
             WeightLoraWarning,
             stacklevel=3,
         )
+
+
+def _agreement(halves: tuple[Sequence[float], Sequence[float]]) -> float:
+    """Return the rank correlation of the scores of the two halves of the batches; warn where it may be chance."""
+    found = rank_correlation(*halves)
+    # Of two rankings of n sites at random it has the mean 0 and the standard deviation 1/√(n−1).
+    if len(halves[0]) >= _FEW and found < 2 / (len(halves[0]) - 1) ** 0.5:
+        warnings.warn(
+            f"these scores cannot tell the sites apart: two halves of the batches rank them with a correlation of "
+            f"{found:.2f}; more steps, or a random choice, would serve as well",
+            WeightLoraWarning,
+            stacklevel=3,
+        )
+    return found
 
 
 def _kept(scores: Scores, rule: Rule, budget: Budget | CostBudget) -> tuple[int, ...]:

@@ -23,6 +23,10 @@ class Scores:
     """Whether the loss depended on the site at all."""
     sizes: tuple[float, ...]
     """What the budget ranks sites by, such as the size of a score."""
+    errors: tuple[float, ...] = ()
+    """Standard error of each last score over the batches; empty where a rule reads none."""
+    halves: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """The last scores by either half of the batches; None where a rule reads none."""
 
     @property
     def final(self) -> tuple[float, ...]:

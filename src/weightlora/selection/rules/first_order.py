@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch import Tensor
 
+from weightlora.selection._jackknife import GROUPS, jackknife
 from weightlora.selection.rules.base import Scores, require_head_steps
 from weightlora.selection.stage import let_train
 
@@ -45,9 +48,33 @@ class FirstOrder:
         """Return the scores; only B requires gradients."""
         matrices = stage.parameters("lora_B")
         let_train(stage, matrices)
+        groups = min(GROUPS, steps)
+        sums = [[torch.zeros_like(b, dtype=torch.float32) for b in matrices] for _ in range(groups + 1)]  # last: of all
         history: list[tuple[float, ...]] = []
-        for step in range(1, steps + 1):
-            stage.backward("scoring", step, matrices)  # gradients accumulate
-            gains = [torch.zeros(()) if b.grad is None else b.grad.float().abs().sum() / step for b in matrices]
-            history.append(tuple(torch.stack([gain.cpu() for gain in gains]).tolist()))
-        return Scores(tuple(history), tuple(gain > 0 for gain in history[-1]), history[-1])
+        for step in range(steps):
+            stage.backward("scoring", step + 1, matrices)
+            for b, group, total in zip(matrices, sums[step % groups], sums[-1], strict=True):
+                if b.grad is not None:
+                    group += b.grad
+                    total += b.grad
+                    b.grad = None
+            history.append(_sizes(sums[-1:], step + 1))
+        counts = [len(range(group, steps, groups)) for group in range(groups)]
+
+        def score(chosen: Sequence[int]) -> Tensor:
+            return torch.tensor(_sizes([sums[i] for i in chosen], sum(counts[i] for i in chosen)))
+
+        known = jackknife(score, groups)
+        return Scores(
+            tuple(history),
+            tuple(gain > 0 for gain in history[-1]),
+            history[-1],
+            errors=known.errors,
+            halves=known.halves,
+        )
+
+
+def _sizes(sums: Sequence[Sequence[Tensor]], steps: int) -> tuple[float, ...]:
+    """‖mean ∂L/∂B‖₁ of each site, where the gradients of ``steps`` batches are added up in ``sums``."""
+    totals = [torch.stack(parts).sum(0) for parts in zip(*sums, strict=True)]
+    return tuple(torch.stack([(total.abs().sum() / steps).cpu() for total in totals]).tolist())

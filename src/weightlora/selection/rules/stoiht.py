@@ -5,18 +5,19 @@ Every vector is in the order of the sites' sorted names, so that ties are broken
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from weightlora.model.gates import gated
+from weightlora.selection._jackknife import GROUPS, jackknife
 from weightlora.selection.rules.base import Scores, require, require_head_steps
 from weightlora.selection.stage import let_train
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from weightlora.cost.knapsack import CostBudget
     from weightlora.plan.budget import Budget
     from weightlora.selection.stage import Stage
@@ -68,13 +69,13 @@ class StoIHT:
         let_train(stage, trained)
         optimizer = torch.optim.AdamW(trained, lr=stage.lr)
         history: list[tuple[float, ...]] = []
-        moved = torch.zeros(len(stage.layers), dtype=torch.bool)
+        gradients: list[Tensor] = []
         with gated(stage.layers) as gates:
             for step in range(1, steps + 1):
                 stage.backward("scoring", step, [*trained, *gates.leaves])
                 cut = step % self.threshold_every == 0 or step == steps
                 gradient = gates.gradient
-                moved |= gradient != 0
+                gradients.append(gradient)
                 limit = budget if cut else None
                 omega = stoiht_step(gates.omega, gradient, gate_lr=self.gate_lr, budget=limit, threshold=self.threshold)
                 optimizer.step()
@@ -84,7 +85,16 @@ class StoIHT:
                 history.append(tuple(omega.tolist()))
         final = history[-1]
         sizes = tuple(map(abs, final)) if self.threshold == "magnitude" else final
-        return Scores(tuple(history), tuple(moved.tolist()), sizes)
+        seen = torch.stack(gradients)
+        groups = min(GROUPS, steps)
+
+        def score(chosen: Sequence[int]) -> Tensor:
+            """ω after T steps on batches of these groups, had no gate been dropped."""
+            return 1 - self.gate_lr * steps * seen[[t for t in range(steps) if t % groups in chosen]].mean(0)
+
+        known = jackknife(score, groups)
+        moved = tuple((seen != 0).any(0).tolist())
+        return Scores(tuple(history), moved, sizes, errors=known.errors, halves=known.halves)
 
 
 def hard_threshold(omega: Tensor, budget: Budget | CostBudget, *, threshold: Threshold = "magnitude") -> Tensor:
