@@ -391,6 +391,38 @@ def test_what_is_learnt_by_heart_is_answered(tokenizer, tiny, arguments):
     assert prepared.measure(trainer) == {"validation_exact_match": 1.0}
 
 
+def test_teacher_forced_numbers_are_those_of_greedy_answers_and_of_a_loss_row_by_row(tokenizer, tiny, arguments):
+    rows = splits(OWN)
+    generated, forced = (
+        prepare(task_of("completion"), rows, tokenizer, RowOptions(max_target_length=6, teacher_forced=forced))
+        for forced in (False, True)
+    )
+    options = {"learning_rate": 2e-2, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"}
+    trainer = forced.make_trainer(tiny, arguments(**options), [])
+    shares = []
+    for steps in (1, 5, 8):
+        trainer.args.max_steps = steps
+        trainer.train()
+        found = forced.measure(trainer)
+        assert found["validation_exact_match"] == generated.measure(trainer)["validation_exact_match"]
+        losses = []
+        for row in trainer.eval_dataset:
+            ids, mask = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:]) != -100
+            with torch.no_grad():
+                said = tiny(ids).logits[0, :-1].log_softmax(-1)
+            losses += (-said[mask, ids[0, 1:][mask]]).tolist()
+        assert found["validation_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-3)  # padding reorders sums
+        shares.append(found["validation_exact_match"])
+    assert len(set(shares)) > 1  # so that equal numbers say something
+
+
+def test_teacher_forced_needs_to_know_which_tokens_are_the_answer(plain, tiny, arguments):
+    prepared = prepare(task_of("completion"), splits(OWN), plain, RowOptions(teacher_forced=True))
+    trainer = prepared.make_trainer(tiny, arguments(packing=True, completion_only_loss=False), [])
+    with pytest.raises(OptionError, match="leave both out"):
+        prepared.measure(trainer)
+
+
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 

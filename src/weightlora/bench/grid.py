@@ -38,11 +38,13 @@ class Row:
     task: str
     options: Mapping[str, Any]
     """Of ``weightlora train``, but for the learning rate and the seed."""
+    metric: str
+    """What rates are chosen by and tables show."""
 
     @property
-    def metric(self) -> str:
-        """The task's first metric: what rates are chosen by and tables show."""
-        return find_task(self.task).metrics[0]
+    def lower_is_better(self) -> bool:
+        """Whether smaller values of the metric are better, as of a loss."""
+        return self.metric == "loss" or find_task(self.task).lower_is_better
 
     def held_out(self, record: Record) -> float | None:
         """What the learning rate is chosen by; None after a failure or where nothing is held out."""
@@ -128,7 +130,7 @@ class Grid:
             values = [row.held_out(record) for record in found if record is not None]
             if values and None not in values:
                 scores[rate] = statistics.mean(value for value in values if value is not None)
-        best = min if find_task(row.task).lower_is_better else max
+        best = min if row.lower_is_better else max
         return best(scores, key=scores.__getitem__) if scores else None
 
 
@@ -187,7 +189,7 @@ def read_grid(path: str | Path, output_dir: Path | None = None, words: Sequence[
 
 _KEYS = (
     *("output_dir", "base", "tasks", "methods", "budgets", "learning_rates", "seeds", "tuning_seeds"),
-    *("reference", "timing_rounds", "keep_adapters"),
+    *("metric", "reference", "timing_rounds", "keep_adapters"),
 )
 
 
@@ -214,7 +216,11 @@ def _rows(methods: Mapping[str, Any], tasks: Mapping[str, Any], given: Mapping[s
         for task, keep in ((task, keep) for keep in budgets for task in tasks):
             name = label if len(budgets) == 1 else f"{label}, {_budget(keep)}"
             spent = {} if keep is None else {"keep": str(keep)}
-            yield Row(name, task, {**base, "task": task, **(tasks[task] or {}), **own, **spent})
+            measured = (*find_task(task).metrics, "loss")
+            metric = str(given.get("metric", measured[0]))
+            if metric not in measured:
+                raise OptionError(f"metric={metric!r} is not measured on {task}; give one of {', '.join(measured)}")
+            yield Row(name, task, {**base, "task": task, **(tasks[task] or {}), **own, **spent}, metric)
 
 
 def _budget(keep: Any) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightlora.bench.grid import Grid, Point, Record, Row, by_key
-from weightlora.tasks import find_task
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -55,16 +54,17 @@ class _Line:
 def make_table(grid: Grid, records: Sequence[Record]) -> Table:
     """Return the table of a benchmark, whatever part of it has been run.
 
-    Metrics are those of the runs at the chosen learning rate, in per cent. Parameters are those of the adapters, at
-    their peak, the selection included, and as exported, means over the runs. Times are medians over the runs, relative
-    to ``grid.reference``: the time of a step, interleaved with plain LoRA's, and of selection and training together.
+    Metrics are those of the runs at the chosen learning rate: shares in per cent, losses as they are. Parameters are
+    those of the adapters, at their peak, the selection included, and as exported, means over the runs. Times are
+    medians over the runs, relative to ``grid.reference``: the time of a step, interleaved with plain LoRA's, and of
+    selection and training together.
     """
     known = by_key(records)
     tasks = list(dict.fromkeys(row.task for row in grid.rows))
     labels = list(dict.fromkeys(row.label for row in grid.rows))
     lines = {(row.label, row.task): _line(grid, row, known) for row in grid.rows}
     metrics = {task: next(row.metric for row in grid.rows if row.task == task) for task in tasks}
-    lower = {task: find_task(task).lower_is_better for task in tasks}
+    lower = {row.task: row.lower_is_better for row in grid.rows}
     scores = {task: _column([lines[label, task] for label in labels], lower=lower[task]) for task in tasks}
     header = ("method", "rate", "peak", "exported", *(f"{task} {metrics[task]}" for task in tasks))
     if len(tasks) > 1:
@@ -161,15 +161,32 @@ def _column(lines: Sequence[_Line], *, lower: bool) -> list[Cell]:
 
 
 def _spread(line: _Line) -> str:
-    """Mean ± standard error in per cent; how many runs it is of, where some are missing."""
+    """Mean ± standard error; how many runs it is of, where some are missing."""
     failed = len(line.records) - len(line.good)
     if not line.values:
         return "failed" if failed else "–"
-    mean = f"{100 * statistics.mean(line.values):.1f}"
-    if len(line.values) > 1:
-        mean += f" ± {100 * statistics.stdev(line.values) / len(line.values) ** 0.5:.1f}"
+    mean = mean_and_error(line.values, lower=line.row.lower_is_better)
     missing = f"{len(line.values)} of {line.wanted} runs" + (f", {failed} failed" if failed else "")
     return mean if len(line.values) == line.wanted else f"{mean} ({missing})"
+
+
+def mean_and_error(values: Sequence[float], *, lower: bool, sign: bool = False) -> str:
+    """Return ``mean ± standard error``: a share in per cent, a loss as it is.
+
+    Args:
+        values: At least one; of one there is no error.
+        lower: Whether they are losses.
+        sign: Write a plus in front of a positive mean.
+
+    Example:
+        >>> mean_and_error([0.5, 0.6], lower=False), mean_and_error([0.5, 0.6], lower=True, sign=True)
+        ('55.0 ± 5.0', '+0.550 ± 0.050')
+    """
+    scale, digits = (1, 3) if lower else (100, 1)
+    mean = f"{scale * statistics.mean(values):{'+' if sign else ''}.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {scale * statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
 
 
 def _averages(groups: Sequence[Sequence[_Line]]) -> list[Cell]:
@@ -178,8 +195,10 @@ def _averages(groups: Sequence[Sequence[_Line]]) -> list[Cell]:
         statistics.mean(statistics.mean(line.values) for line in group) if all(line.values for line in group) else None
         for group in groups
     ]
-    places = _places(means)
-    return [Cell("–" if m is None else f"{100 * m:.1f}", p) for m, p in zip(means, places, strict=True)]
+    lower = all(line.row.lower_is_better for group in groups for line in group)
+    places = _places(means, lower=lower)
+    texts = ["–" if mean is None else mean_and_error([mean], lower=lower) for mean in means]
+    return [Cell(text, place) for text, place in zip(texts, places, strict=True)]
 
 
 def _places(means: Sequence[float | None], *, lower: bool = False) -> list[int]:

@@ -34,6 +34,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--ray", action="store_true", help="run on a Ray cluster")
     parser.add_argument("--retry", action="store_true", help="run again what failed")
     parser.add_argument("--table", action="store_true", help="only write and print the table of what is recorded")
+    parser.add_argument(
+        "--against", nargs="+", metavar="ROW", help="also print differences to these rows' mean, paired by seed"
+    )
     parser.set_defaults(run=run, takes_recipe=True)
 
 
@@ -41,8 +44,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Run what is missing; write and print the table."""
     from rich.console import Console
 
+    from weightlora.bench.differences import make_differences
     from weightlora.bench.engine import recorded
     from weightlora.bench.grid import read_grid
+    from weightlora.bench.table import to_terminal
     from weightlora.cli._quiet import quiet_libraries
 
     console = Console()
@@ -54,6 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
             flags = {"workers": arguments.workers, "on_ray": arguments.ray, "retry": arguments.retry}
             records = run_with_progress(grid, console, **flags)
     print_table(grid, records, console)
+    if arguments.against:
+        console.print(to_terminal(make_differences(grid, records, arguments.against)))
 
 
 def run_with_progress(grid: Grid, console: Console, **flags: Any) -> list[Record]:

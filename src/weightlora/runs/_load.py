@@ -54,7 +54,13 @@ def _source(options: TaskOptions) -> Source:
 
 
 def _row_options(options: TaskOptions) -> RowOptions:
-    return RowOptions(options.max_seq_length, options.max_target_length, options.doc_stride, options.num_beams)
+    return RowOptions(
+        max_length=options.max_seq_length,
+        max_target_length=options.max_target_length,
+        doc_stride=options.doc_stride,
+        num_beams=options.num_beams,
+        teacher_forced=options.teacher_forced,
+    )
 
 
 def _pretrained(recipe: Recipe, task_type: str) -> tuple[str, dict[str, Any]]:

@@ -68,6 +68,9 @@ class TaskOptions:
     max_target_length: int = _option(128, "tokens of a summary or generated answer")
     doc_stride: int = _option(128, "tokens that pieces of a long context share")
     num_beams: int = _option(1, "beams of a generated summary")
+    teacher_forced: bool = _option(
+        False, "measure loss and exact match of the given answers in one forward pass; generate none"
+    )
     harness_path: str | None = _option(None, "folder of your own lm-evaluation-harness tasks")
 
 

@@ -176,6 +176,7 @@ def export(run: Run, method: Method, *, before: dict[str, Any] | None, **seconds
         "method": recipe.method.method if recipe.method.plan is None else "plan",
         "adapters": len(made.names),
         "sites": len(made.entries),
+        "kept": list(made.names),
         "adapter_parameters": made.parameters,
         "lora_parameters": made.lora_parameters,
         **seconds,

@@ -50,6 +50,8 @@ class RowOptions:
     """Tokens that neighbouring pieces of a long context share."""
     num_beams: int = 1
     """Beams of a generated summary."""
+    teacher_forced: bool = False
+    """Measure the given answers in one forward pass instead of generating answers."""
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ def _measure(task: Task, trainer: Trainer, encoded: dict[str, Dataset]) -> dict[
     for split, part in encoded.items():
         if split != "train":
             found = trainer.evaluate(part, metric_key_prefix=split)  # pyright: ignore[reportArgumentType]
-            measured |= {f"{split}_{name}": found[f"{split}_{name}"] for name in task.metrics}
+            measured |= {f"{split}_{name}": found[f"{split}_{name}"] for name in (*task.metrics, "loss")}
     return measured
 
 

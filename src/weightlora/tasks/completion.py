@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weightlora.errors import DataError, OptionError, WeightLoraWarning, require_extra
 from weightlora.tasks._judge import judge_model
 from weightlora.tasks._prompts import solves, to_prompts, to_texts
+from weightlora.tasks._teacher_forced import answered
 from weightlora.tasks.base import Prepared, RowOptions, Task
 from weightlora.tasks.pretrained import load_pretrained
 
@@ -102,7 +103,7 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
             are measured by their loss, and all others by the share of greedy answers that are right.
         rows: ``"train"`` and the evaluation splits.
         tokenizer: The model's.
-        options: ``max_length`` of a whole row, and ``max_target_length`` of an answer.
+        options: ``max_length`` of a whole row, ``max_target_length`` of an answer, and ``teacher_forced``.
 
     Raises:
         DataError: A row is not as the task needs it.
@@ -121,6 +122,8 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
     measure = partial(_measure_answers, tokenizer, options, measured)
     if "text" in task.columns:
         measure = partial(_measure_loss, list(measured))
+    elif options.teacher_forced:
+        measure = partial(_measure_teacher_forced, tokenizer, list(measured))
     elif "harness" in task.options:
         measure = partial(_measure_by_harness, task, tokenizer)
     return Prepared(partial(_make_trainer, tokenizer, options, examples), measure)
@@ -194,6 +197,27 @@ def _measure_loss(splits: Iterable[str], trainer: Trainer) -> dict[str, float]:
     for split, rows in _tokenised(trainer, splits).items():
         loss = trainer.evaluate(rows, metric_key_prefix=split)[f"{split}_loss"]
         numbers |= {f"{split}_loss": loss, f"{split}_perplexity": math.exp(min(loss, 700.0))}  # no overflow
+    return numbers
+
+
+def _measure_teacher_forced(
+    tokenizer: PreTrainedTokenizerBase, splits: Iterable[str], trainer: Trainer
+) -> dict[str, float]:
+    """Return the loss per answer token of each split, and the share of its answers that greedy decoding would write."""
+    numbers: dict[str, float] = {}
+    arguments: Any = trainer.args
+    if arguments.packing or not arguments.completion_only_loss:
+        raise OptionError(
+            f"teacher_forced=True needs rows of one answer each, but packing={arguments.packing} and "
+            f"completion_only_loss={arguments.completion_only_loss}; leave both out"
+        )
+    for split, rows in _tokenised(trainer, splits).items():
+        found = answered(
+            *(trainer.model, list(rows["input_ids"]), list(rows["labels"])),
+            ends=_ends(trainer.model, tokenizer),
+            batch_size=trainer.args.per_device_eval_batch_size,
+        )
+        numbers |= {f"{split}_loss": found.loss, f"{split}_exact_match": found.exact_match}
     return numbers
 
 

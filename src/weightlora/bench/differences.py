@@ -1,0 +1,66 @@
+"""Records → a table of differences, paired by seed: what a row gains over others that saw the same data."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from weightlora.bench.grid import Grid, Point, Record, Row, by_key
+from weightlora.bench.table import Cell, Table, mean_and_error
+from weightlora.errors import OptionError
+
+
+def make_differences(grid: Grid, records: Sequence[Record], against: Sequence[str]) -> Table:
+    """Return the metric of each row minus that of the rows ``against``, as mean ± standard error over the seeds.
+
+    Runs of one seed share data, order and head, so their difference has less noise than either run.
+
+    Args:
+        grid: The benchmark.
+        records: Whatever part of it has been run.
+        against: Labels of rows; of several the mean is taken, seed by seed. Random rows are best compared with in this
+            way: a single draw is no ruler.
+
+    Raises:
+        OptionError: There is no such row.
+    """
+    labels = list(dict.fromkeys(row.label for row in grid.rows))
+    for label in against:
+        if label not in labels:
+            raise OptionError(f"against={label!r} is no row; there are {', '.join(labels)}")
+    known = by_key(records)
+    tasks = list(dict.fromkeys(row.task for row in grid.rows))
+    rows = {(row.label, row.task): row for row in grid.rows}
+    values = {place: by_seed(grid, row, known) for place, row in rows.items()}
+    body: list[tuple[Cell, ...]] = []
+    for label in labels:
+        cells = [Cell(label)]
+        for task in tasks:
+            found = differences(values[label, task], [values[other, task] for other in against])
+            lower = rows[label, task].lower_is_better
+            text = mean_and_error(found, lower=lower, sign=True) if found else "–"
+            missing = f" ({len(found)} of {len(grid.seeds)} seeds)" if 0 < len(found) < len(grid.seeds) else ""
+            cells.append(Cell(text + missing))
+        body.append(tuple(cells))
+    metrics = {row.task: row.metric for row in grid.rows}
+    name = against[0] if len(against) == 1 else f"mean of {len(against)} rows"
+    return Table((f"minus {name}", *(f"{task} {metrics[task]}" for task in tasks)), tuple(body))
+
+
+def by_seed(grid: Grid, row: Row, records: Mapping[str, Record]) -> dict[int, float]:
+    """Return the metric of a row's runs at its chosen rate, by seed; failed and missing runs have none."""
+    rate = grid.rate(row, records)
+    found = {seed: records.get(Point(row, rate, seed).key) for seed in grid.seeds} if rate is not None else {}
+    values = {seed: row.tested(record) for seed, record in found.items() if record is not None}
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def differences(own: Mapping[int, float], others: Sequence[Mapping[int, float]]) -> list[float]:
+    """Return own value − mean of the others for each seed that all of them have.
+
+    Example:
+        >>> differences({0: 0.9, 1: 0.7}, [{0: 0.5, 1: 0.6}, {0: 0.7}])
+        [0.30000000000000004]
+    """
+    seeds = [seed for seed in sorted(own) if all(seed in other for other in others)]
+    return [own[seed] - statistics.mean(other[seed] for other in others) for seed in seeds]

@@ -1,0 +1,68 @@
+"""Differences between rows, paired by seed: closed forms on records that are written here."""
+
+import pytest
+from test_bench import grid_of, record
+
+from weightlora.bench.differences import make_differences
+from weightlora.bench.grid import Point
+from weightlora.bench.table import make_table
+from weightlora.errors import OptionError
+
+METHODS = {"lora": None, "a": {"method": "random", "keep": 1}, "b": {"method": "random", "keep": 2}}
+
+
+def losses(grid, values):
+    """A record for each row and seed, with these losses."""
+    points = {(row.label, seed): Point(row, 1e-3, seed) for row in grid.rows for seed in grid.seeds}
+    made = [record(points[place], 0.5, 0.5) for place in values]
+    return [{**r, "metrics": {"validation_loss": v}} for r, v in zip(made, values.values(), strict=True)]
+
+
+@pytest.fixture
+def grid(tmp_path):
+    return grid_of(tmp_path, methods=METHODS, learning_rates=[1e-3], metric="loss")
+
+
+def cells(table):
+    return {row[0].text: row[1].text for row in table.rows}
+
+
+def test_a_difference_is_paired_by_seed(grid):
+    # Seeds differ by 1.0, rows by 0.1 and 0.3: unpaired, the error would be 0.5.
+    values = {("lora", 0): 1.0, ("lora", 1): 2.0, ("a", 0): 1.1, ("a", 1): 2.3}
+    found = cells(make_differences(grid, losses(grid, values), ["lora"]))
+    assert found == {"lora": "+0.000 ± 0.000", "a": "+0.200 ± 0.100", "b": "–"}
+
+
+def test_of_several_rows_the_mean_is_taken_seed_by_seed(grid):
+    values = {("lora", 0): 1.0, ("a", 0): 1.1, ("b", 0): 1.3, ("lora", 1): 2.0, ("a", 1): 2.0}
+    found = cells(make_differences(grid, losses(grid, values), ["a", "b"]))
+    assert found == {"lora": "-0.200 (1 of 2 seeds)", "a": "-0.100 (1 of 2 seeds)", "b": "+0.100 (1 of 2 seeds)"}
+
+
+def test_a_row_that_is_not_there_is_named(grid):
+    with pytest.raises(OptionError, match="against='c' is no row; there are lora, a, b"):
+        make_differences(grid, [], ["c"])
+
+
+def test_of_losses_the_smallest_is_the_best_and_chooses_the_rate(tmp_path):
+    rates = [1e-3, 1e-2]
+    grid = grid_of(tmp_path, methods=METHODS, learning_rates=rates, metric="loss", seeds=[0])
+    found = []
+    for row, rate, held_out in (
+        (row, rate, rate * (10 if row.label == "a" else -10)) for row in grid.rows for rate in rates
+    ):
+        made = record(Point(row, rate, 0), 0.5, 0.5)
+        found.append({**made, "metrics": {"held_out_loss": held_out, "validation_loss": rate}})
+    table = make_table(grid, found)
+    column = table.header.index("rotten_tomatoes loss")
+    assert {row[0].text: (row[column].text, row[column].place) for row in table.rows} == {
+        "lora": ("0.010", 2),
+        "a": ("0.001", 1),
+        "b": ("0.010", 2),
+    }
+
+
+def test_a_metric_that_is_not_measured_is_named(tmp_path):
+    with pytest.raises(OptionError, match="metric='f1' is not measured on rotten_tomatoes; give one of accuracy, loss"):
+        grid_of(tmp_path, metric="f1")
