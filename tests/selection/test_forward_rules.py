@@ -103,6 +103,17 @@ def test_nfn_of_inputs_that_a_weight_of_rank_one_reads():
     assert scores(net, [{"x": (across + 0.01 * v).expand(count, D)}] * 2, rule="plop")[0] > 10 * expected
 
 
+def test_history_of_nfn_holds_the_scores_of_the_batches_so_far():
+    net, data = Net([drawn(D, D), drawn(D, D, seed=1)]), texts(4)
+    plan = chosen(net, data, rule="plop", steps=4)
+    for steps in (2, 3):
+        # The same seed draws the same vectors for the first batches.
+        shorter = chosen(net, data[:steps], rule="plop", steps=steps)
+        torch.testing.assert_close(torch.tensor(shorter.history), torch.tensor(plan.history[:steps]))
+    other = chosen(net, [*texts(5)[4:], *data[1:]], rule="plop", steps=4)
+    assert other.history[-1] != pytest.approx(plan.history[-1], rel=1e-4)  # the last row is of the first batch, too
+
+
 def test_projections_are_ordered_by_their_types_mean_and_then_by_their_own_nfn():
     """Sites named 0.a, 1.a and 0.b, 1.b: types a and b."""
 
@@ -333,6 +344,12 @@ def test_stratified_keeps_the_same_share_of_projections_of_unequal_number():
         names = chosen(net, rule="stratified", keep=keep, seed=keep).names
         downs = sum(name.endswith("down") for name in names)
         assert abs(downs - 5 * keep / 25) < 1
+    # Without the random shift of each projection, one down and one up would always tie at the top.
+    pairs = {
+        tuple(sorted(name.split(".")[-1] for name in chosen(net, rule="stratified", keep=2, seed=seed).names))
+        for seed in range(20)
+    }
+    assert ("up", "up") in pairs
 
 
 @pytest.mark.parametrize(
