@@ -22,10 +22,10 @@ from torch import Tensor
 
 from weightlora.errors import OptionError, SelectionError
 from weightlora.methods.base import ChoosingMethod, Method, Prepared
-from weightlora.methods.common.token_mask import TokenRows, counted_tokens
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, find_sites, rank_and_alpha
+from weightlora.model.token_mask import TokenRows, counted_tokens
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import base_model_name

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from weightlora.errors import OptionError, SelectionError
 from weightlora.methods.base import ChoosingMethod, Method, Prepared
-from weightlora.methods.common.token_mask import TokenRows, counted_tokens
 from weightlora.model.distributed import add_up
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import adapter_parameters, find_sites
+from weightlora.model.token_mask import TokenRows, counted_tokens
 from weightlora.plan.budget import Keep, read_budget
 from weightlora.plan.make import make_plan
 from weightlora.plan.provenance import base_model_name

@@ -27,6 +27,11 @@ _MLP = (
 )
 
 
+#: What each set above computes, in the same order.
+_ATTENTION_ROLES = ("qkv", "query", "query", "key", "value", "position", "position", "output")
+_MLP_ROLES = ("gate", "up", "up", "down")
+
+
 def projection_key(projection: str) -> tuple[int, int, str]:
     """Return a sort key that puts a block's projections in the order of the forward pass.
 
@@ -55,6 +60,27 @@ def projection_key(projection: str) -> tuple[int, int, str]:
         part, places = 0, _ATTENTION[:-1]
     place = next((i for i, names in enumerate(places) if last in names), None)
     return (3, 0, projection) if place is None else (part, place, projection)
+
+
+def projection_role(projection: str) -> tuple[str, str]:
+    """Return the part of the block that a projection belongs to, and its role there.
+
+    The parts are ``attention``, ``cross-attention``, ``mlp`` and ``other``. Roles in attention are ``query``, ``key``,
+    ``value``, ``qkv`` (all three in one matrix), ``position`` and ``output``; in the MLP ``gate``, ``up`` and ``down``.
+
+    Args:
+        projection: As in :func:`projection_key`, which lists the models whose names are known.
+
+    Example:
+        >>> projection_role("self_attn.v_proj"), projection_role("attention.output.dense")
+        (('attention', 'value'), ('attention', 'output'))
+        >>> projection_role("output.dense"), projection_role("classifier")
+        (('mlp', 'down'), ('other', 'other'))
+    """
+    part, place, _ = projection_key(projection)
+    if part == 3:
+        return "other", "other"
+    return ("attention", "cross-attention", "mlp")[part], (_MLP_ROLES if part == 2 else _ATTENTION_ROLES)[place]
 
 
 def ordered_projections(projections: Iterable[str]) -> list[str]:

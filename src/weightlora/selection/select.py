@@ -206,12 +206,13 @@ def _agreement(halves: tuple[Sequence[float], Sequence[float]]) -> float:
 def _kept(scores: Scores, rule: Rule, budget: Budget | CostBudget) -> tuple[int, ...]:
     """Positions of the sites with the best scores: within the budget, and positive."""
     wanted = budget.choose(scores.sizes)
-    kept = tuple(i for i in wanted if scores.final[i] > 0)
-    if len(kept) < max(1, len(wanted)):
+    positive = {i for i, score in enumerate(scores.final) if score > 0}
+    kept = tuple(i for i in wanted if i in positive)
+    # A small site without a positive score may fill what a larger one left of the budget: it is left out.
+    if not kept or (len(kept) < len(wanted) and positive <= set(kept)):
         knobs = [*([f"keep to {len(kept)}"] if kept else []), *rule.knobs]
-        raise SelectionError(
-            f"only {len(kept)} of the {len(wanted)} wanted sites have a positive score; lower {' or '.join(knobs)}"
-        )
+        advice = f"; lower {' or '.join(knobs)}" if knobs else ""
+        raise SelectionError(f"only {len(kept)} of the {len(wanted)} wanted sites have a positive score{advice}")
     return kept
 
 

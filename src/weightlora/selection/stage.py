@@ -65,6 +65,22 @@ class Stage:
         self.progress.set_description(what)
         self.progress.update()
 
+    def forward(self, what: str, step: int) -> None:
+        """Run the model on the next batch without gradients, in the mode that it is in.
+
+        Args:
+            what: Name of the phase, for errors and the progress bar.
+            step: 1-based step, for errors.
+
+        Raises:
+            SelectionError: The loss is no finite number.
+        """
+        with torch.no_grad():
+            for loss in in_parts(self.model, next(self.batches), self.loss_fn):
+                _require_number(loss, f"{what} step {step}")
+        self.progress.set_description(what)
+        self.progress.update()
+
     def train_head(self, steps: int) -> None:
         """Train the head alone: its random weights would otherwise decide the first gradients of the adapters."""
         if steps == 0:
@@ -220,9 +236,13 @@ def _only(wanted: Sequence[Tensor], model: nn.Module) -> None:
 
 
 def _require_loss(loss: object, where: str) -> None:
+    if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.requires_grad:
+        raise SelectionError(f"{where}: the loss has no gradient; does loss_fn detach it or run without gradients?")
+    _require_number(loss, where)
+
+
+def _require_number(loss: object, where: str) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise SelectionError(f"{where}: the loss is {kind_of(loss)}; loss_fn must return one number as a tensor")
-    if not loss.requires_grad:
-        raise SelectionError(f"{where}: the loss has no gradient; does loss_fn detach it or run without gradients?")
     if not bool(torch.isfinite(loss)):
         raise SelectionError(f"{where}: the loss is {loss.item()}; lower lr or look at that batch")

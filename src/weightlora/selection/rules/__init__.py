@@ -32,6 +32,21 @@ RULES = (
     RuleEntry("first_order", "size of the mean gradient of B at B = 0", "first_order", "FirstOrder"),
     RuleEntry("stoiht", "gates under a hard threshold, after a new head was trained", "stoiht", "StoIHT"),
     RuleEntry("paper", "the same without training the head first: the paper", "stoiht", "StoIHT", {"head_steps": 0}),
+    RuleEntry("plop", "projections whose inputs are least aligned with their weights", "plop", "PLoP"),
+    RuleEntry("kappa_tune", "inverse condition number of the frozen weight", "kappa_tune", "KappaTune"),
+    RuleEntry(
+        "explained_variance",
+        "share of the inputs' variance in r directions",
+        "explained_variance",
+        "ExplainedVariance",
+    ),
+    RuleEntry("last_layers", "blocks nearest to the output", "heuristic", "Heuristic", {"kind": "last_layers"}),
+    RuleEntry("first_layers", "blocks nearest to the input", "heuristic", "Heuristic", {"kind": "first_layers"}),
+    RuleEntry("strided", "blocks spread evenly over the depth", "heuristic", "Heuristic", {"kind": "strided"}),
+    RuleEntry("mlp", "projections of the MLP at random", "heuristic", "Heuristic", {"kind": "mlp"}),
+    RuleEntry("attention", "projections of attention at random", "heuristic", "Heuristic", {"kind": "attention"}),
+    RuleEntry("v_o_down", "value, output and down at random", "heuristic", "Heuristic", {"kind": "v_o_down"}),
+    RuleEntry("stratified", "random, of every projection alike", "heuristic", "Heuristic", {"kind": "stratified"}),
 )
 
 
@@ -61,7 +76,7 @@ def rule_of(rule: str | Rule, **settings: Any) -> Rule:
     for name in settings:
         if name not in fields:
             raise OptionError(
-                f"rule {made.name} has no setting {name!r}{closest(name, fields)}; it has {', '.join(fields)}"
+                f"rule {made.name} has no setting {name!r}{closest(name, fields)}; it has {', '.join(fields) or 'none'}"
             )
     return dataclasses.replace(made, **settings)
 

@@ -1,0 +1,62 @@
+"""The rule ``kappa_tune``: layers with well-conditioned weights first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor
+
+from weightlora.selection.rules.base import Scores
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
+    from weightlora.cost.knapsack import CostBudget
+    from weightlora.plan.budget import Budget
+    from weightlora.selection.stage import Stage
+
+
+@dataclass(frozen=True)
+class KappaTune:
+    """Score a site by 1 ÷ κ = σ_min ÷ σ_max of its frozen weight, the inverse condition number (KappaTune).
+
+    No batch is read and nothing is trained, so that the score does not depend on the task. Each weight takes one
+    singular value decomposition without vectors, in fp32. A weight of deficient rank scores 0 and is not kept.
+
+    PEFT's ``KappaTuneSelector`` ranks layers by the same number. It is not used here: it returns names and no numbers,
+    leaves out GPT-2's transposed layers, and would rank LoRA's own matrices as well.
+
+    Example:
+        >>> KappaTune().head_steps
+        0
+    """
+
+    name: ClassVar[str] = "kappa_tune"
+    knobs: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def head_steps(self) -> int:
+        """0: no batch is read."""
+        return 0
+
+    def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:  # noqa: ARG002 - reads no batch
+        """Return the scores, in one row."""
+        scores = tuple(_inverse_condition(layer) for layer in stage.layers.values())
+        return Scores((scores,), (True,) * len(scores), scores)
+
+
+@torch.no_grad()
+def _inverse_condition(layer: LoraLayer) -> float:
+    """σ_min ÷ σ_max of the base layer's weight; 0 where the weight is zero."""
+    weight: Any = dequantize_module_weight(layer.get_base_layer()).detach()
+    if dist.is_available() and dist.is_initialized():
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(weight, DTensor):  # a shard (FSDP2)
+            weight = weight.full_tensor()
+    values: Tensor = torch.linalg.svdvals(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    return float(values[-1] / values[0]) if values[0] > 0 else 0.0
