@@ -1,28 +1,23 @@
 """Gradients of the frozen weights, without letting these require gradients: ∂L/∂W = Σ over tokens of ∂L/∂y · xᵀ.
 
-Autograd would compute no gradient for a quantised weight, and PEFT's layers keep the others frozen. Here a forward hook
-on each LoRA layer saves the layer's input x. In the backward pass, the gradient of the layer's output y gives ∂L/∂W.
-With B = 0 the adapter adds nothing, so ∂L/∂y is the gradient of the base layer's output, too.
-
-The hook is on the LoRA layer and not on its base layer for two reasons. The fast step stays in use. And the layer's
-output requires a gradient wherever B does; a frozen base layer's output does not, if nothing before it is trained.
+Autograd would compute no gradient for a quantised weight, and PEFT's layers keep the others frozen. With B = 0 the
+adapter adds nothing, so the gradient of the LoRA layer's output y is that of the base layer's output, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from weightlora.model.distributed import process_count
+from weightlora.selection._backward import in_backward
 
 
 @contextmanager
@@ -42,7 +37,7 @@ def weight_gradients(layers: Mapping[str, LoraLayer]) -> Generator[list[Tensor]]
     Example:
         >>> from peft import LoraConfig, get_peft_model
         >>> from weightlora.model.layers import lora_layers
-        >>> net = nn.Sequential(nn.Linear(3, 2))
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2))
         >>> model = get_peft_model(net, LoraConfig(target_modules=["0"]))
         >>> with weight_gradients(lora_layers(model)) as (weight,):
         ...     model(torch.tensor([[1.0, 2.0, 3.0]])).sum().backward()
@@ -50,14 +45,18 @@ def weight_gradients(layers: Mapping[str, LoraLayer]) -> Generator[list[Tensor]]
         tensor([[1., 2., 3.],
                 [1., 2., 3.]])
     """
-    hooked: list[Any] = list(layers.values())
-    taps = [_Tap(_holder(layer)) for layer in hooked]
-    handles = [layer.register_forward_hook(tap) for layer, tap in zip(hooked, taps, strict=True)]
-    try:
-        yield [tap.holder for tap in taps]
-    finally:
-        for handle in handles:
-            handle.remove()
+    holders = {name: _holder(layer) for name, layer in layers.items()}
+
+    def add(name: str, x: Tensor, gradient: Tensor) -> None:
+        holder = holders[name]
+        found = gradient.t() @ x.to(device=gradient.device, dtype=gradient.dtype)
+        if holder.grad is None:
+            holder.grad = found.to(holder.dtype)
+        else:
+            holder.grad += found
+
+    with in_backward(layers, lambda _, x: x, add):
+        yield list(holders.values())
 
 
 def full_weight(layer: LoraLayer) -> Tensor:
@@ -66,12 +65,16 @@ def full_weight(layer: LoraLayer) -> Tensor:
     Example:
         >>> from peft import LoraConfig, get_peft_model
         >>> from weightlora.model.layers import lora_layers
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(3, 2)), LoraConfig(target_modules=["0"]))
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 2)), LoraConfig(target_modules=["0"]))
         >>> full_weight(lora_layers(model)["0"]).shape
         torch.Size([2, 3])
     """
     base: Any = layer.get_base_layer()
+    own: dict[str, Tensor] = dict(base.named_parameters(recurse=False))
     weight: Tensor = dequantize_module_weight(base).detach()
+    for name, parameter in own.items():  # PEFT replaces an 8-bit weight on the CPU by one without its scales
+        if getattr(base, name) is not parameter:
+            setattr(base, name, parameter)
     if process_count() > 1:
         from torch.distributed.tensor import DTensor
 
@@ -83,48 +86,6 @@ def full_weight(layer: LoraLayer) -> Tensor:
 def wide(tensor: Tensor) -> torch.dtype:
     """Return the type to sum in: fp32, or a wider one where ``tensor`` has one."""
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-@dataclass(frozen=True)
-class _Tap:
-    """A forward hook that leaves a layer's output as it is and accumulates the weight's gradient."""
-
-    holder: Tensor
-
-    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        if not output.requires_grad:
-            return output
-        return _Tapped.apply(output, inputs[0], self)  # pyright: ignore[reportReturnType]
-
-    def add(self, gradient: Tensor) -> None:
-        """Accumulate a gradient of shape (out, in)."""
-        if self.holder.grad is None:
-            self.holder.grad = gradient.to(self.holder.dtype)
-        else:
-            self.holder.grad += gradient
-
-
-class _Tapped(torch.autograd.Function):
-    """The identity, whose backward pass also computes ∂L/∂W.
-
-    It saves x as autograd does, so checkpointing frees x, and a later change of x in place is an error. Its output is
-    a copy of y, because a view could not be changed in place; y itself is then freed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, tap: _Tap) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.tap = tap
-        return y.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
-        (x,) = ctx.saved_tensors
-        dy = gradient.reshape(-1, gradient.shape[-1])  # (tokens, out)
-        rows = x.reshape(-1, x.shape[-1]).to(device=dy.device, dtype=dy.dtype)  # (tokens, in)
-        ctx.tap.add(dy.t() @ rows)
-        return gradient, None, None
 
 
 def _holder(layer: Any) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from weightlora.model.distributed import add_up
+from weightlora.selection._backward import in_backward
 from weightlora.selection._jackknife import GROUPS, jackknife
 from weightlora.selection._weight_gradients import wide
 from weightlora.selection.rules.base import Scores, require, require_head_steps
@@ -77,7 +78,7 @@ class CrossFitted:
         counts = torch.zeros(groups, dtype=torch.float64)
         products = torch.zeros(len(matrices), groups, groups, dtype=torch.float64)
         history: list[tuple[float, ...]] = []
-        with _second_moments(list(stage.layers.values())) as moments:
+        with _second_moments(stage.layers) as moments:
             for step in range(steps):
                 stage.backward("scoring", step + 1, matrices)
                 group = step % groups
@@ -129,34 +130,34 @@ def _inverse_root(moment: Tensor, damping: float) -> Tensor:
 
 @dataclass
 class _Moment:
-    """A forward hook that sums u·uᵀ over the tokens whose loss has a gradient, where u = A·x."""
+    """A sum of u·uᵀ over tokens, where u = A·x."""
 
     total: Tensor
     """Shape (r, r)."""
     tokens: int = 0
 
-    def __call__(self, module: LoraLayer, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if not output.requires_grad:
-            return
-        a: Tensor = module.lora_A["default"].weight.detach()  # pyright: ignore[reportAssignmentType, reportCallIssue]
-        x: Tensor = inputs[0].detach()
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            u = (x.reshape(-1, x.shape[-1]).to(a) @ a.t()).to(self.total)  # (tokens, r)
-            self.total += u.t() @ u
-        self.tokens += len(u)
-
 
 @contextmanager
-def _second_moments(layers: Sequence[Any]) -> Generator[list[_Moment]]:
-    """Sum u·uᵀ of each layer within the block, before dropout; the fast step stays in use."""
-    matrices: list[nn.Parameter] = [layer.lora_A["default"].weight for layer in layers]
-    moments = [_Moment(torch.zeros(len(a), len(a), dtype=wide(a), device=a.device)) for a in matrices]
-    handles = [layer.register_forward_hook(moment) for layer, moment in zip(layers, moments, strict=True)]
-    try:
-        yield moments
-    finally:
-        for handle in handles:
-            handle.remove()
+def _second_moments(layers: Mapping[str, LoraLayer]) -> Generator[list[_Moment]]:
+    """Sum u·uᵀ of each layer within the block, before dropout, over the tokens that the loss depends on."""
+    matrices: dict[str, Tensor] = {name: layer.lora_A["default"].weight for name, layer in layers.items()}  # pyright: ignore[reportAssignmentType]
+    moments = {
+        name: _Moment(torch.zeros(len(a), len(a), dtype=wide(a), device=a.device)) for name, a in matrices.items()
+    }
+
+    def product(name: str, x: Tensor) -> Tensor:
+        a = matrices[name].detach()
+        with torch.autocast(a.device.type, enabled=False):
+            return x.to(a) @ a.t()  # (tokens, r)
+
+    def add(name: str, u: Tensor, _gradient: Tensor) -> None:
+        moment = moments[name]
+        u = u.to(moment.total)
+        moment.total += u.t() @ u
+        moment.tokens += len(u)
+
+    with in_backward(layers, product, add):
+        yield list(moments.values())
 
 
 def _means(moments: Sequence[_Moment]) -> list[Tensor]:

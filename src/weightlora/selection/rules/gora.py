@@ -71,7 +71,8 @@ class GoRA:
                     sample.update(weight.grad, (step - 1) % groups)
                 found = [_score(full_weight(layer), w, step) for layer, w in zip(layers, weights, strict=True)]
                 history.append(tuple(torch.stack(found).tolist()))
-            moved = tuple(w.grad is not None and bool(w.grad.any()) for w in weights)
+            # Gradients that cancel leave a sum of zero, but not in each group.
+            moved = tuple(_moves(w) or bool(sample.sums.any()) for w, sample in zip(weights, samples, strict=True))
 
         entries = [full_weight(layer).take(s.positions) for layer, s in zip(layers, samples, strict=True)]
         roots = torch.tensor([_root(weight) for weight in weights])
@@ -120,6 +121,10 @@ def _score(weight: Tensor, gradients: Tensor, steps: int) -> Tensor:
     if gradients.grad is None:
         return torch.zeros((), dtype=weight.dtype)
     return ((weight * gradients.grad).abs_().mean() / steps / _root(weight)).cpu()
+
+
+def _moves(weight: Tensor) -> bool:
+    return weight.grad is not None and bool(weight.grad.any())
 
 
 def _root(weight: Tensor) -> float:
