@@ -29,9 +29,8 @@ class GoRA:
     """Score a site by the mean over entries of |W ⊙ Ḡ|, divided by √(in + out).
 
     W is the site's frozen weight, and Ḡ the mean of ∂L/∂W over T batches. |w·g| estimates how much the loss would
-    change without this entry. GoRA (arXiv:2502.12171) assigns ranks by the mean of |W ⊙ Ḡ| and divides them by
-    √(in + out), because a rank costs more at a larger weight. The paper also clips the ranks to a range. This changes
-    no order of the sites and is left out here, and so is its initialisation of B.
+    change without this entry. GoRA (arXiv:2502.12171) assigns ranks in proportion to this score and clips them to a
+    range. Clipping matters for ranks only and is left out here, and so is GoRA's initialisation of B.
 
     The score is exact. Its standard error and the two halves use at most 65,536 entries of each weight. Memory is
     needed for the gradients of all adapted weights, in fp32.

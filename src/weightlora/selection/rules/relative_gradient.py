@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class RelativeGradient:
     """Score a site by the mean over T batches of ‖∂L/∂W‖_F ÷ ‖W‖_F, where W is its frozen weight.
 
-    This is the relative gradient norm, RGN, of auto-RGN (Lee et al. 2023, arXiv:2210.11466, section 5), for one weight
-    instead of a block. The adapter plays no part: neither A nor the rank changes the score.
+    This is the relative gradient norm, RGN, of auto-RGN (Lee et al. 2023, arXiv:2210.11466), for one weight instead of
+    a layer. The adapter plays no part: neither A nor the rank changes the score.
 
     A step needs memory for the gradients of all adapted weights, in fp32.
 
