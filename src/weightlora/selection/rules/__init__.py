@@ -30,6 +30,15 @@ class RuleEntry:
 
 RULES = (
     RuleEntry("first_order", "size of the mean gradient of B at B = 0", "first_order", "FirstOrder"),
+    RuleEntry("fisher", "empirical Fisher information of B at B = 0", "fisher", "Fisher"),
+    RuleEntry(
+        "relative_gradient",
+        "gradient of the full weight, relative to the weight",
+        "relative_gradient",
+        "RelativeGradient",
+    ),
+    RuleEntry("gora", "weight times the mean gradient of the full weight", "gora", "GoRA"),
+    RuleEntry("cross_fitted", "whitened gain along directions that other batches chose", "cross_fitted", "CrossFitted"),
     RuleEntry("stoiht", "gates under a hard threshold, after a new head was trained", "stoiht", "StoIHT"),
     RuleEntry("paper", "the same without training the head first: the paper", "stoiht", "StoIHT", {"head_steps": 0}),
     RuleEntry("plop", "projections whose inputs are least aligned with their weights", "plop", "PLoP"),

@@ -1,0 +1,131 @@
+"""The rule ``gora``: how strongly the loss depends on the entries of a site's full weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from weightlora.selection._jackknife import GROUPS, jackknife
+from weightlora.selection._weight_gradients import full_weight, weight_gradients
+from weightlora.selection.rules.base import Scores, require_head_steps
+from weightlora.selection.stage import let_train
+
+if TYPE_CHECKING:
+    from weightlora.cost.knapsack import CostBudget
+    from weightlora.plan.budget import Budget
+    from weightlora.selection.stage import Stage
+
+#: Entries of each weight, at most, whose gradients are kept by group of batches. Groups of whole weights would take
+#: eight times the memory, and the mean of so many entries hardly differs from that of all.
+_SAMPLE = 2**16
+
+
+@dataclass(frozen=True)
+class GoRA:
+    """Score a site by the mean over entries of |W ⊙ Ḡ|, divided by √(in + out).
+
+    W is the site's frozen weight, and Ḡ the mean of ∂L/∂W over T batches. |w·g| estimates how much the loss would
+    change without this entry. GoRA (arXiv:2502.12171) assigns ranks in proportion to this score and clips them to a
+    range. Clipping matters for ranks only and is left out here, and so is GoRA's initialisation of B.
+
+    The score is exact. Its standard error and the two halves use at most 65,536 entries of each weight. Memory is
+    needed for the gradients of all adapted weights, in fp32.
+
+    Args:
+        head_steps: Steps in which a new head is trained alone first; None: 20 where there is a head, else 0.
+
+    Raises:
+        OptionError: A value is out of its range.
+
+    Example:
+        >>> GoRA(head_steps=5)
+        GoRA(head_steps=5)
+    """
+
+    head_steps: int | None = None
+    name: ClassVar[str] = "gora"
+    knobs: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        require_head_steps(self.head_steps)
+
+    def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:  # noqa: ARG002 - nothing is dropped
+        """Return the scores; only B requires gradients, so that the backward pass reaches every site."""
+        matrices = stage.parameters("lora_B")
+        let_train(stage, matrices)
+        layers = list(stage.layers.values())
+        groups = min(GROUPS, steps)
+        history: list[tuple[float, ...]] = []
+        with weight_gradients(stage.layers) as weights:
+            samples = [_Sample.of(weight, groups) for weight in weights]
+            for step in range(1, steps + 1):
+                stage.backward("scoring", step, [*matrices, *weights])  # the gradients of all steps add up
+                for b in matrices:
+                    b.grad = None
+                for weight, sample in zip(weights, samples, strict=True):
+                    sample.update(weight.grad, (step - 1) % groups)
+                found = [_score(full_weight(layer), w, step) for layer, w in zip(layers, weights, strict=True)]
+                history.append(tuple(torch.stack(found).tolist()))
+            # Gradients that cancel leave a sum of zero, but not in each group.
+            moved = tuple(_moves(w) or bool(sample.sums.any()) for w, sample in zip(weights, samples, strict=True))
+
+        entries = [full_weight(layer).take(s.positions) for layer, s in zip(layers, samples, strict=True)]
+        roots = torch.tensor([_root(weight) for weight in weights])
+        counts = [len(range(group, steps, groups)) for group in range(groups)]
+
+        def score(chosen: Sequence[int]) -> Tensor:
+            count = sum(counts[group] for group in chosen)
+            sums = [sample.sums[list(chosen)].sum(0) for sample in samples]
+            found = [(w * total).abs().mean().cpu() for w, total in zip(entries, sums, strict=True)]
+            return torch.stack(found) / count / roots
+
+        known = jackknife(score, groups)
+        return Scores(tuple(history), moved, history[-1], errors=known.errors, halves=known.halves)
+
+
+@dataclass
+class _Sample:
+    """Sums of a weight's gradient by group of batches, at some of its entries."""
+
+    positions: Tensor
+    """Places in the flat weight, shape (m,)."""
+    sums: Tensor
+    """Shape (groups, m)."""
+    total: Tensor
+    """Their sum so far, shape (m,)."""
+
+    @staticmethod
+    def of(weight: Tensor, groups: int) -> _Sample:
+        """Return zeros at all entries of ``weight``, or at a random choice of a large one."""
+        size = weight.numel()
+        generator = torch.Generator().manual_seed(0)  # the same entries in all processes
+        chosen = torch.randint(size, (_SAMPLE,), generator=generator) if size > _SAMPLE else torch.arange(size)
+        zeros = weight.new_zeros(groups, len(chosen))
+        return _Sample(chosen.to(weight.device), zeros, zeros[0].clone())
+
+    def update(self, gradients: Tensor | None, group: int) -> None:
+        """Add what ``gradients``, the sum over all batches so far, has gained in a batch of ``group``."""
+        if gradients is not None:
+            total = gradients.take(self.positions)
+            self.sums[group] += total - self.total
+            self.total = total
+
+
+def _score(weight: Tensor, gradients: Tensor, steps: int) -> Tensor:
+    """The score of one site, where ``gradients.grad`` is the sum of ∂L/∂W over ``steps`` batches."""
+    if gradients.grad is None:
+        return torch.zeros((), dtype=weight.dtype)
+    return ((weight * gradients.grad).abs_().mean() / steps / _root(weight)).cpu()
+
+
+def _moves(weight: Tensor) -> bool:
+    return weight.grad is not None and bool(weight.grad.any())
+
+
+def _root(weight: Tensor) -> float:
+    """√(in + out)."""
+    return float(sum(weight.shape)) ** 0.5

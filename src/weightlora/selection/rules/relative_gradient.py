@@ -1,0 +1,79 @@
+"""The rule ``relative_gradient``: the gradient of a site's full weight, relative to the weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from weightlora.errors import SelectionError
+from weightlora.selection._batch_means import batch_means
+from weightlora.selection._weight_gradients import full_weight, weight_gradients
+from weightlora.selection.rules.base import Scores, require_head_steps
+from weightlora.selection.stage import let_train
+
+if TYPE_CHECKING:
+    from weightlora.cost.knapsack import CostBudget
+    from weightlora.plan.budget import Budget
+    from weightlora.selection.stage import Stage
+
+
+@dataclass(frozen=True)
+class RelativeGradient:
+    """Score a site by the mean over T batches of ‖∂L/∂W‖_F ÷ ‖W‖_F, where W is its frozen weight.
+
+    This is the relative gradient norm, RGN, of auto-RGN (Lee et al. 2023, arXiv:2210.11466), for one weight instead of
+    a layer. The adapter plays no part: neither A nor the rank changes the score.
+
+    A step needs memory for the gradients of all adapted weights, in fp32.
+
+    Args:
+        head_steps: Steps in which a new head is trained alone first; None: 20 where there is a head, else 0.
+
+    Raises:
+        OptionError: A value is out of its range.
+
+    Example:
+        >>> RelativeGradient().name
+        'relative_gradient'
+    """
+
+    head_steps: int | None = None
+    name: ClassVar[str] = "relative_gradient"
+    knobs: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        require_head_steps(self.head_steps)
+
+    def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:  # noqa: ARG002 - nothing is dropped
+        """Return the scores; only B requires gradients, so that the backward pass reaches every site.
+
+        Raises:
+            SelectionError: A site's weight is zero.
+        """
+        matrices = stage.parameters("lora_B")
+        let_train(stage, matrices)
+        sizes = _sizes(stage)
+        seen: list[Tensor] = []
+        with weight_gradients(stage.layers) as weights:
+            for step in range(1, steps + 1):
+                stage.backward("scoring", step, [*matrices, *weights])
+                norms = [torch.zeros(()) if w.grad is None else w.grad.norm().cpu() for w in weights]
+                seen.append(torch.stack([norm.double() for norm in norms]) / sizes)
+                for tensor in (*matrices, *weights):
+                    tensor.grad = None
+        return batch_means(torch.stack(seen))
+
+
+def _sizes(stage: Stage) -> Tensor:
+    """‖W‖_F of each site."""
+    sizes = torch.stack([full_weight(layer).norm().cpu().double() for layer in stage.layers.values()])
+    zero = [name for name, size in zip(stage.layers, sizes.tolist(), strict=True) if size == 0]
+    if zero:
+        raise SelectionError(
+            f"the weight of {zero[0]} is zero, so no gradient is relative to it; leave the site out of target_modules, "
+            "or use another rule"
+        )
+    return sizes
