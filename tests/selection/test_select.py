@@ -272,7 +272,7 @@ def test_fewer_batches_than_steps_are_used_again_with_a_warning():
 def test_options_are_recorded():
     plan = quietly(net(), pairs(4), steps=4, keep=2, rule="stoiht", lr=0.01, gate_lr=2.0, seed=7, loss_fn=squared)
     expected = {"keep": 2, "steps": 4, "head_steps": 0, "threshold_every": 1, "threshold": "magnitude"}
-    assert plan.options == {**expected, "lr": 0.01, "gate_lr": 2.0}
+    assert plan.options == {**expected, "lr": 0.01, "gate_lr": 2.0, "agreement": pytest.approx(1)}
     assert (plan.rule, plan.seed, len(plan.history)) == ("stoiht", 7, 4)
 
 

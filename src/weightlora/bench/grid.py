@@ -134,11 +134,14 @@ class Grid:
         return best(scores, key=scores.__getitem__) if scores else None
 
 
-def read_grid(path: str | Path, output_dir: Path | None = None, words: Sequence[str] = ()) -> Grid:
+def read_grid(
+    path: str | Path | Sequence[str | Path], output_dir: Path | None = None, words: Sequence[str] = ()
+) -> Grid:
     """Return the benchmark of a YAML file, each of its recipes checked.
 
     Args:
-        path: The file; see docs/guides/benchmarks.md.
+        path: The file; see docs/guides/benchmarks.md. Of several files the later one wins, option by option in
+            ``base``: a model with its rows in one file, what is compared in another.
         output_dir: Wins over the file's.
         words: Options of a recipe from the command line; they win over the file's ``base``, and ``--keep``,
             ``--learning_rate`` and ``--seed`` over its lists.
@@ -147,12 +150,10 @@ def read_grid(path: str | Path, output_dir: Path | None = None, words: Sequence[
         DataError: The file is not readable.
         OptionError: Something in it is unknown, missing or out of its range.
     """
-    content = read_mapping(path)
-    for key in content:
-        if key not in _KEYS:
-            raise OptionError(f"{path}: unknown entry {key!r}{closest(str(key), _KEYS)}; there are {', '.join(_KEYS)}")
+    paths = [path] if isinstance(path, str | Path) else path
+    content = _merged([_entries(one) for one in paths])
     given: dict[str, Any] = {
-        "output_dir": f"runs/{Path(path).stem}",
+        "output_dir": f"runs/{'-'.join(Path(one).stem for one in paths)}",
         "tasks": ["rotten_tomatoes"],
         "seeds": [0],
         **content,
@@ -175,14 +176,14 @@ def read_grid(path: str | Path, output_dir: Path | None = None, words: Sequence[
     )
     if grid.reference not in labels:
         raise OptionError(
-            f"{path}: reference={grid.reference!r} is no row; there are {', '.join(dict.fromkeys(labels))}"
+            f"{paths[-1]}: reference={grid.reference!r} is no row; there are {', '.join(dict.fromkeys(labels))}"
         )
     for row in rows:
         recipe = read_recipe(words=option_words(Point(row, 1e-3, 0).options))
         if len(grid.learning_rates) > 1 and not recipe.task.held_out_samples:
             raise OptionError(
-                f"{path}: {len(grid.learning_rates)} learning_rates are compared on rows that are not reported on; "
-                "give held_out_samples in base, or one rate"
+                f"{paths[-1]}: {len(grid.learning_rates)} learning_rates are compared on rows that are not reported "
+                "on; give held_out_samples in base, or one rate"
             )
     return grid
 
@@ -191,6 +192,24 @@ _KEYS = (
     *("output_dir", "base", "tasks", "methods", "budgets", "learning_rates", "seeds", "tuning_seeds"),
     *("metric", "reference", "timing_rounds", "keep_adapters"),
 )
+
+
+def _entries(path: str | Path) -> dict[str, Any]:
+    content = read_mapping(path)
+    for key in content:
+        if key not in _KEYS:
+            raise OptionError(f"{path}: unknown entry {key!r}{closest(str(key), _KEYS)}; there are {', '.join(_KEYS)}")
+    return content
+
+
+def _merged(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All entries; of those that several have, the last, and ``base`` option by option."""
+    merged: dict[str, Any] = {}
+    base: dict[str, Any] = {}
+    for content in contents:
+        merged |= content
+        base |= content.get("base") or {}
+    return {**merged, "base": base} if base else merged
 
 
 def _overridden(given: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:

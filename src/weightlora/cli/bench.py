@@ -28,7 +28,14 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, required=True, help="the YAML file; see docs/guides/benchmarks.md")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="the YAML file; of several, the later one wins; see docs/guides/benchmarks.md",
+    )
     parser.add_argument("--output_dir", type=Path, help="instead of the file's")
     parser.add_argument("--workers", type=int, default=1, help="runs at once on this machine; default: %(default)s")
     parser.add_argument("--ray", action="store_true", help="run on a Ray cluster")

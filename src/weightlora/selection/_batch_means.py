@@ -15,8 +15,8 @@ def batch_means(seen: Tensor) -> Scores:
     """Return the running means of the rows of ``seen``, with their standard errors over the rows.
 
     Args:
-        seen: One row for each batch, one column for each site, shape (steps, n); no number is negative. A site with
-            zeros only had no gradient.
+        seen: One row for each batch, one column for each site, shape (steps, n). A site with zeros only had no
+            gradient.
 
     Example:
         >>> scores = batch_means(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
@@ -32,5 +32,5 @@ def batch_means(seen: Tensor) -> Scores:
     known = jackknife(score, groups)
     means = seen.cumsum(0) / torch.arange(1, steps + 1, dtype=seen.dtype)[:, None]
     history = tuple(tuple(row) for row in means.tolist())
-    moved = tuple((seen > 0).any(0).tolist())
+    moved = tuple((seen != 0).any(0).tolist())
     return Scores(history, moved, history[-1], errors=known.errors, halves=known.halves)

@@ -60,7 +60,7 @@ def _ranks(values: Sequence[float]) -> Tensor:
     numbers = torch.tensor(values, dtype=torch.float64)
     below = (numbers[None] < numbers[:, None]).sum(1)
     equal = (numbers[None] == numbers[:, None]).sum(1)
-    return below + (equal - 1) / 2
+    return below + (equal - 1).double() / 2
 
 
 def _numbers(values: Tensor) -> tuple[float, ...]:

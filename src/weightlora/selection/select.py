@@ -120,7 +120,7 @@ def select(
             first, batches = peeked(batches)
             with untouched(model, seed=seed):  # the scores are as if nothing had been measured
                 budget = _measured(budget, attached, partial(in_parts, model, first, loss_fn), sites)
-        total = head_steps + steps
+        total = head_steps + rule.batches(steps)
         with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
             stage = Stage(model, lora_layers(attached), head, cycled(batches, total), loss_fn, bar, lr)
             stage.train_head(head_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,19 +42,27 @@ class Stage:
         """A or B of every site, in the order of the sites."""
         return [getattr(layer, matrix)["default"].weight for layer in self.layers.values()]
 
-    def backward(self, what: str, step: int, watched: Sequence[Tensor]) -> None:
-        """Accumulate the gradients of the next batch's loss, averaged over the processes.
+    def take(self, count: int) -> Iterator[Any]:
+        """Yield the next ``count`` batches, for rules that use a batch several times."""
+        for batch in itertools.islice(self.batches, count):
+            yield batch
+            self.progress.update()
+
+    def backward(self, what: str, step: int, watched: Sequence[Tensor], batch: Any = None) -> None:
+        """Accumulate the gradients of a batch's loss, averaged over the processes.
 
         Args:
             what: Name of the phase, for errors and the progress bar.
             step: 1-based step, for errors.
             watched: The tensors whose gradients must be finite.
+            batch: None takes the next one.
 
         Raises:
             SelectionError: The loss is no finite number, has no gradient, or a gradient is not finite.
         """
         where = f"{what} step {step}"
-        for loss in in_parts(self.model, next(self.batches), self.loss_fn):
+        shown = next(self.batches) if batch is None else batch
+        for loss in in_parts(self.model, shown, self.loss_fn):
             _require_loss(loss, where)
             # A loss that switches adapters off for its reference, as DPO's does, turns requires_grad on again for all.
             _only(watched, self.model)
@@ -63,7 +72,8 @@ class Stage:
         if gradients and not bool(torch.isfinite(nn.utils.get_total_norm(gradients))):
             raise SelectionError(f"{where}: a gradient is not finite; lower lr or look at that batch")
         self.progress.set_description(what)
-        self.progress.update()
+        if batch is None:
+            self.progress.update()
 
     def forward(self, what: str, step: int) -> None:
         """Run the model on the next batch without gradients, in the mode that it is in.

@@ -48,6 +48,10 @@ class Rule(Protocol):
         """Steps in which a new head is trained alone before the sites are scored; None: 20 where there is a head."""
         ...
 
+    def batches(self, steps: int) -> int:
+        """Return how many batches :meth:`score` reads, of which ``steps`` are T."""
+        ...
+
     def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:
         """Return the scores after ``steps`` warm-up steps.
 

@@ -69,6 +69,10 @@ class CrossFitted:
         require(0 < self.damping < float("inf"), f"damping={self.damping}", "a positive number")
         require_head_steps(self.head_steps)
 
+    def batches(self, steps: int) -> int:
+        """One for each step."""
+        return steps
+
     def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:  # noqa: ARG002 - nothing is dropped
         """Return the scores; only B requires gradients."""
         matrices = stage.parameters("lora_B")

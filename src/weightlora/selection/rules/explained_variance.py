@@ -60,6 +60,10 @@ class ExplainedVariance:
         require(whole, f"exact_up_to={given!r}", "a whole number of features, 0 or more")
         require_head_steps(self.head_steps)
 
+    def batches(self, steps: int) -> int:
+        """One for each step."""
+        return steps
+
     def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:  # noqa: ARG002 - nothing is dropped
         """Return the scores, in one row; nothing is trained."""
         moments = {name: _Moments.of(layer, self.exact_up_to) for name, layer in stage.layers.items()}

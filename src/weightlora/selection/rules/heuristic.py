@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["last_layers", "first_layers", "strided", "mlp", "attention", "v_o_down", "stratified"]
 KINDS: tuple[str, ...] = get_args(Kind)
+#: Larger than any seed that users give, so that no draw of one seed is a draw of the next.
+_FAR = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -40,25 +42,32 @@ class Heuristic:
 
     Args:
         kind: One of the above.
+        draw: Another number is another random order for the same seed.
 
     Raises:
         OptionError: There is no such kind.
 
     Example:
         >>> Heuristic("strided")
-        Heuristic(kind='strided')
+        Heuristic(kind='strided', draw=0)
     """
 
     kind: Kind = "stratified"
+    draw: int = 0
     name: ClassVar[str] = "heuristic"
     knobs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         require(self.kind in KINDS, f"kind={self.kind!r}", f"one of {', '.join(KINDS)}")
+        require(self.draw >= 0, f"draw={self.draw!r}", "0 or a larger whole number")
 
     @property
     def head_steps(self) -> int:
         """0: no batch is read."""
+        return 0
+
+    def batches(self, steps: int) -> int:  # noqa: ARG002
+        """None."""
         return 0
 
     def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:  # noqa: ARG002 - reads no batch
@@ -70,7 +79,7 @@ class Heuristic:
         modules = {id(module): place for place, module in enumerate(stage.model.modules())}
         in_model = sorted(stage.layers, key=lambda name: modules[id(stage.layers[name])])
         # The seed of the warm-up, and not the generator's state, which depends on the rank.
-        generator = torch.Generator().manual_seed(torch.initial_seed())
+        generator = torch.Generator().manual_seed(torch.initial_seed() + _FAR * self.draw)
         found = _SCORED[self.kind]([Site(name, 0, 0) for name in in_model], generator)
         if not found:
             projections = ", ".join(ordered_projections(Site(name, 0, 0).projection for name in in_model))

@@ -43,6 +43,10 @@ class KappaTune:
         """0: no batch is read."""
         return 0
 
+    def batches(self, steps: int) -> int:  # noqa: ARG002
+        """None."""
+        return 0
+
     def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:  # noqa: ARG002 - reads no batch
         """Return the scores, in one row."""
         scores = tuple(_inverse_condition(layer) for layer in stage.layers.values())

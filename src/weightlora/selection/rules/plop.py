@@ -58,6 +58,10 @@ class PLoP:
         require(self.by in BY, f"by={self.by!r}", f"one of {', '.join(BY)}")
         require_head_steps(self.head_steps)
 
+    def batches(self, steps: int) -> int:
+        """One for each step."""
+        return steps
+
     def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:  # noqa: ARG002 - nothing is dropped
         """Return the scores after each step; nothing is trained."""
         norms = _norms(stage, steps)

@@ -63,6 +63,10 @@ class StoIHT:
         require(0 < self.gate_lr < float("inf"), f"gate_lr={self.gate_lr}", "a positive number")
         require_head_steps(self.head_steps)
 
+    def batches(self, steps: int) -> int:
+        """One for each step."""
+        return steps
+
     def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:
         """Return the gates after T steps; ω of a dropped site is 0."""
         trained = [*stage.parameters("lora_A"), *stage.parameters("lora_B"), *stage.head]

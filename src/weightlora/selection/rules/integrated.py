@@ -1,0 +1,132 @@
+"""The rule ``integrated``: each adapter's share of the loss that plain LoRA really saves after a few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from weightlora.model.gates import gated
+from weightlora.selection._batch_means import batch_means
+from weightlora.selection.rules.base import require, require_head_steps
+from weightlora.selection.stage import evaluated, let_train, train_adapters
+
+if TYPE_CHECKING:
+    from weightlora.cost.knapsack import CostBudget
+    from weightlora.plan.budget import Budget
+    from weightlora.selection.rules.base import Scores
+    from weightlora.selection.stage import Stage
+
+
+@dataclass(frozen=True)
+class Integrated:
+    """Train LoRA on all sites for T steps, then score site i by −∫₀¹ ∂L/∂ω_i dω, all gates being scaled together.
+
+    This is the Aumann–Shapley value (1974) of the adapter in the game "loss that all adapters save together"; for
+    features of an input it is known as integrated gradients (arXiv:1703.01365). The scores sum to the loss saved on the
+    batches that they are read from. Those are further batches, which the adapters were not trained on. The integral is
+    taken by Gauss–Legendre quadrature, and dropout is off.
+
+    With ``rounds`` above 1 the sites are eliminated step by step: each round trains for T/rounds steps and drops the
+    sites with the lowest scores, so that those that stay learn to do without the others. Sites shrink from n to the
+    budget's K by the same factor each round. A dropped site has the score 0.
+
+    Args:
+        nodes: Points of the quadrature, each one forward and backward pass.
+        probes: Further batches that the scores are read from, in each round.
+        rounds: How often sites are scored.
+        head_steps: Steps in which a new head is trained alone first; None: 20 where there is a head, else 0.
+
+    Raises:
+        OptionError: A value is out of its range.
+
+    Example:
+        >>> Integrated(probes=8)
+        Integrated(nodes=3, probes=8, rounds=1, head_steps=None)
+    """
+
+    nodes: int = 3
+    probes: int = 4
+    rounds: int = 1
+    head_steps: int | None = None
+    name: ClassVar[str] = "integrated"
+    knobs: ClassVar[tuple[str, ...]] = ("keep",)
+
+    def __post_init__(self) -> None:
+        require(self.nodes >= 1, f"nodes={self.nodes!r}", "1 or more points")
+        require(self.probes >= 2, f"probes={self.probes!r}", "2 or more batches")
+        require(self.rounds >= 1, f"rounds={self.rounds!r}", "1 or more rounds")
+        require_head_steps(self.head_steps)
+
+    def batches(self, steps: int) -> int:
+        """T batches to train on, and those that the scores are read from."""
+        return steps + self.rounds * self.probes
+
+    def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:
+        """Return the scores; the history has a row for each batch that they are read from.
+
+        Raises:
+            OptionError: There are fewer steps than rounds.
+        """
+        require(steps >= self.rounds, f"steps={steps}", f"at least rounds={self.rounds}")
+        names = list(stage.layers)
+        staying = list(range(len(names)))
+        history: list[tuple[float, ...]] = []
+        moved: tuple[bool, ...] = ()
+        scores = None
+        for done in range(self.rounds):
+            if scores is not None:
+                last = scores.final
+                share = len(budget.choose(last)) / len(names)
+                count = round(len(names) * share ** (done / self.rounds))
+                staying = sorted(sorted(staying, key=lambda i: -last[i])[:count])
+                _switch_off(stage, staying)
+            trained = [names[i] for i in staying]
+            train_adapters(stage, steps=len(range(done, steps, self.rounds)), lr=stage.lr, names=trained)
+            scores = batch_means(self._saved(stage))
+            history += scores.history
+            moved = moved or scores.has_gradient  # of the first round, in which all sites are there
+        assert scores is not None, "there is at least one round"
+        return replace(scores, history=tuple(history), has_gradient=moved)
+
+    def _saved(self, stage: Stage) -> Tensor:
+        """−∫₀¹ ∂L/∂ω_i dω of every site for each of the next batches, shape (probes, n)."""
+        matrices = stage.parameters("lora_B")
+        let_train(stage, matrices)
+        seen = torch.zeros(self.probes, len(matrices), dtype=torch.float64)
+        with evaluated(stage.model), gated(stage.layers) as gates:
+            for place, batch in enumerate(stage.take(self.probes)):
+                for node, weight in gauss_legendre(self.nodes):
+                    gates.write(torch.full((len(matrices),), node))
+                    stage.backward("scoring", place + 1, matrices, batch)
+                    seen[place] -= weight * gates.gradient.double()
+                    for matrix in matrices:
+                        matrix.grad = None
+        return seen
+
+
+def gauss_legendre(nodes: int) -> list[tuple[float, float]]:
+    """Return the points and weights of the quadrature of [0, 1] that is exact for polynomials of degree 2·nodes − 1.
+
+    Example:
+        >>> gauss_legendre(1)
+        [(0.5, 1.0)]
+        >>> round(sum(weight * x**5 for x, weight in gauss_legendre(3)), 9)  # ∫x⁵ = 1/6
+        0.166666667
+    """
+    import numpy as np
+
+    points, weights = np.polynomial.legendre.leggauss(nodes)
+    return [((float(x) + 1) / 2, float(w) / 2) for x, w in zip(points, weights, strict=True)]
+
+
+def _switch_off(stage: Stage, staying: Sequence[int]) -> None:
+    """Set B of all other sites to zero: their adapters add nothing from here on."""
+    kept = set(staying)
+    with torch.no_grad():
+        for i, matrix in enumerate(stage.parameters("lora_B")):
+            if i not in kept:
+                matrix.zero_()

@@ -1,0 +1,123 @@
+"""The rule ``integrated``: its sum is the loss that was saved, its parts are those of a slow path integral."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from test_warmup import LORA, Net, batches, squared
+
+from weightlora import select
+from weightlora.errors import OptionError, WeightLoraWarning
+from weightlora.model.gates import gated
+from weightlora.model.layers import lora_layers
+from weightlora.model.sites import find_sites
+from weightlora.selection.rules.integrated import Integrated, gauss_legendre
+from weightlora.selection.stage import probed, train_adapters
+
+
+def selected(rule, *, steps=6, data=None, keep=2, model=None, loss_fn=squared, seed=0):
+    data = batches(rule.batches(steps)) if data is None else data
+    options = {"lora": LORA, "keep": keep, "steps": steps, "lr": 0.05, "seed": seed, "progress": False}
+    return select(model or Net(), data, rule=rule, loss_fn=loss_fn, **options)
+
+
+def trained_losses(data, steps, omegas, names=None):
+    """The losses of the last batches after ``steps`` of LoRA, with all gates at each of ``omegas``."""
+    net, losses = Net(), []
+    sites = find_sites(net, LORA).sites
+    with probed(net, LORA, sites, batches=data, steps=len(data), seed=0, loss_fn=squared) as stage:
+        train_adapters(stage, steps=steps, lr=0.05, names=names)
+        with gated(stage.layers) as gates, torch.no_grad():
+            for omega in omegas:
+                gates.write(omega)
+                losses.append([squared(net, batch).item() for batch in data[steps:]])
+    return torch.tensor(losses).mean(1).tolist()
+
+
+def test_the_scores_sum_to_the_loss_that_was_saved():
+    data = batches(10)
+    before, after = trained_losses(data, 6, [torch.zeros(4), torch.ones(4)])
+    plan = selected(Integrated(), data=data)
+    assert before - after > 0.01  # something was learnt
+    assert sum(plan.scores.values()) == pytest.approx(before - after, rel=0.01)
+    # Negative control: the slope at the end alone misses the curvature.
+    with_one_node = sum(selected(Integrated(nodes=1), data=data).scores.values())
+    assert abs(with_one_node - (before - after)) > abs(sum(plan.scores.values()) - (before - after))
+
+
+def test_each_score_is_the_path_integral_of_its_own_gate():
+    data, h = batches(10), 1e-3
+    plan = selected(Integrated(nodes=5), data=data)
+    for site, score in enumerate(plan.scores.values()):
+        slopes = []
+        for node, weight in gauss_legendre(5):
+            up, down = (torch.full((4,), node).index_add(0, torch.tensor([site]), torch.tensor([d])) for d in (h, -h))
+            high, low = trained_losses(data, 6, [up, down])
+            slopes.append(weight * (high - low) / (2 * h))
+        # ω is fp32, so that ω ± h is off by 6e-8: of a slope of 1e-2 that is 6e-7 ÷ 2e-3.
+        assert score == pytest.approx(-sum(slopes), rel=5e-3, abs=2e-5)
+
+
+def test_the_error_is_that_of_a_mean_over_the_probes():
+    data = batches(10)
+    plan = selected(Integrated(), data=data)
+    alone = [selected(Integrated(probes=2), data=[*data[:6], data[6 + i], data[6 + i]]).scores for i in range(4)]
+    each = torch.tensor([list(scores.values()) for scores in alone], dtype=torch.float64)
+    errors = torch.tensor([entry.score_error for entry in plan.entries], dtype=torch.float64)
+    torch.testing.assert_close(errors, each.std(0) / 4**0.5, rtol=1e-4, atol=1e-9)
+
+
+class Branches(Net):
+    """Four layers side by side, each with inputs of its own; those of the second one are zero."""
+
+    def forward(self, x):
+        parts = [layer(part).tanh() for layer, part in zip(self.layers, x.split(6, dim=1), strict=True)]
+        return parts[0] + 0 * parts[1] + parts[2] + parts[3]
+
+
+def test_a_dead_site_scores_nothing_and_a_planted_one_most():
+    teacher = Branches()
+    with torch.no_grad():
+        torch.manual_seed(5)
+        teacher.layers[2].weight += 0.3 * torch.randn(6, 6).double()
+        inputs = [torch.randn(16, 24).double() for _ in range(24)]
+        data = [{"x": x, "y": teacher(x)} for x in inputs]
+    with pytest.warns(WeightLoraWarning, match=r"1 of 4 sites had no gradient in the warm-up, layers\.1"):
+        plan = selected(Integrated(), steps=20, data=data, keep=1, model=Branches())
+    assert plan.names == ("layers.2",)
+    assert plan.scores["layers.1"] == 0
+    others = max(plan.scores["layers.0"], plan.scores["layers.3"])
+    assert plan.scores["layers.2"] > 10 * abs(others)
+
+
+def test_rounds_drop_sites_and_those_that_stay_learn_without_them():
+    data = batches(14)
+    plan = selected(Integrated(rounds=2), data=data, keep=1, steps=6)
+    first = selected(Integrated(), data=data[:7], keep=1, steps=3)
+    assert plan.history[:4] == first.history  # the first of two rounds: half of the steps, all sites
+    staying = sorted(first.scores, key=lambda name: -first.scores[name])[:2]  # 4·(1/4)^(1/2)
+    assert {name for name, score in plan.scores.items() if score != 0} == set(staying)
+    assert plan.names[0] in staying
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"nodes": 0}, "nodes=0"), ({"probes": 1}, "probes=1"), ({"rounds": 0}, "rounds=0"), ({"head_steps": -1}, "-1")],
+)
+def test_settings_out_of_range_are_named(settings, named):
+    with pytest.raises(OptionError, match=named):
+        Integrated(**settings)
+
+
+def test_more_rounds_than_steps_are_named():
+    with pytest.raises(OptionError, match="steps=2 is not allowed: give at least rounds=3"):
+        selected(Integrated(rounds=3), steps=2)
+
+
+@pytest.mark.filterwarnings("ignore:these scores cannot tell")  # of two batches of eight rows
+def test_it_runs_on_minilm_and_another_seed_draws_another_start(minilm, review_batches):
+    lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
+    options = {"lora": lora, "keep": 0.25, "steps": 4, "rule": Integrated(probes=2, head_steps=0), "progress": False}
+    plans = [select(minilm, review_batches, seed=seed, **options) for seed in (0, 0, 1)]
+    assert plans[0].scores == plans[1].scores != plans[2].scores
+    assert 0 < plans[0].parameters <= plans[0].lora_parameters / 4
+    assert not lora_layers(minilm)
