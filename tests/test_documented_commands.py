@@ -1,17 +1,28 @@
 """Commands of README and guides are run as they are written, on small files and a small model in their place."""
 
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 from test_documents import documented, own
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from weightlora.bench.records import read_records
 from weightlora.cli import main
 from weightlora.plan.plan import AdapterPlan
 from weightlora.tasks.embedded import minilm as minilm_folder
+from weightlora.tasks.embedded import smollm2
 
-#: Of a command: needs a model hub, or runs for hours; tests/runs/test_recipes.py and tests/bench have these kinds.
-ELSEWHERE = ("rte", "recipes/", "bench", "demo", "show", "methods")
+# Few batches, and layers so small that the fast step does not pay.
+pytestmark = pytest.mark.filterwarnings("ignore::weightlora.errors.WeightLoraWarning")
+ROOT = Path(__file__).parent.parent
+#: Of a command: tests/cli/test_demo.py and tests/test_documents.py run these.
+ELSEWHERE = ("demo", "show", "methods")
+#: Of a command: it is run below, with more in the place of what it names.
+BELOW = ("rte", "recipes/", "bench")
 ROWS = [f"a {word} film number {i},{word}" for i in range(16) for word in ("good", "bad")]
 SHORT = [
     *("--max_steps", "20", "--max_train_samples", "24", "--max_eval_samples", "8", "--max_seq_length", "12"),
@@ -22,7 +33,15 @@ SHORT = [
 
 def commands():
     found = {shlex.join(words): words for words in filter(None, map(own, documented()))}
-    return [words for text, words in found.items() if not any(part in text for part in ELSEWHERE)]
+    return [words for text, words in found.items() if not any(part in text for part in (*ELSEWHERE, *BELOW))]
+
+
+def only(*parts):
+    """The one command with these parts."""
+    (found,) = {
+        shlex.join(words): words for words in documented() if all(part in shlex.join(words) for part in parts)
+    }.values()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +75,6 @@ def test_there_are_commands_to_run():
     assert len(commands()) >= 12
 
 
-@pytest.mark.filterwarnings("ignore::weightlora.errors.WeightLoraWarning")  # few batches, and calls that are small
 @pytest.mark.parametrize("words", commands(), ids=shlex.join)
 def test_commands_run(words, here, small_model):
     if words[0] == "estimate":
@@ -65,3 +83,43 @@ def test_commands_run(words, here, small_model):
     changed = [] if words[0] == "select" else ["--output_dir", str(here / "out")]
     changed += ["--keep", "5"] * (words[0] == "analyse")  # of twelve sites
     assert main([*words, "--model_name_or_path", str(small_model), *SHORT, *changed]) == 0
+
+
+@pytest.mark.usefixtures("here")
+def test_a_task_and_a_model_of_the_hub(small_model):
+    rows = [{"sentence1": text, "sentence2": text, "label": i % 2} for i, text in enumerate(ROWS)]
+    DatasetDict({split: Dataset.from_list(rows) for split in ("train", "validation")}).save_to_disk("rte")
+    changed = ["--model_name_or_path", str(small_model), "--dataset_name", "rte", "--keep", "5", *SHORT]
+    assert main([*own(only("--task rte")), *changed, "--output_dir", "out"]) == 0
+
+
+def test_a_recipe_of_the_repository(tmp_path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(str(smollm2().parent), gguf_file=smollm2().name)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(ROOT)
+    changed = ["--model_name_or_path", str(tmp_path / "model"), "--keep", "5", "--steps", "2", *SHORT]
+    words = [*own(only("recipes/smollm2-reasoning.yaml")), *changed, "--max_seq_length", "128", "--max_steps", "2"]
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+
+
+def test_a_benchmark_of_the_guide(here, small_model):
+    guide = (ROOT / "docs" / "guides" / "benchmarks.md").read_text()
+    (here / "b.yaml").write_text(guide.partition("```yaml\n")[2].partition("```")[0])
+    changed = ["--model_name_or_path", str(small_model), *SHORT, "--max_steps", "2", "--held_out_samples", "4"]
+    changed += ["--keep", "5", "--learning_rate", "1e-3", "--seed", "0"]  # in the place of its lists
+    for flag in ("--workers", "--table", "--retry"):
+        assert main([*own(only("weightlora bench", flag)), *changed]) == 0
+    records = read_records(here / "runs" / "b" / "records.jsonl")
+    assert [record["status"] for record in records] == ["ok"] * 5
+
+
+def test_two_processes(here, small_model):
+    words = only("torchrun --nproc_per_node 2")
+    # One thread each; the port is free, where the default one may be taken.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
+    changed = ["--model_name_or_path", str(small_model), *SHORT, "--max_steps", "2", "--output_dir", str(here / "out")]
+    done = subprocess.run([*torchrun, *changed], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (here / "out" / "adapter" / "adapter_model.safetensors").is_file()

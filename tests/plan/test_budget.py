@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightlora.errors import OptionError
-from weightlora.plan.budget import Budget, check_keep, expanded_ranks, read_budget, read_keep, warmup_steps
+from weightlora.plan.budget import (
+    Budget,
+    GainShare,
+    check_keep,
+    expanded_ranks,
+    read_budget,
+    read_keep,
+    read_share,
+    warmup_steps,
+)
 
 #: Parameters of four adapters, 60 together.
 FOUR = {"a": 10, "b": 10, "c": 20, "d": 20}
@@ -45,6 +54,10 @@ def plans(draw, *, equal=False):
         "3 parameters",
         "",
         "1.5",
+        "0% gain",
+        "101% gain",
+        "60 gain",
+        "autos",
     ],
 )
 def test_a_keep_out_of_range_is_one_line_with_the_value(keep):
@@ -210,3 +223,31 @@ def test_with_equal_ranks_no_larger_rank_would_fit(r, data):
 )
 def test_warmup_is_half_a_percent_rounded_up_and_at_least_twenty(total, t):
     assert warmup_steps(total) == t
+
+
+# -- a share of the scores -------------------------------------------------------------------------------------------
+
+
+@given(SIZES.filter(lambda sizes: any(size > 0 for size in sizes)), st.integers(1, 100), st.data())
+def test_the_kept_sites_have_the_share_and_without_the_worst_of_them_they_lack_it(sizes, percent, data):
+    costs = tuple(data.draw(st.lists(st.integers(1, 5), min_size=len(sizes), max_size=len(sizes))))
+    kept = GainShare(costs, Fraction(percent, 100)).choose([float(size) for size in sizes])
+    wanted = Fraction(percent, 100) * sum(size for size in sizes if size > 0)
+    worst = min(kept, key=lambda i: (Fraction(sizes[i], costs[i]), -i))
+    assert all(sizes[i] > 0 for i in kept)
+    assert sum(sizes[i] for i in kept) >= wanted > sum(sizes[i] for i in kept if i != worst)
+    others = [Fraction(sizes[i], costs[i]) for i in range(len(sizes)) if i not in kept]
+    assert max(others, default=Fraction(-9)) <= Fraction(sizes[worst], costs[worst])  # greedy by size per parameter
+
+
+def test_without_a_positive_score_no_site_is_kept():
+    assert GainShare((1, 1), Fraction(1, 2)).choose([0.0, -1.0]) == []
+
+
+def test_a_share_needs_scores():
+    for keep in ("auto", "60% gain"):
+        assert check_keep(keep) == keep
+        with pytest.raises(OptionError, match="needs scores, and this method has none"):
+            read_budget(keep, FOUR)
+    assert read_share("60% gain") == Fraction(3, 5)
+    assert read_share("12.5 % gain") == Fraction(1, 8)

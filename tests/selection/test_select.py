@@ -276,6 +276,22 @@ def test_options_are_recorded():
     assert (plan.rule, plan.seed, len(plan.history)) == ("stoiht", 7, 4)
 
 
+def test_auto_keeps_the_sites_that_have_half_of_the_scores():
+    options = {"steps": 4, "loss_fn": squared}
+    everything = quietly(net(), pairs(4), keep=1.0, **options)
+    worth = {e.site.name: (e.score / e.site.parameters(e.lora_r), e.score) for e in everything.entries}
+    wanted, found = 0.5 * sum(score for _, score in worth.values()), 0.0
+    for name in sorted(worth, key=worth.__getitem__, reverse=True):
+        if found < wanted:
+            found += worth.pop(name)[1]
+    plan = quietly(net(), pairs(4), keep="auto", **options)
+    assert set(plan.names) == set(everything.names) - set(worth)
+    assert 0 < len(plan.names) < len(everything.names)
+    assert plan.options["keep"] == "auto"
+    with pytest.raises(OptionError, match="keep has to say how many stay"):
+        quietly(net(), pairs(4), keep="auto", rule="stoiht", **options)
+
+
 def test_defaults_are_twenty_steps_and_twenty_more_for_a_fresh_head():
     calls = []
 

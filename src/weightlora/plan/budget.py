@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, Protocol
 
 from weightlora.errors import OptionError
 
@@ -19,12 +19,26 @@ Keep = float | int | str
 - ``"300k parameters"``: at most so many adapter parameters.
 - ``"512MB"``: at most so much memory for the adapters' training.
 - ``"0.8x"``: at most this fraction of plain LoRA's step time.
+- ``"60% gain"``: the smallest set whose scores add up to this share of all positive scores; ``"auto"`` is half of them.
 """
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 _BYTES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+#: Share of the positive scores that ``keep="auto"`` keeps.
+AUTO = Fraction(1, 2)
 _NUMBERS = 'a fraction of the parameters in (0, 1], a number of adapters, or parameters such as "300k parameters"'
-_COSTS = 'memory such as "512MB" or "1.5GiB", or a fraction of plain LoRA\'s step time such as "0.8x", at most "1x"'
+_COSTS = (
+    'memory such as "512MB" or "1.5GiB", a fraction of plain LoRA\'s step time such as "0.8x", at most "1x", a share '
+    'of the scores such as "60% gain", or "auto"'
+)
+
+
+class Chooser(Protocol):
+    """A budget of any kind: it says which sites are kept, given their sizes."""
+
+    def choose(self, sizes: Sequence[float]) -> list[int]:
+        """Return the kept positions, sorted; sites of a larger size are preferred."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,33 @@ class Budget:
         return sorted(chosen)
 
 
+@dataclass(frozen=True)
+class GainShare:
+    """The smallest set of sites that has a share of the gain: the scores decide how many are kept.
+
+    Example:
+        >>> GainShare(costs=(4, 1, 1), share=Fraction(1, 2)).choose([4.0, 3.0, 1.0])
+        [1, 2]
+    """
+
+    costs: tuple[int, ...]
+    """Parameters of each site's adapter."""
+    share: Fraction
+    """Of the sum of all positive sizes, in (0, 1]."""
+
+    def choose(self, sizes: Sequence[float]) -> list[int]:
+        """Return the kept positions, sorted: sites by descending size per parameter, until the share is reached."""
+        gains = [max(size, 0.0) for size in sizes]
+        missing = float(self.share) * math.fsum(gains)
+        chosen: list[int] = []
+        for i in sorted(range(len(gains)), key=lambda i: -gains[i] / self.costs[i]):
+            if missing <= 0 or gains[i] == 0:
+                break
+            chosen.append(i)
+            missing -= gains[i]
+        return sorted(chosen)
+
+
 def read_budget(keep: Keep, parameters: Mapping[str, int]) -> Budget:
     """Turn ``keep`` into a budget over sites.
 
@@ -100,8 +141,10 @@ def read_budget(keep: Keep, parameters: Mapping[str, int]) -> Budget:
         # The decimal that the user wrote, not the float nearest to it: 0.1 of 30 parameters are 3.
         limit = math.floor(Fraction(str(float(number))) * total)
         share = f" ({limit:,} of plain LoRA's {total:,} parameters)"
-    elif read_limit(number) is None:
+    elif read_limit(number) is None and read_share(number) is None:
         limit, share = _read_parameters(number), ""
+    elif read_limit(number) is None:
+        raise OptionError(f"keep={keep!r} needs scores, and this method has none; give {_NUMBERS}")
     else:
         raise OptionError(f"keep={keep!r} has to be measured on a batch, and this method takes none; give {_NUMBERS}")
     smallest = min(parameters, key=lambda name: parameters[name])
@@ -125,7 +168,7 @@ def check_keep(keep: Keep) -> Keep:
     """
     number = read_keep(keep) if isinstance(keep, str) else keep
     if isinstance(number, str):
-        if read_limit(number) is None:
+        if read_limit(number) is None and read_share(number) is None:
             _read_parameters(number)
     elif isinstance(number, bool) or not 0 < number < math.inf or (isinstance(number, float) and number > 1):
         raise _not_allowed(keep)
@@ -152,6 +195,29 @@ def read_limit(keep: Keep) -> Limit | None:
     if amount <= 0 or (unit == "x" and amount > 1):
         raise OptionError(f"keep={keep!r} is not allowed: give {_COSTS}")
     return Limit(keep, amount, "LoRA steps") if unit == "x" else Limit(keep, amount * _BYTES[unit], "bytes")
+
+
+def read_share(keep: Keep) -> Fraction | None:
+    """Return ``keep`` as a share of the scores; None where it is none.
+
+    Raises:
+        OptionError: The share is out of its range.
+
+    Example:
+        >>> read_share("auto"), read_share("60% gain"), read_share(0.5)
+        (Fraction(1, 2), Fraction(3, 5), None)
+    """
+    if not isinstance(keep, str):
+        return None
+    if keep.strip().lower() == "auto":
+        return AUTO
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*%\s*gain\s*", keep, re.IGNORECASE)
+    if match is None:
+        return None
+    share = Fraction(match.group(1)) / 100
+    if not 0 < share <= 1:
+        raise OptionError(f"keep={keep!r} is not allowed: give a share of the scores above 0% and up to 100%")
+    return share
 
 
 def read_keep(text: str) -> Keep:

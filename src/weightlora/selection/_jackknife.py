@@ -47,7 +47,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Return Spearman's rank correlation; equal values share their mean rank, and a constant list has correlation 0.
 
     Example:
-        >>> rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 15.0])
+        >>> round(rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 15.0]), 6)
         0.5
     """
     ranks = torch.stack([_ranks(a), _ranks(b)])

@@ -8,7 +8,7 @@ model = plan.expand().attach(model)        # WeightLoRA+: the same budget as pla
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -27,7 +27,16 @@ from weightlora.model.distributed import from_first, require_agreement
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, adapter_parameters, find_sites
-from weightlora.plan.budget import Budget, Keep, Limit, read_budget, read_limit, warmup_steps
+from weightlora.plan.budget import (
+    Chooser,
+    GainShare,
+    Keep,
+    Limit,
+    read_budget,
+    read_limit,
+    read_share,
+    warmup_steps,
+)
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import base_model_name
@@ -73,7 +82,8 @@ def select(
         keep: A fraction in (0, 1] of plain LoRA's parameters, a number of adapters K, or a budget:
             ``"300k parameters"``, ``"512MB"`` (trained parameters with gradients and AdamW's state, and what is saved
             for the backward pass of the first batch) or ``"0.8x"`` (step time on the first batch, relative to LoRA on
-            all sites). Memory and step time are those of plain LoRA with the step that ``fast`` names; see
+            all sites), or ``"auto"``: the smallest set that has half of the sum of the scores, ``"60% gain"`` for
+            another share. Memory and step time are those of plain LoRA with the step that ``fast`` names; see
             docs/guides/budgets.md.
         rule: ``"first_order"`` (default) takes the size of the mean ∂L/∂B at B = 0 and trains nothing; ``"paper"`` is
             the paper's; or a rule with settings of its own, such as ``StoIHT(gate_lr=1.0)``.
@@ -108,7 +118,7 @@ def select(
     require_warmup(steps=steps, lr=lr)
     lora = deepcopy(_config_of(model) if lora is None else lora)
     sites = find_sites(model, lora).sites
-    budget = read_limit(keep) or read_budget(keep, adapter_parameters(sites, lora))
+    budget = _read(keep, adapter_parameters(sites, lora))
     loss_fn = loss_fn or model_loss
 
     with with_plain_lora(model, lora, sites, seed=seed) as attached:
@@ -166,6 +176,13 @@ def require_warmup(*, steps: int | None, lr: float) -> None:
     require(0 < lr < float("inf"), f"lr={lr}", "a positive number")
 
 
+def _read(keep: Keep, parameters: Mapping[str, int]) -> Chooser | Limit:
+    share = read_share(keep)
+    if share is not None:
+        return GainShare(tuple(parameters.values()), share)
+    return read_limit(keep) or read_budget(keep, parameters)
+
+
 def _head_steps(rule: Rule, has_head: bool) -> int:
     if rule.head_steps and not has_head:
         raise OptionError(f"head_steps={rule.head_steps}, but PEFT trains no module whole; name it in modules_to_save")
@@ -203,7 +220,7 @@ def _agreement(halves: tuple[Sequence[float], Sequence[float]]) -> float:
     return found
 
 
-def _kept(scores: Scores, rule: Rule, budget: Budget | CostBudget) -> tuple[int, ...]:
+def _kept(scores: Scores, rule: Rule, budget: Chooser) -> tuple[int, ...]:
     """Positions of the sites with the best scores: within the budget, and positive."""
     wanted = budget.choose(scores.sizes)
     positive = {i for i, score in enumerate(scores.final) if score > 0}

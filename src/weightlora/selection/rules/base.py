@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weightlora.errors import OptionError
 
 if TYPE_CHECKING:
-    from weightlora.cost.knapsack import CostBudget
-    from weightlora.plan.budget import Budget
+    from weightlora.plan.budget import Chooser
     from weightlora.selection.stage import Stage
 
 
@@ -52,7 +51,7 @@ class Rule(Protocol):
         """Return how many batches :meth:`score` reads, of which ``steps`` are T."""
         ...
 
-    def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:
+    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:
         """Return the scores after ``steps`` warm-up steps.
 
         Args:

@@ -17,8 +17,7 @@ from weightlora.selection.rules.base import Scores, require, require_head_steps
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-    from weightlora.cost.knapsack import CostBudget
-    from weightlora.plan.budget import Budget
+    from weightlora.plan.budget import Chooser
     from weightlora.selection.stage import Stage
 
 #: Halves of the batches. Each further group would cost another moment matrix a site.
@@ -64,7 +63,7 @@ class ExplainedVariance:
         """One for each step."""
         return steps
 
-    def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:  # noqa: ARG002 - nothing is dropped
+    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - nothing is dropped
         """Return the scores, in one row; nothing is trained."""
         moments = {name: _Moments.of(layer, self.exact_up_to) for name, layer in stage.layers.items()}
         step = 0

@@ -14,8 +14,7 @@ from weightlora.selection.rules.base import Scores, require_head_steps
 from weightlora.selection.stage import let_train
 
 if TYPE_CHECKING:
-    from weightlora.cost.knapsack import CostBudget
-    from weightlora.plan.budget import Budget
+    from weightlora.plan.budget import Chooser
     from weightlora.selection.stage import Stage
 
 
@@ -48,7 +47,7 @@ class FirstOrder:
         """One for each step."""
         return steps
 
-    def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:  # noqa: ARG002 - nothing is dropped
+    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - nothing is dropped
         """Return the scores; only B requires gradients."""
         matrices = stage.parameters("lora_B")
         let_train(stage, matrices)

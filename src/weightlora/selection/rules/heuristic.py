@@ -14,8 +14,7 @@ from weightlora.plan.projection_order import ordered_projections, projection_rol
 from weightlora.selection.rules.base import Scores, require
 
 if TYPE_CHECKING:
-    from weightlora.cost.knapsack import CostBudget
-    from weightlora.plan.budget import Budget
+    from weightlora.plan.budget import Chooser
     from weightlora.selection.stage import Stage
 
 Kind = Literal["last_layers", "first_layers", "strided", "mlp", "attention", "v_o_down", "stratified"]
@@ -70,7 +69,7 @@ class Heuristic:
         """None."""
         return 0
 
-    def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:  # noqa: ARG002 - reads no batch
+    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - reads no batch
         """Return the scores, in one row; 0 for sites that the kind leaves out.
 
         Raises:

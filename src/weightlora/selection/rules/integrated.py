@@ -15,8 +15,7 @@ from weightlora.selection.rules.base import require, require_head_steps
 from weightlora.selection.stage import evaluated, let_train, train_adapters
 
 if TYPE_CHECKING:
-    from weightlora.cost.knapsack import CostBudget
-    from weightlora.plan.budget import Budget
+    from weightlora.plan.budget import Chooser
     from weightlora.selection.rules.base import Scores
     from weightlora.selection.stage import Stage
 
@@ -65,7 +64,7 @@ class Integrated:
         """T batches to train on, and those that the scores are read from."""
         return steps + self.rounds * self.probes
 
-    def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:
+    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:
         """Return the scores; the history has a row for each batch that they are read from.
 
         Raises:

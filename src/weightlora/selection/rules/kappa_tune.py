@@ -15,8 +15,7 @@ from weightlora.selection.rules.base import Scores
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-    from weightlora.cost.knapsack import CostBudget
-    from weightlora.plan.budget import Budget
+    from weightlora.plan.budget import Chooser
     from weightlora.selection.stage import Stage
 
 
@@ -47,7 +46,7 @@ class KappaTune:
         """None."""
         return 0
 
-    def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:  # noqa: ARG002 - reads no batch
+    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - reads no batch
         """Return the scores, in one row."""
         scores = tuple(_inverse_condition(layer) for layer in stage.layers.values())
         return Scores((scores,), (True,) * len(scores), scores)

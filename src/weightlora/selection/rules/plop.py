@@ -16,8 +16,7 @@ from weightlora.selection._layer_inputs import layer_inputs
 from weightlora.selection.rules.base import Scores, require, require_head_steps
 
 if TYPE_CHECKING:
-    from weightlora.cost.knapsack import CostBudget
-    from weightlora.plan.budget import Budget
+    from weightlora.plan.budget import Chooser
     from weightlora.selection.stage import Stage
 
 By = Literal["type", "site"]
@@ -62,7 +61,7 @@ class PLoP:
         """One for each step."""
         return steps
 
-    def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:  # noqa: ARG002 - nothing is dropped
+    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - nothing is dropped
         """Return the scores after each step; nothing is trained."""
         norms = _norms(stage, steps)
         types = [Site(name, 0, 0).projection for name in stage.layers] if self.by == "type" else list(stage.layers)

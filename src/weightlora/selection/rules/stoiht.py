@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from weightlora.errors import OptionError
 from weightlora.model.gates import gated
+from weightlora.plan.budget import GainShare
 from weightlora.selection._jackknife import GROUPS, jackknife
 from weightlora.selection.rules.base import Scores, require, require_head_steps
 from weightlora.selection.stage import let_train
 
 if TYPE_CHECKING:
-    from weightlora.cost.knapsack import CostBudget
-    from weightlora.plan.budget import Budget
+    from weightlora.plan.budget import Chooser
     from weightlora.selection.stage import Stage
 
 Threshold = Literal["magnitude", "signed"]
@@ -67,8 +68,14 @@ class StoIHT:
         """One for each step."""
         return steps
 
-    def score(self, stage: Stage, steps: int, budget: Budget | CostBudget) -> Scores:
-        """Return the gates after T steps; ω of a dropped site is 0."""
+    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:
+        """Return the gates after T steps; ω of a dropped site is 0.
+
+        Raises:
+            OptionError: The budget is a share of the scores: sites are dropped before there are any.
+        """
+        if isinstance(budget, GainShare):
+            raise OptionError("this rule drops sites at every step, so keep has to say how many stay: give a number")
         trained = [*stage.parameters("lora_A"), *stage.parameters("lora_B"), *stage.head]
         let_train(stage, trained)
         optimizer = torch.optim.AdamW(trained, lr=stage.lr)
@@ -101,7 +108,7 @@ class StoIHT:
         return Scores(tuple(history), moved, sizes, errors=known.errors, halves=known.halves)
 
 
-def hard_threshold(omega: Tensor, budget: Budget | CostBudget, *, threshold: Threshold = "magnitude") -> Tensor:
+def hard_threshold(omega: Tensor, budget: Chooser, *, threshold: Threshold = "magnitude") -> Tensor:
     """Return H_K(ω): the entries that the budget can pay for, in descending order of size, and zero elsewhere.
 
     Args:
@@ -130,7 +137,7 @@ def stoiht_step(
     gradient: Tensor,
     *,
     gate_lr: float,
-    budget: Budget | CostBudget | None,
+    budget: Chooser | None,
     threshold: Threshold = "magnitude",
 ) -> Tensor:
     """Return the gates after one step: H_K(ω − η·∂L/∂ω), or the plain gradient step where ``budget`` is None.
