@@ -40,5 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     draw_heatmap(plan, recipe.output_dir / HEATMAP_FILE)
     console = Console()
     console.print(terminal_heatmap(plan))
+    if "agreement" in plan.options:
+        agreement = plan.options["agreement"]
+        console.print(f"two halves of the batches agree on the ranking: Spearman correlation {agreement:.2f}")
     files = [recipe.output_dir / name for name in (PLAN_FILE, HEATMAP_FILE)]
     console.print(f"wrote {files[0]} and {files[1]}", soft_wrap=True)

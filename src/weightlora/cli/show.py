@@ -22,6 +22,14 @@ _MEANINGS = {
     "threshold": "gates kept: largest |ω| (magnitude) or largest ω (signed)",
     "lr": "learning rate of the warm-up",
     "gate_lr": "step size of the gates",
+    "nodes": "points at which the path of the gates is measured",
+    "probes": "further batches that the scores are read from",
+    "rounds": "how often sites are scored; each round drops some",
+    "damping": "share of the mean variance added to the inputs' covariance",
+    "by": "compared: projection types, or single sites",
+    "exact_up_to": "widest inputs whose covariance is kept whole",
+    "kind": "rule of thumb",
+    "draw": "which random order of one seed",
     "fast": "fast step in the warm-up, and what its dropout drops",
     "expand": "WeightLoRA+: lora_alpha grows with the rank (scale) or stays (keep)",
     "agreement": "rank correlation of the scores of two halves of the batches",
@@ -33,11 +41,6 @@ _BUDGETS = {
     int: "budget: number of adapters",
     float: "budget: fraction of plain LoRA",
     str: "budget: limit on parameters, memory or step time",
-}
-_RULES = {
-    "first_order": "score: size of B's mean gradient",
-    "stoiht": "score: gate ω, trained under a hard threshold (the paper)",
-    "adapter": "the adapter's files do not say how its sites were chosen",
 }
 
 
@@ -107,16 +110,21 @@ def _summary(path: Path, plan: AdapterPlan) -> Iterator[tuple[str, str, str]]:
         f"of plain LoRA's {plan.lora_parameters:,}",
     )
     yield "fast step", fast_text(*fast_gaps(path, plan)), "what enable_fast_lora can speed up"
-    yield "rule", plan.rule, _rule_text(plan.rule)
+    yield "rule", plan.options.get("kind", plan.rule), _rule_text(plan)
     yield "seed", str(plan.seed), "random numbers of the selection"
     yield "base model", plan.base_model or "unnamed", "model that the plan was made for"
 
 
-def _rule_text(rule: str) -> str:
+def _rule_text(plan: AdapterPlan) -> str:
     from weightlora.methods import METHODS
+    from weightlora.selection.rules import RULES
 
-    methods = {entry.name: f"method: {entry.summary}" for entry in METHODS}
-    return {**methods, **_RULES}.get(rule, "how sites were chosen")
+    texts = {
+        "adapter": "the adapter's files do not say how its sites were chosen",
+        **{entry.name: f"method: {entry.summary}" for entry in METHODS},
+        **{entry.name: f"score: {entry.summary}" for entry in RULES},
+    }
+    return texts.get(plan.options.get("kind", plan.rule), "how sites were chosen")
 
 
 def _options(plan: AdapterPlan) -> Iterator[tuple[str, str, str]]:

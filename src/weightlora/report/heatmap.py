@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _SHADES = " ░▒▓█"
-_SCORES = {"first_order": "gate's first-order gain", "stoiht": "gate ω"}
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def draw_heatmap(plan: AdapterPlan, path: str | Path) -> None:
     axes.set_ylabel("layer")
     axes.set_title(f"{plan.rule}: {len(plan.names)} of {len(plan.entries)} sites kept\n(circle: rank)", size=9)
     low, high = min(plan.scores.values()), max(plan.scores.values())
-    bar = figure.colorbar(image, ax=axes, label=_SCORES.get(plan.rule, "score"), shrink=0.8)
+    bar = figure.colorbar(image, ax=axes, label=f"score: {plan.rule}", shrink=0.8)
     bar.set_ticks([0, 1], labels=[f"{low:.3g}", f"{high:.3g}"])
     with whole_file(path) as draft:
         figure.savefig(draft)

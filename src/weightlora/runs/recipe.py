@@ -17,7 +17,7 @@ from weightlora.errors import OptionError
 from weightlora.files import read_mapping
 from weightlora.methods import make_method, options_of
 from weightlora.plan.budget import check_keep
-from weightlora.selection.rules import rule_of
+from weightlora.selection.rules import RULES, rule_of
 from weightlora.text import closest
 
 if TYPE_CHECKING:
@@ -80,8 +80,10 @@ class MethodOptions:
 
     method: str = _option("weightlora", "name of a method; `weightlora methods` lists them")
     plan: str | None = _option(None, "a plan.json to train, instead of a method")
-    keep: str = _option("0.5", 'fraction of LoRA\'s parameters, number of adapters, "300k parameters", 512MB or 0.8x')
-    rule: str = _option("first_order", "how sites are scored: first_order, stoiht or paper")
+    keep: str = _option(
+        "0.5", 'fraction of LoRA\'s parameters, number of adapters, "300k parameters", 512MB, 0.8x, "60% gain" or auto'
+    )
+    rule: str = _option("first_order", f"how sites are scored: {', '.join(entry.name for entry in RULES)}")
     rule_options: list[str] = field(
         default_factory=list[str], metadata={"help": "settings of the rule, as name=value: head_steps=0 gate_lr=5.0"}
     )

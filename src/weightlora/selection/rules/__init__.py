@@ -29,7 +29,7 @@ class RuleEntry:
 
 
 RULES = (
-    RuleEntry("first_order", "size of the mean gradient of B at B = 0", "first_order", "FirstOrder"),
+    RuleEntry("first_order", "size of B's mean gradient at B = 0", "first_order", "FirstOrder"),
     RuleEntry("integrated", "share of the loss that a short LoRA training saved", "integrated", "Integrated"),
     RuleEntry("fisher", "empirical Fisher information of B at B = 0", "fisher", "Fisher"),
     RuleEntry(
