@@ -76,7 +76,7 @@ def wrong_imports(module: str, source: str) -> list[str]:
 def users_outside(module: str) -> list[str]:
     """Modules of other rooms, benchmarks and public names that import ``module``."""
     others = {name: source for name, source in modules().items() if room_of(name) != room_of(module)}
-    others |= {str(path): path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")}
+    others |= {str(path): path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py")}
     others["weightlora"] = (SOURCE / "__init__.py").read_text(encoding="utf-8")
     return [name for name, source in others.items() if any(f"{n}.".startswith(f"{module}.") for n in imported(source))]
 

@@ -10,6 +10,7 @@ from weightlora.fast.dropout import Dropout
 from weightlora.methods.base import ChoosingMethod, Method
 from weightlora.plan.budget import Keep, check_keep, warmup_steps
 from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.ranking import Ranking, check_ranking
 from weightlora.selection.batches import Loss
 from weightlora.selection.rules import rule_of
 from weightlora.selection.rules.base import Rule
@@ -24,6 +25,7 @@ def build(
     *,
     keep: Keep = 0.5,
     rule: str | Rule = "first_order",
+    ranking: Ranking = "score",
     steps: int | None = None,
     lr: float = 1e-3,
     seed: int = 0,
@@ -37,6 +39,7 @@ def build(
     Args:
         keep: How much of plain LoRA is kept before the ranks grow; the paper keeps n/2 adapters.
         rule: How sites are scored.
+        ranking: How sites compete for the budget.
         steps: T; None stands for 0.5 % of the training's steps, at least 20.
         lr: The warm-up's learning rate.
         seed: Decides all random numbers of the warm-up.
@@ -46,10 +49,10 @@ def build(
         progress: Show a bar.
     """
     check_keep(keep)
+    check_ranking(ranking)
     require_warmup(steps=steps, lr=lr)
-    chosen = partial(
-        select, keep=keep, rule=rule_of(rule), lr=lr, seed=seed, loss_fn=loss_fn, fast=fast, progress=progress
-    )
+    warmup = {"lr": lr, "seed": seed, "loss_fn": loss_fn, "fast": fast, "progress": progress}
+    chosen = partial(select, keep=keep, rule=rule_of(rule), ranking=ranking, **warmup)
 
     def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> AdapterPlan:
         plan = chosen(model, batches, lora=lora, steps=warmup_steps(total_steps) if steps is None else steps)

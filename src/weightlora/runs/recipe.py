@@ -84,6 +84,9 @@ class MethodOptions:
         "0.5", 'fraction of LoRA\'s parameters, number of adapters, "300k parameters", 512MB, 0.8x, "60% gain" or auto'
     )
     rule: str = _option("first_order", f"how sites are scored: {', '.join(entry.name for entry in RULES)}")
+    ranking: Literal["score", "per_parameter", "quota"] = _option(
+        "score", "how sites compete: by score, by score per parameter, or each projection type within its share"
+    )
     rule_options: list[str] = field(
         default_factory=list[str], metadata={"help": "settings of the rule, as name=value: head_steps=0 gate_lr=5.0"}
     )
@@ -126,9 +129,9 @@ class MethodOptions:
         Raises:
             OptionError: An option is unknown or out of its range.
         """
-        options = {"keep": check_keep(self.keep), "rule": self.scored_by, "steps": self.steps}
+        options = {"keep": check_keep(self.keep), "rule": self.scored_by, "steps": self.steps, "ranking": self.ranking}
         known = options_of(self.method)
-        names = ("keep", "rule", "steps") if "rule" in known else ("keep",)
+        names = ("keep", "rule", "steps", "ranking") if "rule" in known else ("keep",)
         return {**{k: options[k] for k in names if k in known}, **_pairs("method_options", self.method_options)}
 
 

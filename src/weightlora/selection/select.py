@@ -40,6 +40,7 @@ from weightlora.plan.budget import (
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import base_model_name
+from weightlora.plan.ranking import Ranking, ranked
 from weightlora.selection._jackknife import rank_correlation
 from weightlora.selection.batches import Loss, cycled, in_parts, model_loss, peeked
 from weightlora.selection.rules import rule_of, settings_of
@@ -62,6 +63,7 @@ def select(
     steps: int | None = None,
     lr: float = 1e-3,
     seed: int = 0,
+    ranking: Ranking = "score",
     loss_fn: Loss | None = None,
     fast: Dropout | None = None,
     progress: bool = True,
@@ -90,6 +92,8 @@ def select(
         steps: T, warm-up steps in which sites are scored, at least 2; None stands for 20.
         lr: AdamW's learning rate for what the warm-up trains, constant; best the one of the training.
         seed: Decides A's random start, dropout and a shuffling loader's order, whatever the global generators hold.
+        ranking: How sites compete for the budget: ``"score"``, ``"per_parameter"`` (score ÷ parameters) or ``"quota"``
+            (each projection type gets at most its share).
         loss_fn: ``loss_fn(model, batch)`` → scalar tensor, or an iterator over the losses of micro-batches, whose
             gradients add up; the default is ``model(**batch).loss``.
         fast: The ``dropout`` of :func:`weightlora.enable_fast_lora`: the warm-up uses the fast step, and budgets in
@@ -118,7 +122,7 @@ def select(
     require_warmup(steps=steps, lr=lr)
     lora = deepcopy(_config_of(model) if lora is None else lora)
     sites = find_sites(model, lora).sites
-    budget = _read(keep, adapter_parameters(sites, lora))
+    budget = _read(keep, ranking, sites, adapter_parameters(sites, lora))
     loss_fn = loss_fn or model_loss
 
     with with_plain_lora(model, lora, sites, seed=seed) as attached:
@@ -155,6 +159,7 @@ def select(
             "steps": steps,
             "lr": lr,
             **settings,
+            **({} if ranking == "score" else {"ranking": ranking}),
             **({} if fast is None else {"fast": fast}),
             **cost,
             **agreement,
@@ -176,11 +181,13 @@ def require_warmup(*, steps: int | None, lr: float) -> None:
     require(0 < lr < float("inf"), f"lr={lr}", "a positive number")
 
 
-def _read(keep: Keep, parameters: Mapping[str, int]) -> Chooser | Limit:
+def _read(keep: Keep, ranking: Ranking, sites: Sequence[Site], parameters: Mapping[str, int]) -> Chooser | Limit:
     share = read_share(keep)
     if share is not None:
-        return GainShare(tuple(parameters.values()), share)
-    return read_limit(keep) or read_budget(keep, parameters)
+        budget = GainShare(tuple(parameters.values()), share)
+    else:
+        budget = read_limit(keep) or read_budget(keep, parameters)
+    return ranked(budget, ranking, sites, parameters)
 
 
 def _head_steps(rule: Rule, has_head: bool) -> int:

@@ -213,9 +213,9 @@ def _defaults(trainer: Trainer, entry: MethodEntry, seed: int, fast: Dropout | N
 def _asked(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options that a stored plan must have been made with."""
     rule = rule_of(options.get("rule", "first_order"))
-    settings = {"keep": 0.5, "steps": None, "alpha": "scale", **options}
+    settings = {"keep": 0.5, "steps": None, "alpha": "scale", "ranking": "score", **options}
     expand = {"expand": settings["alpha"] if name == "weightlora_plus" else False}
-    names = ("keep", "steps", "lr", "seed", "fast")
+    names = ("keep", "steps", "lr", "seed", "fast", "ranking")
     return {**{key: settings[key] for key in names}, **settings_of(rule), "rule": rule.name, **expand}
 
 

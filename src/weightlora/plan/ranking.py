@@ -1,0 +1,101 @@
+"""What a budget prefers: the best scores, the best scores for their parameters, or a share of each projection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from weightlora.errors import OptionError
+from weightlora.model.sites import Site
+from weightlora.plan.budget import Budget, Chooser, Limit
+
+Ranking = Literal["score", "per_parameter", "quota"]
+"""How sites compete for the budget.
+
+- ``"score"``: the highest score first.
+- ``"per_parameter"``: the highest score ÷ parameters first.
+- ``"quota"``: the highest score first, and each projection type gets at most its share of the budget.
+"""
+RANKINGS: tuple[str, ...] = get_args(Ranking)
+
+
+@dataclass(frozen=True)
+class PerParameter:
+    """A budget that prefers the highest size per parameter.
+
+    Example:
+        >>> PerParameter(Budget(costs=(4, 1, 1), limit=4), parameters=(4, 1, 1)).choose([8.0, 3.0, 1.0])
+        [1, 2]
+    """
+
+    budget: Budget
+    parameters: tuple[int, ...]
+
+    def choose(self, sizes: Sequence[float]) -> list[int]:
+        """Return the kept positions, sorted."""
+        return self.budget.choose([size / cost for size, cost in zip(sizes, self.parameters, strict=True)])
+
+
+@dataclass(frozen=True)
+class Quota:
+    """A budget of which each family of sites gets at most its share, rounded up to its cheapest site.
+
+    Example:
+        >>> Quota(Budget.of_count(2, n=4), families=("up", "up", "down", "down")).choose([4.0, 3.0, 2.0, 1.0])
+        [0, 2]
+    """
+
+    budget: Budget
+    families: tuple[str, ...]
+
+    def choose(self, sizes: Sequence[float]) -> list[int]:
+        """Return the kept positions, sorted."""
+        costs, total = self.budget.costs, sum(self.budget.costs)
+        allowed: set[int] = set()
+        for family in set(self.families):
+            own = [i for i, name in enumerate(self.families) if name == family]
+            share = math.floor(self.budget.limit * sum(costs[i] for i in own) / total)
+            limit = max(share, min(costs[i] for i in own))
+            chosen = Budget(tuple(costs[i] for i in own), limit).choose([sizes[i] for i in own])
+            allowed |= {own[place] for place in chosen}
+        # Rounding up may have let in more than the budget holds.
+        lowest = min(sizes) - 1
+        return [
+            i for i in self.budget.choose([s if i in allowed else lowest for i, s in enumerate(sizes)]) if i in allowed
+        ]
+
+
+def check_ranking(ranking: str) -> None:
+    """Raise unless there is such a ranking.
+
+    Raises:
+        OptionError: There is none.
+    """
+    if ranking not in RANKINGS:
+        raise OptionError(f"ranking={ranking!r} is not allowed: give one of {', '.join(RANKINGS)}")
+
+
+def ranked(
+    budget: Chooser | Limit, ranking: str, sites: Sequence[Site], parameters: Mapping[str, int]
+) -> Chooser | Limit:
+    """Return the budget that prefers sites as ``ranking`` says.
+
+    Args:
+        budget: Any budget.
+        ranking: One of :data:`Ranking`.
+        sites: The candidates, in the order of the budget's costs.
+        parameters: Parameters of each site's adapter.
+
+    Raises:
+        OptionError: There is no such ranking, or it does not go with this budget.
+    """
+    check_ranking(ranking)
+    if ranking == "score":
+        return budget
+    if not isinstance(budget, Budget):
+        raise OptionError(f"ranking={ranking!r} needs keep as a fraction, a number of adapters or of parameters")
+    if ranking == "per_parameter":
+        return PerParameter(budget, tuple(parameters.values()))
+    return Quota(budget, tuple(site.projection for site in sites))

@@ -1,0 +1,54 @@
+"""How sites compete for a budget: closed forms, and properties of every budget and score."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weightlora.errors import OptionError
+from weightlora.model.sites import Site
+from weightlora.plan.budget import Budget, GainShare, read_limit
+from weightlora.plan.ranking import PerParameter, Quota, ranked
+
+SITES = [Site(f"layer.{i}.{kind}", 4, 4) for i in range(3) for kind in ("up", "down")]
+PARAMETERS = {site.name: 8 for site in SITES}
+
+
+@given(st.data(), st.integers(1, 30))
+def test_a_quota_stays_within_the_budget_and_the_share_of_each_family(data, limit):
+    n = data.draw(st.integers(1, 8))
+    costs = tuple(data.draw(st.lists(st.integers(1, 6), min_size=n, max_size=n)))
+    families = tuple(data.draw(st.lists(st.sampled_from("abc"), min_size=n, max_size=n)))
+    sizes = data.draw(st.lists(st.floats(-2, 2), min_size=n, max_size=n))
+    kept = Quota(Budget(costs, limit), families).choose(sizes)
+    assert sum(costs[i] for i in kept) <= limit
+    assert kept == sorted(set(kept))
+    for family in set(families):
+        own = [i for i in range(n) if families[i] == family]
+        share = limit * sum(costs[i] for i in own) / sum(costs)
+        assert sum(costs[i] for i in kept if i in own) <= max(share, min(costs[i] for i in own))
+
+
+def test_without_a_quota_one_family_takes_all():
+    sizes = [6.0, 1.0, 5.0, 0.9, 4.0, 0.8]  # every "up" is above every "down"
+    budget = Budget.of_count(2, n=6)
+    assert ranked(budget, "score", SITES, PARAMETERS) is budget
+    assert budget.choose(sizes) == [0, 2]
+    assert ranked(budget, "quota", SITES, PARAMETERS).choose(sizes) == [0, 1]
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 9), st.integers(1, 9)), min_size=1, max_size=8), st.integers(1, 30))
+def test_per_parameter_is_the_budget_of_sizes_divided_by_costs(sites, limit):
+    sizes, costs = [size for size, _ in sites], tuple(cost for _, cost in sites)
+    budget = Budget(costs, limit)
+    kept = PerParameter(budget, costs).choose(sizes)
+    assert kept == budget.choose([size / cost for size, cost in sites])
+
+
+def test_a_ranking_that_does_not_fit_is_one_line():
+    budget = Budget.of_count(2, n=6)
+    with pytest.raises(OptionError, match="ranking='best' is not allowed: give one of score, per_parameter, quota"):
+        ranked(budget, "best", SITES, PARAMETERS)
+    for other in (GainShare((1,) * 6, 1), read_limit("0.8x")):
+        assert ranked(other, "score", SITES, PARAMETERS) is other
+        with pytest.raises(OptionError, match="ranking='quota' needs keep as a fraction"):
+            ranked(other, "quota", SITES, PARAMETERS)
