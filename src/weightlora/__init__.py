@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from weightlora.model.checkpointing import shorten_backward
     from weightlora.model.sites import Site, find_sites
     from weightlora.plan.plan import AdapterPlan
+    from weightlora.selection.rules import RULES, rule_of
     from weightlora.selection.rules.first_order import FirstOrder
+    from weightlora.selection.rules.integrated import Integrated
     from weightlora.selection.rules.stoiht import StoIHT
     from weightlora.selection.select import select
     from weightlora.trainer.attach import method_for, select_for
@@ -29,8 +31,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdapterPlan": "plan.plan",
     "FirstOrder": "selection.rules.first_order",
+    "Integrated": "selection.rules.integrated",
     "METHODS": "methods",
     "Method": "methods",
+    "RULES": "selection.rules",
     "Site": "model.sites",
     "StoIHT": "selection.rules.stoiht",
     "WeightLoraError": "errors",
@@ -40,6 +44,7 @@ _HOMES = {
     "find_sites": "model.sites",
     "make_method": "methods",
     "method_for": "trainer.attach",
+    "rule_of": "selection.rules",
     "select": "selection.select",
     "select_for": "trainer.attach",
     "shorten_backward": "model.checkpointing",
@@ -47,8 +52,10 @@ _HOMES = {
 
 __all__ = [
     "METHODS",
+    "RULES",
     "AdapterPlan",
     "FirstOrder",
+    "Integrated",
     "Method",
     "Site",
     "StoIHT",
@@ -59,6 +66,7 @@ __all__ = [
     "find_sites",
     "make_method",
     "method_for",
+    "rule_of",
     "select",
     "select_for",
     "shorten_backward",

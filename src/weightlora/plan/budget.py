@@ -90,7 +90,7 @@ class GainShare:
     """The smallest set of sites that has a share of the gain: the scores decide how many are kept.
 
     Example:
-        >>> GainShare(costs=(4, 1, 1), share=Fraction(1, 2)).choose([4.0, 3.0, 1.0])
+        >>> GainShare(costs=(4, 1, 1), share=Fraction(1, 2)).choose([3.0, 3.0, 1.0])
         [1, 2]
     """
 

@@ -28,6 +28,7 @@ class RuleEntry:
     """What the name sets, where it is not the class's default."""
 
 
+#: Every rule that ``select`` and ``--rule`` take by name.
 RULES = (
     RuleEntry("first_order", "size of B's mean gradient at B = 0", "first_order", "FirstOrder"),
     RuleEntry("integrated", "share of the loss that a short LoRA training saved", "integrated", "Integrated"),
