@@ -2,7 +2,7 @@
 
     weightlora bench --config benchmarks/choice/reviews.yaml benchmarks/choice/ceiling.yaml
     python benchmarks/choice/ceiling.py reviews      # the table, the fit, and the best and worst set that it predicts
-    weightlora bench --config benchmarks/choice/reviews.yaml runs/choice/reviews/predicted.yaml
+    weightlora bench --config benchmarks/choice/reviews.yaml benchmarks/results/choice/reviews/predicted.yaml
 
 The last command trains the predicted sets; the second one then shows them, too.
 """

@@ -52,6 +52,16 @@ def test_methods_lists_the_registry(capsys):
     assert all(entry.name in printed for entry in METHODS)
 
 
+def test_methods_lists_the_rules_and_their_settings(capsys):
+    from weightlora.selection.rules import RULES
+
+    assert main(["methods", "--rules"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(f"{entry.name} {entry.summary}" in printed for entry in RULES)
+    assert "gate_lr=5.0" in printed
+    assert main(["methods", "--rules", "--tasks"]) == 2
+
+
 def test_methods_lists_the_tasks(capsys):
     from weightlora.tasks import TASKS
 

@@ -1,4 +1,4 @@
-"""``weightlora methods``: the methods with their papers, or the tasks."""
+"""``weightlora methods``: the methods with their papers, the rules, or the tasks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "methods",
-        help="list the methods with their papers, or the tasks",
+        help="list the methods with their papers, the rules or the tasks",
         description="List the methods of weightlora train with their papers.",
         epilog="example: weightlora methods --tasks",
     )
-    parser.add_argument("--tasks", action="store_true", help="list the tasks instead")
+    lists = parser.add_mutually_exclusive_group()
+    lists.add_argument("--rules", action="store_true", help="list the rules that score sites instead")
+    lists.add_argument("--tasks", action="store_true", help="list the tasks instead")
     parser.set_defaults(run=run)
 
 
@@ -29,6 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console()
     if arguments.tasks:
         console.print(_table("task", "metrics, columns and data", _tasks()))
+    elif arguments.rules:
+        console.print(_table("rule", "what a site's score is, and the rule's settings", _rules()))
     else:
         console.print(_table("method", "how the budget is spent, and the paper", _methods()))
 
@@ -50,6 +54,14 @@ def _methods() -> Iterator[tuple[str, ...]]:
 
     for entry in METHODS:
         yield entry.name, entry.summary, entry.paper
+
+
+def _rules() -> Iterator[tuple[str, ...]]:
+    from weightlora.selection.rules import RULES, rule_of, settings_of
+
+    for entry in RULES:
+        settings = (f"{key}={value}" for key, value in settings_of(rule_of(entry.name)).items())
+        yield entry.name, entry.summary, *filter(None, [", ".join(settings)])
 
 
 def _tasks() -> Iterator[tuple[str, ...]]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-import torch.distributed as dist
-from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor
 
+from weightlora.selection._weight_gradients import full_weight
 from weightlora.selection.rules.base import Scores
 
 if TYPE_CHECKING:
@@ -55,11 +53,5 @@ class KappaTune:
 @torch.no_grad()
 def _inverse_condition(layer: LoraLayer) -> float:
     """σ_min ÷ σ_max of the base layer's weight; 0 where the weight is zero."""
-    weight: Any = dequantize_module_weight(layer.get_base_layer()).detach()
-    if dist.is_available() and dist.is_initialized():
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(weight, DTensor):  # a shard (FSDP2)
-            weight = weight.full_tensor()
-    values: Tensor = torch.linalg.svdvals(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    values = torch.linalg.svdvals(full_weight(layer))
     return float(values[-1] / values[0]) if values[0] > 0 else 0.0
