@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from test_warmup import LORA, Net, batches, squared
 
 from weightlora import select
@@ -121,3 +121,57 @@ def test_it_runs_on_minilm_and_another_seed_draws_another_start(minilm, review_b
     assert plans[0].scores == plans[1].scores != plans[2].scores
     assert 0 < plans[0].parameters <= plans[0].lora_parameters / 4
     assert not lora_layers(minilm)
+
+
+# -- single ranks ----------------------------------------------------------------------------------------------------
+
+
+def test_the_scores_of_single_ranks_add_up_to_those_of_whole_sites():
+    data = batches(10)
+    whole, single = selected(Integrated(), data=data), selected(Integrated(per="rank"), data=data)
+    assert single.scores == pytest.approx(whole.scores, rel=1e-4, abs=1e-7)  # a rotation in fp32
+    assert single.parameters <= 2 * whole.lora_parameters / 4  # keep=2 of four adapters
+    assert sum(single.ranks.values()) > 0
+
+
+def test_a_gain_of_rank_one_is_kept_with_one_rank():
+    """The target differs from the net by a product of two vectors in layer 2: its second rank has nothing to learn."""
+    teacher = Branches()
+    with torch.no_grad():
+        torch.manual_seed(5)
+        teacher.layers[2].weight += 0.3 * torch.outer(torch.randn(6), torch.randn(6)).double()
+        data = [{"x": x, "y": teacher(x)} for x in [torch.randn(16, 24).double() for _ in range(64)]]
+    scores = {}
+
+    class Watched(Integrated):
+        def score(self, stage, steps, budget):
+            found = super().score(stage, steps, budget)
+            scores.update(zip(stage.layers, found.ranks, strict=True))
+            return found
+
+    with pytest.warns(WeightLoraWarning, match=r"had no gradient in the warm-up, layers\.1"):
+        selected(Watched(per="rank"), steps=60, data=data, keep=0.9, model=Branches())
+    first, second = scores["layers.2"]
+    assert first > 20 * abs(second)
+
+
+@pytest.mark.filterwarnings("ignore:these scores cannot tell")  # of two batches of eight rows
+def test_a_plan_of_single_ranks_is_stock_peft(minilm, review_batches, tmp_path):
+    lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
+    rule = Integrated(probes=2, head_steps=0, per="rank")
+    plan = select(minilm, review_batches, lora=lora, keep=0.25, steps=4, rule=rule, seed=0, progress=False)
+    assert len({r for r in plan.ranks.values() if r}) > 1
+    assert plan.parameters <= plan.lora_parameters / 4
+    model = plan.attach(minilm)
+    for name, layer in lora_layers(model).items():
+        assert layer.r["default"] == plan.ranks[name]
+        assert layer.scaling["default"] == 2.0  # lora_alpha/r
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B["default"].weight.normal_()
+        logits = model(**review_batches[0]).logits
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(model.unload(), tmp_path)
+        torch.testing.assert_close(again(**review_batches[0]).logits, logits, rtol=0, atol=0)
+    with pytest.raises(OptionError, match="give per='site'"):
+        selected(Integrated(per="rank"), keep="0.8x")

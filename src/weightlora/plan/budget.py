@@ -235,7 +235,7 @@ def read_keep(text: str) -> Keep:
     return text
 
 
-def expanded_ranks(ranks: Sequence[int], kept: Sequence[bool], sizes: Sequence[int], *, step: int = 1) -> list[int]:
+def expanded_ranks(ranks: Sequence[int], planned: Sequence[int], sizes: Sequence[int], *, step: int = 1) -> list[int]:
     """Return the ranks of WeightLoRA+, which spends the freed budget on the kept sites, all by the same factor.
 
     Equal ranks r become r·n/K (2r at K = n/2), or less where the kept layers are wide: neither the sum of ranks nor the
@@ -243,23 +243,23 @@ def expanded_ranks(ranks: Sequence[int], kept: Sequence[bool], sizes: Sequence[i
 
     Args:
         ranks: Rank of each site under plain LoRA.
-        kept: Whether each site is kept.
+        planned: Rank of each site in the plan; 0 = no adapter.
         sizes: in + out features of each site: the parameters of one rank.
         step: Each new rank is a multiple of this, so that lora_alpha can stay a whole number.
 
     Example:
-        >>> expanded_ranks([8, 8, 8, 8], [True, False, True, False], [10, 10, 10, 10])
+        >>> expanded_ranks([8, 8, 8, 8], [8, 0, 8, 0], [10, 10, 10, 10])
         [16, 0, 16, 0]
-        >>> expanded_ranks([8, 8, 8, 8], [True, False, True, False], [20, 10, 20, 10])
+        >>> expanded_ranks([8, 8, 8, 8], [8, 0, 8, 0], [20, 10, 20, 10])
         [12, 0, 12, 0]
     """
     places = range(len(ranks))
-    all_ranks, kept_ranks = sum(ranks), sum(ranks[i] for i in places if kept[i])
+    all_ranks, kept_ranks = sum(ranks), sum(planned)
     all_numbers = sum(ranks[i] * sizes[i] for i in places)
-    kept_numbers = sum(ranks[i] * sizes[i] for i in places if kept[i])
+    kept_numbers = sum(planned[i] * sizes[i] for i in places)
     # Floor division of whole numbers: no rounding can cross the budget.
-    grown = [min(r * all_ranks // kept_ranks, r * all_numbers // kept_numbers) // step * step for r in ranks]
-    return [max(grown[i], ranks[i]) if kept[i] else 0 for i in places]
+    grown = [min(r * all_ranks // kept_ranks, r * all_numbers // kept_numbers) // step * step for r in planned]
+    return [max(grown[i], planned[i]) for i in places]
 
 
 def warmup_steps(total_steps: int | None) -> int:

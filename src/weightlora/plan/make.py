@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from weightlora.model.sites import Site, rank_and_alpha
-from weightlora.plan.lora_config import config_fields
+from weightlora.plan.lora_config import config_fields, whole_or_float
 from weightlora.plan.plan import AdapterPlan, PlannedSite
 
 if TYPE_CHECKING:
@@ -19,9 +20,10 @@ def make_plan(
     kept: Sequence[str],
     scores: Sequence[float] | None = None,
     errors: Sequence[float] = (),
+    ranks: Mapping[str, int] | None = None,
     **record: Any,
 ) -> AdapterPlan:
-    """Build the plan that keeps ``kept`` of ``sites`` at the ranks ``lora`` gives them.
+    """Build the plan that keeps ``kept`` of ``sites`` at the ranks ``lora`` gives them, or at ``ranks``.
 
     Args:
         sites: All candidates, sorted by name.
@@ -29,6 +31,8 @@ def make_plan(
         kept: Names of the sites that carry an adapter.
         scores: One per site; None where sites were not scored.
         errors: Standard error of each score; empty where they have none.
+        ranks: Rank of each kept site, where it is not ``lora``'s. Alpha changes with it, so that alpha/r stays; rsLoRA,
+            whose scaling is alpha/√r, keeps alpha.
         record: Further fields of :class:`AdapterPlan`.
     """
     keep = set(kept)
@@ -36,6 +40,7 @@ def make_plan(
     known = zip(sites, scores or [0.0] * len(sites), errors or [None] * len(sites), strict=True)
     for site, score, error in known:
         r, alpha = rank_and_alpha(lora, site.name)
-        planned = r if site.name in keep else 0
-        entries.append(PlannedSite(site, r, alpha, r=planned, alpha=alpha, score=score, score_error=error))
+        planned = (r if ranks is None else ranks[site.name]) if site.name in keep else 0
+        own = alpha if planned in (0, r) or lora.use_rslora else whole_or_float(Fraction(alpha) * planned / r)
+        entries.append(PlannedSite(site, r, alpha, r=planned, alpha=own, score=score, score_error=error))
     return AdapterPlan(tuple(entries), lora=config_fields(lora), **record)

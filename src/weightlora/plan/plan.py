@@ -127,6 +127,8 @@ class AdapterPlan:
         """
         if alpha not in ("scale", "keep"):
             raise OptionError(f"alpha={alpha!r} is not allowed: give 'scale' or 'keep'")
+        if "expand" in self.options:  # what rounding left of the budget is less than one more rank on each kept site
+            return self
         scales = alpha == "scale" and not self.lora.get("use_rslora", False)
         whole = [
             Fraction(e.lora_alpha) / e.lora_r for e in self.entries if e.r > 0 and float(e.lora_alpha).is_integer()
@@ -134,14 +136,12 @@ class AdapterPlan:
         step = math.lcm(*(ratio.denominator for ratio in whole)) if scales else 1
         ranks = expanded_ranks(
             [entry.lora_r for entry in self.entries],
-            [entry.r > 0 for entry in self.entries],
+            [entry.r for entry in self.entries],
             [entry.site.parameters(1) for entry in self.entries],
             step=step,
         )
         entries = tuple(
-            replace(
-                e, r=r, alpha=whole_or_float(Fraction(e.lora_alpha) * r / e.lora_r) if scales and r else e.lora_alpha
-            )
+            replace(e, r=r, alpha=whole_or_float(Fraction(e.lora_alpha) * r / e.lora_r) if scales and r else e.alpha)
             for e, r in zip(self.entries, ranks, strict=True)
         )
         return replace(self, entries=entries, options={**self.options, "expand": alpha})

@@ -41,6 +41,7 @@ from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import base_model_name
 from weightlora.plan.ranking import Ranking, ranked
+from weightlora.plan.ranks import chosen_ranks
 from weightlora.selection._jackknife import rank_correlation
 from weightlora.selection.batches import Loss, cycled, in_parts, model_loss, peeked
 from weightlora.selection.rules import rule_of, settings_of
@@ -140,7 +141,10 @@ def select(
             stage.train_head(head_steps)
             scores = rule.score(stage, steps, budget)
         _require_gradients(list(stage.layers), scores)
-        kept = _kept(scores, rule, budget)
+        ranks = chosen_ranks(budget, scores.ranks) if scores.ranks else None
+        kept = _kept(scores, rule, budget) if ranks is None else tuple(i for i, r in enumerate(ranks) if r)
+        if not kept:
+            raise SelectionError("no rank has a positive score; raise steps, or give more batches")
         require_agreement(repr((kept, [site.name for site in sites])), "the choice")
 
     settings = {**settings_of(rule), "head_steps": head_steps}
@@ -152,6 +156,7 @@ def select(
         kept=[sites[i].name for i in kept],
         scores=scores.final,
         errors=scores.errors,
+        ranks=None if ranks is None else {sites[i].name: ranks[i] for i in kept},
         history=scores.history,
         rule=rule.name,
         options={

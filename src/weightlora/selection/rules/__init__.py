@@ -32,6 +32,7 @@ class RuleEntry:
 RULES = (
     RuleEntry("first_order", "size of B's mean gradient at B = 0", "first_order", "FirstOrder"),
     RuleEntry("integrated", "share of the loss that a short LoRA training saved", "integrated", "Integrated"),
+    RuleEntry("integrated_ranks", "the same of every single rank", "integrated", "Integrated", {"per": "rank"}),
     RuleEntry("fisher", "empirical Fisher information of B at B = 0", "fisher", "Fisher"),
     RuleEntry(
         "relative_gradient",

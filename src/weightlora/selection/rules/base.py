@@ -26,6 +26,8 @@ class Scores:
     """Standard error of each last score over the batches; empty where a rule reads none."""
     halves: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     """The last scores by either half of the batches; None where a rule reads none."""
+    ranks: tuple[tuple[float, ...], ...] = ()
+    """The score of each rank of each site, where a rule scores single ranks: the budget is spent rank by rank."""
 
     @property
     def final(self) -> tuple[float, ...]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from weightlora.model.distributed import copy_from_first
 from weightlora.model.gates import gated
+from weightlora.plan.ranks import whole_budget
 from weightlora.selection._batch_means import batch_means
 from weightlora.selection.rules.base import require, require_head_steps
 from weightlora.selection.stage import evaluated, let_train, train_adapters
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from weightlora.plan.budget import Chooser
     from weightlora.selection.rules.base import Scores
     from weightlora.selection.stage import Stage
+
+Per = Literal["site", "rank"]
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,15 @@ class Integrated:
     sites with the lowest scores, so that those that stay learn to do without the others. Sites shrink from n to the
     budget's K by the same factor each round. A dropped site has the score 0.
 
+    With ``per="rank"`` the trained B·A of each site is rotated to its singular vectors, and every rank has a gate. The
+    scores of a site's ranks add up to the site's. The budget is then spent rank by rank, by score per parameter: a site
+    may keep any rank from 0 to r, at the same alpha/r.
+
     Args:
         nodes: Points of the quadrature, each one forward and backward pass.
         probes: Further batches that the scores are read from, in each round.
         rounds: How often sites are scored.
+        per: ``"site"`` keeps or drops whole adapters, ``"rank"`` single ranks.
         head_steps: Steps in which a new head is trained alone first; None: 20 where there is a head, else 0.
 
     Raises:
@@ -44,12 +53,13 @@ class Integrated:
 
     Example:
         >>> Integrated(probes=8)
-        Integrated(nodes=3, probes=8, rounds=1, head_steps=None)
+        Integrated(nodes=3, probes=8, rounds=1, per='site', head_steps=None)
     """
 
     nodes: int = 3
     probes: int = 4
     rounds: int = 1
+    per: Per = "site"
     head_steps: int | None = None
     name: ClassVar[str] = "integrated"
     knobs: ClassVar[tuple[str, ...]] = ("keep",)
@@ -58,6 +68,7 @@ class Integrated:
         require(self.nodes >= 1, f"nodes={self.nodes!r}", "1 or more points")
         require(self.probes >= 2, f"probes={self.probes!r}", "2 or more batches")
         require(self.rounds >= 1, f"rounds={self.rounds!r}", "1 or more rounds")
+        require(self.per in get_args(Per), f"per={self.per!r}", f"one of {', '.join(get_args(Per))}")
         require_head_steps(self.head_steps)
 
     def batches(self, steps: int) -> int:
@@ -68,13 +79,16 @@ class Integrated:
         """Return the scores; the history has a row for each batch that they are read from.
 
         Raises:
-            OptionError: There are fewer steps than rounds.
+            OptionError: There are fewer steps than rounds, or the budget cannot be spent on single ranks.
         """
         require(steps >= self.rounds, f"steps={steps}", f"at least rounds={self.rounds}")
+        if self.per == "rank":
+            whole_budget(budget)  # a mistake is found before anything is trained
         names = list(stage.layers)
         staying = list(range(len(names)))
         history: list[tuple[float, ...]] = []
         moved: tuple[bool, ...] = ()
+        ranks: tuple[tuple[float, ...], ...] = ()
         scores = None
         for done in range(self.rounds):
             if scores is not None:
@@ -85,26 +99,43 @@ class Integrated:
                 _switch_off(stage, staying)
             trained = [names[i] for i in staying]
             train_adapters(stage, steps=len(range(done, steps, self.rounds)), lr=stage.lr, names=trained)
-            scores = batch_means(self._saved(stage))
+            if self.per == "rank":
+                _rotate(stage)
+            saved = self._saved(stage)
+            scores = batch_means(torch.stack([own.sum(1) for own in saved], dim=1))
             history += scores.history
             moved = moved or scores.has_gradient  # of the first round, in which all sites are there
+            ranks = tuple(tuple(own.mean(0).tolist()) for own in saved) if self.per == "rank" else ()
         assert scores is not None, "there is at least one round"
-        return replace(scores, history=tuple(history), has_gradient=moved)
+        return replace(scores, history=tuple(history), has_gradient=moved, ranks=ranks)
 
-    def _saved(self, stage: Stage) -> Tensor:
-        """−∫₀¹ ∂L/∂ω_i dω of every site for each of the next batches, shape (probes, n)."""
+    def _saved(self, stage: Stage) -> list[Tensor]:
+        """−∫₀¹ ∂L/∂ω dω of every rank of every site for each of the next batches: (probes, r) for a site."""
         matrices = stage.parameters("lora_B")
         let_train(stage, matrices)
-        seen = torch.zeros(self.probes, len(matrices), dtype=torch.float64)
+        seen = [torch.zeros(self.probes, b.shape[1], dtype=torch.float64) for b in matrices]
         with evaluated(stage.model), gated(stage.layers) as gates:
             for place, batch in enumerate(stage.take(self.probes)):
                 for node, weight in gauss_legendre(self.nodes):
                     gates.write(torch.full((len(matrices),), node))
                     stage.backward("scoring", place + 1, matrices, batch)
-                    seen[place] -= weight * gates.gradient.double()
-                    for matrix in matrices:
-                        matrix.grad = None
+                    for b, own in zip(matrices, seen, strict=True):
+                        if b.grad is not None:  # a gate's gradient is ⟨B, ∂L/∂B⟩/ω, and a rank's part of it a column's
+                            own[place] -= weight / node * (b.detach().double() * b.grad).sum(0).cpu()
+                            b.grad = None
         return seen
+
+
+@torch.no_grad()
+def _rotate(stage: Stage) -> None:
+    """Turn A and B of each site so that the ranks are B·A's singular vectors; the product stays as it is."""
+    pairs = list(zip(stage.parameters("lora_A"), stage.parameters("lora_B"), strict=True))
+    for a, b in pairs:
+        left, right = torch.linalg.qr(b.double()), torch.linalg.qr(a.double().t())
+        u, sizes, vh = torch.linalg.svd(left.R @ right.R.t())
+        b.copy_(left.Q @ u * sizes)
+        a.copy_(vh @ right.Q.t())
+    copy_from_first([matrix for pair in pairs for matrix in pair])
 
 
 def gauss_legendre(nodes: int) -> list[tuple[float, float]]:
