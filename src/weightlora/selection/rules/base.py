@@ -26,6 +26,8 @@ class Scores:
     """Standard error of each last score over the batches; empty where a rule reads none."""
     halves: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     """The last scores by either half of the batches; None where a rule reads none."""
+    gates: tuple[float, ...] | None = None
+    """What each site's B is multiplied by at the end of the warm-up; None where there are no gates."""
 
     @property
     def final(self) -> tuple[float, ...]:
@@ -41,6 +43,8 @@ class Rule(Protocol):
     """What the plan calls it."""
     knobs: ClassVar[tuple[str, ...]]
     """Settings that an error names where too few sites have a positive score."""
+    trains_adapters: ClassVar[bool]
+    """Whether :meth:`score` trains A and B, so that ``warm_start`` can use them."""
 
     @property
     def head_steps(self) -> int | None:

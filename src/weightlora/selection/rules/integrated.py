@@ -53,6 +53,7 @@ class Integrated:
     head_steps: int | None = None
     name: ClassVar[str] = "integrated"
     knobs: ClassVar[tuple[str, ...]] = ("keep",)
+    trains_adapters: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self.nodes >= 1, f"nodes={self.nodes!r}", "1 or more points")
