@@ -53,7 +53,7 @@ def test_the_result_is_a_stock_checkpoint_on_the_same_base(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"rule": "first_order"}, {"rule": "last_layers"}])
 def test_a_rule_that_trains_nothing_is_refused_before_anything_runs(options):
-    with pytest.raises(OptionError, match="warm_start=True: rule='.*' trains no adapters"):
+    with pytest.raises(OptionError, match=r"warm_start=True: rule='.*' trains no adapters"):
         make_method("weightlora", warm_start=True, **options)
     make_method("weightlora", warm_start=False, **options)
     make_method("weightlora", warm_start=True, rule="paper")

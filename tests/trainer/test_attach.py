@@ -31,7 +31,7 @@ from weightlora.fast.enable import fast_coverage, fast_dropout
 from weightlora.model.layers import lora_layers
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.rules.first_order import FirstOrder
-from weightlora.selection.rules.integrated import Integrated
+from weightlora.selection.rules.stoiht import StoIHT
 from weightlora.tasks.classification import encode
 from weightlora.tasks.embedded import rotten_tomatoes, smollm2
 from weightlora.trainer.attach import adopt
@@ -40,7 +40,7 @@ QUIET = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "u
 FEW = {"bf16": False, "max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "no", **QUIET}
 PAIRS = [(a, b) for a in range(10) for b in range(9)]
 #: A short warm-up whose weights the training starts from.
-WARM = {"rule": Integrated(probes=2, nodes=1, head_steps=1), "keep": 3, "steps": 3, "warm_start": True}
+WARM = {"rule": StoIHT(head_steps=1), "keep": 3, "steps": 3, "lr": 2e-3, "warm_start": True}
 QUESTIONS = [f"What is {a} plus {b}?" for a, b in PAIRS]
 ANSWERS = [f"{a + b}" for a, b in PAIRS]
 
