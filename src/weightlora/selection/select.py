@@ -34,11 +34,11 @@ from weightlora.plan.provenance import base_model_name
 from weightlora.plan.ranking import Ranking
 from weightlora.selection._budget import asked_budget, measured_budget
 from weightlora.selection._kept import agreement_of, kept_sites, require_gradients
+from weightlora.selection._trained import Trained, adapter_copies, head_copies, require_plain
 from weightlora.selection.batches import Loss, cycled, in_parts, model_loss, peeked
 from weightlora.selection.rules import require_training_rule, rule_of, settings_of
 from weightlora.selection.rules.base import Rule, require
 from weightlora.selection.stage import Stage, head_of, with_plain_lora
-from weightlora.selection.trained import Trained, adapter_copies, head_copies, require_plain
 
 #: Steps in which a new head is trained alone, unless the rule says otherwise.
 HEAD_STEPS = 20
