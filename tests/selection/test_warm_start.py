@@ -134,16 +134,22 @@ def test_the_plan_is_that_of_select_and_the_model_stays_as_it_was():
 
 
 def test_what_was_trained_shares_no_memory_with_a_model():
-    trained, *_ = trained_and_start(RULES["integrated"])
-    before = {name: (a.clone(), b.clone()) for name, (a, b) in trained.adapters.items()}
+    used = []  # kept alive, so that no other tensor gets their memory
+
+    def loss(model, batch):
+        used.extend(model.parameters())
+        return squared(model, batch)
+
+    lora = LoraConfig(r=2, target_modules=["layers.0", "layers.1", "layers.2"], modules_to_save=["layers.3"])
+    trained, *_ = trained_and_start(Integrated(probes=2, head_steps=0), lora=lora, loss_fn=loss)
     attached = trained.attach(Net())
-    with torch.no_grad():
-        for parameter in attached.parameters():
-            parameter.add_(1.0)
-    for name, (a, b) in trained.adapters.items():
-        assert (a.device.type, a.requires_grad, b.requires_grad) == ("cpu", False, False)
-        assert torch.equal(a, before[name][0])
-        assert torch.equal(b, before[name][1])
+    assert len(trained.head) == 2
+    tensors = [tensor for pair in trained.adapters.values() for tensor in pair] + list(trained.head.values())
+    taken = {parameter.data_ptr() for parameter in (*used, *attached.parameters())}
+    assert any(torch.equal(tensors[0], parameter) for parameter in used if parameter.shape == (2, 6))  # control
+    for tensor in tensors:
+        assert (tensor.device.type, tensor.requires_grad) == ("cpu", False)
+        assert tensor.data_ptr() not in taken
 
 
 def test_another_plans_adapters_are_refused():
