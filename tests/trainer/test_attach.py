@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from ruled import ruled
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     BartConfig,
@@ -26,17 +26,21 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import weightlora
-from weightlora.errors import OptionError, SelectionError
+from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
 from weightlora.fast.enable import fast_coverage, fast_dropout
 from weightlora.model.layers import lora_layers
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.rules.first_order import FirstOrder
+from weightlora.selection.rules.stoiht import StoIHT
 from weightlora.tasks.classification import encode
 from weightlora.tasks.embedded import rotten_tomatoes, smollm2
+from weightlora.trainer.attach import adopt
 
 QUIET = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True, "seed": 3}
 FEW = {"bf16": False, "max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "no", **QUIET}
 PAIRS = [(a, b) for a in range(10) for b in range(9)]
+#: A short warm-up whose weights the training starts from.
+WARM = {"rule": StoIHT(head_steps=1), "keep": 3, "steps": 3, "lr": 2e-3, "warm_start": True}
 QUESTIONS = [f"What is {a} plus {b}?" for a, b in PAIRS]
 ANSWERS = [f"{a + b}" for a, b in PAIRS]
 
@@ -415,6 +419,7 @@ def test_a_second_start_takes_the_stored_plan(make_classifier, monkeypatch):
         ({"seed": 9}, "seed=3 there, 9 now"),
         ({"lr": 1.0}, "lr=5e-05 there, 1.0 now"),
         ({"steps": 7}, "steps=20 there, 7 now"),
+        ({"rule": "integrated", "warm_start": True}, "warm_start=False there, True now"),
     ],
 )
 def test_a_stored_plan_for_another_question_is_refused(make_classifier, options, text):
@@ -423,10 +428,64 @@ def test_a_stored_plan_for_another_question_is_refused(make_classifier, options,
         weightlora.select_for(make_classifier(), **options)
 
 
-def test_checkpoints_carry_the_plan_and_resume_bit_for_bit(make_classifier, tmp_path):
+def trained_weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def test_a_second_warm_start_begins_with_the_stored_weights(make_classifier, tmp_path, monkeypatch):
+    trainer = make_classifier(learning_rate=2e-3)
+    plan = weightlora.select_for(trainer, **WARM)
+    assert plan.options["warm_start"] is True
+    first = trained_weights(trainer)
+    assert all(value.any() for name, value in first.items() if "lora_B" in name)
+    monkeypatch.setattr(
+        "weightlora.methods.weightlora.select_trained", lambda *_, **__: pytest.fail("a second warm-up")
+    )
+    trainer.train()  # changes the weights, and writes no checkpoint
+    again = make_classifier(learning_rate=2e-3)
+    assert weightlora.select_for(again, **WARM) == plan
+    second = trained_weights(again)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], value) for name, value in trained_weights(trainer).items())
+    cold = make_classifier("cold", learning_rate=2e-3)
+    weightlora.select_for(cold, **{**WARM, "warm_start": False})
+    assert not any(value.any() for name, value in trained_weights(cold).items() if "lora_B" in name)
+    assert not (tmp_path / "cold" / "warm_start.safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "another model's"])
+def test_a_stored_warm_start_without_its_weights_is_refused(make_classifier, tmp_path, damage):
+    weightlora.select_for(make_classifier(), **WARM)
+    file = tmp_path / "run" / "warm_start.safetensors"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "cut off":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        save_file({"weight": torch.ones(2)}, str(file))
+    trainer = make_classifier()
+    with pytest.raises(OptionError, match=r"warm_start.safetensors.*(choose another output_dir, or delete)"):
+        weightlora.select_for(trainer, **WARM)
+    with pytest.raises(SelectionError, match="make a new trainer"):
+        trainer.train()
+    (tmp_path / "run" / "plan.json").unlink()  # as the text says
+    weightlora.select_for(make_classifier(), **WARM)
+
+
+def test_a_plan_alone_starts_afresh_and_says_so(make_classifier):
+    plan = weightlora.select_for(make_classifier(), **WARM)
+    trainer = make_classifier("elsewhere")
+    with pytest.warns(WeightLoraWarning, match=r"warm_start=True.*initialised again"):
+        adopt(trainer, plan, seed=3)
+    assert not any(value.any() for name, value in trained_weights(trainer).items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("options", [{}, WARM], ids=["cold", "warm"])
+def test_checkpoints_carry_the_plan_and_resume_bit_for_bit(make_classifier, tmp_path, options):
     def final(folder, resume, **arguments):
         trainer = make_classifier(folder, save_strategy="steps", save_steps=2, **{"max_steps": 6, **arguments})
-        plan = weightlora.select_for(trainer)
+        plan = weightlora.select_for(trainer, **options)
         trainer.train(resume_from_checkpoint=resume)
         return plan, {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
@@ -442,7 +501,7 @@ def test_checkpoints_carry_the_plan_and_resume_bit_for_bit(make_classifier, tmp_
                 raise Killed
 
     trainer = make_classifier("parts", save_strategy="steps", save_steps=2, max_steps=6)
-    weightlora.select_for(trainer)
+    weightlora.select_for(trainer, **options)
     trainer.add_callback(Kill())
     with pytest.raises(Killed):
         trainer.train()

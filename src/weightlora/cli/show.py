@@ -31,6 +31,7 @@ _MEANINGS = {
     "kind": "rule of thumb",
     "draw": "which random order of one seed",
     "fast": "fast step in the warm-up, and what its dropout drops",
+    "warm_start": "adapters start from the warm-up's weights",
     "expand": "WeightLoRA+: lora_alpha grows with the rank (scale) or stays (keep)",
     "agreement": "rank correlation of the scores of two halves of the batches",
     "cost": "measured: bytes, or share of plain LoRA's step time",

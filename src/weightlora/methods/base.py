@@ -199,10 +199,16 @@ def uniform_plan(
     return replace(plan, entries=tuple(replace(entry, r=r, alpha=alpha) for entry in plan.entries))
 
 
-def planned_method(plan: AdapterPlan) -> Method:
-    """Return the method that trains stock LoRA on a plan that was made before."""
+def planned_method(plan: AdapterPlan, prepare: Callable[[PeftModel], None] | None = None) -> Method:
+    """Return the method that trains stock LoRA on a plan that was made before.
 
-    def choose(*_: object) -> AdapterPlan:
-        return plan
+    Args:
+        plan: Where adapters go.
+        prepare: As in :class:`Prepared`; None leaves the adapters as they are initialised.
+    """
+    made = plan if prepare is None else Prepared(plan, prepare)
+
+    def choose(*_: object) -> AdapterPlan | Prepared:
+        return made
 
     return ChoosingMethod(choose)

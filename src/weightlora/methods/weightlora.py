@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weightlora.fast.dropout import Dropout
-from weightlora.methods.base import ChoosingMethod, Method
+from weightlora.methods.base import ChoosingMethod, Method, Prepared
 from weightlora.plan.budget import Keep, check_keep, warmup_steps
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.ranking import Ranking, check_ranking
 from weightlora.selection.batches import Loss
-from weightlora.selection.rules import rule_of
-from weightlora.selection.rules.base import Rule
-from weightlora.selection.select import require_warmup, select
+from weightlora.selection.rules import require_training_rule, rule_of
+from weightlora.selection.rules.base import Rule, require
+from weightlora.selection.select import require_warmup, select, select_trained
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -32,8 +31,9 @@ def build(
     loss_fn: Loss | None = None,
     fast: Dropout | None = None,
     progress: bool = True,
+    warm_start: bool = False,
 ) -> Method:
-    """Return the method; its arguments are those of :func:`weightlora.select`.
+    """Return the method; its arguments are those of :func:`weightlora.select`, and ``warm_start``.
 
     Args:
         keep: How much of plain LoRA is kept.
@@ -45,14 +45,27 @@ def build(
         loss_fn: The loss of a batch.
         fast: The ``dropout`` of the fast step.
         progress: Show a bar.
+        warm_start: Train the kept adapters and the head further from the warm-up's weights, with a new optimizer. The
+            default is the paper's: they are initialised again. The rule has to train adapters.
+
+    Raises:
+        OptionError: An argument is out of its range, or ``warm_start`` is asked of a rule that trains no adapters.
     """
     check_keep(keep)
     check_ranking(ranking)
     require_warmup(steps=steps, lr=lr)
+    require(isinstance(warm_start, bool), f"warm_start={warm_start!r}", "true or false")  # pyright: ignore[reportUnnecessaryIsInstance]
+    scored_by = rule_of(rule)
+    if warm_start:
+        require_training_rule(scored_by)
     warmup = {"lr": lr, "seed": seed, "loss_fn": loss_fn, "fast": fast, "progress": progress}
-    chosen = partial(select, keep=keep, rule=rule_of(rule), ranking=ranking, **warmup)
+    asked: dict[str, Any] = {"keep": keep, "rule": scored_by, "ranking": ranking, **warmup}
 
-    def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> AdapterPlan:
-        return chosen(model, batches, lora=lora, steps=warmup_steps(total_steps) if steps is None else steps)
+    def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> AdapterPlan | Prepared:
+        given: dict[str, Any] = {**asked, "lora": lora, "steps": warmup_steps(total_steps) if steps is None else steps}
+        if not warm_start:
+            return select(model, batches, **given)
+        trained = select_trained(model, batches, **given)
+        return Prepared(trained.plan, trained.copy_into)
 
     return ChoosingMethod(choose)

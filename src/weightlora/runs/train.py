@@ -3,6 +3,7 @@
 output_dir/config.yaml   the effective options, written once all of them are checked
 output_dir/before.json   metrics of the base model, with eval_on_start
 output_dir/plan.json     which sites carry adapters, as soon as it is known
+output_dir/warm_start.safetensors  the weights that the training starts from, with warm_start
 output_dir/batch.json    the batch that was found, with grow_batch
 output_dir/checkpoint-*  the Trainer's own
 output_dir/adapter/      the trained adapter: stock PEFT, with plan.json and a model card
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -83,7 +85,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
     start = time.perf_counter()
     method = plan(run)
     planned = time.perf_counter()
-    before = _measured_before(run)
+    before = _measured_before(run, method)
     begin = time.perf_counter()
     fit(run, method)
     seconds = {"selection_seconds": planned - start, "training_seconds": time.perf_counter() - begin}
@@ -190,12 +192,15 @@ def export(run: Run, method: Method, *, before: dict[str, Any] | None, **seconds
     return results
 
 
-def _measured_before(run: Run) -> dict[str, Any] | None:
+def _measured_before(run: Run, method: Method) -> dict[str, Any] | None:
     """Metrics of the base model, measured once; None without ``eval_on_start``."""
     path = run.recipe.output_dir / BEFORE_FILE
     before = from_first(partial(read_json, path))
     if run.recipe.training.eval_on_start and before is None:
-        before = run.task.measure(run.trainer)  # B is zero: this is the base model
+        model: Any = run.trainer.model
+        # Without warm_start B is zero: this is the base model as it is.
+        with model.disable_adapter() if method.plan.options.get("warm_start") else nullcontext():
+            before = run.task.measure(run.trainer)
         if is_first():
             write_json(path, before)
     return before

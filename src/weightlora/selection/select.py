@@ -3,55 +3,45 @@
 plan = select(model, batches, lora=LoraConfig(r=8), keep=0.5)
 model = plan.attach(model)                 # WeightLoRA: stock PEFT from here on
 model = plan.expand().attach(model)        # WeightLoRA+: the same budget as plain LoRA
+
+``select_trained`` also returns what the warm-up trained.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from peft import LoraConfig, PeftModel, PeftType
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from weightlora.cost.knapsack import CostBudget
-from weightlora.cost.saved_bytes import Losses, parameter_cost, saved_cost
-from weightlora.cost.step_time import time_cost
-from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
+from weightlora.errors import OptionError
 from weightlora.fast.dropout import Dropout
 from weightlora.fast.enable import enable_fast_lora
-from weightlora.model.distributed import from_first, require_agreement
+from weightlora.model.distributed import require_agreement
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
-from weightlora.model.sites import Site, adapter_parameters, find_sites
-from weightlora.plan.budget import (
-    Chooser,
-    GainShare,
-    Keep,
-    Limit,
-    read_budget,
-    read_limit,
-    read_share,
-    warmup_steps,
-)
+from weightlora.model.sites import adapter_parameters, find_sites
+from weightlora.plan.budget import Keep, Limit, warmup_steps
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import base_model_name
-from weightlora.plan.ranking import Ranking, ranked
-from weightlora.plan.ranks import chosen_ranks
-from weightlora.selection._jackknife import rank_correlation
+from weightlora.plan.ranking import Ranking
+from weightlora.selection._budget import asked_budget, measured_budget
+from weightlora.selection._kept import agreement_of, kept_ranks, kept_sites, require_gradients
+from weightlora.selection._trained import Trained, adapter_copies, head_copies, require_plain
 from weightlora.selection.batches import Loss, cycled, in_parts, model_loss, peeked
-from weightlora.selection.rules import rule_of, settings_of
-from weightlora.selection.rules.base import Rule, Scores, require
+from weightlora.selection.rules import require_training_rule, rule_of, settings_of
+from weightlora.selection.rules.base import Rule, require
 from weightlora.selection.stage import Stage, head_of, with_plain_lora
 
 #: Steps in which a new head is trained alone, unless the rule says otherwise.
 HEAD_STEPS = 20
-#: With fewer sites the agreement of two halves says nothing.
-_FEW = 10
 
 
 def select(
@@ -118,13 +108,93 @@ def select(
         >>> plan.names
         ('2',)
     """
-    rule = rule_of(rule)
-    steps = warmup_steps(None) if steps is None else steps
+    asked = _Asked(lora, keep, rule_of(rule), steps, lr, seed, ranking, loss_fn, fast, progress)
+    return _select(model, batches, asked).plan
+
+
+def select_trained(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    rule: str | Rule,
+    lora: LoraConfig | None = None,
+    keep: Keep = 0.5,
+    steps: int | None = None,
+    lr: float = 1e-3,
+    seed: int = 0,
+    ranking: Ranking = "score",
+    loss_fn: Loss | None = None,
+    fast: Dropout | None = None,
+    progress: bool = True,
+) -> Trained:
+    """Return what :func:`select` returns, and the kept adapters and the head as the warm-up left them.
+
+    The paper initialises the kept adapters again. ``trained.attach(model)`` starts them from the warm-up's weights.
+
+    Args:
+        model: As in :func:`select`.
+        batches: As in :func:`select`.
+        rule: One that trains adapters: ``"integrated"``, ``"stoiht"`` or ``"paper"``.
+        lora: As in :func:`select`, without DoRA and without an initialisation that changes the base weights.
+        keep: As in :func:`select`.
+        steps: T; more steps train the adapters further, by the same batches that the training may see again.
+        lr: AdamW's constant learning rate, with which the adapters are trained.
+        seed: As in :func:`select`.
+        ranking: As in :func:`select`.
+        loss_fn: As in :func:`select`.
+        fast: As in :func:`select`.
+        progress: As in :func:`select`.
+
+    Raises:
+        OptionError: The rule trains no adapters, or ``lora`` is not plain LoRA; see also :func:`select`.
+        SiteError: See :func:`select`.
+        SelectionError: See :func:`select`.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+        >>> batches = [{"x": torch.randn(8, 8)} for _ in range(8)]
+        >>> loss = lambda model, batch: (model(batch["x"]) - 1).pow(2).mean()
+        >>> trained = select_trained(model, batches, rule="integrated", keep=1, steps=4, loss_fn=loss)
+        >>> [(name, tuple(a.shape), bool(b.any())) for name, (a, b) in trained.adapters.items()]
+        [('2', (8, 8), True)]
+    """
+    asked = _Asked(lora, keep, rule_of(rule), steps, lr, seed, ranking, loss_fn, fast, progress, warm_start=True)
+    return _select(model, batches, asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments of a selection; see :func:`select`."""
+
+    lora: LoraConfig | None
+    keep: Keep
+    rule: Rule
+    steps: int | None
+    lr: float
+    seed: int
+    ranking: Ranking
+    loss_fn: Loss | None
+    fast: Dropout | None
+    progress: bool
+    warm_start: bool = False
+
+
+def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
+    """Return the plan; without ``warm_start`` no weights are copied."""
+    rule, keep, lr, seed, ranking, fast = asked.rule, asked.keep, asked.lr, asked.seed, asked.ranking, asked.fast
+    steps = warmup_steps(None) if asked.steps is None else asked.steps
     require_warmup(steps=steps, lr=lr)
-    lora = deepcopy(_config_of(model) if lora is None else lora)
+    lora = deepcopy(_config_of(model) if asked.lora is None else asked.lora)
+    if asked.warm_start:
+        require_training_rule(rule)
+        require_plain(lora)
     sites = find_sites(model, lora).sites
-    budget = _read(keep, ranking, sites, adapter_parameters(sites, lora))
-    loss_fn = loss_fn or model_loss
+    budget = asked_budget(keep, ranking, sites, adapter_parameters(sites, lora))
+    loss_fn = asked.loss_fn or model_loss
+    adapters: dict[str, tuple[Tensor, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
 
     with with_plain_lora(model, lora, sites, seed=seed) as attached:
         head = head_of(attached)
@@ -134,44 +204,48 @@ def select(
         if isinstance(budget, Limit):
             first, batches = peeked(batches)
             with untouched(model, seed=seed):  # the scores are as if nothing had been measured
-                budget = _measured(budget, attached, partial(in_parts, model, first, loss_fn), sites)
+                budget = measured_budget(budget, attached, partial(in_parts, model, first, loss_fn), sites)
         total = head_steps + rule.batches(steps)
-        with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
+        with tqdm(total=total, disable=None if asked.progress else True, leave=False) as bar:
             stage = Stage(model, lora_layers(attached), head, cycled(batches, total), loss_fn, bar, lr)
             stage.train_head(head_steps)
             scores = rule.score(stage, steps, budget)
-        _require_gradients(list(stage.layers), scores)
-        ranks = chosen_ranks(budget, scores.ranks) if scores.ranks else None
-        kept = _kept(scores, rule, budget) if ranks is None else tuple(i for i, r in enumerate(ranks) if r)
-        if not kept:
-            raise SelectionError("no rank has a positive score; raise steps, or give more batches")
+        require_gradients(list(stage.layers), scores)
+        kept = kept_ranks(scores, budget) if scores.ranks else dict.fromkeys(kept_sites(scores, rule, budget))
         require_agreement(repr((kept, [site.name for site in sites])), "the choice")
+        if asked.warm_start:
+            adapters, whole = adapter_copies(stage.layers, scores.gates, kept), head_copies(attached, head)
 
-    settings = {**settings_of(rule), "head_steps": head_steps}
     cost = {"cost": budget.price(kept)} if isinstance(budget, CostBudget) else {}
-    agreement = {} if scores.halves is None else {"agreement": _agreement(scores.halves)}
-    return make_plan(
+    agreement = {} if scores.halves is None else {"agreement": agreement_of(scores.halves)}
+    plan = make_plan(
         sites,
         lora,
         kept=[sites[i].name for i in kept],
         scores=scores.final,
         errors=scores.errors,
-        ranks=None if ranks is None else {sites[i].name: ranks[i] for i in kept},
+        ranks={sites[i].name: len(own) for i, own in kept.items() if own is not None} or None,
         history=scores.history,
         rule=rule.name,
-        options={
-            "keep": keep,
-            "steps": steps,
-            "lr": lr,
-            **settings,
-            **({} if ranking == "score" else {"ranking": ranking}),
-            **({} if fast is None else {"fast": fast}),
-            **cost,
-            **agreement,
-        },
+        options={**_options(asked, steps, head_steps), **cost, **agreement},
         seed=seed,
         base_model=base_model_name(model),
     )
+    return Trained(plan, adapters, whole)
+
+
+def _options(asked: _Asked, steps: int, head_steps: int) -> dict[str, Any]:
+    """The settings that a plan records; those that are off by default are left out."""
+    return {
+        "keep": asked.keep,
+        "steps": steps,
+        "lr": asked.lr,
+        **settings_of(asked.rule),
+        "head_steps": head_steps,
+        **({} if asked.ranking == "score" else {"ranking": asked.ranking}),
+        **({} if asked.fast is None else {"fast": asked.fast}),
+        **({"warm_start": True} if asked.warm_start else {}),
+    }
 
 
 def require_warmup(*, steps: int | None, lr: float) -> None:
@@ -186,83 +260,10 @@ def require_warmup(*, steps: int | None, lr: float) -> None:
     require(0 < lr < float("inf"), f"lr={lr}", "a positive number")
 
 
-def _read(keep: Keep, ranking: Ranking, sites: Sequence[Site], parameters: Mapping[str, int]) -> Chooser | Limit:
-    share = read_share(keep)
-    if share is not None:
-        budget = GainShare(tuple(parameters.values()), share)
-    else:
-        budget = read_limit(keep) or read_budget(keep, parameters)
-    return ranked(budget, ranking, sites, parameters)
-
-
 def _head_steps(rule: Rule, has_head: bool) -> int:
     if rule.head_steps and not has_head:
         raise OptionError(f"head_steps={rule.head_steps}, but PEFT trains no module whole; name it in modules_to_save")
     return (HEAD_STEPS if has_head else 0) if rule.head_steps is None else rule.head_steps
-
-
-def _require_gradients(names: Sequence[str], scores: Scores) -> None:
-    """Raise where no site had a gradient in the whole warm-up; warn where some had none."""
-    without = [name for name, found in zip(names, scores.has_gradient, strict=True) if not found]
-    if len(without) == len(names):
-        raise SelectionError(
-            f"no site had a gradient in {len(scores.history)} warm-up steps, so their scores say nothing; does the "
-            "loss depend on the adapted layers?"
-        )
-    if without:
-        warnings.warn(
-            f"{len(without)} of {len(names)} sites had no gradient in the warm-up, {without[0]} among them: the loss "
-            "does not depend on them; leave them out of target_modules",
-            WeightLoraWarning,
-            stacklevel=3,
-        )
-
-
-def _agreement(halves: tuple[Sequence[float], Sequence[float]]) -> float:
-    """Return the rank correlation of the scores of the two halves of the batches; warn where it may be chance."""
-    found = rank_correlation(*halves)
-    # Of two rankings of n sites at random it has the mean 0 and the standard deviation 1/√(n−1).
-    if len(halves[0]) >= _FEW and found < 2 / (len(halves[0]) - 1) ** 0.5:
-        warnings.warn(
-            f"these scores cannot tell the sites apart: two halves of the batches rank them with a correlation of "
-            f"{found:.2f}; more steps, or a random choice, would serve as well",
-            WeightLoraWarning,
-            stacklevel=3,
-        )
-    return found
-
-
-def _kept(scores: Scores, rule: Rule, budget: Chooser) -> tuple[int, ...]:
-    """Positions of the sites with the best scores: within the budget, and positive."""
-    wanted = budget.choose(scores.sizes)
-    positive = {i for i, score in enumerate(scores.final) if score > 0}
-    kept = tuple(i for i in wanted if i in positive)
-    # A small site without a positive score may fill what a larger one left of the budget: it is left out.
-    if not kept or (len(kept) < len(wanted) and positive <= set(kept)):
-        knobs = [*([f"keep to {len(kept)}"] if kept else []), *rule.knobs]
-        advice = f"; lower {' or '.join(knobs)}" if knobs else ""
-        raise SelectionError(f"only {len(kept)} of the {len(wanted)} wanted sites have a positive score{advice}")
-    return kept
-
-
-def _measured(limit: Limit, attached: nn.Module, losses: Losses, sites: Sequence[Site]) -> CostBudget:
-    """The budget of ``limit``, measured on a step of plain LoRA; all processes use the first one's numbers."""
-    in_bytes = limit.unit == "bytes"
-    own = saved_cost(attached, losses) + parameter_cost(attached) if in_bytes else time_cost(attached, losses)
-    cost = from_first(lambda: own)
-    if in_bytes:
-        budget = CostBudget(cost, int(limit.amount))
-    else:
-        budget = CostBudget(cost, int(limit.amount * cost.of_all), unit=cost.of_all)
-    least = budget.price([cost.cheapest])
-    if cost.of([cost.cheapest]) > budget.limit:
-        needed = f"{least / 1e6:.3f} MB" if in_bytes else f"{least:.3f}x"
-        knobs = ", or lower r or the size of the batch" if in_bytes else ""
-        raise OptionError(
-            f"keep={limit.text!r} fits no site: the cheapest, {sites[cost.cheapest].name}, takes {needed}; raise "
-            f"keep{knobs}"
-        )
-    return budget
 
 
 def _config_of(model: nn.Module) -> LoraConfig:

@@ -6,6 +6,7 @@ method = weightlora.method_for(trainer, "adalora", init_r=12)  # any other metho
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from transformers import Trainer
 
-from weightlora.errors import OptionError
+from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.fast.dropout import Dropout
 from weightlora.fast.enable import enable_fast_lora, fast_dropout
 from weightlora.files import writable_folder
@@ -30,6 +31,7 @@ from weightlora.plan.budget import Keep
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import peeked
 from weightlora.selection.rules import rule_of, settings_of
+from weightlora.trainer._start import START_FILE, read_start, write_start
 from weightlora.trainer.guard import PLAN_FILE, PlanGuard, guarded, keep_plan, lora_of, require_fresh, stored_plan
 from weightlora.trainer.loader import losses, micro_batches, micro_loss, optimizer_steps, planned_steps, quiet_copy
 from weightlora.trainer.placement import placed, require_heads, require_weights
@@ -49,7 +51,8 @@ def method_for(
     Methods that choose sites use the trainer's own data loader, collator, loss, precision and gradient accumulation.
     The plan is written to ``output_dir/plan.json`` at once and into every checkpoint. Where WeightLoRA finds a plan
     there that was made with the same options, it uses that plan instead of a new warm-up: a resumed run has the same
-    structure.
+    structure. With ``warm_start=True`` it also writes the weights that the training starts from, and a second start
+    reads them there; a checkpoint that the trainer then resumes from replaces them.
 
     Works with transformers' ``Trainer`` and ``Seq2SeqTrainer`` and TRL's ``SFTTrainer`` and ``DPOTrainer``. Methods
     that train plain LoRA also work in several processes. When the training is over, ``method.export(trainer.model)``
@@ -92,13 +95,16 @@ def method_for(
     given = {**{k: v for k, v in defaults.items() if k in options_of(name)}, **options}
     method = make_method(name, **given)
     _require_possible(trainer, entry, fast)
+    start = _plan_path(trainer).with_name(START_FILE) if given.get("warm_start") else None
     if entry.reuses_plan:
         stored = from_first(partial(stored_plan, _plan_path(trainer), lora, _asked(name, given)))
         if stored is not None:
-            return _attach(trainer, planned_method(stored), guard, lora, (), seed=seed, fast=fast)
+            same = planned_method(stored, None if start is None else partial(read_start, start))
+            return _attach(trainer, same, guard, lora, (), seed=seed, fast=fast)
     from_first(partial(writable_folder, _plan_path(trainer).parent))
     batches = _batches(trainer, entry, seed)
-    return _attach(trainer, method, guard, lora, batches, seed=seed, fast=fast, whole=entry.trains == "lora")
+    whole = entry.trains == "lora"
+    return _attach(trainer, method, guard, lora, batches, seed=seed, fast=fast, whole=whole, start=start)
 
 
 def select_for(
@@ -149,6 +155,13 @@ def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int, fast: Dropout | Non
     """
     lora = lora_of(trainer, None)
     require_fresh(trainer)
+    if plan.options.get("warm_start"):
+        warnings.warn(
+            "the plan was made with warm_start=True, but a plan holds no weights: its adapters are initialised again; "
+            "to start from the warm-up, give the method and its options instead of the plan",
+            WeightLoraWarning,
+            stacklevel=2,
+        )
     plan.check_sites(trainer.model)  # pyright: ignore[reportArgumentType]
     guard = guarded(trainer)
     return _attach(trainer, planned_method(plan), guard, lora, (), seed=seed, fast=fast)
@@ -164,6 +177,7 @@ def _attach(
     seed: int,
     fast: Dropout | None,
     whole: bool = True,
+    start: Path | None = None,
 ) -> Method:
     """Let the method put its adapters on the trainer's model, which stays the same object where it is a PEFT model.
 
@@ -176,6 +190,7 @@ def _attach(
         seed: Decides the adapters' random start.
         fast: The fast step's dropout.
         whole: Give the method the PEFT model as the trainer has it; else the base model in it.
+        start: A file for the weights that the training starts from; None writes none.
     """
     model: Any = trainer.model
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
@@ -190,6 +205,8 @@ def _attach(
         trainer.model = trainer.model_wrapped = trainer.callback_handler.model = attached  # pyright: ignore
     if fast is not None:
         enable_fast_lora(trainer.model, fast)  # pyright: ignore[reportArgumentType]
+    if start is not None:  # before the plan: whoever finds a plan finds its weights
+        from_first(partial(write_start, trainer.model, start))  # pyright: ignore[reportArgumentType]
     from_first(partial(keep_plan, method.plan, _plan_path(trainer)))
     for callback in method.callbacks():
         trainer.add_callback(callback)
@@ -213,9 +230,9 @@ def _defaults(trainer: Trainer, entry: MethodEntry, seed: int, fast: Dropout | N
 def _asked(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options that a stored plan must have been made with."""
     rule = rule_of(options.get("rule", "first_order"))
-    settings = {"keep": 0.5, "steps": None, "alpha": "scale", "ranking": "score", **options}
+    settings = {"keep": 0.5, "steps": None, "alpha": "scale", "ranking": "score", "warm_start": False, **options}
     expand = {"expand": settings["alpha"] if name == "weightlora_plus" else False}
-    names = ("keep", "steps", "lr", "seed", "fast", "ranking")
+    names = ("keep", "steps", "lr", "seed", "fast", "ranking", "warm_start")
     return {**{key: settings[key] for key in names}, **settings_of(rule), "rule": rule.name, **expand}
 
 

@@ -129,7 +129,14 @@ def stored_plan(path: Path, lora: LoraConfig, asked: Mapping[str, Any]) -> Adapt
     if not path.exists():
         return None
     plan = AdapterPlan.load(path)
-    made = {"expand": False, "ranking": "score", **plan.options, "rule": plan.rule, "seed": plan.seed}
+    made = {
+        "expand": False,
+        "ranking": "score",
+        "warm_start": False,
+        **plan.options,
+        "rule": plan.rule,
+        "seed": plan.seed,
+    }
     wanted = {key: value for key, value in asked.items() if value is not None}
     changed = [key for key, value in wanted.items() if made.get(key) != value]
     faults = [f"{key}={made.get(key)!r} there, {wanted[key]!r} now" for key in changed]

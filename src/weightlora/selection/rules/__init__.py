@@ -93,6 +93,23 @@ def rule_of(rule: str | Rule, **settings: Any) -> Rule:
     return dataclasses.replace(made, **settings)
 
 
+def require_training_rule(rule: Rule) -> None:
+    """Raise unless the rule trains the adapters that ``warm_start`` uses.
+
+    Raises:
+        OptionError: With the rules that do.
+
+    Example:
+        >>> require_training_rule(rule_of("integrated"))
+    """
+    if not rule.trains_adapters:
+        others = [entry.name for entry in RULES if rule_of(entry.name).trains_adapters]
+        raise OptionError(
+            f"warm_start=True: rule={rule.name!r} trains no adapters in its warm-up; give one of {', '.join(others)}, "
+            "or leave warm_start out"
+        )
+
+
 def settings_of(rule: Rule) -> dict[str, Any]:
     """Return the rule's settings by name, as a plan records them."""
     return dataclasses.asdict(rule)

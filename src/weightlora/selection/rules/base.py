@@ -28,6 +28,8 @@ class Scores:
     """The last scores by either half of the batches; None where a rule reads none."""
     ranks: tuple[tuple[float, ...], ...] = ()
     """The score of each rank of each site, where a rule scores single ranks: the budget is spent rank by rank."""
+    gates: tuple[float, ...] | None = None
+    """What each site's B is multiplied by at the end of the warm-up; None where there are no gates."""
 
     @property
     def final(self) -> tuple[float, ...]:
@@ -43,6 +45,8 @@ class Rule(Protocol):
     """What the plan calls it."""
     knobs: ClassVar[tuple[str, ...]]
     """Settings that an error names where too few sites have a positive score."""
+    trains_adapters: ClassVar[bool]
+    """Whether :meth:`score` trains A and B, so that ``warm_start`` can use them."""
 
     @property
     def head_steps(self) -> int | None:

@@ -63,6 +63,7 @@ class CrossFitted:
     head_steps: int | None = None
     name: ClassVar[str] = "cross_fitted"
     knobs: ClassVar[tuple[str, ...]] = ()
+    trains_adapters: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(0 < self.damping < float("inf"), f"damping={self.damping}", "a positive number")

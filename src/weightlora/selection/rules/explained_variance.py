@@ -52,6 +52,7 @@ class ExplainedVariance:
     head_steps: int | None = 0
     name: ClassVar[str] = "explained_variance"
     knobs: ClassVar[tuple[str, ...]] = ()
+    trains_adapters: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         given: object = self.exact_up_to

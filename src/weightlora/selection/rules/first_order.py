@@ -39,6 +39,7 @@ class FirstOrder:
     head_steps: int | None = None
     name: ClassVar[str] = "first_order"
     knobs: ClassVar[tuple[str, ...]] = ()
+    trains_adapters: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_head_steps(self.head_steps)

@@ -41,6 +41,7 @@ class Fisher:
     head_steps: int | None = None
     name: ClassVar[str] = "fisher"
     knobs: ClassVar[tuple[str, ...]] = ()
+    trains_adapters: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_head_steps(self.head_steps)

@@ -48,6 +48,7 @@ class GoRA:
     head_steps: int | None = None
     name: ClassVar[str] = "gora"
     knobs: ClassVar[tuple[str, ...]] = ()
+    trains_adapters: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_head_steps(self.head_steps)

@@ -55,6 +55,7 @@ class Heuristic:
     draw: int = 0
     name: ClassVar[str] = "heuristic"
     knobs: ClassVar[tuple[str, ...]] = ()
+    trains_adapters: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.kind in KINDS, f"kind={self.kind!r}", f"one of {', '.join(KINDS)}")

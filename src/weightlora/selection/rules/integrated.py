@@ -62,7 +62,8 @@ class Integrated:
     per: Per = "site"
     head_steps: int | None = None
     name: ClassVar[str] = "integrated"
-    knobs: ClassVar[tuple[str, ...]] = ("keep",)
+    knobs: ClassVar[tuple[str, ...]] = ()
+    trains_adapters: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self.nodes >= 1, f"nodes={self.nodes!r}", "1 or more points")

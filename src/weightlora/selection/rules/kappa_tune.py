@@ -34,6 +34,7 @@ class KappaTune:
 
     name: ClassVar[str] = "kappa_tune"
     knobs: ClassVar[tuple[str, ...]] = ()
+    trains_adapters: ClassVar[bool] = False
 
     @property
     def head_steps(self) -> int:

@@ -52,6 +52,7 @@ class PLoP:
     head_steps: int | None = 0
     name: ClassVar[str] = "plop"
     knobs: ClassVar[tuple[str, ...]] = ()
+    trains_adapters: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.by in BY, f"by={self.by!r}", f"one of {', '.join(BY)}")

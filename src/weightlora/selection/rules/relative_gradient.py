@@ -42,6 +42,7 @@ class RelativeGradient:
     head_steps: int | None = None
     name: ClassVar[str] = "relative_gradient"
     knobs: ClassVar[tuple[str, ...]] = ()
+    trains_adapters: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_head_steps(self.head_steps)

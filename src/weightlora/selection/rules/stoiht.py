@@ -55,6 +55,7 @@ class StoIHT:
     head_steps: int | None = None
     name: ClassVar[str] = "stoiht"
     knobs: ClassVar[tuple[str, ...]] = ("gate_lr", "steps")
+    trains_adapters: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         every: object = self.threshold_every
@@ -105,7 +106,7 @@ class StoIHT:
 
         known = jackknife(score, groups)
         moved = tuple((seen != 0).any(0).tolist())
-        return Scores(tuple(history), moved, sizes, errors=known.errors, halves=known.halves)
+        return Scores(tuple(history), moved, sizes, errors=known.errors, halves=known.halves, gates=final)
 
 
 def hard_threshold(omega: Tensor, budget: Chooser, *, threshold: Threshold = "magnitude") -> Tensor:

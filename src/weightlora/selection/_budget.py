@@ -1,0 +1,46 @@
+"""The budget that ``keep`` asks for, measured where it is a limit on memory or step time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from weightlora.cost.knapsack import CostBudget
+from weightlora.cost.saved_bytes import Losses, parameter_cost, saved_cost
+from weightlora.cost.step_time import time_cost
+from weightlora.errors import OptionError
+from weightlora.model.distributed import from_first
+from weightlora.model.sites import Site
+from weightlora.plan.budget import Chooser, GainShare, Keep, Limit, read_budget, read_limit, read_share
+from weightlora.plan.ranking import Ranking, ranked
+
+
+def asked_budget(keep: Keep, ranking: Ranking, sites: Sequence[Site], parameters: Mapping[str, int]) -> Chooser | Limit:
+    """Return the budget; a limit on memory or step time has to be measured first."""
+    share = read_share(keep)
+    if share is not None:
+        budget = GainShare(tuple(parameters.values()), share)
+    else:
+        budget = read_limit(keep) or read_budget(keep, parameters)
+    return ranked(budget, ranking, sites, parameters)
+
+
+def measured_budget(limit: Limit, attached: nn.Module, losses: Losses, sites: Sequence[Site]) -> CostBudget:
+    """Return the budget of ``limit``, measured on a step of plain LoRA; all processes use the first one's numbers."""
+    in_bytes = limit.unit == "bytes"
+    own = saved_cost(attached, losses) + parameter_cost(attached) if in_bytes else time_cost(attached, losses)
+    cost = from_first(lambda: own)
+    if in_bytes:
+        budget = CostBudget(cost, int(limit.amount))
+    else:
+        budget = CostBudget(cost, int(limit.amount * cost.of_all), unit=cost.of_all)
+    least = budget.price([cost.cheapest])
+    if cost.of([cost.cheapest]) > budget.limit:
+        needed = f"{least / 1e6:.3f} MB" if in_bytes else f"{least:.3f}x"
+        knobs = ", or lower r or the size of the batch" if in_bytes else ""
+        raise OptionError(
+            f"keep={limit.text!r} fits no site: the cheapest, {sites[cost.cheapest].name}, takes {needed}; raise "
+            f"keep{knobs}"
+        )
+    return budget

@@ -1,0 +1,75 @@
+"""Which sites their scores keep, and whether these scores say anything."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from weightlora.errors import SelectionError, WeightLoraWarning
+from weightlora.plan.budget import Chooser
+from weightlora.plan.ranks import chosen_ranks
+from weightlora.selection._jackknife import rank_correlation
+from weightlora.selection.rules.base import Rule, Scores
+
+#: With fewer sites the agreement of two halves says nothing.
+_FEW = 10
+#: Warnings name the line that called ``select()``: it is so many frames above.
+_CALLER = 4
+
+
+def require_gradients(names: Sequence[str], scores: Scores) -> None:
+    """Raise where no site had a gradient in the whole warm-up; warn where some had none."""
+    without = [name for name, found in zip(names, scores.has_gradient, strict=True) if not found]
+    if len(without) == len(names):
+        raise SelectionError(
+            f"no site had a gradient in {len(scores.history)} warm-up steps, so their scores say nothing; does the "
+            "loss depend on the adapted layers?"
+        )
+    if without:
+        warnings.warn(
+            f"{len(without)} of {len(names)} sites had no gradient in the warm-up, {without[0]} among them: the loss "
+            "does not depend on them; leave them out of target_modules",
+            WeightLoraWarning,
+            stacklevel=_CALLER,
+        )
+
+
+def agreement_of(halves: tuple[Sequence[float], Sequence[float]]) -> float:
+    """Return the rank correlation of the scores of the two halves of the batches; warn where it may be chance."""
+    found = rank_correlation(*halves)
+    # Of two rankings of n sites at random it has the mean 0 and the standard deviation 1/√(n−1).
+    if len(halves[0]) >= _FEW and found < 2 / (len(halves[0]) - 1) ** 0.5:
+        warnings.warn(
+            f"these scores cannot tell the sites apart: two halves of the batches rank them with a correlation of "
+            f"{found:.2f}; more steps, or a random choice, would serve as well",
+            WeightLoraWarning,
+            stacklevel=_CALLER,
+        )
+    return found
+
+
+def kept_ranks(scores: Scores, budget: Chooser) -> dict[int, tuple[int, ...]]:
+    """Return which ranks each kept site keeps: those with the best scores, within the budget.
+
+    Raises:
+        SelectionError: No rank has a positive score.
+    """
+    counts = chosen_ranks(budget, scores.ranks)
+    best = (sorted(range(len(own)), key=lambda k: -own[k]) for own in scores.ranks)
+    kept = {i: tuple(sorted(order[:r])) for i, (r, order) in enumerate(zip(counts, best, strict=True)) if r}
+    if not kept:
+        raise SelectionError("no rank has a positive score; raise steps, or give more batches")
+    return kept
+
+
+def kept_sites(scores: Scores, rule: Rule, budget: Chooser) -> tuple[int, ...]:
+    """Positions of the sites with the best scores: within the budget, and positive."""
+    wanted = budget.choose(scores.sizes)
+    positive = {i for i, score in enumerate(scores.final) if score > 0}
+    kept = tuple(i for i in wanted if i in positive)
+    # A small site without a positive score may fill what a larger one left of the budget: it is left out.
+    if not kept or (len(kept) < len(wanted) and positive <= set(kept)):
+        knobs = [*([f"keep to {len(kept)}"] if kept else []), *rule.knobs]
+        advice = f"; lower {' or '.join(knobs)}" if knobs else ""
+        raise SelectionError(f"only {len(kept)} of the {len(wanted)} wanted sites have a positive score{advice}")
+    return kept

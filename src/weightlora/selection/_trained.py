@@ -1,0 +1,105 @@
+"""What a warm-up trained: the plan, and the weights from which the training of its adapters can go on.
+
+trained = select_trained(model, batches, rule="integrated", lora=lora, keep=0.5)
+model = trained.attach(model)  # the adapters as they were at the end of the warm-up; stock PEFT from here on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from weightlora.errors import OptionError
+from weightlora.model.layers import lora_layers
+from weightlora.plan.plan import AdapterPlan
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.lora import LoraLayer
+
+#: Values with which the final adapters compute what the warm-up's did: ΔW = s·B·A on the unchanged base weights.
+_PLAIN = {"init_lora_weights": (True, False, "gaussian"), "use_dora": (False,), "layer_replication": (None,)}
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A plan with the weights that the warm-up trained; all tensors are copies on the CPU."""
+
+    plan: AdapterPlan
+    adapters: Mapping[str, tuple[Tensor, Tensor]]
+    """A and B of each kept site; B is multiplied by the site's gate where the rule has gates."""
+    head: Mapping[str, Tensor]
+    """The modules that PEFT trains whole, by the parameters' names in the PEFT model."""
+
+    def attach(self, model: nn.Module) -> PeftModel:
+        """Put the plan's adapters into ``model``, with the weights that the warm-up trained.
+
+        Raises:
+            PlanMismatchError: The model lacks planned sites, or has them in other shapes.
+        """
+        attached = self.plan.attach(model)
+        self.copy_into(attached)
+        return attached
+
+    @torch.no_grad()
+    def copy_into(self, attached: PeftModel) -> None:
+        """Overwrite A, B and the head of a model that carries the plan.
+
+        Raises:
+            PlanMismatchError: The model does not carry the plan.
+        """
+        self.plan.check(attached)
+        layers: dict[str, Any] = dict(lora_layers(attached))
+        for name, (a, b) in self.adapters.items():
+            layers[name].lora_A["default"].weight.copy_(a)
+            layers[name].lora_B["default"].weight.copy_(b)
+        parameters = dict(attached.named_parameters())
+        for name, value in self.head.items():
+            parameters[name].copy_(value)
+
+
+def adapter_copies(
+    layers: Mapping[str, LoraLayer], gates: Sequence[float] | None, kept: Mapping[int, Sequence[int] | None]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return A and ω·B of the kept sites, as copies on the CPU.
+
+    Args:
+        layers: All sites of the warm-up.
+        gates: ω of each site; None where the rule has no gates.
+        kept: Positions of the sites that the plan keeps, and which of its ranks each keeps; None stands for all.
+    """
+    named: list[tuple[str, Any]] = list(layers.items())
+    copies: dict[str, tuple[Tensor, Tensor]] = {}
+    for i in sorted(kept):
+        name, layer = named[i]
+        a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+        ranks = kept[i]
+        if ranks is not None:
+            a, b = a[list(ranks)], b[:, list(ranks)]
+        copies[name] = (a.cpu().clone(), (b * (1.0 if gates is None else gates[i])).cpu())
+    return copies
+
+
+def head_copies(attached: nn.Module, head: Sequence[nn.Parameter]) -> dict[str, Tensor]:
+    """Return the parameters ``head`` of ``attached`` by their names, as copies on the CPU."""
+    wanted = set(map(id, head))
+    return {name: p.detach().cpu().clone() for name, p in attached.named_parameters() if id(p) in wanted}
+
+
+def require_plain(lora: LoraConfig) -> None:
+    """Raise unless the final adapters compute the same with the warm-up's weights as plain LoRA did.
+
+    Raises:
+        OptionError: With the field of ``lora`` and what is allowed.
+    """
+    for name, allowed in _PLAIN.items():
+        found = getattr(lora, name)
+        if found not in allowed:
+            raise OptionError(
+                f"warm_start=True: the warm-up trains plain LoRA, and {name}={found!r} makes other adapters of its "
+                f"weights; give {' or '.join(map(repr, allowed))}, or leave warm_start out"
+            )
