@@ -141,7 +141,7 @@ def test_what_was_trained_shares_no_memory_with_a_model():
         return squared(model, batch)
 
     lora = LoraConfig(r=2, target_modules=["layers.0", "layers.1", "layers.2"], modules_to_save=["layers.3"])
-    trained, *_ = trained_and_start(Integrated(probes=2, head_steps=0), lora=lora, loss_fn=loss)
+    trained, *_ = trained_and_start(Integrated(probes=2, head_steps=0), lora=lora, keep=1, loss_fn=loss)
     attached = trained.attach(Net())
     assert len(trained.head) == 2
     tensors = [tensor for pair in trained.adapters.values() for tensor in pair] + list(trained.head.values())
