@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import pytest
@@ -70,6 +70,26 @@ def test_show_explains_every_line(plan, capsys):
     assert f"{2 * 4 * 16} (50.0 %)" in rows["parameters"]
     assert "256" in rows["parameters"]
     assert "embedded/minilm" in printed
+
+
+def test_show_writes_the_knee_plot_that_it_is_asked_for(plan, tmp_path, capsys):
+    """The scores are 0, 1, 2 and 3: the best of four sites of one size has half of them."""
+    assert "half of the gain" not in screen(capsys, "show", plan)
+    # One order in four begins with the 3: 25 %. One in three begins with 0 and 1 or 0 and 2: 75 %. The others: 50 %.
+    printed = " ".join(screen(capsys, "show", plan, "--knee", tmp_path / "k.png").split())
+    assert "half of the gain is in 1 of 4 sites with 25 % of the parameters (random: " in printed
+    assert "8 of 10 orders 25 % to 75 %)" in printed
+    assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_knee_plot_needs_scores(plan, tmp_path, capsys):
+    old = AdapterPlan.load(plan)
+    AdapterPlan(tuple(replace(entry, score=0.0) for entry in old.entries), rule="random").save(plan)
+    assert main(["show", str(plan), "--knee", str(tmp_path / "k.png")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "no site of this plan has a positive score (rule 'random')" in captured.err
+    assert not (tmp_path / "k.png").exists()
 
 
 def test_show_of_a_long_path_and_of_unknown_options_fits_too(plan, capsys):

@@ -55,6 +55,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("path", type=Path, help="plan.json, or a directory that PEFT saved an adapter into")
     parser.add_argument("--png", type=Path, help="also write the heat map as a PNG; needs weightlora[plots]")
+    parser.add_argument("--knee", type=Path, help="also write the knee plot of the scores as a PNG; needs the same")
     parser.set_defaults(run=run)
 
 
@@ -65,11 +66,13 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.plan.from_adapter import read_adapter
     from weightlora.plan.plan import AdapterPlan
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
+    from weightlora.report.knee import draw_knee, knee_text, make_knee
 
     path: Path = arguments.path
-    if arguments.png:
+    if arguments.png or arguments.knee:
         require_extra("matplotlib", "plots")
     plan = read_adapter(path) if path.is_dir() else AdapterPlan.load(path)
+    knee = make_knee(plan) if arguments.knee else None  # without scores nothing is printed but the error
     console = Console()
     console.print(terminal_heatmap(plan))
     summary, options = list(_summary(path, plan)), list(_options(plan))
@@ -80,6 +83,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.png:
         draw_heatmap(plan, arguments.png)
         console.print(f"wrote {arguments.png}", soft_wrap=True)
+    if knee is not None:
+        draw_knee(knee, arguments.knee)
+        console.print(knee_text(knee))
+        console.print(f"wrote {arguments.knee}", soft_wrap=True)
 
 
 def _table(name: str, rows: Iterable[tuple[str, str, str]], width: int) -> Table:

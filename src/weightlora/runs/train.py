@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
 BEFORE_FILE, RESULTS_FILE, BATCH_FILE = "before.json", "results.json", "batch.json"
-HEATMAP_FILE, ADAPTER = "heatmap.png", "adapter"
+HEATMAP_FILE, KNEE_FILE, ADAPTER = "heatmap.png", "knee.png", "adapter"
 
 
 @dataclass(frozen=True)
