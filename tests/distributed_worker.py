@@ -35,7 +35,7 @@ from weightlora.fast.enable import fast_dropout
 from weightlora.model.layers import lora_layers
 from weightlora.runs.recipe import read_recipe
 from weightlora.runs.train import train
-from weightlora.selection import select as selection
+from weightlora.selection import _budget as measured
 from weightlora.selection import stage
 from weightlora.selection.rules.first_order import FirstOrder
 from weightlora.selection.rules.stoiht import StoIHT
@@ -184,9 +184,9 @@ class Worker:
         for keep in LIMITS:
             plan = small_plan(small_model(), own, keep=keep)
             plan.save(self.folder / f"limit-{keep}-{self.process}.plan")
-        first, selection.from_first = selection.from_first, lambda make: make()
+        first, measured.from_first = measured.from_first, lambda make: make()
         self.tell_error("apart", SelectionError, small_plan, small_model(), own, keep=LIMITS[0])
-        selection.from_first = first
+        measured.from_first = first
 
     def token_selection(self, name, **arguments):
         weightlora.select_for(token_trainer(self.folder, name, ROWS // self.processes, **arguments), steps=6)

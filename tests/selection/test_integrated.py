@@ -113,7 +113,6 @@ def test_more_rounds_than_steps_are_named():
         selected(Integrated(rounds=3), steps=2)
 
 
-@pytest.mark.filterwarnings("ignore:these scores cannot tell")  # of two batches of eight rows
 def test_it_runs_on_minilm_and_another_seed_draws_another_start(minilm, review_batches):
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
     options = {"lora": lora, "keep": 0.25, "steps": 4, "rule": Integrated(probes=2, head_steps=0), "progress": False}
@@ -155,7 +154,6 @@ def test_a_gain_of_rank_one_is_kept_with_one_rank():
     assert first > 20 * abs(second)
 
 
-@pytest.mark.filterwarnings("ignore:these scores cannot tell")  # of two batches of eight rows
 def test_a_plan_of_single_ranks_is_stock_peft(minilm, review_batches, tmp_path):
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
     rule = Integrated(probes=2, head_steps=0, per="rank")

@@ -105,7 +105,6 @@ def without_dropout(model):
     return model
 
 
-@pytest.mark.filterwarnings("ignore:these scores cannot tell")  # of one batch, used twice
 def test_papers_first_survivors_on_minilm_have_the_largest_gradients(minilm, review_batches):
     """With B = 0 and a small first AdamW step of −lr·sign, the second gradient of ω is −lr·s·‖∂L/∂B‖₁."""
     batch = {key: torch.cat([batch[key] for batch in review_batches]) for key in review_batches[0]}

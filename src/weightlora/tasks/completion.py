@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError, OptionError, WeightLoraWarning, require_extra
+from weightlora.tasks._generate import end_tokens, generate
 from weightlora.tasks._judge import judge_model
 from weightlora.tasks._prompts import solves, to_prompts, to_texts
 from weightlora.tasks._teacher_forced import answered
@@ -214,7 +215,7 @@ def _measure_teacher_forced(
     for split, rows in _tokenised(trainer, splits).items():
         found = answered(
             *(trainer.model, list(rows["input_ids"]), list(rows["labels"])),
-            ends=_ends(trainer.model, tokenizer),
+            ends=end_tokens(trainer.model, tokenizer),
             batch_size=trainer.args.per_device_eval_batch_size,
         )
         numbers |= {f"{split}_loss": found.loss, f"{split}_exact_match": found.exact_match}
@@ -250,65 +251,9 @@ def _is_right(answer: str, row: Mapping[str, Any]) -> bool:
     return answer == (completion if isinstance(completion, str) else completion[-1]["content"]).strip()
 
 
-def generate(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-) -> list[str]:
-    """Return the likeliest continuation of each prompt, token by token, without special tokens.
-
-    Args:
-        model: A language model, with or without adapters.
-        tokenizer: Its tokenizer; it must have a padding token.
-        prompts: Their tokens.
-        batch_size: Prompts a batch. Prompts are sorted by length and padded on the left.
-        max_new_tokens: The most tokens of an answer.
-    """
-    import torch
-    from tqdm import tqdm
-    from transformers import GenerationConfig
-
-    greedy = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_ends(model, tokenizer),
-    )
-    order = sorted(
-        range(len(prompts)), key=lambda i: -len(prompts[i])
-    )  # the largest first: out of memory at once or never
-    answers = [""] * len(prompts)
-    training = model.training
-    model.eval()
-    try:
-        for start in tqdm(range(0, len(order), batch_size), desc="answers", disable=None):
-            some = order[start : start + batch_size]
-            batch = tokenizer.pad(
-                {"input_ids": [list(prompts[i]) for i in some]}, padding_side="left", return_tensors="pt"
-            ).to(model.device)
-            with torch.no_grad():
-                ids = model.generate(**batch, generation_config=greedy, use_cache=True)
-            texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            for i, text in zip(some, texts, strict=True):
-                answers[i] = str(text)
-    finally:
-        model.train(training)
-    return answers
-
-
 def _encode(tokenizer: Any, row: Mapping[str, Any]) -> list[int]:
     """Return the tokens of a row's prompt, up to where the answer starts."""
     if isinstance(row["prompt"], str):
         return tokenizer(row["prompt"])["input_ids"]
     options = {"add_generation_prompt": True, "return_dict": True, **row["chat_template_kwargs"]}
     return tokenizer.apply_chat_template(row["prompt"], **options)["input_ids"]
-
-
-def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's, which training uses, and the base model's own."""
-    known: Any = model.generation_config.eos_token_id
-    own: Any = tokenizer.eos_token_id
-    return sorted({own, *(known if isinstance(known, list) else [known])} - {None})
