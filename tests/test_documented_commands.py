@@ -115,11 +115,16 @@ def test_a_benchmark_of_the_guide(here, small_model):
     assert [record["status"] for record in records] == ["ok"] * 5
 
 
-def test_two_processes(here, small_model):
-    words = only("torchrun --nproc_per_node 2")
-    # One thread each; the port is free, where the default one may be taken.
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
+@pytest.mark.parametrize("launcher", ["torchrun --nproc_per_node 2", "accelerate launch --config_file fsdp2.yaml"])
+def test_two_processes(launcher, here, small_model):
+    words = only(launcher)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", *words[1:]]  # the default port may be taken
+    accelerate = ["-m", "accelerate.commands.launch", "--main_process_port", "0", *words[2:]]
+    guide = (ROOT / "docs" / "guides" / "distributed.md").read_text()
+    config = guide.partition("# fsdp2.yaml\n")[2].partition("```")[0]
+    (here / "fsdp2.yaml").write_text(f"{config}use_cpu: true\n")
     changed = ["--model_name_or_path", str(small_model), *SHORT, "--max_steps", "2", "--output_dir", str(here / "out")]
-    done = subprocess.run([*torchrun, *changed], capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, *(torchrun if words[0] == "torchrun" else accelerate), *changed]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert (here / "out" / "adapter" / "adapter_model.safetensors").is_file()

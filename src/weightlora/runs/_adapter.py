@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 def save_adapter(trainer: Trainer, plan: AdapterPlan, path: Path) -> None:
     """Write the trained adapter as a stock PEFT folder with its plan and card, whole or not at all."""
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # on all processes: each may hold a shard
-    weights = {name.replace("_orig_mod.", ""): weight for name, weight in weights.items()}  # torch.compile's prefix
-    if not is_first():
+    found: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # on all processes: each may hold a shard
+    if not is_first():  # DeepSpeed gives the others nothing
         return
+    weights = {name.replace("_orig_mod.", ""): weight for name, weight in found.items()}  # torch.compile's prefix
     with whole_folder(path) as draft:
         model: Any = trainer.accelerator.unwrap_model(trainer.model)  # type: ignore[arg-type]
         model.save_pretrained(str(draft), state_dict=weights)
