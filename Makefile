@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DOCS   := $(VENV)/.docs
 
-.PHONY: setup demo test check fresh bench docs clean
+.PHONY: zero3 setup demo test check fresh bench docs clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,9 @@ check: setup   ## format, lint, types, import order
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/pyright
 	$(BIN)/python -m pytest tests/test_imports.py
+
+zero3: setup    ## the guide's DeepSpeed commands in two processes, about two minutes
+	.ci/zero3
 
 fresh:         ## the built wheel without extras in two new environments, about four minutes
 	PYTHON=$(PYTHON) .ci/fresh

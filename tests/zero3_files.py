@@ -1,0 +1,19 @@
+"""Write what the ZeRO-3 commands of docs/guides/distributed.md name into a folder: a small model, recipes, zero3.yaml."""
+
+import sys
+from pathlib import Path
+
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from weightlora.tasks.embedded import minilm
+
+folder = Path(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(str(minilm()))
+sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "model")
+tokenizer.save_pretrained(folder / "model")
+guide = (Path(__file__).parent.parent / "docs" / "guides" / "distributed.md").read_text(encoding="utf-8")
+config = guide.partition("# zero3.yaml\n")[2].partition("```")[0]
+(folder / "zero3.yaml").write_text(f"{config}use_cpu: true\n")
+for name in ("select.yaml", "recipe.yaml"):
+    (folder / name).write_text("task: rotten_tomatoes\nkeep: 5\n")
