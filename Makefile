@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DOCS   := $(VENV)/.docs
 
-.PHONY: zero3 setup demo test check fresh bench docs clean
+.PHONY: setup demo test check fresh zero3 bench docs clean
 
 setup: $(STAMP)
 

@@ -1,4 +1,4 @@
-"""Write what the ZeRO-3 commands of docs/guides/distributed.md name into a folder: a small model, recipes, zero3.yaml."""
+"""Write what the ZeRO-3 commands of docs/guides/distributed.md name into a folder: model, recipes, zero3.yaml."""
 
 import sys
 from pathlib import Path
