@@ -13,6 +13,7 @@ import argparse
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import yaml
@@ -51,7 +52,10 @@ def main() -> None:
     print(
         f"\nA linear fit to {len(draws)} random sets explains {share:.2f} of the variance of sets it has not seen (R²)."
     )
-    if not predicted.exists():
+    wanted = sum(row.label.startswith("draw") for row in grid.rows)
+    if len(draws) < wanted:
+        print(f"{wanted - len(draws)} random sets are still to be trained; then the predicted sets are written.")
+    elif not predicted.exists():
         _write_predicted(grid, dict(zip(sites, worth, strict=True)))
 
 
@@ -106,8 +110,9 @@ def _print_table(losses: dict[str, float], draws: list[float]) -> None:
 def _write_predicted(grid: Grid, worth: dict[str, float]) -> None:
     """Write plans of the best and the worst set, and the benchmark that trains them."""
     row = next(row for row in grid.rows if row.label.startswith("draw"))
-    recipe = read_recipe(words=option_words(row.options), output_dir=str(grid.output_dir / "unused"))
-    model = prepare(recipe, measured=False).trainer.model
+    with TemporaryDirectory() as scratch:
+        recipe = read_recipe(words=option_words(row.options), output_dir=scratch)
+        model = prepare(recipe, measured=False).trainer.model
     lora = replace(model.peft_config["default"], target_modules=None)
     base = model.unload()
     sites = find_sites(base, lora).sites

@@ -6,6 +6,7 @@ from test_bench import grid_of, record
 from weightlora.bench.differences import make_differences
 from weightlora.bench.grid import Point
 from weightlora.bench.table import make_table
+from weightlora.cli import main
 from weightlora.errors import OptionError
 
 METHODS = {"lora": None, "a": {"method": "random", "keep": 1}, "b": {"method": "random", "keep": 2}}
@@ -43,6 +44,14 @@ def test_of_several_rows_the_mean_is_taken_seed_by_seed(grid):
 def test_a_row_that_is_not_there_is_named(grid):
     with pytest.raises(OptionError, match="against='c' is no row; there are lora, a, b"):
         make_differences(grid, [], ["c"])
+
+
+@pytest.mark.usefixtures("grid")
+def test_a_wrong_row_on_the_command_line_is_found_before_anything_runs(tmp_path, capsys):
+    words = ["bench", "--config", str(tmp_path / "b.yaml"), "--output_dir", str(tmp_path / "out"), "--against", "c"]
+    assert main(words) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_of_losses_the_smallest_is_the_best_and_chooses_the_rate(tmp_path):

@@ -24,10 +24,8 @@ def make_differences(grid: Grid, records: Sequence[Record], against: Sequence[st
     Raises:
         OptionError: There is no such row.
     """
+    require_rows(grid, against)
     labels = list(dict.fromkeys(row.label for row in grid.rows))
-    for label in against:
-        if label not in labels:
-            raise OptionError(f"against={label!r} is no row; there are {', '.join(labels)}")
     known = by_key(records)
     tasks = list(dict.fromkeys(row.task for row in grid.rows))
     rows = {(row.label, row.task): row for row in grid.rows}
@@ -45,6 +43,18 @@ def make_differences(grid: Grid, records: Sequence[Record], against: Sequence[st
     metrics = {row.task: row.metric for row in grid.rows}
     name = against[0] if len(against) == 1 else f"mean of {len(against)} rows"
     return Table((f"minus {name}", *(f"{task} {metrics[task]}" for task in tasks)), tuple(body))
+
+
+def require_rows(grid: Grid, against: Sequence[str]) -> None:
+    """Raise unless all of ``against`` are labels of rows.
+
+    Raises:
+        OptionError: With the one that is none.
+    """
+    labels = list(dict.fromkeys(row.label for row in grid.rows))
+    for label in against:
+        if label not in labels:
+            raise OptionError(f"against={label!r} is no row; there are {', '.join(labels)}")
 
 
 def by_seed(grid: Grid, row: Row, records: Mapping[str, Record]) -> dict[int, float]:

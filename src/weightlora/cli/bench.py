@@ -42,7 +42,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--retry", action="store_true", help="run again what failed")
     parser.add_argument("--table", action="store_true", help="only write and print the table of what is recorded")
     parser.add_argument(
-        "--against", nargs="+", metavar="ROW", help="also print differences to these rows' mean, paired by seed"
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="ROW",
+        help="also print differences to these rows' mean, paired by seed",
     )
     parser.set_defaults(run=run, takes_recipe=True)
 
@@ -51,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Run what is missing; write and print the table."""
     from rich.console import Console
 
-    from weightlora.bench.differences import make_differences
+    from weightlora.bench.differences import make_differences, require_rows
     from weightlora.bench.engine import recorded
     from weightlora.bench.grid import read_grid
     from weightlora.bench.table import to_terminal
@@ -60,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console()
     with quiet_libraries():
         grid = read_grid(arguments.config, arguments.output_dir, arguments.rest)
+        require_rows(grid, arguments.against)  # before hours of runs
         if arguments.table:
             records = recorded(grid)
         else:

@@ -68,6 +68,23 @@ class Rule(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class GradientRule:
+    """What rules have in common that read gradients of T batches at B = 0 and train no adapter."""
+
+    head_steps: int | None = None
+    """Steps in which a new head is trained alone first; None: 20 where there is a head, else 0."""
+    knobs: ClassVar[tuple[str, ...]] = ()
+    trains_adapters: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_head_steps(self.head_steps)
+
+    def batches(self, steps: int) -> int:
+        """One for each step."""
+        return steps
+
+
 def require(condition: bool, found: str, allowed: str) -> None:
     """Raise unless a setting is in its range.
 

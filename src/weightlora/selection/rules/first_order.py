@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from weightlora.selection._jackknife import GROUPS, jackknife
-from weightlora.selection.rules.base import Scores, require_head_steps
+from weightlora.selection.rules.base import GradientRule, Scores
 from weightlora.selection.stage import let_train
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FirstOrder:
+class FirstOrder(GradientRule):
     """Score a site by ‖mean ∂L/∂B‖₁ over T batches at B = 0, where A, B and the gates stay as they are.
 
     The first Adam step from B = 0 moves B by −lr·sign(∂L/∂B). The gate's gradient is then −lr·‖∂L/∂B‖₁, so this score
@@ -36,17 +36,7 @@ class FirstOrder:
         5
     """
 
-    head_steps: int | None = None
     name: ClassVar[str] = "first_order"
-    knobs: ClassVar[tuple[str, ...]] = ()
-    trains_adapters: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        require_head_steps(self.head_steps)
-
-    def batches(self, steps: int) -> int:
-        """One for each step."""
-        return steps
 
     def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - nothing is dropped
         """Return the scores; only B requires gradients."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weightlora.selection._batch_means import batch_means
 from weightlora.selection._weight_gradients import wide
-from weightlora.selection.rules.base import Scores, require_head_steps
+from weightlora.selection.rules.base import GradientRule, Scores
 from weightlora.selection.stage import let_train
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(GradientRule):
     """Score a site by the mean over T batches of ‖∂L/∂B‖²_F at B = 0, the trace of B's empirical Fisher information.
 
     FIM-LoRA (arXiv:2605.16800) ranks sites by the mean of g² over entries and batches. Here the entries are summed, so
@@ -38,17 +38,7 @@ class Fisher:
         Fisher(head_steps=5)
     """
 
-    head_steps: int | None = None
     name: ClassVar[str] = "fisher"
-    knobs: ClassVar[tuple[str, ...]] = ()
-    trains_adapters: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        require_head_steps(self.head_steps)
-
-    def batches(self, steps: int) -> int:
-        """One for each step."""
-        return steps
 
     def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - nothing is dropped
         """Return the scores; only B requires gradients."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weightlora.selection._jackknife import GROUPS, jackknife
 from weightlora.selection._weight_gradients import full_weight, weight_gradients
-from weightlora.selection.rules.base import Scores, require_head_steps
+from weightlora.selection.rules.base import GradientRule, Scores
 from weightlora.selection.stage import let_train
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _SAMPLE = 2**16
 
 
 @dataclass(frozen=True)
-class GoRA:
+class GoRA(GradientRule):
     """Score a site by the mean over entries of |W ⊙ Ḡ|, divided by √(in + out).
 
     W is the site's frozen weight, and Ḡ the mean of ∂L/∂W over T batches. |w·g| estimates how much the loss would
@@ -45,17 +45,7 @@ class GoRA:
         GoRA(head_steps=5)
     """
 
-    head_steps: int | None = None
     name: ClassVar[str] = "gora"
-    knobs: ClassVar[tuple[str, ...]] = ()
-    trains_adapters: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        require_head_steps(self.head_steps)
-
-    def batches(self, steps: int) -> int:
-        """One for each step."""
-        return steps
 
     def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - nothing is dropped
         """Return the scores; only B requires gradients, so that the backward pass reaches every site."""

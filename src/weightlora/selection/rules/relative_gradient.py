@@ -11,7 +11,7 @@ from torch import Tensor
 from weightlora.errors import SelectionError
 from weightlora.selection._batch_means import batch_means
 from weightlora.selection._weight_gradients import full_weight, weight_gradients
-from weightlora.selection.rules.base import Scores, require_head_steps
+from weightlora.selection.rules.base import GradientRule, Scores
 from weightlora.selection.stage import let_train
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RelativeGradient:
+class RelativeGradient(GradientRule):
     """Score a site by the mean over T batches of ‖∂L/∂W‖_F ÷ ‖W‖_F, where W is its frozen weight.
 
     This is the relative gradient norm, RGN, of auto-RGN (Lee et al. 2023, arXiv:2210.11466), for one weight instead of
@@ -39,17 +39,7 @@ class RelativeGradient:
         'relative_gradient'
     """
 
-    head_steps: int | None = None
     name: ClassVar[str] = "relative_gradient"
-    knobs: ClassVar[tuple[str, ...]] = ()
-    trains_adapters: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        require_head_steps(self.head_steps)
-
-    def batches(self, steps: int) -> int:
-        """One for each step."""
-        return steps
 
     def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - nothing is dropped
         """Return the scores; only B requires gradients, so that the backward pass reaches every site.
