@@ -15,7 +15,7 @@ from weightlora.selection.stage import probed, train_adapters
 
 
 def selected(rule, *, steps=6, data=None, keep=2, model=None, loss_fn=squared, seed=0):
-    data = batches(rule.batches(steps)) if data is None else data
+    data = batches(rule.batches((steps,))) if data is None else data
     options = {"lora": LORA, "keep": keep, "steps": steps, "lr": 0.05, "seed": seed, "progress": False}
     return select(model or Net(), data, rule=rule, loss_fn=loss_fn, **options)
 
@@ -144,9 +144,9 @@ def test_a_gain_of_rank_one_is_kept_with_one_rank():
 
     class Watched(Integrated):
         def score(self, stage, steps, budget):
-            found = super().score(stage, steps, budget)
-            scores.update(zip(stage.layers, found.ranks, strict=True))
-            return found
+            for done, found in super().score(stage, steps, budget):
+                scores.update(zip(stage.layers, found.ranks, strict=True))
+                yield done, found
 
     with pytest.warns(WeightLoraWarning, match=r"had no gradient in the warm-up, layers\.1"):
         selected(Watched(per="rank"), steps=60, data=data, keep=0.9, model=Branches())

@@ -28,7 +28,7 @@ def trained_and_start(rule, **options):
         return squared(model, batch)
 
     arguments = {"lora": LORA, "keep": 2, "steps": STEPS, "lr": RATE, "loss_fn": loss, "progress": False, **options}
-    return select_trained(model, batches(rule.batches(STEPS)), rule=rule, **arguments), started, model
+    return select_trained(model, batches(rule.batches((STEPS,))), rule=rule, **arguments), started, model
 
 
 def slow_updates(a, *, gates, folded=True):
@@ -94,7 +94,7 @@ def test_the_gate_of_the_paper_is_in_b():
 def test_survivors_of_two_rounds_are_those_that_trained_on_without_the_site_dropped_between():
     rule = Integrated(probes=2, rounds=2)
     trained, *_ = trained_and_start(rule)
-    data, held_out, net = batches(rule.batches(STEPS)), batches(STEPS + 5)[-1], Net()
+    data, held_out, net = batches(rule.batches((STEPS,))), batches(STEPS + 5)[-1], Net()
     staying = [name for name, score in trained.plan.scores.items() if score]
     assert len(staying) == 3  # 4·√½, on the way from 4 to 2
     with probed(
@@ -122,7 +122,7 @@ def test_the_plan_is_that_of_select_and_the_model_stays_as_it_was():
     rule = RULES["integrated"]
     trained, _, model = trained_and_start(rule)
     options = {"lora": LORA, "keep": 2, "steps": STEPS, "lr": RATE, "loss_fn": squared, "progress": False}
-    plan = select(Net(), batches(rule.batches(STEPS)), rule=rule, **options)
+    plan = select(Net(), batches(rule.batches((STEPS,))), rule=rule, **options)
     assert (trained.plan.history, trained.plan.ranks) == (plan.history, plan.ranks)
     assert dict(trained.plan.options) == {**plan.options, "warm_start": True}
     assert "warm_start" not in plan.options
@@ -226,11 +226,11 @@ def test_single_ranks_start_where_the_warm_up_left_them():
 
     class Watched(Integrated):
         def score(self, stage, steps, budget):
-            found = super().score(stage, steps, budget)
-            for (name, layer), own in zip(stage.layers.items(), found.ranks, strict=True):
-                a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
-                left[name] = [(score, SCALE * torch.outer(b[:, k], a[k])) for k, score in enumerate(own)]
-            return found
+            for done, found in super().score(stage, steps, budget):
+                for (name, layer), own in zip(stage.layers.items(), found.ranks, strict=True):
+                    a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+                    left[name] = [(score, SCALE * torch.outer(b[:, k], a[k])) for k, score in enumerate(own)]
+                yield done, found
 
     trained, *_ = trained_and_start(Watched(probes=2, per="rank"), keep=0.4)
     attached, x = trained.attach(Net()), torch.randn(4, 6).double()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 #: What the options of a selection mean; methods have further ones of their own.
 _MEANINGS = {
     "steps": "warm-up batches that score sites",
+    "scored": "steps after which the choice was stable, or the most allowed",
     "head_steps": "steps that train a new head first",
     "threshold_every": "steps between hard thresholds",
     "threshold": "gates kept: largest |ω| (magnitude) or largest ω (signed)",

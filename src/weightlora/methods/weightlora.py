@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.fast.dropout import Dropout
 from weightlora.methods.base import ChoosingMethod, Method, Prepared
-from weightlora.plan.budget import Keep, check_keep, warmup_steps
+from weightlora.plan.budget import Keep, check_keep
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.ranking import Ranking, check_ranking
 from weightlora.selection.batches import Loss
 from weightlora.selection.rules import require_training_rule, rule_of
 from weightlora.selection.rules.base import Rule, require
 from weightlora.selection.select import require_warmup, select, select_trained
+from weightlora.selection.steps import Steps
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -25,7 +26,7 @@ def build(
     keep: Keep = 0.5,
     rule: str | Rule = "first_order",
     ranking: Ranking = "score",
-    steps: int | None = None,
+    steps: Steps | None = None,
     lr: float = 1e-3,
     seed: int = 0,
     loss_fn: Loss | None = None,
@@ -39,7 +40,8 @@ def build(
         keep: How much of plain LoRA is kept.
         rule: How sites are scored.
         ranking: How sites compete for the budget.
-        steps: T; None stands for 0.5 % of the training's steps, at least 20.
+        steps: T; None stands for 0.5 % of the training's steps, at least 20; ``"auto"``: until the
+            choice is stable.
         lr: The warm-up's learning rate.
         seed: Decides all random numbers of the warm-up.
         loss_fn: The loss of a batch.
@@ -59,10 +61,10 @@ def build(
     if warm_start:
         require_training_rule(scored_by)
     warmup = {"lr": lr, "seed": seed, "loss_fn": loss_fn, "fast": fast, "progress": progress}
-    asked: dict[str, Any] = {"keep": keep, "rule": scored_by, "ranking": ranking, **warmup}
+    asked: dict[str, Any] = {"keep": keep, "rule": scored_by, "ranking": ranking, "steps": steps, **warmup}
 
     def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> AdapterPlan | Prepared:
-        given: dict[str, Any] = {**asked, "lora": lora, "steps": warmup_steps(total_steps) if steps is None else steps}
+        given: dict[str, Any] = {**asked, "lora": lora, "total_steps": total_steps}
         if not warm_start:
             return select(model, batches, **given)
         trained = select_trained(model, batches, **given)

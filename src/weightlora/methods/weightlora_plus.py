@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from weightlora.fast.dropout import Dropout
 from weightlora.methods.base import ChoosingMethod, Method
-from weightlora.plan.budget import Keep, check_keep, warmup_steps
+from weightlora.plan.budget import Keep, check_keep
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.ranking import Ranking, check_ranking
 from weightlora.selection.batches import Loss
 from weightlora.selection.rules import rule_of
 from weightlora.selection.rules.base import Rule
 from weightlora.selection.select import require_warmup, select
+from weightlora.selection.steps import Steps
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -26,7 +27,7 @@ def build(
     keep: Keep = 0.5,
     rule: str | Rule = "first_order",
     ranking: Ranking = "score",
-    steps: int | None = None,
+    steps: Steps | None = None,
     lr: float = 1e-3,
     seed: int = 0,
     alpha: Literal["scale", "keep"] = "scale",
@@ -40,7 +41,8 @@ def build(
         keep: How much of plain LoRA is kept before the ranks grow; the paper keeps n/2 adapters.
         rule: How sites are scored.
         ranking: How sites compete for the budget.
-        steps: T; None stands for 0.5 % of the training's steps, at least 20.
+        steps: T; None stands for 0.5 % of the training's steps, at least 20; ``"auto"``: until the
+            choice is stable.
         lr: The warm-up's learning rate.
         seed: Decides all random numbers of the warm-up.
         alpha: As in :meth:`weightlora.AdapterPlan.expand`.
@@ -52,10 +54,10 @@ def build(
     check_ranking(ranking)
     require_warmup(steps=steps, lr=lr)
     warmup = {"lr": lr, "seed": seed, "loss_fn": loss_fn, "fast": fast, "progress": progress}
-    chosen = partial(select, keep=keep, rule=rule_of(rule), ranking=ranking, **warmup)
+    chosen = partial(select, keep=keep, rule=rule_of(rule), ranking=ranking, steps=steps, **warmup)
 
     def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> AdapterPlan:
-        plan = chosen(model, batches, lora=lora, steps=warmup_steps(total_steps) if steps is None else steps)
+        plan = chosen(model, batches, lora=lora, total_steps=total_steps)
         return plan.expand(alpha=alpha)
 
     return ChoosingMethod(choose)

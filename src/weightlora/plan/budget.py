@@ -262,18 +262,6 @@ def expanded_ranks(ranks: Sequence[int], planned: Sequence[int], sizes: Sequence
     return [max(grown[i], planned[i]) for i in places]
 
 
-def warmup_steps(total_steps: int | None) -> int:
-    """Return T: 0.5 % of the planned optimizer steps, at least 20.
-
-    The paper's 0.5 % is two steps of a usual run, and the first carries no information.
-
-    Example:
-        >>> warmup_steps(410), warmup_steps(10_000), warmup_steps(None)
-        (20, 50, 20)
-    """
-    return 20 if total_steps is None else max(20, math.ceil(total_steps / 200))
-
-
 def _read_parameters(keep: str) -> int:
     match = re.fullmatch(r"\s*([\d_.]+)\s*([kKmM]?)\s*(?:parameters|params)\s*", keep)
     try:

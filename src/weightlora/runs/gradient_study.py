@@ -117,18 +117,18 @@ def dot_product_study(recipe: Recipe) -> DotProducts:
     from weightlora.model.distributed import process_count
     from weightlora.model.restore import seeded
     from weightlora.model.sites import find_sites, trained_modules
-    from weightlora.plan.budget import warmup_steps
     from weightlora.runs.train import plan, prepare
     from weightlora.selection.batches import peeked
     from weightlora.selection.select import HEAD_STEPS
+    from weightlora.selection.steps import check_steps, warmup_steps
     from weightlora.trainer.guard import lora_of
     from weightlora.trainer.loader import micro_batches, micro_loss, quiet_copy
     from weightlora.trainer.placement import placed, require_weights
 
     options, training = recipe.method, recipe.training
-    steps = warmup_steps(None) if options.steps is None else options.steps
-    if steps < 1:
-        raise OptionError(f"steps={steps} is not allowed: give at least 1 batch")
+    steps = warmup_steps(None) if options.steps is None else check_steps(options.steps, least=1)
+    if steps == "auto":
+        raise OptionError("steps='auto' is not allowed: give the number of batches")
     study = prepare(recipe)
     trainer = study.trainer
     if process_count() > 1:

@@ -18,6 +18,7 @@ from weightlora.files import read_mapping
 from weightlora.methods import make_method, options_of
 from weightlora.plan.budget import check_keep
 from weightlora.selection.rules import RULES, rule_of
+from weightlora.selection.steps import check_steps
 from weightlora.text import closest
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class MethodOptions:
     rule_options: list[str] = field(
         default_factory=list[str], metadata={"help": "settings of the rule, as name=value: head_steps=0 gate_lr=5.0"}
     )
-    steps: int | None = _option(None, "T, warm-up steps; default: 0.5 % of the training's steps, at least 20")
+    steps: str | None = _option(None, "T, warm-up steps, or auto; default: 0.5 % of the training's steps, at least 20")
     method_options: list[str] = field(
         default_factory=list[str], metadata={"help": "settings of the method, as name=value"}
     )
@@ -129,7 +130,8 @@ class MethodOptions:
         Raises:
             OptionError: An option is unknown or out of its range.
         """
-        options = {"keep": check_keep(self.keep), "rule": self.scored_by, "steps": self.steps, "ranking": self.ranking}
+        steps = None if self.steps is None else check_steps(self.steps)
+        options = {"keep": check_keep(self.keep), "rule": self.scored_by, "steps": steps, "ranking": self.ranking}
         known = options_of(self.method)
         names = ("keep", "rule", "steps", "ranking") if "rule" in known else ("keep",)
         return {**{k: options[k] for k in names if k in known}, **_pairs("method_options", self.method_options)}

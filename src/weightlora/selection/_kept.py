@@ -48,6 +48,13 @@ def agreement_of(halves: tuple[Sequence[float], Sequence[float]]) -> float:
     return found
 
 
+def choices(budget: Chooser, scores: Scores) -> list[dict[int, int]]:
+    """Return what the scores would keep, and what either half of the batches would where they read halves."""
+    if scores.ranks:
+        return [{i: r for i, r in enumerate(chosen_ranks(budget, scores.ranks)) if r}]
+    return [dict.fromkeys(budget.choose(sizes), 1) for sizes in (scores.sizes, *(scores.halves or ()))]
+
+
 def kept_ranks(scores: Scores, budget: Chooser) -> dict[int, tuple[int, ...]]:
     """Return which ranks each kept site keeps: those with the best scores, within the budget.
 

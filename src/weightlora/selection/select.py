@@ -27,18 +27,19 @@ from weightlora.model.distributed import require_agreement
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
 from weightlora.model.sites import adapter_parameters, find_sites
-from weightlora.plan.budget import Keep, Limit, warmup_steps
+from weightlora.plan.budget import Keep, Limit
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import base_model_name
 from weightlora.plan.ranking import Ranking
 from weightlora.selection._budget import asked_budget, measured_budget
-from weightlora.selection._kept import agreement_of, kept_ranks, kept_sites, require_gradients
+from weightlora.selection._kept import agreement_of, choices, kept_ranks, kept_sites, require_gradients
 from weightlora.selection._trained import Trained, adapter_copies, head_copies, require_plain
 from weightlora.selection.batches import Loss, cycled, in_parts, model_loss, peeked
 from weightlora.selection.rules import require_training_rule, rule_of, settings_of
 from weightlora.selection.rules.base import Rule, require
 from weightlora.selection.stage import Stage, head_of, with_plain_lora
+from weightlora.selection.steps import Steps, check_steps, reading_times, settled, warmup_steps
 
 #: Steps in which a new head is trained alone, unless the rule says otherwise.
 HEAD_STEPS = 20
@@ -51,7 +52,8 @@ def select(
     lora: LoraConfig | None = None,
     keep: Keep = 0.5,
     rule: str | Rule = "first_order",
-    steps: int | None = None,
+    steps: Steps | None = None,
+    total_steps: int | None = None,
     lr: float = 1e-3,
     seed: int = 0,
     ranking: Ranking = "score",
@@ -80,7 +82,9 @@ def select(
             docs/guides/budgets.md.
         rule: ``"first_order"`` (default) takes the size of the mean ∂L/∂B at B = 0 and trains nothing; ``"paper"`` is
             the paper's; or a rule with settings of its own, such as ``StoIHT(gate_lr=1.0)``.
-        steps: T, warm-up steps in which sites are scored, at least 2; None stands for 20.
+        steps: T, warm-up steps in which sites are scored, at least 2; None stands for 0.5 % of ``total_steps``, at
+            least 20. ``"auto"`` stops when the choice is stable, and after 30 or 3 % of ``total_steps`` at the latest.
+        total_steps: The steps of the training to come, where they are known.
         lr: AdamW's learning rate for what the warm-up trains, constant; best the one of the training.
         seed: Decides A's random start, dropout and a shuffling loader's order, whatever the global generators hold.
         ranking: How sites compete for the budget: ``"score"``, ``"per_parameter"`` (score ÷ parameters) or ``"quota"``
@@ -108,7 +112,7 @@ def select(
         >>> plan.names
         ('2',)
     """
-    asked = _Asked(lora, keep, rule_of(rule), steps, lr, seed, ranking, loss_fn, fast, progress)
+    asked = _Asked(lora, keep, rule_of(rule), steps, total_steps, lr, seed, ranking, loss_fn, fast, progress)
     return _select(model, batches, asked).plan
 
 
@@ -119,7 +123,8 @@ def select_trained(
     rule: str | Rule,
     lora: LoraConfig | None = None,
     keep: Keep = 0.5,
-    steps: int | None = None,
+    steps: Steps | None = None,
+    total_steps: int | None = None,
     lr: float = 1e-3,
     seed: int = 0,
     ranking: Ranking = "score",
@@ -137,7 +142,9 @@ def select_trained(
         rule: One that trains adapters: ``"integrated"``, ``"stoiht"`` or ``"paper"``.
         lora: As in :func:`select`, without DoRA and without an initialisation that changes the base weights.
         keep: As in :func:`select`.
-        steps: T; more steps train the adapters further, by the same batches that the training may see again.
+        steps: As in :func:`select`; more steps train the adapters further, by the same batches that the training may
+            see again.
+        total_steps: As in :func:`select`.
         lr: AdamW's constant learning rate, with which the adapters are trained.
         seed: As in :func:`select`.
         ranking: As in :func:`select`.
@@ -160,7 +167,9 @@ def select_trained(
         >>> [(name, tuple(a.shape), bool(b.any())) for name, (a, b) in trained.adapters.items()]
         [('2', (8, 8), True)]
     """
-    asked = _Asked(lora, keep, rule_of(rule), steps, lr, seed, ranking, loss_fn, fast, progress, warm_start=True)
+    asked = _Asked(
+        lora, keep, rule_of(rule), steps, total_steps, lr, seed, ranking, loss_fn, fast, progress, warm_start=True
+    )
     return _select(model, batches, asked)
 
 
@@ -171,7 +180,8 @@ class _Asked:
     lora: LoraConfig | None
     keep: Keep
     rule: Rule
-    steps: int | None
+    steps: Steps | None
+    total_steps: int | None
     lr: float
     seed: int
     ranking: Ranking
@@ -184,8 +194,9 @@ class _Asked:
 def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
     """Return the plan; without ``warm_start`` no weights are copied."""
     rule, keep, lr, seed, ranking, fast = asked.rule, asked.keep, asked.lr, asked.seed, asked.ranking, asked.fast
-    steps = warmup_steps(None) if asked.steps is None else asked.steps
-    require_warmup(steps=steps, lr=lr)
+    require_warmup(steps=asked.steps, lr=lr)
+    steps = warmup_steps(asked.total_steps) if asked.steps is None else asked.steps
+    times = reading_times(steps, rule, asked.total_steps)
     lora = deepcopy(_config_of(model) if asked.lora is None else asked.lora)
     if asked.warm_start:
         require_training_rule(rule)
@@ -205,19 +216,20 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
             first, batches = peeked(batches)
             with untouched(model, seed=seed):  # the scores are as if nothing had been measured
                 budget = measured_budget(budget, attached, partial(in_parts, model, first, loss_fn), sites)
-        total = head_steps + rule.batches(steps)
+        total = head_steps + rule.batches(times)
         with tqdm(total=total, disable=None if asked.progress else True, leave=False) as bar:
             stage = Stage(model, lora_layers(attached), head, cycled(batches, total), loss_fn, bar, lr)
             stage.train_head(head_steps)
-            scores = rule.score(stage, steps, budget)
+            scored, scores = settled(rule.score(stage, times, budget), partial(choices, budget))
         require_gradients(list(stage.layers), scores)
         kept = kept_ranks(scores, budget) if scores.ranks else dict.fromkeys(kept_sites(scores, rule, budget))
         require_agreement(repr((kept, [site.name for site in sites])), "the choice")
         if asked.warm_start:
             adapters, whole = adapter_copies(stage.layers, scores.gates, kept), head_copies(attached, head)
 
-    cost = {"cost": budget.price(kept)} if isinstance(budget, CostBudget) else {}
-    agreement = {} if scores.halves is None else {"agreement": agreement_of(scores.halves)}
+    measured: dict[str, Any] = {"scored": scored} if steps == "auto" else {}
+    measured |= {"cost": budget.price(kept)} if isinstance(budget, CostBudget) else {}
+    measured |= {} if scores.halves is None else {"agreement": agreement_of(scores.halves)}
     plan = make_plan(
         sites,
         lora,
@@ -227,14 +239,14 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
         ranks={sites[i].name: len(own) for i, own in kept.items() if own is not None} or None,
         history=scores.history,
         rule=rule.name,
-        options={**_options(asked, steps, head_steps), **cost, **agreement},
+        options={**_options(asked, steps, head_steps), **measured},
         seed=seed,
         base_model=base_model_name(model),
     )
     return Trained(plan, adapters, whole)
 
 
-def _options(asked: _Asked, steps: int, head_steps: int) -> dict[str, Any]:
+def _options(asked: _Asked, steps: Steps, head_steps: int) -> dict[str, Any]:
     """The settings that a plan records; those that are off by default are left out."""
     return {
         "keep": asked.keep,
@@ -248,15 +260,14 @@ def _options(asked: _Asked, steps: int, head_steps: int) -> dict[str, Any]:
     }
 
 
-def require_warmup(*, steps: int | None, lr: float) -> None:
+def require_warmup(*, steps: Steps | None, lr: float) -> None:
     """Raise unless ``steps`` and ``lr`` can be those of a warm-up.
 
     Raises:
         OptionError: One of them is out of its range.
     """
     if steps is not None:
-        require(isinstance(steps, int), f"steps={steps!r}", "a whole number")  # pyright: ignore[reportUnnecessaryIsInstance]
-        require(steps >= 2, f"steps={steps}", "at least 2: with B = 0 the first gradient of ω is zero")
+        check_steps(steps)
     require(0 < lr < float("inf"), f"lr={lr}", "a positive number")
 
 

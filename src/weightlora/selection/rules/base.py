@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -53,23 +54,41 @@ class Rule(Protocol):
         """Steps in which a new head is trained alone before the sites are scored; None: 20 where there is a head."""
         ...
 
-    def batches(self, steps: int) -> int:
-        """Return how many batches :meth:`score` reads, of which ``steps`` are T."""
+    def batches(self, steps: Sequence[int]) -> int:
+        """Return how many batches :meth:`score` reads for these ``steps``."""
         ...
 
-    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:
-        """Return the scores after ``steps`` warm-up steps.
+    def passes(self, steps: Sequence[int]) -> int:
+        """Return how many times :meth:`score` runs the model on a batch."""
+        ...
+
+    def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:
+        """Yield T and the scores after T steps, for each T of ``steps``; whoever has seen enough stops reading.
+
+        A rule that cannot score before the end yields the last scores only.
 
         Args:
             stage: The model with plain LoRA on every site.
-            steps: T, batches to use.
+            steps: T in ascending order, such as 8, 16, 30. A fixed T is the only one.
             budget: What may be kept; only rules that drop sites on the way need it.
         """
         ...
 
 
+class OnePass:
+    """A rule that runs the model once on each of T batches."""
+
+    def batches(self, steps: Sequence[int]) -> int:
+        """One for each step."""
+        return steps[-1]
+
+    def passes(self, steps: Sequence[int]) -> int:
+        """One for each batch."""
+        return self.batches(steps)
+
+
 @dataclass(frozen=True)
-class GradientRule:
+class GradientRule(OnePass):
     """What rules have in common that read gradients of T batches at B = 0 and train no adapter."""
 
     head_steps: int | None = None
@@ -79,10 +98,6 @@ class GradientRule:
 
     def __post_init__(self) -> None:
         require_head_steps(self.head_steps)
-
-    def batches(self, steps: int) -> int:
-        """One for each step."""
-        return steps
 
 
 def require(condition: bool, found: str, allowed: str) -> None:

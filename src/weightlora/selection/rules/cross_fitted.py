@@ -15,7 +15,7 @@ from weightlora.model.distributed import add_up
 from weightlora.selection._backward import in_backward
 from weightlora.selection._jackknife import GROUPS, jackknife
 from weightlora.selection._weight_gradients import wide
-from weightlora.selection.rules.base import Scores, require, require_head_steps
+from weightlora.selection.rules.base import OnePass, Scores, require, require_head_steps
 from weightlora.selection.stage import let_train
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _LEAST = 4
 
 
 @dataclass(frozen=True)
-class CrossFitted:
+class CrossFitted(OnePass):
     """Score a site by the loss drop along a unit direction that other batches chose.
 
     The T batches are split into at most 8 groups. With G_i the mean of ∂L/∂B over group i at B = 0, the score is the
@@ -69,21 +69,17 @@ class CrossFitted:
         require(0 < self.damping < float("inf"), f"damping={self.damping}", "a positive number")
         require_head_steps(self.head_steps)
 
-    def batches(self, steps: int) -> int:
-        """One for each step."""
-        return steps
-
-    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - nothing is dropped
-        """Return the scores; only B requires gradients."""
+    def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
+        """Yield the scores; only B requires gradients."""
         matrices = stage.parameters("lora_B")
         let_train(stage, matrices)
-        groups = min(GROUPS, steps)
+        groups = min(GROUPS, steps[0])
         sums = [torch.zeros(groups, *b.shape, dtype=wide(b), device=b.device) for b in matrices]  # (groups, out, r)
         counts = torch.zeros(groups, dtype=torch.float64)
         products = torch.zeros(len(matrices), groups, groups, dtype=torch.float64)
         history: list[tuple[float, ...]] = []
         with _second_moments(stage.layers) as moments:
-            for step in range(steps):
+            for step in range(steps[-1]):
                 stage.backward("scoring", step + 1, matrices)
                 group = step % groups
                 counts[group] += 1
@@ -95,11 +91,18 @@ class CrossFitted:
                 products = torch.stack([_products(s, root) for s, root in zip(sums, roots, strict=True)])
                 products /= counts.clamp(min=1)[:, None] * counts.clamp(min=1)  # of sums → of means
                 history.append(tuple(_gains(products, range(min(step + 1, groups))).tolist()))
-        moved = tuple((products.diagonal(dim1=1, dim2=2) > 0).any(1).tolist())
-        if groups < _LEAST:
-            return Scores(tuple(history), moved, history[-1])
-        known = jackknife(lambda chosen: _gains(products, chosen), groups)
-        return Scores(tuple(history), moved, history[-1], errors=known.errors, halves=known.halves)
+                if step + 1 in steps:
+                    yield step + 1, _scores(history, products)
+
+
+def _scores(history: Sequence[tuple[float, ...]], products: Tensor) -> Scores:
+    """The last scores of ``history``, which the inner products belong to, (n, groups, groups)."""
+    groups, last = len(products[0]), history[-1]
+    moved = tuple((products.diagonal(dim1=1, dim2=2) > 0).any(1).tolist())
+    if groups < _LEAST:
+        return Scores(tuple(history), moved, last)
+    known = jackknife(lambda chosen: _gains(products, chosen), groups)
+    return Scores(tuple(history), moved, last, errors=known.errors, halves=known.halves)
 
 
 def _gains(products: Tensor, chosen: Sequence[int]) -> Tensor:

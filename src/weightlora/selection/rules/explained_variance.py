@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from weightlora.model.distributed import add_up
 from weightlora.selection._jackknife import jackknife
 from weightlora.selection._layer_inputs import layer_inputs
-from weightlora.selection.rules.base import Scores, require, require_head_steps
+from weightlora.selection.rules.base import OnePass, Scores, require, require_head_steps
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -25,7 +25,7 @@ _GROUPS = 2
 
 
 @dataclass(frozen=True)
-class ExplainedVariance:
+class ExplainedVariance(OnePass):
     """Score a site by the share of its inputs' variance in their r leading directions (EVA, arXiv:2410.07170).
 
     The share is Σ_{j≤r} λ_j ÷ Σ_j λ_j. r is the site's rank, and λ are the eigenvalues of Σ z·zᵀ over the tokens of all
@@ -60,12 +60,8 @@ class ExplainedVariance:
         require(whole, f"exact_up_to={given!r}", "a whole number of features, 0 or more")
         require_head_steps(self.head_steps)
 
-    def batches(self, steps: int) -> int:
-        """One for each step."""
-        return steps
-
-    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - nothing is dropped
-        """Return the scores, in one row; nothing is trained."""
+    def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
+        """Yield the last scores, in one row; nothing is trained."""
         moments = {name: _Moments.of(layer, self.exact_up_to) for name, layer in stage.layers.items()}
         step = 0
 
@@ -73,7 +69,7 @@ class ExplainedVariance:
             moments[site].add(z, step % _GROUPS)
 
         with layer_inputs(stage, add):
-            for step in range(steps):
+            for step in range(steps[-1]):
                 stage.forward("scoring", step + 1)
         shares: dict[tuple[int, ...], list[float]] = {(0,): [], (1,): [], (0, 1): []}
         for site in moments.values():
@@ -83,7 +79,10 @@ class ExplainedVariance:
             site.sums.clear()
         known = jackknife(lambda chosen: torch.tensor(shares[tuple(chosen)], dtype=torch.float64), _GROUPS)
         measured = tuple(share > 0 for share in known.scores)
-        return Scores((known.scores,), measured, known.scores, errors=known.errors, halves=known.halves)
+        yield (
+            steps[-1],
+            Scores((known.scores,), measured, known.scores, errors=known.errors, halves=known.halves),
+        )
 
 
 @dataclass

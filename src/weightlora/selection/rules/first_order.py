@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -38,14 +38,14 @@ class FirstOrder(GradientRule):
 
     name: ClassVar[str] = "first_order"
 
-    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - nothing is dropped
-        """Return the scores; only B requires gradients."""
+    def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
+        """Yield the scores; only B requires gradients."""
         matrices = stage.parameters("lora_B")
         let_train(stage, matrices)
-        groups = min(GROUPS, steps)
+        groups = min(GROUPS, steps[0])
         sums = [[torch.zeros_like(b, dtype=torch.float32) for b in matrices] for _ in range(groups + 1)]  # last: of all
         history: list[tuple[float, ...]] = []
-        for step in range(steps):
+        for step in range(steps[-1]):
             stage.backward("scoring", step + 1, matrices)
             for b, group, total in zip(matrices, sums[step % groups], sums[-1], strict=True):
                 if b.grad is not None:
@@ -53,19 +53,20 @@ class FirstOrder(GradientRule):
                     total += b.grad
                     b.grad = None
             history.append(_sizes(sums[-1:], step + 1))
-        counts = [len(range(group, steps, groups)) for group in range(groups)]
+            if step + 1 in steps:
+                yield step + 1, _scores(history, sums[:-1])
 
-        def score(chosen: Sequence[int]) -> Tensor:
-            return torch.tensor(_sizes([sums[i] for i in chosen], sum(counts[i] for i in chosen)))
 
-        known = jackknife(score, groups)
-        return Scores(
-            tuple(history),
-            tuple(gain > 0 for gain in history[-1]),
-            history[-1],
-            errors=known.errors,
-            halves=known.halves,
-        )
+def _scores(history: Sequence[tuple[float, ...]], sums: Sequence[Sequence[Tensor]]) -> Scores:
+    """The last scores of ``history``, where ``sums`` has the gradients of each group of batches."""
+    counts = [len(range(group, len(history), len(sums))) for group in range(len(sums))]
+
+    def score(chosen: Sequence[int]) -> Tensor:
+        return torch.tensor(_sizes([sums[i] for i in chosen], sum(counts[i] for i in chosen)))
+
+    known, last = jackknife(score, len(sums)), history[-1]
+    moved = tuple(gain > 0 for gain in last)
+    return Scores(tuple(history), moved, last, errors=known.errors, halves=known.halves)
 
 
 def _sizes(sums: Sequence[Sequence[Tensor]], steps: int) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -40,12 +41,12 @@ class Fisher(GradientRule):
 
     name: ClassVar[str] = "fisher"
 
-    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - nothing is dropped
-        """Return the scores; only B requires gradients."""
+    def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
+        """Yield the scores; only B requires gradients."""
         matrices = stage.parameters("lora_B")
         let_train(stage, matrices)
         seen: list[Tensor] = []
-        for step in range(1, steps + 1):
+        for step in range(1, steps[-1] + 1):
             stage.backward("scoring", step, matrices)
             norms = [
                 torch.zeros(()) if b.grad is None else torch.linalg.vector_norm(b.grad, dtype=wide(b.grad)).cpu()
@@ -54,4 +55,5 @@ class Fisher(GradientRule):
             seen.append(torch.stack(norms).double().square())  # in fp32 the square of a small norm would be zero
             for b in matrices:
                 b.grad = None
-        return batch_means(torch.stack(seen))
+            if step in steps:
+                yield step, batch_means(torch.stack(seen))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from weightlora.selection._jackknife import GROUPS, jackknife
+from weightlora.selection._jackknife import GROUPS, Estimate, jackknife
 from weightlora.selection._weight_gradients import full_weight, weight_gradients
 from weightlora.selection.rules.base import GradientRule, Scores
 from weightlora.selection.stage import let_train
 
 if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
     from weightlora.plan.budget import Chooser
     from weightlora.selection.stage import Stage
 
@@ -47,16 +49,16 @@ class GoRA(GradientRule):
 
     name: ClassVar[str] = "gora"
 
-    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - nothing is dropped
-        """Return the scores; only B requires gradients, so that the backward pass reaches every site."""
+    def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
+        """Yield the scores; only B requires gradients, so that the backward pass reaches every site."""
         matrices = stage.parameters("lora_B")
         let_train(stage, matrices)
         layers = list(stage.layers.values())
-        groups = min(GROUPS, steps)
+        groups = min(GROUPS, steps[0])
         history: list[tuple[float, ...]] = []
         with weight_gradients(stage.layers) as weights:
             samples = [_Sample.of(weight, groups) for weight in weights]
-            for step in range(1, steps + 1):
+            for step in range(1, steps[-1] + 1):
                 stage.backward("scoring", step, [*matrices, *weights])  # the gradients of all steps add up
                 for b in matrices:
                     b.grad = None
@@ -64,21 +66,28 @@ class GoRA(GradientRule):
                     sample.update(weight.grad, (step - 1) % groups)
                 found = [_score(full_weight(layer), w, step) for layer, w in zip(layers, weights, strict=True)]
                 history.append(tuple(torch.stack(found).tolist()))
-            # Gradients that cancel leave a sum of zero, but not in each group.
-            moved = tuple(_moves(w) or bool(sample.sums.any()) for w, sample in zip(weights, samples, strict=True))
+                if step in steps:
+                    # Gradients that cancel leave a sum of zero, but not in each group.
+                    moved = tuple(_moves(w) or bool(s.sums.any()) for w, s in zip(weights, samples, strict=True))
+                    known = _known(layers, weights, samples, step)
+                    last = history[-1]
+                    yield step, Scores(tuple(history), moved, last, errors=known.errors, halves=known.halves)
 
-        entries = [full_weight(layer).take(s.positions) for layer, s in zip(layers, samples, strict=True)]
-        roots = torch.tensor([_root(weight) for weight in weights])
-        counts = [len(range(group, steps, groups)) for group in range(groups)]
 
-        def score(chosen: Sequence[int]) -> Tensor:
-            count = sum(counts[group] for group in chosen)
-            sums = [sample.sums[list(chosen)].sum(0) for sample in samples]
-            found = [(w * total).abs().mean().cpu() for w, total in zip(entries, sums, strict=True)]
-            return torch.stack(found) / count / roots
+def _known(layers: Sequence[LoraLayer], weights: Sequence[Tensor], samples: Sequence[_Sample], steps: int) -> Estimate:
+    """The standard errors and the halves, by the sampled entries."""
+    entries = [full_weight(layer).take(s.positions) for layer, s in zip(layers, samples, strict=True)]
+    roots = torch.tensor([_root(weight) for weight in weights])
+    groups = len(samples[0].sums)
+    counts = [len(range(group, steps, groups)) for group in range(groups)]
 
-        known = jackknife(score, groups)
-        return Scores(tuple(history), moved, history[-1], errors=known.errors, halves=known.halves)
+    def score(chosen: Sequence[int]) -> Tensor:
+        count = sum(counts[group] for group in chosen)
+        sums = [sample.sums[list(chosen)].sum(0) for sample in samples]
+        found = [(w * total).abs().mean().cpu() for w, total in zip(entries, sums, strict=True)]
+        return torch.stack(found) / count / roots
+
+    return jackknife(score, groups)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -11,7 +11,7 @@ import torch
 from weightlora.errors import SelectionError
 from weightlora.model.sites import Site
 from weightlora.plan.projection_order import ordered_projections, projection_role
-from weightlora.selection.rules.base import Scores, require
+from weightlora.selection.rules.base import OnePass, Scores, require
 
 if TYPE_CHECKING:
     from weightlora.plan.budget import Chooser
@@ -24,7 +24,7 @@ _FAR = 1_000_003
 
 
 @dataclass(frozen=True)
-class Heuristic:
+class Heuristic(OnePass):
     """Score sites by a rule of thumb: the baselines that a measured score has to beat.
 
     No batch is read and nothing is trained. Each kind is a rule of its own name, such as ``rule="strided"``:
@@ -66,12 +66,12 @@ class Heuristic:
         """0: no batch is read."""
         return 0
 
-    def batches(self, steps: int) -> int:  # noqa: ARG002
+    def batches(self, steps: Sequence[int]) -> int:  # noqa: ARG002
         """None."""
         return 0
 
-    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - reads no batch
-        """Return the scores, in one row; 0 for sites that the kind leaves out.
+    def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - reads no batch
+        """Yield the scores, in one row; 0 for sites that the kind leaves out.
 
         Raises:
             SelectionError: The kind leaves out every site.
@@ -87,7 +87,7 @@ class Heuristic:
                 f"kind={self.kind!r} fits no site: the projections are {projections}; widen target_modules"
             )
         scores = tuple(found.get(name, 0.0) for name in stage.layers)
-        return Scores((scores,), (True,) * len(scores), scores)
+        yield steps[-1], Scores((scores,), (True,) * len(scores), scores)
 
 
 def spread_order(count: int) -> list[int]:

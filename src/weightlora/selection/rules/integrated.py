@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
@@ -72,43 +73,64 @@ class Integrated:
         require(self.per in get_args(Per), f"per={self.per!r}", f"one of {', '.join(get_args(Per))}")
         require_head_steps(self.head_steps)
 
-    def batches(self, steps: int) -> int:
+    def batches(self, steps: Sequence[int]) -> int:
         """T batches to train on, and those that the scores are read from."""
-        return steps + self.rounds * self.probes
+        return steps[-1] + self._readings(steps) * self.probes
 
-    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:
-        """Return the scores; the history has a row for each batch that they are read from.
+    def passes(self, steps: Sequence[int]) -> int:
+        """One for each batch to train on, and one for each node on the others."""
+        return steps[-1] + self._readings(steps) * self.probes * self.nodes
+
+    def _readings(self, steps: Sequence[int]) -> int:
+        """How often scores are read: after each round, or after each number of steps where there is one round."""
+        return self.rounds if self.rounds > 1 else len(steps)
+
+    def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:
+        """Yield the scores; the history has a row for each batch that they are read from.
 
         Raises:
             OptionError: There are fewer steps than rounds, or the budget cannot be spent on single ranks.
         """
-        require(steps >= self.rounds, f"steps={steps}", f"at least rounds={self.rounds}")
+        require(steps[-1] >= self.rounds, f"steps={steps[-1]}", f"at least rounds={self.rounds}")
         if self.per == "rank":
             whole_budget(budget)  # a mistake is found before anything is trained
+        if self.rounds > 1:
+            yield steps[-1], self._eliminated(stage, steps[-1], budget)
+            return
+        history: list[tuple[float, ...]] = []
+        for start, end in pairwise((0, *steps)):
+            train_adapters(stage, steps=end - start, lr=stage.lr)
+            scores = self._read(stage)
+            history += scores.history
+            yield end, replace(scores, history=tuple(history))
+
+    def _eliminated(self, stage: Stage, steps: int, budget: Chooser) -> Scores:
+        """The scores after several rounds, each of which trains and reads only the sites that stay."""
         names = list(stage.layers)
         staying = list(range(len(names)))
         history: list[tuple[float, ...]] = []
-        moved: tuple[bool, ...] = ()
-        ranks: tuple[tuple[float, ...], ...] = ()
-        scores = None
+        found: list[Scores] = []
         for done in range(self.rounds):
-            if scores is not None:
-                last = scores.final
+            if found:
+                last = found[-1].final
                 share = len(budget.choose(last)) / len(names)
                 count = round(len(names) * share ** (done / self.rounds))
                 staying = sorted(sorted(staying, key=lambda i: -last[i])[:count])
                 _switch_off(stage, staying)
             trained = [names[i] for i in staying]
             train_adapters(stage, steps=len(range(done, steps, self.rounds)), lr=stage.lr, names=trained)
-            if self.per == "rank":
-                _rotate(stage)
-            saved = self._saved(stage)
-            scores = batch_means(torch.stack([own.sum(1) for own in saved], dim=1))
-            history += scores.history
-            moved = moved or scores.has_gradient  # of the first round, in which all sites are there
-            ranks = tuple(tuple(own.mean(0).tolist()) for own in saved) if self.per == "rank" else ()
-        assert scores is not None, "there is at least one round"
-        return replace(scores, history=tuple(history), has_gradient=moved, ranks=ranks)
+            found.append(self._read(stage))
+            history += found[-1].history
+        # In the first round all sites are there.
+        return replace(found[-1], history=tuple(history), has_gradient=found[0].has_gradient)
+
+    def _read(self, stage: Stage) -> Scores:
+        """The scores of the adapters as they are now."""
+        if self.per == "rank":
+            _rotate(stage)
+        saved = self._saved(stage)
+        scores = batch_means(torch.stack([own.sum(1) for own in saved], dim=1))
+        return replace(scores, ranks=tuple(tuple(own.mean(0).tolist()) for own in saved) if self.per == "rank" else ())
 
     def _saved(self, stage: Stage) -> list[Tensor]:
         """−∫₀¹ ∂L/∂ω dω of every rank of every site for each of the next batches: (probes, r) for a site."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from weightlora.selection._weight_gradients import full_weight
-from weightlora.selection.rules.base import Scores
+from weightlora.selection.rules.base import OnePass, Scores
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class KappaTune:
+class KappaTune(OnePass):
     """Score a site by 1 ÷ κ = σ_min ÷ σ_max of its frozen weight, the inverse condition number (KappaTune).
 
     No batch is read and nothing is trained, so that the score does not depend on the task. Each weight takes one
@@ -41,14 +42,14 @@ class KappaTune:
         """0: no batch is read."""
         return 0
 
-    def batches(self, steps: int) -> int:  # noqa: ARG002
+    def batches(self, steps: Sequence[int]) -> int:  # noqa: ARG002
         """None."""
         return 0
 
-    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - reads no batch
-        """Return the scores, in one row."""
+    def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - reads no batch
+        """Yield the scores, in one row."""
         scores = tuple(_inverse_condition(layer) for layer in stage.layers.values())
-        return Scores((scores,), (True,) * len(scores), scores)
+        yield steps[-1], Scores((scores,), (True,) * len(scores), scores)
 
 
 @torch.no_grad()

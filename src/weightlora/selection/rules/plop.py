@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -13,7 +13,7 @@ from weightlora.model.distributed import add_up
 from weightlora.model.sites import Site
 from weightlora.selection._jackknife import GROUPS, jackknife
 from weightlora.selection._layer_inputs import layer_inputs
-from weightlora.selection.rules.base import Scores, require, require_head_steps
+from weightlora.selection.rules.base import OnePass, Scores, require, require_head_steps
 
 if TYPE_CHECKING:
     from weightlora.plan.budget import Chooser
@@ -26,7 +26,7 @@ _OWN_SHARE = 1e-6
 
 
 @dataclass(frozen=True)
-class PLoP:
+class PLoP(OnePass):
     """Score a site by 1 ÷ NFN, the normalised feature norm of its frozen layer (PLoP, arXiv:2506.20629).
 
     NFN = E‖W·z‖ ÷ E‖W·z̃‖. The means are over the tokens of all batches: z is a token's input, and z̃ is a Gaussian
@@ -58,29 +58,21 @@ class PLoP:
         require(self.by in BY, f"by={self.by!r}", f"one of {', '.join(BY)}")
         require_head_steps(self.head_steps)
 
-    def batches(self, steps: int) -> int:
-        """One for each step."""
-        return steps
-
-    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - nothing is dropped
-        """Return the scores after each step; nothing is trained."""
-        norms = _norms(stage, steps)
+    def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
+        """Yield the last scores; nothing is trained."""
+        count = steps[-1]
+        norms = _norms(stage, count)
         types = [Site(name, 0, 0).projection for name in stage.layers] if self.by == "type" else list(stage.layers)
-        groups = min(GROUPS, steps)
+        groups = min(GROUPS, count)
         history = [_scores(sums, types) for sums in norms.cumsum(0)]
 
         def score(chosen: Sequence[int]) -> Tensor:
-            return _scores(norms[[t for t in range(steps) if t % groups in chosen]].sum(0), types)
+            return _scores(norms[[t for t in range(count) if t % groups in chosen]].sum(0), types)
 
         known = jackknife(score, groups)
         final = tuple(history[-1].tolist())
-        return Scores(
-            tuple(tuple(row.tolist()) for row in history),
-            tuple(value > 0 for value in final),
-            final,
-            errors=known.errors,
-            halves=known.halves,
-        )
+        rows, moved = tuple(tuple(row.tolist()) for row in history), tuple(value > 0 for value in final)
+        yield count, Scores(rows, moved, final, errors=known.errors, halves=known.halves)
 
 
 def _norms(stage: Stage, steps: int) -> Tensor:

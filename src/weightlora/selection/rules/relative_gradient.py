@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -41,8 +42,8 @@ class RelativeGradient(GradientRule):
 
     name: ClassVar[str] = "relative_gradient"
 
-    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:  # noqa: ARG002 - nothing is dropped
-        """Return the scores; only B requires gradients, so that the backward pass reaches every site.
+    def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
+        """Yield the scores; only B requires gradients, so that the backward pass reaches every site.
 
         Raises:
             SelectionError: A site's weight is zero.
@@ -52,13 +53,14 @@ class RelativeGradient(GradientRule):
         sizes = _sizes(stage)
         seen: list[Tensor] = []
         with weight_gradients(stage.layers) as weights:
-            for step in range(1, steps + 1):
+            for step in range(1, steps[-1] + 1):
                 stage.backward("scoring", step, [*matrices, *weights])
                 norms = [torch.zeros(()) if w.grad is None else w.grad.norm().cpu() for w in weights]
                 seen.append(torch.stack([norm.double() for norm in norms]) / sizes)
                 for tensor in (*matrices, *weights):
                     tensor.grad = None
-        return batch_means(torch.stack(seen))
+                if step in steps:
+                    yield step, batch_means(torch.stack(seen))
 
 
 def _sizes(stage: Stage) -> Tensor:

@@ -5,7 +5,7 @@ Every vector is in the order of the sites' sorted names, so that ties are broken
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -16,7 +16,7 @@ from weightlora.errors import OptionError
 from weightlora.model.gates import gated
 from weightlora.plan.budget import GainShare
 from weightlora.selection._jackknife import GROUPS, jackknife
-from weightlora.selection.rules.base import Scores, require, require_head_steps
+from weightlora.selection.rules.base import OnePass, Scores, require, require_head_steps
 from weightlora.selection.stage import let_train
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ THRESHOLDS: tuple[str, ...] = get_args(Threshold)
 
 
 @dataclass(frozen=True)
-class StoIHT:
+class StoIHT(OnePass):
     """Train A, B, the head and one gate ω per site; after each step keep the gates that fit the budget (the paper).
 
     The paper's algorithm is ``StoIHT(head_steps=0)``, in short ``rule="paper"``.
@@ -65,12 +65,8 @@ class StoIHT:
         require(0 < self.gate_lr < float("inf"), f"gate_lr={self.gate_lr}", "a positive number")
         require_head_steps(self.head_steps)
 
-    def batches(self, steps: int) -> int:
-        """One for each step."""
-        return steps
-
-    def score(self, stage: Stage, steps: int, budget: Chooser) -> Scores:
-        """Return the gates after T steps; ω of a dropped site is 0.
+    def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:
+        """Yield the gates after the last step; ω of a dropped site is 0.
 
         Raises:
             OptionError: The budget is a share of the scores: sites are dropped before there are any.
@@ -80,12 +76,13 @@ class StoIHT:
         trained = [*stage.parameters("lora_A"), *stage.parameters("lora_B"), *stage.head]
         let_train(stage, trained)
         optimizer = torch.optim.AdamW(trained, lr=stage.lr)
+        count = steps[-1]
         history: list[tuple[float, ...]] = []
         gradients: list[Tensor] = []
         with gated(stage.layers) as gates:
-            for step in range(1, steps + 1):
+            for step in range(1, count + 1):
                 stage.backward("scoring", step, [*trained, *gates.leaves])
-                cut = step % self.threshold_every == 0 or step == steps
+                cut = step % self.threshold_every == 0 or step == count
                 gradient = gates.gradient
                 gradients.append(gradient)
                 limit = budget if cut else None
@@ -98,15 +95,16 @@ class StoIHT:
         final = history[-1]
         sizes = tuple(map(abs, final)) if self.threshold == "magnitude" else final
         seen = torch.stack(gradients)
-        groups = min(GROUPS, steps)
+        groups = min(GROUPS, count)
 
         def score(chosen: Sequence[int]) -> Tensor:
             """ω after T steps on batches of these groups, had no gate been dropped."""
-            return 1 - self.gate_lr * steps * seen[[t for t in range(steps) if t % groups in chosen]].mean(0)
+            return 1 - self.gate_lr * count * seen[[t for t in range(count) if t % groups in chosen]].mean(0)
 
         known = jackknife(score, groups)
         moved = tuple((seen != 0).any(0).tolist())
-        return Scores(tuple(history), moved, sizes, errors=known.errors, halves=known.halves, gates=final)
+        found = Scores(tuple(history), moved, sizes, errors=known.errors, halves=known.halves, gates=final)
+        yield count, found
 
 
 def hard_threshold(omega: Tensor, budget: Chooser, *, threshold: Threshold = "magnitude") -> Tensor:

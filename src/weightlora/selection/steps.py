@@ -1,0 +1,123 @@
+"""How long sites are scored: T steps, or until the choice stays the same (``steps="auto"``)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Literal
+
+from weightlora.errors import OptionError
+
+if TYPE_CHECKING:
+    from weightlora.selection.rules.base import Rule, Scores
+
+Steps = int | Literal["auto"]
+"""T, the steps in which sites are scored; ``"auto"`` goes on until the choice stays the same."""
+Choice = Mapping[int, int]
+"""The rank of each kept site, by its position."""
+#: Two choices are the same where their likeness is at least this: four of five sites are in both.
+SETTLED = 2 / 3
+#: Fewer batches than this say nothing of their noise.
+_FEWEST = 6
+#: What ``"auto"`` may take: this part of the training's steps, or so many passes where that is less or not known.
+_SHARE, _PASSES = 0.03, 30
+
+
+def check_steps(steps: str | int, least: int = 2) -> Steps:
+    """Return T as a whole number, or ``"auto"``.
+
+    Raises:
+        OptionError: It is neither, or below ``least``.
+
+    Example:
+        >>> check_steps("30"), check_steps(30), check_steps("auto")
+        (30, 30, 'auto')
+    """
+    if steps == "auto":
+        return "auto"
+    if isinstance(steps, bool) or not re.fullmatch(r"-?\d+", str(steps)):
+        raise OptionError(f"steps={steps!r} is not allowed: give a whole number, or 'auto'")
+    if int(steps) < least:
+        reason = ": with B = 0 the first gradient of ω is zero" if least == 2 else ""
+        raise OptionError(f"steps={steps} is not allowed: give at least {least}{reason}")
+    return int(steps)
+
+
+def warmup_steps(total_steps: int | None) -> int:
+    """Return T: 0.5 % of the planned optimizer steps, at least 20.
+
+    The paper's 0.5 % is two steps of a usual run, and the first carries no information.
+
+    Example:
+        >>> warmup_steps(410), warmup_steps(10_000), warmup_steps(None)
+        (20, 50, 20)
+    """
+    return 20 if total_steps is None else max(20, math.ceil(total_steps / 200))
+
+
+def reading_times(steps: Steps, rule: Rule, total_steps: int | None = None) -> tuple[int, ...]:
+    """Return after how many steps the scores are looked at; the last number is the most that are taken.
+
+    With ``"auto"`` the model runs on at most 30 batches, or 3 % of the training's steps where that is more. Each number
+    is twice the one before. There are as many as leave half of these passes or more to the steps.
+
+    Args:
+        steps: T, which is then the only number, or ``"auto"``.
+        rule: Says how many passes it takes to look at the scores.
+        total_steps: The training's.
+
+    Example:
+        >>> from weightlora.selection.rules import rule_of
+        >>> reading_times(20, rule_of("first_order")), reading_times("auto", rule_of("first_order"))
+        ((20,), (7, 15, 30))
+        >>> reading_times("auto", rule_of("integrated"))  # 12 passes to read the scores
+        (18,)
+        >>> reading_times("auto", rule_of("integrated"), total_steps=10_000)
+        (7, 14, 28, 57, 114, 228)
+    """
+    if steps != "auto":
+        return (steps,)
+    passes = _PASSES if total_steps is None else max(_PASSES, int(_SHARE * total_steps))
+    times: tuple[int, ...] = (_FEWEST,)
+    for count in range(1, passes):
+        reading = rule.passes(range(1, count + 1)) - count
+        halved = tuple((passes - reading) >> k for k in reversed(range(count)))
+        if halved[0] < _FEWEST or (count > 1 and 2 * halved[-1] < passes):
+            break
+        times = halved
+    return times
+
+
+def settled(found: Generator[tuple[int, Scores]], choose: Callable[[Scores], Sequence[Choice]]) -> tuple[int, Scores]:
+    """Return the first scores whose choice is that of the scores before and of both halves, or the last ones.
+
+    Args:
+        found: T and the scores after T steps, at least once.
+        choose: The choice by scores, and those by either half of their batches where there are halves.
+    """
+    before: Choice | None = None
+    last: tuple[int, Scores] | None = None
+    with closing(found):
+        for last in found:
+            choice, *halves = choose(last[1])
+            same = before is not None and likeness(before, choice) >= SETTLED
+            if same and (not halves or likeness(*halves) >= SETTLED):
+                break
+            before = choice
+    assert last is not None, "a rule yields scores at least once"
+    return last
+
+
+def likeness(a: Choice, b: Choice) -> float:
+    """Return Jaccard's index of two choices: the ranks in both ÷ the ranks in any of them.
+
+    Example:
+        >>> likeness({0: 1, 1: 1, 2: 1}, {1: 1, 2: 1, 3: 1}), likeness({0: 3}, {0: 2})
+        (0.5, 0.6666666666666666)
+    """
+    sites = {*a, *b}
+    both = sum(min(a.get(site, 0), b.get(site, 0)) for site in sites)
+    either = sum(max(a.get(site, 0), b.get(site, 0)) for site in sites)
+    return both / either if either else 1.0

@@ -1,0 +1,166 @@
+"""``steps="auto"``: when the scores are looked at, when they are settled, and what a selection takes."""
+
+import itertools
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from weightlora.errors import OptionError
+from weightlora.selection.rules import RULES, rule_of
+from weightlora.selection.rules.base import Scores
+from weightlora.selection.select import select
+from weightlora.selection.steps import SETTLED, check_steps, likeness, reading_times, settled
+
+BRANCHES = 12
+LORA = LoraConfig(r=2)
+READING = [entry.name for entry in RULES if rule_of(entry.name).batches((10,)) > 0]
+AT_ONCE = {"stoiht", "paper", "plop", "explained_variance"}
+"""Rules that yield the last scores only."""
+
+
+class Branches(nn.Module):
+    """The sum of single layers, each with its own part of the input."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.branches = nn.ModuleList([nn.Linear(4, 4) for _ in range(BRANCHES)])
+
+    def forward(self, x):
+        return sum(branch(x[:, i]) for i, branch in enumerate(self.branches))
+
+
+def loss(model, batch):
+    return (model(batch["x"]).sum(1) - batch["y"]).square().mean()
+
+
+def planted(count, wanted, noise):
+    """Batches whose target depends on the inputs of the branches ``wanted``, and on chance."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        x = torch.randn(64, BRANCHES, 4, generator=generator)
+        yield {"x": x, "y": 20 * x[:, wanted].sum((1, 2)) + noise * torch.randn(64, generator=generator)}
+
+
+def chosen(wanted, noise, rule="first_order", **options):
+    asked = {"lora": LORA, "keep": max(2, len(wanted)), "steps": "auto", "loss_fn": loss, **options}
+    return select(Branches(), planted(400, wanted, noise), rule=rule, **asked)
+
+
+def test_a_clear_choice_stops_early_and_noise_goes_on_to_the_end():
+    clear = chosen([1, 5], noise=1.0)
+    assert clear.names == ("branches.1", "branches.5")
+    assert clear.options["scored"] == 15
+    assert clear.options["steps"] == "auto"
+    assert len(clear.history) == 15
+    with pytest.warns(UserWarning, match="cannot tell the sites apart"):
+        assert chosen([], noise=1000.0).options["scored"] == 30
+
+
+def test_stopping_early_changes_nothing_but_the_number_of_steps():
+    auto = chosen([1, 5], noise=1.0)
+    fixed = chosen([1, 5], noise=1.0, steps=15)
+    assert auto.scores == fixed.scores
+    assert auto.names == fixed.names
+
+
+@pytest.mark.parametrize("name", READING)
+def test_no_rule_takes_more_passes_than_allowed(name):
+    rule = rule_of(name)
+    for total, passes in ((None, 30), (1_000, 30), (10_000, 300), (100_000, 3000)):
+        times = reading_times("auto", rule, total)
+        assert rule.passes(times) <= passes < 2 * rule.passes(times)
+        assert all(2 * a <= b <= 2 * a + 1 for a, b in itertools.pairwise(times))
+        assert times[0] >= 6
+
+
+@pytest.mark.parametrize("name", READING)
+def test_rules_say_how_many_batches_and_passes_they_take(name):
+    """What is drawn from the loader, and how often the model runs, counted."""
+    calls = {"batches": 0, "passes": 0}
+
+    def batches():
+        for batch in planted(400, [1, 5], noise=1e4):
+            calls["batches"] += 1
+            yield batch
+
+    def counted(model, batch):
+        calls["passes"] += 1
+        return loss(model, batch) * 1e-9  # StoIHT needs small gradients
+
+    rule = rule_of(name)
+    plan = select(Branches(), batches(), rule=rule, lora=LORA, keep=2, steps="auto", total_steps=3_000, loss_fn=counted)
+    times = reading_times("auto", rule, 3_000)
+    read = times[: times.index(plan.options["scored"]) + 1]
+    assert len(times) > 1
+    assert name not in AT_ONCE or read == times
+    assert calls == {"batches": rule.batches(read), "passes": rule.passes(read)}
+
+
+@pytest.mark.parametrize("name", [name for name in READING if name not in AT_ONCE and "integrated" not in name])
+def test_a_look_at_the_scores_leaves_them_as_they_are(name):
+    short, long = (chosen([1, 5], noise=1.0, rule=name, steps=steps) for steps in (15, 30))
+    assert long.history[:15] == short.history
+
+
+@pytest.mark.parametrize("name", ["integrated", "integrated_ranks"])
+def test_a_rule_that_trains_goes_on_where_it_was_when_it_looked(name):
+    """Looks after 13, 27 and 54 steps. The first one is that of T = 13, and the loss saved grows from look to look."""
+    options = {"rule": rule_of(name, probes=4), "keep": 0.2, "lr": 0.02}
+    with pytest.warns(UserWarning, match="cannot tell the sites apart"):  # without noise to speak of, all are useful
+        auto = chosen(list(range(BRANCHES)), noise=1.0, total_steps=3_000, **options)
+    first = chosen(list(range(BRANCHES)), noise=1.0, steps=13, **options)
+    assert auto.options["scored"] in (27, 54)
+    assert auto.history[:4] == first.history
+    saved = [sum(row) for row in auto.history[3::4]]
+    assert saved == sorted(saved)
+    assert saved[0] > 0
+
+
+def scores(*sizes, halves=None):
+    return Scores((sizes,), (True,) * len(sizes), sizes, halves=halves)
+
+
+def best_two(found):
+    both = [found.sizes, *(found.halves or ())]
+    return [dict.fromkeys(sorted(range(len(s)), key=lambda i: -s[i])[:2], 1) for s in both]
+
+
+def test_settled_needs_the_choice_before_and_both_halves():
+    same = ((3.0, 2.0, 1.0), (9.0, 8.0, 1.0))
+    other = ((3.0, 2.0, 1.0), (1.0, 2.0, 3.0))
+    found = [
+        (1, scores(3.0, 2.0, 1.0, halves=same)),  # nothing before it
+        (2, scores(1.0, 2.0, 3.0, halves=same)),  # another choice than before
+        (3, scores(1.0, 2.0, 3.0, halves=other)),  # the halves disagree
+        (4, scores(1.0, 2.0, 3.0, halves=same)),
+        (5, scores(1.0, 2.0, 3.0, halves=same)),
+    ]
+    closed = []
+
+    def generator(count):
+        try:
+            yield from found[:count]
+        finally:
+            closed.append(count)
+
+    assert settled(generator(5), best_two)[0] == 4
+    assert settled(generator(3), best_two)[0] == 3  # the last one, whatever it is
+    assert closed == [5, 3]
+
+
+def test_likeness_is_jaccards_index():
+    kept = dict.fromkeys(range(10), 1)
+    four_of_five = dict.fromkeys(range(2, 12), 1)
+    assert likeness(kept, four_of_five) == pytest.approx(SETTLED)
+    assert likeness(kept, kept) == 1
+    assert likeness(kept, {99: 1}) == 0
+    assert likeness({}, {}) == 1
+
+
+@pytest.mark.parametrize("steps", ["soon", 1, 0, -3, 2.5, True, "2.5", "", None])
+def test_other_steps_are_refused(steps):
+    with pytest.raises(OptionError, match=r"steps=.* is not allowed: give"):
+        check_steps(steps)
