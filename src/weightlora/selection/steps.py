@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from weightlora.errors import OptionError
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 Steps = int | Literal["auto"]
 """T, the steps in which sites are scored; ``"auto"`` goes on until the choice stays the same."""
-Choice = Mapping[int, int]
-"""The rank of each kept site, by its position."""
+Choice = Mapping[Any, int]
+"""The rank of each kept site, by its position or name."""
 #: Two choices are the same where their likeness is at least this: four of five sites are in both.
 SETTLED = 2 / 3
 #: Fewer batches than this say nothing of their noise.

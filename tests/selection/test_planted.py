@@ -1,0 +1,36 @@
+"""A real encoder with a block whose query, key and value compute what nothing reads: every rule by the loss sees it."""
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from weightlora.errors import WeightLoraWarning
+from weightlora.selection.rules import rule_of
+from weightlora.selection.select import select
+
+OUTPUT = "bert.encoder.layer.4.attention.output.dense"
+DEAD = {f"bert.encoder.layer.4.attention.self.{name}" for name in ("query", "key", "value")}
+BY_LOSS = ("first_order", "integrated", "integrated_ranks", "cross_fitted", "fisher", "relative_gradient", "gora")
+BLIND = ("kappa_tune", "plop", "explained_variance", "stratified")
+
+
+def plan_of(rule, model, batches, keep):
+    with torch.no_grad():
+        model.get_submodule(OUTPUT).weight.zero_()
+    lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS", exclude_modules=[OUTPUT])
+    asked = {"lora": lora, "keep": keep, "steps": 4, "progress": False}
+    return select(model, batches, rule=rule_of(rule, head_steps=0) if rule in BY_LOSS else rule, **asked)
+
+
+@pytest.mark.parametrize("rule", BY_LOSS)
+def test_dead_layers_score_nothing_and_are_not_kept(rule, minilm, review_batches):
+    with pytest.warns(WeightLoraWarning, match="3 of 35 sites had no gradient in the warm-up"):
+        plan = plan_of(rule, minilm, review_batches, keep=0.1)
+    assert {name for name, score in plan.scores.items() if score == 0} == DEAD
+    assert not DEAD & {*plan.names}
+
+
+@pytest.mark.parametrize("rule", BLIND)
+def test_rules_that_do_not_read_the_loss_miss_it(rule, minilm, review_batches):
+    """The control: dead layers can be kept."""
+    assert DEAD & {*plan_of(rule, minilm, review_batches, keep=0.9).names}
