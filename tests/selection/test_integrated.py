@@ -101,7 +101,14 @@ def test_rounds_drop_sites_and_those_that_stay_learn_without_them():
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"nodes": 0}, "nodes=0"), ({"probes": 1}, "probes=1"), ({"rounds": 0}, "rounds=0"), ({"head_steps": -1}, "-1")],
+    [
+        ({"most_ranks": 1}, "most_ranks with per='site'"),
+        ({"per": "rank", "most_ranks": 0}, "most_ranks=0"),
+        ({"nodes": 0}, "nodes=0"),
+        ({"probes": 1}, "probes=1"),
+        ({"rounds": 0}, "rounds=0"),
+        ({"head_steps": -1}, "-1"),
+    ],
 )
 def test_settings_out_of_range_are_named(settings, named):
     with pytest.raises(OptionError, match=named):
@@ -152,6 +159,18 @@ def test_a_gain_of_rank_one_is_kept_with_one_rank():
         selected(Watched(per="rank"), steps=60, data=data, keep=0.9, model=Branches())
     first, second = scores["layers.2"]
     assert first > 20 * abs(second)
+
+
+@pytest.mark.parametrize("most", [1, 2, 9])
+def test_a_site_keeps_at_most_so_many_ranks(most, minilm, review_batches):
+    lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
+    asked = {"lora": lora, "keep": 0.5, "steps": 4, "progress": False}
+    plan = select(minilm, review_batches, rule=Integrated(probes=2, head_steps=0, per="rank", most_ranks=most), **asked)
+    free = select(minilm, review_batches, rule=Integrated(probes=2, head_steps=0, per="rank"), **asked)
+    assert plan.scores == free.scores
+    assert max(plan.ranks.values()) <= most
+    assert most < 4 or plan.ranks == free.ranks
+    assert max(free.ranks.values()) > 2  # the control
 
 
 def test_a_plan_of_single_ranks_is_stock_peft(minilm, review_batches, tmp_path):

@@ -26,6 +26,8 @@ _MEANINGS = {
     "nodes": "points at which the path of the gates is measured",
     "probes": "further batches that the scores are read from",
     "rounds": "how often sites are scored; each round drops some",
+    "per": "what is kept or dropped: whole adapters, or single ranks",
+    "most_ranks": "ranks that a site keeps at most",
     "damping": "share of the mean variance added to the inputs' covariance",
     "by": "compared: projection types, or single sites",
     "exact_up_to": "widest inputs whose covariance is kept whole",

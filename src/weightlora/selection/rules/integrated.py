@@ -47,6 +47,7 @@ class Integrated:
         probes: Further batches that the scores are read from, in each round.
         rounds: How often sites are scored.
         per: ``"site"`` keeps or drops whole adapters, ``"rank"`` single ranks.
+        most_ranks: With ``per="rank"``, a site keeps at most so many ranks; None: any number up to r.
         head_steps: Steps in which a new head is trained alone first; None: 20 where there is a head, else 0.
 
     Raises:
@@ -54,13 +55,14 @@ class Integrated:
 
     Example:
         >>> Integrated(probes=8)
-        Integrated(nodes=3, probes=8, rounds=1, per='site', head_steps=None)
+        Integrated(nodes=3, probes=8, rounds=1, per='site', most_ranks=None, head_steps=None)
     """
 
     nodes: int = 3
     probes: int = 4
     rounds: int = 1
     per: Per = "site"
+    most_ranks: int | None = None
     head_steps: int | None = None
     name: ClassVar[str] = "integrated"
     knobs: ClassVar[tuple[str, ...]] = ()
@@ -71,6 +73,8 @@ class Integrated:
         require(self.probes >= 2, f"probes={self.probes!r}", "2 or more batches")
         require(self.rounds >= 1, f"rounds={self.rounds!r}", "1 or more rounds")
         require(self.per in get_args(Per), f"per={self.per!r}", f"one of {', '.join(get_args(Per))}")
+        require(self.most_ranks is None or self.most_ranks >= 1, f"most_ranks={self.most_ranks!r}", "1 or more ranks")
+        require(self.most_ranks is None or self.per == "rank", f"most_ranks with per={self.per!r}", "per='rank'")
         require_head_steps(self.head_steps)
 
     def batches(self, steps: Sequence[int]) -> int:
@@ -130,7 +134,13 @@ class Integrated:
             _rotate(stage)
         saved = self._saved(stage)
         scores = batch_means(torch.stack([own.sum(1) for own in saved], dim=1))
-        return replace(scores, ranks=tuple(tuple(own.mean(0).tolist()) for own in saved) if self.per == "rank" else ())
+        return replace(scores, ranks=tuple(map(self._rank_scores, saved)) if self.per == "rank" else ())
+
+    def _rank_scores(self, saved: Tensor) -> tuple[float, ...]:
+        """The score of each rank of a site, by what it saved on each batch; 0 for those that are one too many."""
+        means = saved.mean(0)
+        best = means.topk(min(self.most_ranks or len(means), len(means))).values
+        return tuple(torch.where(means >= best[-1], means, 0.0).tolist())
 
     def _saved(self, stage: Stage) -> list[Tensor]:
         """−∫₀¹ ∂L/∂ω dω of every rank of every site for each of the next batches: (probes, r) for a site."""
