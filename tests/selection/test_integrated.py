@@ -104,6 +104,7 @@ def test_rounds_drop_sites_and_those_that_stay_learn_without_them():
     [
         ({"most_ranks": 1}, "most_ranks with per='site'"),
         ({"per": "rank", "most_ranks": 0}, "most_ranks=0"),
+        ({"per": "rank", "most_ranks": "uneven"}, "most_ranks='uneven'"),
         ({"nodes": 0}, "nodes=0"),
         ({"probes": 1}, "probes=1"),
         ({"rounds": 0}, "rounds=0"),
@@ -171,6 +172,22 @@ def test_a_site_keeps_at_most_so_many_ranks(most, minilm, review_batches):
     assert max(plan.ranks.values()) <= most
     assert most < 4 or plan.ranks == free.ranks
     assert max(free.ranks.values()) > 2  # the control
+
+
+@pytest.mark.parametrize(("keep", "most"), [(0.25, 1), (0.3, 2), (0.5, 2), (0.75, 3), (1.0, 4), ("20k parameters", 1)])
+def test_even_ranks_are_the_budgets_share_of_each_site(keep, most, minilm, review_batches):
+    lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
+    rule = Integrated(probes=2, head_steps=0, per="rank", most_ranks="even")
+    plan = select(minilm, review_batches, lora=lora, keep=keep, steps=4, rule=rule, progress=False)
+    assert max(plan.ranks.values()) == most
+    assert plan.parameters <= (20_000 if isinstance(keep, str) else keep * plan.lora_parameters)
+    if keep == 0.25:  # every site whose best rank saved anything
+        assert len(plan.names) > 30
+
+
+def test_even_ranks_need_a_share():
+    with pytest.raises(OptionError, match="most_ranks='even' needs keep as a fraction or a number"):
+        selected(Integrated(per="rank", most_ranks="even"), keep="auto")
 
 
 def test_a_plan_of_single_ranks_is_stock_peft(minilm, review_batches, tmp_path):

@@ -33,6 +33,13 @@ RULES = (
     RuleEntry("first_order", "size of B's mean gradient at B = 0", "first_order", "FirstOrder"),
     RuleEntry("integrated", "share of the loss that a short LoRA training saved", "integrated", "Integrated"),
     RuleEntry("integrated_ranks", "the same of every single rank", "integrated", "Integrated", {"per": "rank"}),
+    RuleEntry(
+        "even_ranks",
+        "the best ranks of each site, of all sites alike",
+        "integrated",
+        "Integrated",
+        {"per": "rank", "most_ranks": "even"},
+    ),
     RuleEntry("fisher", "empirical Fisher information of B at B = 0", "fisher", "Fisher"),
     RuleEntry(
         "relative_gradient",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from weightlora.errors import OptionError
 from weightlora.model.distributed import copy_from_first
 from weightlora.model.gates import gated
+from weightlora.plan.budget import Budget
 from weightlora.plan.ranks import whole_budget
 from weightlora.selection._batch_means import batch_means
 from weightlora.selection.rules.base import require, require_head_steps
@@ -47,7 +51,8 @@ class Integrated:
         probes: Further batches that the scores are read from, in each round.
         rounds: How often sites are scored.
         per: ``"site"`` keeps or drops whole adapters, ``"rank"`` single ranks.
-        most_ranks: With ``per="rank"``, a site keeps at most so many ranks; None: any number up to r.
+        most_ranks: With ``per="rank"``, a site keeps at most so many ranks; None: any number up to r. ``"even"``: at
+            most the budget's share of its r ranks, rounded up. At a tenth of rank 10 these are one rank on each site.
         head_steps: Steps in which a new head is trained alone first; None: 20 where there is a head, else 0.
 
     Raises:
@@ -62,7 +67,7 @@ class Integrated:
     probes: int = 4
     rounds: int = 1
     per: Per = "site"
-    most_ranks: int | None = None
+    most_ranks: int | Literal["even"] | None = None
     head_steps: int | None = None
     name: ClassVar[str] = "integrated"
     knobs: ClassVar[tuple[str, ...]] = ()
@@ -73,8 +78,9 @@ class Integrated:
         require(self.probes >= 2, f"probes={self.probes!r}", "2 or more batches")
         require(self.rounds >= 1, f"rounds={self.rounds!r}", "1 or more rounds")
         require(self.per in get_args(Per), f"per={self.per!r}", f"one of {', '.join(get_args(Per))}")
-        require(self.most_ranks is None or self.most_ranks >= 1, f"most_ranks={self.most_ranks!r}", "1 or more ranks")
-        require(self.most_ranks is None or self.per == "rank", f"most_ranks with per={self.per!r}", "per='rank'")
+        most, known = self.most_ranks, self.most_ranks in (None, "even")
+        require(known or (isinstance(most, int) and most >= 1), f"most_ranks={most!r}", "1 or more ranks, or 'even'")
+        require(most is None or self.per == "rank", f"most_ranks with per={self.per!r}", "per='rank'")
         require_head_steps(self.head_steps)
 
     def batches(self, steps: Sequence[int]) -> int:
@@ -96,19 +102,18 @@ class Integrated:
             OptionError: There are fewer steps than rounds, or the budget cannot be spent on single ranks.
         """
         require(steps[-1] >= self.rounds, f"steps={steps[-1]}", f"at least rounds={self.rounds}")
-        if self.per == "rank":
-            whole_budget(budget)  # a mistake is found before anything is trained
+        most = self._most(stage, budget)  # a mistake is found before anything is trained
         if self.rounds > 1:
-            yield steps[-1], self._eliminated(stage, steps[-1], budget)
+            yield steps[-1], self._eliminated(stage, steps[-1], budget, most)
             return
         history: list[tuple[float, ...]] = []
         for start, end in pairwise((0, *steps)):
             train_adapters(stage, steps=end - start, lr=stage.lr)
-            scores = self._read(stage)
+            scores = self._read(stage, most)
             history += scores.history
             yield end, replace(scores, history=tuple(history))
 
-    def _eliminated(self, stage: Stage, steps: int, budget: Chooser) -> Scores:
+    def _eliminated(self, stage: Stage, steps: int, budget: Chooser, most: Sequence[int]) -> Scores:
         """The scores after several rounds, each of which trains and reads only the sites that stay."""
         names = list(stage.layers)
         staying = list(range(len(names)))
@@ -123,24 +128,35 @@ class Integrated:
                 _switch_off(stage, staying)
             trained = [names[i] for i in staying]
             train_adapters(stage, steps=len(range(done, steps, self.rounds)), lr=stage.lr, names=trained)
-            found.append(self._read(stage))
+            found.append(self._read(stage, most))
             history += found[-1].history
         # In the first round all sites are there.
         return replace(found[-1], history=tuple(history), has_gradient=found[0].has_gradient)
 
-    def _read(self, stage: Stage) -> Scores:
-        """The scores of the adapters as they are now."""
-        if self.per == "rank":
+    def _most(self, stage: Stage, budget: Chooser) -> list[int]:
+        """How many ranks each site may keep; none where sites are kept whole.
+
+        Raises:
+            OptionError: The budget cannot be spent on single ranks, or has no share.
+        """
+        if self.per == "site":
+            return []
+        whole = whole_budget(budget)
+        all_ranks = [b.shape[1] for b in stage.parameters("lora_B")]
+        if self.most_ranks == "even":
+            if not isinstance(whole, Budget):
+                raise OptionError("most_ranks='even' needs keep as a fraction or a number; give it, or most_ranks=None")
+            total = sum(whole.costs)
+            return [math.ceil(Fraction(r * min(whole.limit, total), total)) for r in all_ranks]
+        return [r if self.most_ranks is None else min(self.most_ranks, r) for r in all_ranks]
+
+    def _read(self, stage: Stage, most: Sequence[int]) -> Scores:
+        """The scores of the adapters as they are now; with single ranks, 0 for those that are more than ``most``."""
+        if most:
             _rotate(stage)
         saved = self._saved(stage)
         scores = batch_means(torch.stack([own.sum(1) for own in saved], dim=1))
-        return replace(scores, ranks=tuple(map(self._rank_scores, saved)) if self.per == "rank" else ())
-
-    def _rank_scores(self, saved: Tensor) -> tuple[float, ...]:
-        """The score of each rank of a site, by what it saved on each batch; 0 for those that are one too many."""
-        means = saved.mean(0)
-        best = means.topk(min(self.most_ranks or len(means), len(means))).values
-        return tuple(torch.where(means >= best[-1], means, 0.0).tolist())
+        return replace(scores, ranks=tuple(map(_best, saved, most)))
 
     def _saved(self, stage: Stage) -> list[Tensor]:
         """−∫₀¹ ∂L/∂ω dω of every rank of every site for each of the next batches: (probes, r) for a site."""
@@ -184,6 +200,12 @@ def gauss_legendre(nodes: int) -> list[tuple[float, float]]:
 
     points, weights = np.polynomial.legendre.leggauss(nodes)
     return [((float(x) + 1) / 2, float(w) / 2) for x, w in zip(points, weights, strict=True)]
+
+
+def _best(saved: Tensor, most: int) -> tuple[float, ...]:
+    """The mean of each column over the batches; 0 for all but the ``most`` best of them."""
+    means = saved.mean(0)
+    return tuple(torch.where(means >= means.topk(most).values[-1], means, 0.0).tolist())
 
 
 def _switch_off(stage: Stage, staying: Sequence[int]) -> None:
