@@ -56,6 +56,7 @@ bench: setup   ## the measurements of docs/: hours on two cores; each goes on wh
 	$(BIN)/python benchmarks/precision.py run
 	$(BIN)/python benchmarks/reasoning.py
 	OMP_NUM_THREADS=1 $(BIN)/weightlora bench --config benchmarks/table1.yaml --workers 2
+	OMP_NUM_THREADS=1 BIN=$(BIN) benchmarks/choice/study
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(DOCS)  ## run every code block of README.md and docs/, build the site into build/site

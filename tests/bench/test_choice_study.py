@@ -1,0 +1,56 @@
+"""The arithmetic of benchmarks/choice: a fit on sets of sites, and labels of other rows."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+CHOICE = Path(__file__).parents[2] / "benchmarks" / "choice"
+
+
+@pytest.fixture(scope="module")
+def fit():
+    return runpy.run_path(str(CHOICE / "ceiling.py"))["fit"]
+
+
+def random_sets(seed):
+    return np.random.default_rng(seed).permuted(np.tile(np.arange(36) < 4, (30, 1)), axis=1).astype(float)
+
+
+def test_the_fit_finds_what_each_site_saves_where_the_loss_adds_up(fit):
+    """Without noise, and with more sets than sites, the fit is the truth up to its small penalty."""
+    masks = np.random.default_rng(0).integers(0, 2, (60, 8)).astype(float)
+    worth = np.arange(8) / 10
+    share, found = fit(masks, 2 - masks @ worth)
+    assert share > 0.999
+    np.testing.assert_allclose(found, worth, atol=1e-3)
+
+
+def test_the_share_is_that_of_sets_left_out(fit):
+    """Slow reference: a fit to the other sets, with a constant that is not penalised, predicts each set."""
+    masks, losses = random_sets(1), np.random.default_rng(2).normal(size=30)
+    best = -np.inf
+    for penalty in np.logspace(-2, 3, 26):
+        missed, missed_by_mean = [], []
+        for left in range(30):
+            x, y = np.delete(masks, left, 0), np.delete(losses, left)
+            centred = x - x.mean(0)
+            slope = np.linalg.solve(centred.T @ centred + penalty * np.eye(36), centred.T @ y)
+            missed.append(losses[left] - y.mean() - (masks[left] - x.mean(0)) @ slope)
+            missed_by_mean.append(losses[left] - y.mean())
+        best = max(best, 1 - np.square(missed).sum() / np.square(missed_by_mean).sum())
+    share, _ = fit(masks, losses)
+    assert share == pytest.approx(best)
+    assert share < 0.2  # noise: there is nothing to predict
+
+
+def test_shuffled_labels_are_those_of_other_rows():
+    shuffle = runpy.run_path(str(CHOICE / "selections.py"))["with_shuffled_labels"]
+    rows = Dataset.from_dict({"text": [f"t{i}" for i in range(100)], "label": list(range(100))})
+    shuffled = shuffle(rows, seed=0)
+    assert shuffled["text"] == rows["text"]
+    assert sorted(shuffled["label"]) == list(range(100))
+    assert sum(a == b for a, b in zip(shuffled["label"], rows["label"], strict=True)) < 10
+    assert shuffle(rows, seed=0)["label"] == shuffled["label"] != shuffle(rows, seed=1)["label"]
