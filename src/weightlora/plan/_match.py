@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import PlanMismatchError
+from weightlora.errors import OptionError, PlanMismatchError
 from weightlora.model.sites import Site, linear_sites
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from torch import nn
 
 
@@ -27,6 +28,32 @@ def require_sites(model: nn.Module, sites: Sequence[Site], base_model: str | Non
         if present.get(site.name) != site
     ]
     _raise_faults(faults, f"the plan was made for another model ({base_model or 'unnamed'})")
+
+
+def require_room(model: nn.Module, config: LoraConfig) -> None:
+    """Raise unless adapters of ``config`` can be put into ``model`` without losing any that it carries.
+
+    Raises:
+        OptionError: With the adapters, and what to do.
+    """
+    from peft import PeftModel
+
+    from weightlora.model.layers import require_peft_wrapper, require_replaceable
+
+    require_peft_wrapper(model)
+    if not isinstance(model, PeftModel):
+        return
+    found = require_replaceable(model, "attach the plan to the base model (model.unload())")
+    if len(model.peft_config) > 1:
+        raise OptionError(
+            f"the model has adapters {', '.join(model.peft_config)}, and the plan replaces 'default' alone; delete the "
+            "others (model.delete_adapter), or attach the plan to the base model"
+        )
+    if found.task_type != config.task_type:
+        raise OptionError(
+            f"the model was wrapped with task_type={found.task_type!s}, the plan has {config.task_type!s}; give "
+            "select() the model's own LoraConfig, or attach the plan to the base model"
+        )
 
 
 def require_adapters(model: nn.Module, planned: Mapping[str, int], adapter: str) -> None:
