@@ -37,6 +37,14 @@ def adapter_layers(model: nn.Module, adapter: str = "default") -> dict[str, Base
     return dict(sorted({**lora_layers(model, adapter), **others}.items()))
 
 
+def adapter_ranks(model: nn.Module, adapter: str = "default") -> dict[str, int]:
+    """Return the rank of every layer that carries ``adapter``, by its name; embeddings and convolutions included."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    kinds = (LoraLayer, VeraLayer, VBLoRALayer)
+    found = {name: m.r[adapter] for name, m in base.named_modules() if isinstance(m, kinds) and adapter in m.r}
+    return dict(sorted(found.items()))
+
+
 def without_adapters(model: nn.Module) -> nn.Module:
     """Take the adapters off a PEFT model and return its base model; return any other model unchanged."""
     if not isinstance(model, PeftModel):

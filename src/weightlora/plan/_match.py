@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightlora.errors import OptionError, PlanMismatchError
 from weightlora.model.sites import Site, linear_sites
@@ -62,10 +62,9 @@ def require_adapters(model: nn.Module, planned: Mapping[str, int], adapter: str)
     Raises:
         PlanMismatchError: With the sites that do not match.
     """
-    from weightlora.model.layers import adapter_layers
+    from weightlora.model.layers import adapter_ranks
 
-    layers: dict[str, Any] = dict(adapter_layers(model, adapter))
-    found = {name: layer.r[adapter] for name, layer in layers.items()}
+    found = adapter_ranks(model, adapter)
     faults = [f"{name}: no adapter, planned rank {planned[name]}" for name in planned if name not in found]
     faults += [f"{name}: rank {found[name]}, not planned" for name in found if name not in planned]
     both = [name for name in planned if name in found]
