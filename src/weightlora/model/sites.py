@@ -49,9 +49,14 @@ class Site:
         """The name inside the block, the same in every layer."""
         return self.name[len(self.block) :].lstrip(".")
 
-    def parameters(self, r: int) -> int:
-        """Trainable parameters of an adapter of rank ``r``: A is (r, in), B is (out, r)."""
-        return r * (self.in_features + self.out_features)
+    def parameters(self, r: int, *, vectors: int = 0) -> int:
+        """Trainable parameters of an adapter of rank ``r``: A is (r, in), B is (out, r).
+
+        Args:
+            r: The rank; an adapter of rank 0 has no parameters.
+            vectors: Further vectors of ``out_features`` numbers that an adapter has: DoRA's magnitude, B's bias.
+        """
+        return r * (self.in_features + self.out_features) + (vectors * self.out_features if r else 0)
 
 
 @dataclass(frozen=True)
@@ -182,8 +187,14 @@ def tuner_fields(lora: LoraConfig, sites: Sequence[Site]) -> dict[str, Any]:
 
 
 def adapter_parameters(sites: Sequence[Site], lora: LoraConfig) -> dict[str, int]:
-    """Trainable parameters of plain LoRA's adapter at each site, by its name."""
-    return {site.name: site.parameters(rank_and_alpha(lora, site.name)[0]) for site in sites}
+    """Trainable parameters of the adapter that ``lora`` puts on each site, by its name."""
+    vectors = output_vectors(lora)
+    return {site.name: site.parameters(rank_and_alpha(lora, site.name)[0], vectors=vectors) for site in sites}
+
+
+def output_vectors(lora: LoraConfig) -> int:
+    """How many trained vectors of ``out_features`` numbers each adapter has beside A and B: see :class:`Site`."""
+    return int(lora.use_dora) + int(lora.lora_bias)
 
 
 def trained_modules(lora: LoraConfig) -> tuple[str, ...]:

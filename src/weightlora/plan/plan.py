@@ -93,14 +93,22 @@ class AdapterPlan:
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters of the planned adapters: Σ rᵢ·(inᵢ + outᵢ), and DoRA's outᵢ."""
-        magnitudes = sum(entry.site.out_features for entry in self.entries if entry.r > 0 and self.lora.get("use_dora"))
-        return sum(entry.site.parameters(entry.r) for entry in self.entries) + magnitudes
+        """Trainable parameters of the planned adapters: Σ rᵢ·(inᵢ + outᵢ), and outᵢ for DoRA and for ``lora_bias``."""
+        return sum(entry.site.parameters(entry.r, vectors=self._vectors) for entry in self.entries)
 
     @property
     def lora_parameters(self) -> int:
-        """Trainable parameters of plain LoRA on all candidates: the budget."""
-        return sum(entry.site.parameters(entry.lora_r) for entry in self.entries)
+        """Trainable parameters of the user's adapters on all candidates: the budget."""
+        return sum(self.lora_sizes)
+
+    @property
+    def lora_sizes(self) -> tuple[int, ...]:
+        """Trainable parameters of the user's adapter on each candidate, in the order of ``entries``."""
+        return tuple(entry.site.parameters(entry.lora_r, vectors=self._vectors) for entry in self.entries)
+
+    @property
+    def _vectors(self) -> int:
+        return bool(self.lora.get("use_dora")) + bool(self.lora.get("lora_bias"))
 
     @property
     def fingerprint(self) -> str:
