@@ -226,6 +226,11 @@ CONFIGS = {
 }
 
 
+#: Lists of names for several families: each model lacks some of them, which tests/model/test_requested.py is about.
+several_families = pytest.mark.filterwarnings("ignore::weightlora.errors.WeightLoraWarning")
+
+
+@several_families
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("build", [llama, bert, gpt2, t5, Attending])
 def test_the_sites_are_the_layers_that_peft_adapts(build, config):
@@ -239,6 +244,7 @@ def test_the_sites_are_the_layers_that_peft_adapts(build, config):
         assert names(build(), LoraConfig(**CONFIGS[config])) == expected
 
 
+@several_families
 def test_the_configs_of_that_test_tell_rules_apart():
     found = {config: names(llama(), LoraConfig(**CONFIGS[config])) for config in CONFIGS if config != "nothing"}
     assert len({tuple(sites) for sites in found.values()}) == len(found)
@@ -285,6 +291,7 @@ def test_the_heads_of_a_task_are_those_that_peft_saves_whole(task, heads):
 # -- through PEFT's wrappers -----------------------------------------------------------------------------------------
 
 
+@several_families
 @pytest.mark.parametrize(
     ("build", "lora"),
     [

@@ -41,8 +41,12 @@ _FACTORS = {
 LEAF = "torch::autograd::AccumulateGrad"
 
 
-def parameter_cost(model: nn.Module) -> Cost:
+def parameter_cost(model: nn.Module, *, vectors: int = 0) -> Cost:
     """Bytes of the trained parameters with their gradients and the state of AdamW.
+
+    Args:
+        model: A model with LoRA on all sites.
+        vectors: Further vectors, as long as a layer's output, that each adapter is going to have.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -56,6 +60,12 @@ def parameter_cost(model: nn.Module) -> Cost:
         Item(ADAMW_COPIES * p.numel() * p.element_size(), (causes.get(id(p), (ANY, 1 << len(layers))),))
         for p in model.parameters()
         if p.requires_grad
+    ]
+    matrices: list[Any] = [layer.lora_B["default"].weight for layer in layers.values()]
+    items += [
+        Item(ADAMW_COPIES * vectors * b.shape[0] * b.element_size(), ((1 << i, 1 << i),))
+        for i, b in enumerate(matrices)
+        if vectors
     ]
     return make_cost(len(layers), items, order=())
 

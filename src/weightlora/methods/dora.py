@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
+from weightlora.errors import OptionError
 from weightlora.methods.base import ChoosingMethod, Method
 from weightlora.model.sites import find_sites
 from weightlora.plan.make import make_plan
@@ -27,6 +28,8 @@ def build() -> Method:
 
 
 def _choose(model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int) -> AdapterPlan:
+    if lora.lora_bias:
+        raise OptionError("lora_bias=True is not allowed with DoRA, which PEFT gives no bias; leave it out")
     sites = find_sites(model, lora).sites
     dora = copy(lora)
     dora.use_dora = True

@@ -67,13 +67,47 @@ def seeded(seed: int) -> Generator[None]:
         restore()
 
 
-def _model_restorer(model: nn.Module) -> Callable[[], None]:
-    """Return a function that restores everything of the model but its parameters' values."""
+@contextmanager
+def restored_on_error(model: nn.Module) -> Generator[None]:
+    """Restore the model if the block raises; the block may change modules and attributes, but no values.
+
+    Unlike :func:`untouched` it copies no buffers, in which some quantised models have all their weights.
+
+    Args:
+        model: The model that the block changes.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> with restored_on_error(model):
+        ...     model[0] = nn.Identity()
+        ...     raise KeyError
+        Traceback (most recent call last):
+        ...
+        KeyError
+        >>> type(model[0]).__name__
+        'Linear'
+    """
+    restore = _model_restorer(model, buffers=False)
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
+def _model_restorer(model: nn.Module, *, buffers: bool = True) -> Callable[[], None]:
+    """Return a function that restores everything of the model but its parameters' values.
+
+    Args:
+        model: The model that is going to change.
+        buffers: Copy the content of buffers, and restore it as well.
+    """
     _reshard(model)
     modules = [(module, _attribute_restorer(vars(module))) for module in model.modules()]
     configs = [_attribute_restorer(vars(c)) for c in _configurations(model)]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    contents = [(buffer, buffer.detach().clone()) for buffer in model.buffers()] if buffers else []
 
     def restore() -> None:
         _reshard(model)
@@ -85,7 +119,7 @@ def _model_restorer(model: nn.Module) -> Callable[[], None]:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
         with torch.no_grad():
-            for buffer, value in buffers:
+            for buffer, value in contents:
                 buffer.copy_(value)
 
     return restore

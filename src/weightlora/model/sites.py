@@ -1,14 +1,16 @@
-"""The layers of a model that can carry a LoRA adapter; which linear layers are skipped, and why."""
+"""The layers of a model that can carry a LoRA adapter; what is skipped, and why."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError, SiteError
+from weightlora.model._modules import base_modules, is_linear, output_head, shape_of
+from weightlora.model._requested import unmatched_targets, warn_of_leftovers
 from weightlora.text import similar
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 #: Modules that PEFT trains whole for a task type, in addition to ``modules_to_save``.
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+_NEVER_CALLED = "inside nn.MultiheadAttention, which never calls it"
 _HEAD_NAMES = frozenset([*(name for names in TASK_HEADS.values() for name in names), "classification_head"])
 
 
@@ -46,14 +49,19 @@ class Site:
         """The name inside the block, the same in every layer."""
         return self.name[len(self.block) :].lstrip(".")
 
-    def parameters(self, r: int) -> int:
-        """Trainable parameters of an adapter of rank ``r``: A is (r, in), B is (out, r)."""
-        return r * (self.in_features + self.out_features)
+    def parameters(self, r: int, *, vectors: int = 0) -> int:
+        """Trainable parameters of an adapter of rank ``r``: A is (r, in), B is (out, r).
+
+        Args:
+            r: The rank; an adapter of rank 0 has no parameters.
+            vectors: Further vectors of ``out_features`` numbers that an adapter has: DoRA's magnitude, B's bias.
+        """
+        return r * (self.in_features + self.out_features) + (vectors * self.out_features if r else 0)
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A linear layer that carries no adapter, and why."""
+    """A linear layer, or a module or name that ``target_modules`` asks for, that carries no adapter, and why."""
 
     name: str
     reason: str
@@ -68,11 +76,14 @@ class Candidates:
 
 
 def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
-    """List the layers of ``model`` that ``lora`` would adapt, sorted by name, and the linear layers it skips.
+    """List the linear layers of ``model`` that ``lora`` would adapt, sorted by name, and what is skipped, with reasons.
 
     PEFT's own rule matches the names: ``target_modules``, ``exclude_modules``, ``layers_to_transform``,
     ``modules_to_save``. With ``target_modules=None`` every linear layer is a candidate except the output head and the
     pooler; ``"all-linear"`` includes the pooler.
+
+    Skipped are all other linear layers, modules of other kinds that ``target_modules`` names, such as embeddings, and
+    names in that list that no module has.
 
     Args:
         model: A transformers model, a PEFT model (its base is searched) or any module with linear layers.
@@ -81,6 +92,10 @@ def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
     Raises:
         SiteError: There is no linear layer, ``target_modules`` match none (the text names the closest), or the model
             is compiled.
+
+    Warns:
+        WeightLoraWarning: ``target_modules`` asks for a module that gets no adapter, or a name in ``target_modules``,
+            ``exclude_modules``, ``rank_pattern`` or ``alpha_pattern`` matches nothing.
 
     Example:
         >>> from torch import nn
@@ -91,27 +106,27 @@ def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
     from peft import LoraConfig
 
     lora = LoraConfig() if lora is None else lora
-    linear = dict(_linear_layers(model))
+    modules = _base_modules(model)
+    linear = {name: module for name, module in modules.items() if is_linear(module)}
     if not linear:
         raise SiteError(f"{type(model).__name__} has no linear layer that could carry an adapter")
 
-    output_head = _output_head(model)
-    sites: list[Site] = []
-    skipped: list[Skipped] = []
-    for name, layer in sorted(linear.items()):
-        reason = _reason_to_skip(name, layer, lora, output_head)
-        if reason is None:
-            sites.append(Site(name, *_shape(layer)))
-        else:
-            skipped.append(Skipped(name, reason))
+    head = output_head(model)
+    reasons = {name: _reason_to_skip(name, layer, lora, head) for name, layer in linear.items()}
+    sites = tuple(sorted(Site(name, *shape_of(linear[name])) for name, reason in reasons.items() if reason is None))
+    skipped = {name: reason for name, reason in reasons.items() if reason is not None}
+    others = _other_kinds(modules, lora)
     if not sites:
-        raise SiteError(_nothing_matched(lora, skipped))
-    return Candidates(tuple(sites), tuple(skipped))
+        raise SiteError(_nothing_matched(lora, skipped, others))
+    left_out = {**unmatched_targets(lora, modules, linear), **others}
+    left_out |= {name: reason for name, reason in skipped.items() if reason == _NEVER_CALLED and _is_named(name, lora)}
+    warn_of_leftovers(lora, left_out, modules, [site.name for site in sites])
+    return Candidates(sites, tuple(Skipped(*item) for item in sorted({**skipped, **left_out}.items())))
 
 
 def linear_sites(model: nn.Module) -> tuple[Site, ...]:
     """Every linear layer of ``model``, candidate or not, sorted by name; PEFT's wrappers are ignored."""
-    return tuple(sorted(Site(name, *_shape(layer)) for name, layer in _linear_layers(model)))
+    return tuple(sorted(Site(name, *shape_of(m)) for name, m in _base_modules(model).items() if is_linear(m)))
 
 
 def require_uncompiled(model: nn.Module) -> None:
@@ -172,8 +187,14 @@ def tuner_fields(lora: LoraConfig, sites: Sequence[Site]) -> dict[str, Any]:
 
 
 def adapter_parameters(sites: Sequence[Site], lora: LoraConfig) -> dict[str, int]:
-    """Trainable parameters of plain LoRA's adapter at each site, by its name."""
-    return {site.name: site.parameters(rank_and_alpha(lora, site.name)[0]) for site in sites}
+    """Trainable parameters of the adapter that ``lora`` puts on each site, by its name."""
+    vectors = output_vectors(lora)
+    return {site.name: site.parameters(rank_and_alpha(lora, site.name)[0], vectors=vectors) for site in sites}
+
+
+def output_vectors(lora: LoraConfig) -> int:
+    """How many trained vectors of ``out_features`` numbers each adapter has beside A and B: see :class:`Site`."""
+    return int(lora.use_dora) + int(lora.lora_bias)
 
 
 def trained_modules(lora: LoraConfig) -> tuple[str, ...]:
@@ -183,69 +204,26 @@ def trained_modules(lora: LoraConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*(lora.modules_to_save or ()), *by_task]))
 
 
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every linear layer with its name in the base model; PEFT's wrappers are ignored."""
+def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its name in the base model; PEFT's wrappers are ignored."""
     from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    require_uncompiled(base)
-    wrapped: tuple[str, ...] = ()
-    for name, module in base.named_modules():
-        if name.startswith(wrapped):
-            continue
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            wrapped += (f"{name}.",)
-            for inner, layer in module.original_module.named_modules():
-                if isinstance(layer, (nn.Linear, Conv1D)):
-                    yield f"{name}.{inner}".rstrip("."), layer
-        elif isinstance(module, BaseTunerLayer):
-            wrapped += (f"{name}.",)
-            layer = module.get_base_layer()
-            if isinstance(layer, (nn.Linear, Conv1D)):
-                yield name, layer
-        elif isinstance(module, (nn.Linear, Conv1D)):
-            yield name, module
+    require_uncompiled(model.get_base_model() if isinstance(model, PeftModel) else model)
+    return dict(base_modules(model))
 
 
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features), also for GPT-2's transposed layer."""
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(layer, Conv1D):
-        return int(layer.nx), int(layer.nf)
-    return int(layer.in_features), int(layer.out_features)  # pyright: ignore[reportArgumentType]
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that maps hidden states to token logits; None outside transformers."""
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-    from transformers import PreTrainedModel
-
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
-    if isinstance(head, AuxiliaryTrainingWrapper):
-        return head.original_module
-    return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-
-
-def _reason_to_skip(name: str, layer: nn.Module, lora: LoraConfig, output_head: nn.Module | None) -> str | None:
+def _reason_to_skip(name: str, layer: nn.Module, lora: LoraConfig, head: nn.Module | None) -> str | None:
     """Why the layer is skipped, or None for a candidate."""
     from torch import nn
 
     parts = name.split(".")
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "inside nn.MultiheadAttention, which never calls it"
+        return _NEVER_CALLED
     for module in trained_modules(lora):
         if re.match(rf"(^|.*\.){module}($|\..*)", name):
             return f"trained whole ({module!r} in modules_to_save)"
     if lora.target_modules is None or _is_all_linear(lora):
-        if layer is output_head or not _HEAD_NAMES.isdisjoint(parts):
+        if layer is head or not _HEAD_NAMES.isdisjoint(parts):
             return "output head"
         if lora.target_modules is None and "pooler" in parts:
             return "pooler (name it in target_modules to make it a candidate)"
@@ -272,16 +250,34 @@ def _matches(lora: LoraConfig, name: str, targets: str | list[str], excluded: st
     return bool(check_target_module_exists(probe, name))
 
 
-def _nothing_matched(lora: LoraConfig, skipped: Sequence[Skipped]) -> str:
+def _other_kinds(modules: Mapping[str, nn.Module], lora: LoraConfig) -> dict[str, str]:
+    """The modules that ``target_modules`` names and that are no linear layers, with the reason to skip them."""
+    others = {name: module for name, module in modules.items() if name and not is_linear(module)}
+    return {n: f"{type(m).__name__} is no linear layer" for n, m in others.items() if _is_named(n, lora)}
+
+
+def _is_named(name: str, lora: LoraConfig) -> bool:
+    """Whether PEFT would adapt ``name`` because ``target_modules`` lists or describes it."""
+    if lora.target_modules is None or _is_all_linear(lora):
+        return False
+    return _matches(lora, name, lora.target_modules, lora.exclude_modules)
+
+
+def _nothing_matched(lora: LoraConfig, skipped: Mapping[str, str], others: Mapping[str, str]) -> str:
     """The error's text: the wanted names and the closest layers."""
     if lora.target_modules is None or _is_all_linear(lora):
-        return "no site is left: " + "; ".join(f"{skip.name}: {skip.reason}" for skip in skipped[:5])
+        return "no site is left: " + "; ".join(f"{name}: {reason}" for name, reason in sorted(skipped.items())[:5])
     wanted = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
-    known = sorted({skip.name.rsplit(".", 1)[-1] for skip in skipped} | {skip.name for skip in skipped})
+    known = sorted({name.rsplit(".", 1)[-1] for name in skipped} | set(skipped))
     close = [match for want in wanted for match in similar(want, known, count=2, cutoff=0.4)]
     # Name first a wanted layer that was skipped for another reason.
-    left_out = [s for s in skipped if s.reason != "not in target_modules" and s.name.endswith(tuple(wanted))]
-    close = [f"{skip.name} ({skip.reason})" for skip in left_out[:2]] or close
+    left_out = [f"{n} ({why})" for n, why in others.items()]
+    left_out += [
+        f"{name} ({reason})"
+        for name, reason in sorted(skipped.items())
+        if reason != "not in target_modules" and name.endswith(tuple(wanted))
+    ]
+    close = left_out[:2] or close
     hint = f"the closest: {', '.join(dict.fromkeys(close))}" if close else f"there are: {', '.join(known[:8])}"
     return f"target_modules={wanted} match none of the {len(skipped)} linear layers; {hint}"
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from weightlora.errors import PlanMismatchError
+from weightlora.errors import OptionError, PlanMismatchError
 from weightlora.model.sites import Site, linear_sites
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from torch import nn
 
 
@@ -29,16 +30,41 @@ def require_sites(model: nn.Module, sites: Sequence[Site], base_model: str | Non
     _raise_faults(faults, f"the plan was made for another model ({base_model or 'unnamed'})")
 
 
+def require_room(model: nn.Module, config: LoraConfig) -> None:
+    """Raise unless adapters of ``config`` can be put into ``model`` without losing any that it carries.
+
+    Raises:
+        OptionError: With the adapters, and what to do.
+    """
+    from peft import PeftModel
+
+    from weightlora.model.layers import require_peft_wrapper, require_replaceable
+
+    require_peft_wrapper(model)
+    if not isinstance(model, PeftModel):
+        return
+    found = require_replaceable(model, "attach the plan to the base model (model.unload())")
+    if len(model.peft_config) > 1:
+        raise OptionError(
+            f"the model has adapters {', '.join(model.peft_config)}, and the plan replaces 'default' alone; delete the "
+            "others (model.delete_adapter), or attach the plan to the base model"
+        )
+    if found.task_type != config.task_type:
+        raise OptionError(
+            f"the model was wrapped with task_type={found.task_type!s}, the plan has {config.task_type!s}; give "
+            "select() the model's own LoraConfig, or attach the plan to the base model"
+        )
+
+
 def require_adapters(model: nn.Module, planned: Mapping[str, int], adapter: str) -> None:
     """Raise unless exactly the sites of ``planned`` carry ``adapter`` in ``model``, each with its rank.
 
     Raises:
         PlanMismatchError: With the sites that do not match.
     """
-    from weightlora.model.layers import adapter_layers
+    from weightlora.model.layers import adapter_ranks
 
-    layers: dict[str, Any] = dict(adapter_layers(model, adapter))
-    found = {name: layer.r[adapter] for name, layer in layers.items()}
+    found = adapter_ranks(model, adapter)
     faults = [f"{name}: no adapter, planned rank {planned[name]}" for name in planned if name not in found]
     faults += [f"{name}: rank {found[name]}, not planned" for name in found if name not in planned]
     both = [name for name in planned if name in found]

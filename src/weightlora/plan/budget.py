@@ -65,6 +65,8 @@ class Budget:
     """Cost of keeping each site: 1 where sites are counted, else its adapter's parameters."""
     limit: int
     """The most that the kept sites may cost together."""
+    fixed: tuple[int, ...] = ()
+    """The part of each cost that does not shrink with the rank (DoRA's magnitude, B's bias); empty where it is 0."""
 
     @classmethod
     def of_count(cls, k: int, *, n: int) -> Budget:
@@ -112,12 +114,13 @@ class GainShare:
         return sorted(chosen)
 
 
-def read_budget(keep: Keep, parameters: Mapping[str, int]) -> Budget:
+def read_budget(keep: Keep, parameters: Mapping[str, int], fixed: Sequence[int] = ()) -> Budget:
     """Turn ``keep`` into a budget over sites.
 
     Args:
         keep: A fraction of the parameters, a count of sites, or a number of parameters; see :data:`Keep`.
         parameters: Trainable parameters of plain LoRA's adapter at each site, by the site's name.
+        fixed: How many of them do not shrink with the rank, for budgets that are spent rank by rank.
 
     Raises:
         OptionError: ``keep`` is out of its range, no site fits it, or it is a :class:`Limit`.
@@ -153,7 +156,7 @@ def read_budget(keep: Keep, parameters: Mapping[str, int]) -> Budget:
             f"no site fits keep={keep!r}{share}: the smallest adapter, at {smallest}, has {parameters[smallest]:,}; "
             "raise keep or lower r"
         )
-    return Budget(tuple(parameters.values()), limit)
+    return Budget(tuple(parameters.values()), limit, tuple(fixed) if any(fixed) else ())
 
 
 def check_keep(keep: Keep) -> Keep:

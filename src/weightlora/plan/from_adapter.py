@@ -44,7 +44,8 @@ def read_adapter(folder: str | Path) -> AdapterPlan:
             entries.append(PlannedSite(site, r, alpha, r=r, alpha=alpha, score=0.0))
     if not entries:
         raise PlanError(f"{folder} holds no LoRA matrices; its tensors are named {', '.join(list(shapes)[:3])}")
-    return AdapterPlan(tuple(entries), rule="adapter", base_model=config.get("base_model_name_or_path"))
+    lora = {field: True for field in ("use_dora", "lora_bias") if config.get(field) is True}
+    return AdapterPlan(tuple(entries), lora=lora, rule="adapter", base_model=config.get("base_model_name_or_path"))
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

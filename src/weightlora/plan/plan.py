@@ -13,10 +13,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from weightlora.errors import OptionError, PlanError, PlanMismatchError
+from weightlora.errors import OptionError, PlanError
 from weightlora.files import whole_folder
 from weightlora.model.sites import Site
-from weightlora.plan._match import require_adapters, require_sites
+from weightlora.plan._match import require_adapters, require_room, require_sites
 from weightlora.plan._schema import ENTRY_KEYS, PLAN_KEYS, read_plan_file, write_plan_file
 from weightlora.plan.budget import expanded_ranks
 from weightlora.plan.lora_config import planned_lora_config, whole_or_float
@@ -93,14 +93,22 @@ class AdapterPlan:
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters of the planned adapters: Σ rᵢ·(inᵢ + outᵢ), and DoRA's outᵢ."""
-        magnitudes = sum(entry.site.out_features for entry in self.entries if entry.r > 0 and self.lora.get("use_dora"))
-        return sum(entry.site.parameters(entry.r) for entry in self.entries) + magnitudes
+        """Trainable parameters of the planned adapters: Σ rᵢ·(inᵢ + outᵢ), and outᵢ for DoRA and for ``lora_bias``."""
+        return sum(entry.site.parameters(entry.r, vectors=self._vectors) for entry in self.entries)
 
     @property
     def lora_parameters(self) -> int:
-        """Trainable parameters of plain LoRA on all candidates: the budget."""
-        return sum(entry.site.parameters(entry.lora_r) for entry in self.entries)
+        """Trainable parameters of the user's adapters on all candidates: the budget."""
+        return sum(self.lora_sizes)
+
+    @property
+    def lora_sizes(self) -> tuple[int, ...]:
+        """Trainable parameters of the user's adapter on each candidate, in the order of ``entries``."""
+        return tuple(entry.site.parameters(entry.lora_r, vectors=self._vectors) for entry in self.entries)
+
+    @property
+    def _vectors(self) -> int:
+        return bool(self.lora.get("use_dora")) + bool(self.lora.get("lora_bias"))
 
     @property
     def fingerprint(self) -> str:
@@ -162,31 +170,41 @@ class AdapterPlan:
         return planned_lora_config(self, overrides)
 
     def attach(self, model: nn.Module, **overrides: Any) -> PeftModel:
-        """Put freshly initialised, stock PEFT adapters on exactly the planned sites of ``model``.
+        """Return a PEFT model with freshly initialised, stock adapters on exactly the planned sites of ``model``.
 
         Like ``get_peft_model(model, plan.to_lora_config())``, and:
 
         - the plan is checked against the model before and after;
         - the saved config holds the full names. PEFT shortens lists of 20 or more names to suffixes, which can match
           more modules in another model;
-        - :func:`weightlora.shorten_backward` is called, for models with gradient checkpointing.
+        - :func:`weightlora.shorten_backward` is called, for models with gradient checkpointing;
+        - after an error the model is as it was.
+
+        Args:
+            model: A base model, or a PEFT model whose only adapter is LoRA that was not trained yet: its adapter is
+                replaced, and the same object is returned.
+            overrides: As in :meth:`to_lora_config`.
 
         Raises:
             PlanMismatchError: The model lacks planned sites, or has them in other shapes.
+            OptionError: An override would change the plan, or the model carries adapters that would be lost.
         """
-        from peft import get_peft_model
+        from peft import PeftModel, get_peft_model
 
         from weightlora.model.checkpointing import shorten_backward
+        from weightlora.model.layers import take_tuner, without_adapters
+        from weightlora.model.restore import restored_on_error
 
         self.check_sites(model)
-        peft_model = get_peft_model(model, self.to_lora_config(**overrides))  # pyright: ignore[reportArgumentType]
-        peft_model.peft_config["default"].target_modules = list(self.names)  # pyright: ignore[reportAttributeAccessIssue]
-        try:
+        config = self.to_lora_config(**overrides)
+        require_room(model, config)
+        with restored_on_error(model):
+            peft_model = get_peft_model(without_adapters(model), config)  # pyright: ignore[reportArgumentType]
+            peft_model.peft_config["default"].target_modules = list(self.names)  # pyright: ignore[reportAttributeAccessIssue]
             self.check(peft_model)
-        except PlanMismatchError:
-            peft_model.base_model.unload()  # pyright: ignore[reportCallIssue]
-            raise
-        return shorten_backward(peft_model)
+            if isinstance(model, PeftModel):
+                take_tuner(model, peft_model)
+        return shorten_backward(model if isinstance(model, PeftModel) else peft_model)
 
     def check_sites(self, model: nn.Module) -> None:
         """Raise unless every candidate of the plan is a linear layer of ``model`` with the same shape.

@@ -26,7 +26,8 @@ def whole_budget(budget: Chooser) -> Budget | GainShare:
 def chosen_ranks(budget: Chooser, scores: Sequence[Sequence[float]]) -> list[int]:
     """Return the rank of each site: its ranks with the best scores for their parameters, within the budget.
 
-    A rank costs what its adapter costs, divided by the adapter's rank. A rank without a positive score is not kept.
+    A rank costs what its adapter costs, divided by the adapter's rank; what does not shrink with the rank is paid with
+    the first one. A rank without a positive score is not kept.
 
     Args:
         budget: A fraction, a number of parameters or of adapters, or a share of the scores.
@@ -43,13 +44,30 @@ def chosen_ranks(budget: Chooser, scores: Sequence[Sequence[float]]) -> list[int
     each = math.lcm(*map(len, scores))  # so that the cost of a rank is a whole number
     costs = tuple(cost * each // len(own) for cost, own in zip(budget.costs, scores, strict=True) for _ in own)
     sizes = [score for own in scores for score in own]
-    if isinstance(budget, Budget):
+    site_of = [site for site, own in enumerate(scores) for _ in own]
+    if not isinstance(budget, Budget):
+        kept = GainShare(costs, budget.share).choose(sizes)
+    elif budget.fixed:
+        return _within(budget, scores)
+    else:
         worth = [size / cost for size, cost in zip(sizes, costs, strict=True)]
         kept = Budget(costs, budget.limit * each).choose(worth)
-    else:
-        kept = GainShare(costs, budget.share).choose(sizes)
-    site_of = [site for site, own in enumerate(scores) for _ in own]
     ranks = [0] * len(scores)
     for i in kept:
         ranks[site_of[i]] += sizes[i] > 0
+    return ranks
+
+
+def _within(budget: Budget, scores: Sequence[Sequence[float]]) -> list[int]:
+    """The ranks under a budget with fixed costs: by falling score per parameter, skipping what no longer fits."""
+    each = [(cost - fixed) // len(own) for cost, fixed, own in zip(budget.costs, budget.fixed, scores, strict=True)]
+    worth = [
+        (size * len(own) / budget.costs[site], site) for site, own in enumerate(scores) for size in own if size > 0
+    ]
+    ranks, left = [0] * len(scores), budget.limit
+    for _, site in sorted(worth, key=lambda pair: -pair[0]):
+        price = each[site] + (0 if ranks[site] else budget.fixed[site])
+        if price <= left:
+            ranks[site] += 1
+            left -= price
     return ranks

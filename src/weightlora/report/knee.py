@@ -122,9 +122,9 @@ def make_knee(plan: AdapterPlan, *, seed: int = 0) -> Knee:
             f"no site of this plan has a positive score (rule {plan.rule!r}), and a knee plot needs them; select with "
             "a rule that scores sites, such as first_order"
         )
-    sizes = [entry.site.parameters(entry.lora_r) for entry in entries]
+    sizes = plan.lora_sizes
     order = sorted(range(len(entries)), key=lambda i: -gains[i] / sizes[i])
-    half = len(GainShare(tuple(sizes), AUTO).choose(gains))
+    half = len(GainShare(sizes, AUTO).choose(gains))
     kept = [i for i, entry in enumerate(entries) if entry.r > 0]
     generator = random.Random(seed)
     orders = [generator.sample(order, len(order)) for _ in range(ORDERS)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from peft import LoraConfig
 from torch import nn
 
 from weightlora.cost.knapsack import CostBudget
@@ -11,25 +12,34 @@ from weightlora.cost.saved_bytes import Losses, parameter_cost, saved_cost
 from weightlora.cost.step_time import time_cost
 from weightlora.errors import OptionError
 from weightlora.model.distributed import from_first
-from weightlora.model.sites import Site
+from weightlora.model.sites import Site, adapter_parameters, output_vectors
 from weightlora.plan.budget import Chooser, GainShare, Keep, Limit, read_budget, read_limit, read_share
 from weightlora.plan.ranking import Ranking, ranked
 
 
-def asked_budget(keep: Keep, ranking: Ranking, sites: Sequence[Site], parameters: Mapping[str, int]) -> Chooser | Limit:
+def asked_budget(keep: Keep, ranking: Ranking, sites: Sequence[Site], lora: LoraConfig) -> Chooser | Limit:
     """Return the budget; a limit on memory or step time has to be measured first."""
-    share = read_share(keep)
+    share, parameters = read_share(keep), adapter_parameters(sites, lora)
     if share is not None:
         budget = GainShare(tuple(parameters.values()), share)
     else:
-        budget = read_limit(keep) or read_budget(keep, parameters)
+        fixed = [site.out_features * output_vectors(lora) for site in sites]
+        budget = read_limit(keep) or read_budget(keep, parameters, fixed)
     return ranked(budget, ranking, sites, parameters)
 
 
-def measured_budget(limit: Limit, attached: nn.Module, losses: Losses, sites: Sequence[Site]) -> CostBudget:
-    """Return the budget of ``limit``, measured on a step of plain LoRA; all processes use the first one's numbers."""
+def measured_budget(
+    limit: Limit, attached: nn.Module, losses: Losses, sites: Sequence[Site], lora: LoraConfig
+) -> CostBudget:
+    """Return the budget of ``limit``, measured on a step of plain LoRA; all processes use the first one's numbers.
+
+    Bytes also count the parameters that ``lora`` adds to plain LoRA's: DoRA's magnitudes and the adapters' biases.
+    """
     in_bytes = limit.unit == "bytes"
-    own = saved_cost(attached, losses) + parameter_cost(attached) if in_bytes else time_cost(attached, losses)
+    if in_bytes:
+        own = saved_cost(attached, losses) + parameter_cost(attached, vectors=output_vectors(lora))
+    else:
+        own = time_cost(attached, losses)
     cost = from_first(lambda: own)
     if in_bytes:
         budget = CostBudget(cost, int(limit.amount))

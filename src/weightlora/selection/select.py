@@ -26,7 +26,7 @@ from weightlora.fast.enable import enable_fast_lora
 from weightlora.model.distributed import require_agreement
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
-from weightlora.model.sites import adapter_parameters, find_sites
+from weightlora.model.sites import find_sites
 from weightlora.plan.budget import Keep, Limit
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
@@ -202,7 +202,7 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
         require_training_rule(rule)
         require_plain(lora)
     sites = find_sites(model, lora).sites
-    budget = asked_budget(keep, ranking, sites, adapter_parameters(sites, lora))
+    budget = asked_budget(keep, ranking, sites, lora)
     loss_fn = asked.loss_fn or model_loss
     adapters: dict[str, tuple[Tensor, Tensor]] = {}
     whole: dict[str, Tensor] = {}
@@ -215,7 +215,7 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
         if isinstance(budget, Limit):
             first, batches = peeked(batches)
             with untouched(model, seed=seed):  # the scores are as if nothing had been measured
-                budget = measured_budget(budget, attached, partial(in_parts, model, first, loss_fn), sites)
+                budget = measured_budget(budget, attached, partial(in_parts, model, first, loss_fn), sites, lora)
         total = head_steps + rule.batches(times)
         with tqdm(total=total, disable=None if asked.progress else True, leave=False) as bar:
             stage = Stage(model, lora_layers(attached), head, cycled(batches, total), loss_fn, bar, lr)

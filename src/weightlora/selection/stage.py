@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from weightlora.errors import SelectionError
 from weightlora.model.distributed import average_gradients, copy_from_first, make_whole
-from weightlora.model.layers import lora_layers, without_adapters
+from weightlora.model.layers import lora_layers, require_peft_wrapper, without_adapters
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site
 from weightlora.selection.batches import Loss, cycled, in_parts, kind_of, model_loss
@@ -214,7 +214,11 @@ def attach_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site])
         model: A base model, or a PEFT model.
         lora: The adapters wanted.
         sites: Where plain LoRA is put.
+
+    Raises:
+        OptionError: The model carries adapters, but is no PEFT model.
     """
+    require_peft_wrapper(model)
     plain = LoraConfig(
         task_type=lora.task_type,
         # A pattern and no list: PEFT takes a listed name for the ending of others as well.

@@ -22,10 +22,10 @@ from weightlora.fast.enable import enable_fast_lora, fast_dropout
 from weightlora.files import writable_folder
 from weightlora.methods import Method, MethodEntry, entry_of, make_method, options_of
 from weightlora.methods.base import planned_method
-from weightlora.methods.common.export import cast_trained, take_tuner
+from weightlora.methods.common.export import cast_trained
 from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.distributed import from_first, process_count
-from weightlora.model.layers import without_adapters
+from weightlora.model.layers import take_tuner, without_adapters
 from weightlora.model.restore import seeded
 from weightlora.plan.budget import Keep
 from weightlora.plan.plan import AdapterPlan

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
-from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.errors import OptionError, SelectionError
 from weightlora.model.checkpointing import remove_input_hooks, shorten_backward
-from weightlora.model.layers import lora_layers
+from weightlora.model.layers import require_replaceable
 from weightlora.model.sites import require_uncompiled
 from weightlora.plan.lora_config import config_fields
 from weightlora.plan.plan import AdapterPlan
@@ -101,18 +100,7 @@ def lora_of(trainer: Trainer, lora: LoraConfig | None) -> LoraConfig:
         return deepcopy(lora)
     if lora is not None:
         raise OptionError("the trainer's model has LoRA adapters already; leave lora= out, or give the base model")
-    config = model.peft_config.get("default")
-    if not isinstance(config, LoraConfig):
-        raise OptionError(f"the trainer's model has adapters {', '.join(model.peft_config)}, no LoRA named 'default'")
-    for adapter in model.peft_config:
-        trained = [n for n, layer in lora_layers(model, adapter).items() if _weight(layer.lora_B[adapter]).any()]
-        if trained:
-            raise OptionError(
-                f"B of {trained[0]} (adapter {adapter!r}) is not zero: it was trained, or its initialisation "
-                f"({config.init_lora_weights!r}) rewrote the base; merge it, or build the trainer on the base model "
-                "and give lora="
-            )
-    return deepcopy(config)
+    return deepcopy(require_replaceable(model, "build the trainer on the base model and give lora="))
 
 
 def stored_plan(path: Path, lora: LoraConfig, asked: Mapping[str, Any]) -> AdapterPlan | None:
@@ -158,7 +146,3 @@ def keep_plan(plan: AdapterPlan, path: Path) -> None:
     if path.exists() and AdapterPlan.load(path).ranks != plan.ranks:
         raise OptionError(f"{path} is another plan; choose another output_dir, or delete that file")
     plan.save(path)
-
-
-def _weight(matrix: Any) -> Tensor:
-    return matrix.weight.detach()

@@ -12,7 +12,7 @@ from peft.tuners.vera.layer import VeraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from weightlora.model.layers import lora_layers
+from weightlora.model.layers import lora_layers, take_tuner
 from weightlora.plan.plan import AdapterPlan
 
 
@@ -83,12 +83,6 @@ def become_stock(model: PeftModel, plan: AdapterPlan, factors: Mapping[str, Fact
         wrapper.modules_to_save["default"].load_state_dict(state)
     take_tuner(model, new)
     return model
-
-
-def take_tuner(model: PeftModel, other: PeftModel) -> None:
-    """Give ``model`` the adapters of ``other``; it stays the same object, which trainers and callbacks refer to."""
-    model.base_model = other.base_model
-    model.set_adapter("default")
 
 
 def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:

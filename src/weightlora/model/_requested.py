@@ -1,0 +1,80 @@
+"""Modules and names that a ``LoraConfig`` asks for and that get no adapter, or that match nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from weightlora.errors import WeightLoraWarning
+from weightlora.text import closest
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+#: Modules that a warning names.
+_SHOWN = 3
+
+
+def unmatched_targets(lora: LoraConfig, modules: Iterable[str], linear: Collection[str]) -> dict[str, str]:
+    """The listed ``target_modules`` that are the name or the ending of no module, each with a reason to skip it.
+
+    Args:
+        lora: The wanted adapters.
+        modules: Names of all modules.
+        linear: Names of the linear layers, among which the closest name is looked for.
+    """
+    return {entry: f"no module has this name{_hint(entry, linear)}" for entry in _missing(lora.target_modules, modules)}
+
+
+def warn_of_leftovers(
+    lora: LoraConfig, left_out: Mapping[str, str], modules: Iterable[str], sites: Sequence[str]
+) -> None:
+    """Warn where a part of ``lora`` has no effect.
+
+    Args:
+        lora: The wanted adapters.
+        left_out: Modules and names that ``target_modules`` asks for and that get no adapter, with the reasons.
+        modules: Names of all modules.
+        sites: Names of the candidates.
+    """
+    if left_out:
+        named = [f"{name}: {reason}" for name, reason in left_out.items()]
+        _warn(f"target_modules asks for modules that get no adapter ({_few(named)}); change target_modules")
+    excluded = [f"{entry!r}{_hint(entry, sites)}" for entry in _missing(lora.exclude_modules, modules)]
+    if excluded:
+        _warn(f"exclude_modules has names that no module has ({_few(excluded)}); change or remove them")
+    for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        unused = [f"{key!r}{_hint(key, sites)}" for key in patterns or () if not _reaches(key, sites)]
+        if unused:
+            _warn(f"{field} has keys that match no site ({_few(unused)}); change or remove them")
+
+
+def _missing(entries: str | Collection[str] | None, modules: Iterable[str]) -> list[str]:
+    """The entries of a list that PEFT would find nowhere; a regular expression has none."""
+    if entries is None or isinstance(entries, str):
+        return []
+    endings = {".".join(parts[i:]) for name in modules for parts in [name.split(".")] for i in range(len(parts))}
+    return sorted(set(entries) - endings)
+
+
+def _reaches(key: str, sites: Iterable[str]) -> bool:
+    from peft.utils.other import get_pattern_key
+
+    # Where no key matches, the function returns the name itself.
+    return any(get_pattern_key([key], name) == key for name in sites)
+
+
+def _hint(entry: str, names: Iterable[str]) -> str:
+    """The closest of the names' endings with as many parts as the entry has."""
+    parts = entry.count(".") + 1
+    return closest(entry, {".".join(name.split(".")[-parts:]) for name in names})
+
+
+def _few(texts: Sequence[str]) -> str:
+    more = f"; and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return "; ".join(texts[:_SHOWN]) + more
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, WeightLoraWarning, stacklevel=4)
