@@ -242,7 +242,10 @@ def test_what_is_saved_is_stock_lora_that_peft_loads(finished):
     config = json.loads((finished.folder / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert config["init_lora_weights"] is True
-    assert set(config["target_modules"]) == set(finished.method.plan.names)
+    assert config["target_modules"] == sorted(finished.method.plan.names)
+    if entry_of(finished.name).trains != "lora":  # some runtimes read one alpha for all sites, as a whole number
+        assert type(config["lora_alpha"]) is int
+        assert config["alpha_pattern"] == {}
     loaded = PeftModel.from_pretrained(finished.architecture.base(), str(finished.folder / "adapter"))
     assert torch.equal(finished.architecture.logits(loaded), finished.architecture.logits(finished.exported))
 

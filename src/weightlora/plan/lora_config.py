@@ -40,7 +40,7 @@ def config_fields(lora: LoraConfig) -> dict[str, Any]:
 
 def planned_lora_config(plan: AdapterPlan, overrides: Mapping[str, Any]) -> LoraConfig:
     """Return the stock PEFT config of ``plan``; see :meth:`weightlora.AdapterPlan.to_lora_config`."""
-    from peft import LoraConfig
+    from weightlora.plan._sorted_config import SortedLoraConfig
 
     taken = sorted(set(overrides) & set(_PLANNED_FIELDS))
     if taken:
@@ -48,22 +48,21 @@ def planned_lora_config(plan: AdapterPlan, overrides: Mapping[str, Any]) -> Lora
     kept = [entry for entry in plan.entries if entry.r > 0]
     if not kept:
         raise PlanError("the plan keeps no site, so it has no LoraConfig; select anew with a larger keep")
-    uniform = len({(entry.r, entry.alpha) for entry in kept}) == 1
+    ranks, alphas = {entry.r for entry in kept}, {entry.alpha for entry in kept}
     keys = ["^" + re.escape(entry.site.name) for entry in kept]
     fields = deepcopy({**plan.lora, **overrides})  # PEFT adds the task's heads to modules_to_save in place
-    unknown = sorted(set(fields) - set(inspect.signature(LoraConfig).parameters))
+    unknown = sorted(set(fields) - set(inspect.signature(SortedLoraConfig).parameters))
     if unknown:
         raise PlanError(f"this PEFT's LoraConfig has no field {', '.join(unknown)}; update PEFT, or select anew")
-    config = LoraConfig(
-        target_modules=list(plan.names),
+    config = SortedLoraConfig(
+        target_modules=list(plan.names),  # PEFT makes a set of it
         r=kept[0].r,
         lora_alpha=whole_or_float(kept[0].alpha),  # pyright: ignore[reportArgumentType]  # PEFT takes floats as well
-        rank_pattern={} if uniform else {k: e.r for k, e in zip(keys, kept, strict=True)},
-        alpha_pattern={} if uniform else {k: whole_or_float(e.alpha) for k, e in zip(keys, kept, strict=True)},
+        rank_pattern={} if len(ranks) == 1 else {k: e.r for k, e in zip(keys, kept, strict=True)},
+        alpha_pattern={} if len(alphas) == 1 else {k: whole_or_float(e.alpha) for k, e in zip(keys, kept, strict=True)},
         **fields,
     )
     config.exclude_modules = _exclusions(plan, config.exclude_modules)
-    config.target_modules = list(plan.names)  # PEFT made a set of it, which it would save in random order
     return config
 
 

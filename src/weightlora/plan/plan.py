@@ -157,8 +157,9 @@ class AdapterPlan:
     def to_lora_config(self, **overrides: Any) -> LoraConfig:
         """Return the stock PEFT config of the planned adapters; every other field is the user's own.
 
-        ``target_modules`` is the sorted list of full names. Equal ranks give one ``r``, one ``lora_alpha`` and no
-        pattern, which every runtime reads. Otherwise each pattern is one anchored, escaped name.
+        ``target_modules`` is the set of full names, saved as a sorted list. Equal ranks give one ``r`` and no
+        ``rank_pattern``, equal alphas one ``lora_alpha`` and no ``alpha_pattern``, which every runtime reads. Otherwise
+        the keys of a pattern are anchored, escaped names.
 
         Args:
             overrides: Fields of ``LoraConfig`` to change, except names, ranks and alphas, which are the plan.
@@ -200,7 +201,7 @@ class AdapterPlan:
         require_room(model, config)
         with restored_on_error(model):
             peft_model = get_peft_model(without_adapters(model), config)  # pyright: ignore[reportArgumentType]
-            peft_model.peft_config["default"].target_modules = list(self.names)  # pyright: ignore[reportAttributeAccessIssue]
+            peft_model.peft_config["default"].target_modules = set(self.names)  # pyright: ignore[reportAttributeAccessIssue]
             self.check(peft_model)
             if isinstance(model, PeftModel):
                 take_tuner(model, peft_model)

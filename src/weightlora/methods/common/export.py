@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,9 +38,11 @@ def layer_factors(layer: Any) -> Factors:
 
 
 def factors_plan(plan: AdapterPlan, factors: Mapping[str, Factors]) -> AdapterPlan:
-    """Return ``plan`` with the ranks of ``factors`` and alphas that keep each site's scale.
+    """Return ``plan`` with the ranks of ``factors``, and whole alphas that are equal on all sites.
 
-    PEFT's scale is alpha/r, so alpha = scale·r; rsLoRA's, alpha/√r, is left out of the config.
+    PEFT's scale is alpha/r, so alpha = scale·r; rsLoRA's, alpha/√r, is left out of the config. Where these alphas are
+    not one whole number, plain LoRA's alpha takes their place, and :func:`become_stock` multiplies B by the rest: some
+    runtimes read one ``lora_alpha`` for all sites, as a whole number.
 
     Example:
         >>> from weightlora.plan.plan import PlannedSite
@@ -47,12 +50,14 @@ def factors_plan(plan: AdapterPlan, factors: Mapping[str, Factors]) -> AdapterPl
         >>> plan = AdapterPlan((PlannedSite(Site("a", 4, 4), 4, 8, r=4, alpha=8, score=0.0),))
         >>> (entry,) = factors_plan(plan, {"a": Factors(torch.ones(3, 4), torch.ones(4, 3), scale=2.0)}).entries
         >>> entry.r, entry.alpha
-        (3, 6.0)
+        (3, 6)
     """
+    alphas = {_whole(factor.scale * factor.rank) for factor in factors.values() if factor.rank}
+    one = alphas.pop() if len(alphas) == 1 else None
     entries = tuple(
-        replace(e, r=f.rank, alpha=f.scale * f.rank if f.rank else e.lora_alpha)
+        replace(e, r=rank, alpha=e.lora_alpha if rank == 0 else one or max(1, round(e.lora_alpha)))
         for e in plan.entries
-        for f in [factors[e.site.name]]
+        for rank in [factors[e.site.name].rank]
     )
     return replace(plan, entries=entries, lora={k: v for k, v in plan.lora.items() if k != "use_rslora"})
 
@@ -78,7 +83,7 @@ def become_stock(model: PeftModel, plan: AdapterPlan, factors: Mapping[str, Fact
     for name, layer in lora_layers(new).items():
         a, b = _weights(layer)
         a.copy_(factors[name].a)
-        b.copy_(factors[name].b)
+        b.copy_(factors[name].b * (factors[name].scale / layer.scaling["default"]))
     for (_, wrapper), state in zip(_wrappers(new), learned, strict=True):
         wrapper.modules_to_save["default"].load_state_dict(state)
     take_tuner(model, new)
@@ -95,6 +100,12 @@ def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
             projections: Any = (layer.vera_A, layer.vera_B)
             for projection in projections:
                 projection["default"] = projection["default"].to(dtype=dtype)
+
+
+def _whole(alpha: float) -> int | None:
+    """The whole number that ``alpha`` is, but for the rounding of a few operations in float64; None for any other."""
+    whole = round(alpha)
+    return whole if whole > 0 and math.isclose(alpha, whole, rel_tol=1e-12) else None
 
 
 def _wrappers(model: PeftModel) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
