@@ -178,7 +178,7 @@ def test_a_row_that_is_none_of_the_task_is_one_line_that_shows_it():
     }.items():
         name = name.strip()
         rows = Dataset.from_list([ROWS[name], {**ROWS[name], **wrong}])
-        with pytest.raises(DataError, match=f"row 1 of the split 'test' is no row of {name} ") as caught:
+        with pytest.raises(DataError, match=f"row 2 of the split 'test' is no row of {name} ") as caught:
             to_prompts(task_of(name), rows, "test", chat=False)
         assert "\n" not in str(caught.value)
 
@@ -364,7 +364,7 @@ def test_without_rows_to_measure_there_is_a_trainer_and_no_number(plain, tiny, a
 @pytest.mark.parametrize("text", ["", None, ["a"]])
 def test_a_row_without_text_is_one_line(plain, text):
     rows = DatasetDict(train=Dataset.from_list([{"text": text}]))
-    with pytest.raises(DataError, match="row 0 of the split 'train' has no text"):
+    with pytest.raises(DataError, match="row 1 of the split 'train' has no text"):
         prepare(task_of("language_modelling"), rows, plain, RowOptions())
 
 

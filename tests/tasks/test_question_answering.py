@@ -261,14 +261,14 @@ def test_a_question_that_fills_the_window_is_refused(tokenizer):
 
 
 def test_a_question_without_an_answer_needs_the_task_for_it(tokenizer):
-    with pytest.raises(DataError, match=r"'q4' in the split 'train' has no answer; .* task=squad_v2"):
+    with pytest.raises(DataError, match=r"row 5 of the split 'train' has no answer; .* task=squad_v2"):
         prepare(find_task("squad"), splits(*ANSWERED, *SILENT), tokenizer, OPTIONS)
 
 
 def test_answers_that_stand_elsewhere_are_refused(tokenizer):
     moved = deepcopy(ANSWERED[3])
     moved["answers"]["answer_start"] = [3]
-    with pytest.raises(DataError, match=r"1 of 2 answers in the split 'train' .* that of 'q3'"):
+    with pytest.raises(DataError, match=r"1 of 2 answers in the split 'train' .* that of row 2 of "):
         prepare(find_task("squad"), splits(ANSWERED[0], moved), tokenizer, OPTIONS)
 
 
@@ -277,5 +277,5 @@ def test_answers_that_stand_elsewhere_are_refused(tokenizer):
     ["Paris", {"text": ["Paris"]}, {"text": "Paris", "answer_start": 3}, {"text": ["Paris"], "answer_start": [1, 2]}],
 )
 def test_answers_of_another_form_are_refused(tokenizer, answers):
-    with pytest.raises(DataError, match=r"the answers of 'q3' in the split 'train' are .*Paris"):
+    with pytest.raises(DataError, match=r"row 1 of the split 'train' has the answers .*Paris"):
         prepare(find_task("squad"), splits({**ANSWERED[3], "answers": answers}), tokenizer, OPTIONS)

@@ -24,7 +24,8 @@ def test_training_rows_alone_need_no_file_to_measure_on(csv):
         load_rows(TASK, Source(train_file=csv))
     rows = load_rows(TASK, Source(train_file=csv), measured=False)
     assert list(rows) == ["train"]
-    assert list(zip(rows["train"]["text"], rows["train"]["label"], strict=True)) == ROWS
+    names = [label_names(TASK, rows)[number] for number in rows["train"]["label"]]
+    assert list(zip(rows["train"]["text"], names, strict=True)) == ROWS
     rows = load_rows(TASK, Source(train_file=csv, held_out_samples=1), measured=False)
     assert {split: len(some) for split, some in rows.items()} == {"train": 2, HELD_OUT: 1}
     rows = load_rows(find_task("rotten_tomatoes"), Source(max_train_samples=4), measured=False)
@@ -48,9 +49,9 @@ def test_labels_are_numbered_in_the_order_of_their_names(csv, tokenizer, minilm,
     ("name", "content", "text"),
     [
         ("a.csv", "text,lable\na,b\n", r"no column 'label' \(closest: 'lable'\)"),
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text"', "cannot load .*a.jsonl: "),
-        ("a.csv", "", "cannot load .*a.csv: "),
-        ("a.csv", "text,label\n", "cannot load .*a.csv: .* no data"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text"', "line 2 of .*a.jsonl is no JSON: "),
+        ("a.csv", "", "a.csv has no rows"),
+        ("a.csv", "text,label\n", "a.csv has no rows"),
         ("a.txt", "a", "ends with '.txt'; give a file that ends with .csv"),
         ("missing.csv", None, "there is no file"),
     ],

@@ -10,6 +10,8 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError, OptionError, require_extra
+from weightlora.tasks._place import Place
+from weightlora.tasks._texts import is_text
 from weightlora.tasks.base import Task
 from weightlora.text import closest
 
@@ -65,9 +67,9 @@ def arc(row: Row) -> tuple[str, str]:
 
 
 def own_text(row: Row) -> tuple[str, str]:
-    """Return the user's own prompt and completion; numbers, which a CSV reader makes of some, become text again."""
+    """Return the user's own prompt and completion; numbers become text."""
     for role in ("prompt", "completion"):
-        if not isinstance(row[role], (str, int, float)):
+        if not is_text(row[role]):
             raise ValueError(f"{role} is {row[role]!r}, which is no text")
     return str(row["prompt"]), str(row["completion"])
 
@@ -82,6 +84,9 @@ def last_turn(messages: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers or answers[-1] == 0:
         raise ValueError("no assistant message answers another message")
+    for message in messages[: answers[-1] + 1]:
+        if not isinstance(message["content"], str) and not message.get("tool_calls"):
+            raise ValueError(f"the content of a message is {message['content']!r}, which is no text")
     return list(messages[: answers[-1]]), [messages[answers[-1]]]
 
 
@@ -118,18 +123,30 @@ def to_prompts(task: Task, rows: Dataset, split: str, *, chat: bool) -> Dataset:
             f"{task.name} has conversations and the tokenizer has no chat template; take the tokenizer of an instruct "
             "model, or task=completion with plain texts"
         )
-    made: list[dict[str, Any]] = []
+    return Dataset.from_list(list(_examples(task, rows, Place(f"the split {split!r}"), chat=chat)))
+
+
+def check_prompts(task: Task, rows: Dataset, place: Place) -> None:
+    """Raise where a row has no prompt or no completion.
+
+    Raises:
+        DataError: With the row.
+    """
+    for _ in _examples(task, rows, place, chat="messages" in task.columns):
+        pass
+
+
+def _examples(task: Task, rows: Dataset, place: Place, *, chat: bool) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(rows):
         roles = {role: dict(row)[column] for role, column in task.columns.items()}
         try:
-            made.append(_example(task, roles, chat))
+            yield _example(task, roles, chat)
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             like = f"as in {task.dataset}" if task.dataset else "each of them filled in"
             raise DataError(
-                f"row {number} of the split {split!r} is no row of {task.name} ({error}): "
+                f"{place.row(number)} is no row of {task.name} ({error}): "
                 f"{shorten(repr(roles), 200)}; it needs {', '.join(task.columns)}, {like}"
             ) from error
-    return Dataset.from_list(made)
 
 
 def _example(task: Task, row: Row, chat: bool) -> dict[str, Any]:
@@ -164,11 +181,19 @@ def to_texts(task: Task, rows: Dataset, split: str) -> Dataset:
     """
     from datasets import Dataset
 
-    texts: list[Any] = list(rows[task.columns["text"]])
-    for number, text in enumerate(texts):
-        if not isinstance(text, (str, int, float)) or text == "":
-            raise DataError(f"row {number} of the split {split!r} has no text: {text!r}; fill it in or remove the row")
-    return Dataset.from_dict({"text": [str(text) for text in texts]})  # the CSV reader makes numbers of some
+    check_whole_texts(task, rows, Place(f"the split {split!r}"))
+    return Dataset.from_dict({"text": [str(text) for text in rows[task.columns["text"]]]})  # some are numbers
+
+
+def check_whole_texts(task: Task, rows: Dataset, place: Place) -> None:
+    """Raise where a row has no text to learn.
+
+    Raises:
+        DataError: With the row.
+    """
+    for number, text in enumerate(rows[task.columns["text"]]):
+        if not is_text(text) or text == "":
+            raise DataError(f"{place.row(number)} has no text: {text!r}; fill it in or remove the row")
 
 
 def template_options(*, thinking: bool = False) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+    from weightlora.tasks._place import Place
 
 Kind = Literal["classification", "question_answering", "summarisation", "completion"]
 
@@ -77,6 +79,19 @@ class TaskKind(Protocol):
 
         Raises:
             MissingPackageError: A package that only this kind needs is not installed.
+        """
+        ...
+
+    def check_rows(self, task: Task, rows: Dataset, place: Place) -> None:
+        """Raise where a row is not as the task needs it; before a model is loaded.
+
+        Args:
+            task: The task.
+            rows: A split of its rows, in the order of the file.
+            place: Where they are from, for the error.
+
+        Raises:
+            DataError: With the value found, the file and the row.
         """
         ...
 

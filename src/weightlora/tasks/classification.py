@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import DataError, require_extra
+from weightlora.errors import require_extra
+from weightlora.tasks._labels import given_names, read_labels
+from weightlora.tasks._place import Place
+from weightlora.tasks._texts import check_texts
 from weightlora.tasks.base import Prepared, RowOptions, Task
 from weightlora.tasks.pretrained import load_pretrained
 
@@ -34,6 +37,16 @@ def arguments_class() -> type[TrainingArguments]:
     from transformers import TrainingArguments
 
     return TrainingArguments
+
+
+def check_rows(task: Task, rows: Dataset, place: Place) -> None:
+    """Raise where a text or a label is missing, or a label is none that the task allows.
+
+    Raises:
+        DataError: With the value found, the file and the row.
+    """
+    check_texts(task, rows, place, ("text", "pair"))
+    read_labels(rows[task.columns["label"]][:], given_names(task, rows), place)
 
 
 def load_model(
@@ -70,16 +83,13 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
         MissingPackageError: The metrics' package is not installed.
     """
     require_extra("sklearn", "tasks")  # before the training, not after it
-    from datasets import ClassLabel
-
     names = label_names(task, rows)
     columns = task.columns
-    numbered = task.labels is not None or isinstance(rows["train"].features[columns["label"]], ClassLabel)
 
     def encode_rows(batch: dict[str, list[Any]], split: str) -> dict[str, Any]:
         pair = batch[columns["pair"]] if "pair" in columns else None
         tokens = tokenizer(batch[columns["text"]], pair, truncation=True, max_length=options.max_length)
-        return {**tokens, "labels": _read_labels(batch[columns["label"]], names, split, numbered=numbered)}
+        return {**tokens, "labels": read_labels(batch[columns["label"]], names, Place(f"the split {split!r}"))}
 
     encoded: dict[str, Dataset] = {
         str(split): part.map(
@@ -99,17 +109,11 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
 def label_names(task: Task, rows: DatasetDict) -> tuple[str, ...]:
     """Return the labels in the order of their numbers; () for a regression.
 
-    They are the task's own, else those that the data set names, else the sorted ones of the training rows.
+    They are the task's own, else those that the training rows' ``ClassLabel`` names.
     """
-    from datasets import ClassLabel
-
-    if task.labels is not None:
-        return task.labels
-    column = task.columns["label"]
-    feature = rows["train"].features[column]
-    if isinstance(feature, ClassLabel):
-        return tuple(map(str, feature.names))
-    return tuple(str(label) for label in sorted(set(rows["train"][column])))
+    names = given_names(task, rows["train"])
+    assert names is not None, "load_rows numbers the labels"
+    return names
 
 
 def score(metrics: Sequence[str], predictions: Any, references: Any) -> dict[str, float]:
@@ -218,29 +222,3 @@ def _measure(task: Task, trainer: Trainer, encoded: dict[str, Dataset]) -> dict[
             found = trainer.evaluate(part, metric_key_prefix=split)  # pyright: ignore[reportArgumentType]
             measured |= {f"{split}_{name}": found[f"{split}_{name}"] for name in (*task.metrics, "loss")}
     return measured
-
-
-def _read_labels(labels: Sequence[Any], names: tuple[str, ...], split: str, *, numbered: bool) -> list[Any]:
-    """Return the position of each label among ``names``, or its value in a regression.
-
-    Args:
-        labels: Names, or positions if ``numbered``; numbers in a regression.
-        names: The labels that the head knows; () in a regression.
-        split: For the error.
-        numbered: An integer is a position already, not a name such as a number of stars.
-    """
-    if not names:
-        try:
-            return [float(label) for label in labels]
-        except (TypeError, ValueError) as error:
-            raise DataError(f"the split {split!r} has a label that is no number: {error}") from error
-    numbers: dict[Any, int] = {name: number for number, name in enumerate(names)}
-    numbers |= {number: number for number in range(len(names)) if numbered}
-    keys = [label if numbered else str(label) for label in labels]
-    strange = [key for key in keys if key not in numbers]
-    if strange:
-        raise DataError(
-            f"the split {split!r} has the label {strange[0]!r}, which the head does not know; it knows "
-            f"{', '.join(names)}; correct the rows, or name the label's column with columns: label=..."
-        )
-    return [numbers[key] for key in keys]

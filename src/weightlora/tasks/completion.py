@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from weightlora.errors import DataError, OptionError, WeightLoraWarning, require_extra
 from weightlora.tasks._generate import end_tokens, generate
 from weightlora.tasks._judge import judge_model
-from weightlora.tasks._prompts import solves, to_prompts, to_texts
+from weightlora.tasks._prompts import check_prompts, check_whole_texts, solves, to_prompts, to_texts
 from weightlora.tasks._teacher_forced import answered
+from weightlora.tasks._texts import check_texts
 from weightlora.tasks.base import Prepared, RowOptions, Task
 from weightlora.tasks.pretrained import load_pretrained
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
     from trl import SFTConfig, SFTTrainer
+
+    from weightlora.tasks._place import Place
 
 TASK_TYPE = "CAUSAL_LM"
 
@@ -69,6 +72,20 @@ def arguments_class() -> type[SFTConfig]:
     from trl import SFTConfig
 
     return SFTConfig
+
+
+def check_rows(task: Task, rows: Dataset, place: Place) -> None:
+    """Raise where a row has no text, or no prompt and completion.
+
+    Raises:
+        DataError: With the value found, the file and the row.
+    """
+    if "text" in task.columns:
+        check_whole_texts(task, rows, place)
+        return
+    check_prompts(task, rows, place)
+    own = [role for role in ("prompt", "completion") if role in task.columns]
+    check_texts(task, rows, place, [role for role in own if rows.features[task.columns[role]].dtype == "string"])
 
 
 def load_model(

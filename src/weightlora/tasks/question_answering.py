@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError, OptionError
+from weightlora.tasks._place import Place
 from weightlora.tasks._squad_metric import Span, Window, best_span, null_score, squad_scores, squad_v2_scores
+from weightlora.tasks._texts import check_texts
 from weightlora.tasks.base import Prepared, RowOptions, Task
 from weightlora.tasks.pretrained import load_pretrained
 
@@ -36,6 +39,37 @@ def arguments_class() -> type[TrainingArguments]:
     from transformers import TrainingArguments
 
     return TrainingArguments
+
+
+def check_rows(task: Task, rows: Dataset, place: Place) -> None:
+    """Raise where a question or context is no text, or the answers are not of SQuAD's form, at their places.
+
+    Raises:
+        DataError: With the value found, the file and the row.
+    """
+    check_texts(task, rows, place, ("question", "context"))
+    _check_answers(task, rows, place)
+
+
+def _check_answers(task: Task, rows: Dataset, place: Place) -> None:
+    wrong: list[int] = []
+    columns = (rows[task.columns[role]] for role in ("context", "answers"))
+    for number, (context, answers) in enumerate(zip(*columns, strict=True)):
+        if not _well_formed(answers):
+            raise DataError(
+                f"{place.row(number)} has the answers {shorten(repr(answers), 100)}; "
+                'each row needs {"text": ["..."], "answer_start": [0]}, as many of both'
+            )
+        if not answers["text"]:
+            if not task.options.get("unanswerable"):
+                raise DataError(f"{place.row(number)} has no answer; drop such rows or take task=squad_v2")
+        elif not context.startswith(answers["text"][0], answers["answer_start"][0]):
+            wrong.append(number)
+    if len(wrong) > _MISPLACED * len(rows):
+        raise DataError(
+            f"{len(wrong)} of {len(rows)} answers in {place.name} are not at their answer_start, such as that of "
+            f"{place.row(wrong[0])}; it counts the characters of the context from 0"
+        )
 
 
 def load_model(
@@ -79,7 +113,7 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
             f"{type(tokenizer).__name__} does not give the characters of a token; give a model with a fast tokenizer"
         )
     for split in rows:
-        _check_answers(task, str(split), rows[split])
+        _check_answers(task, rows[split], Place(f"the split {str(split)!r}"))
     train = _windows(task, rows["train"], tokenizer, options, extra=False)
     measured = {str(split): rows[split] for split in rows if split != "train"}
     windows = {split: _windows(task, some, tokenizer, options, extra=True) for split, some in measured.items()}
@@ -132,34 +166,15 @@ def _span_logits(outputs: Any, _labels: Any) -> Any:
     return outputs[:2]
 
 
-def _check_answers(task: Task, split: str, rows: Dataset) -> None:
-    columns = {role: rows[column] for role, column in task.columns.items()}
-    wrong: list[Any] = []
-    for number, context, answers in zip(columns["id"], columns["context"], columns["answers"], strict=True):
-        if not _well_formed(answers):
-            raise DataError(
-                f"the answers of {number!r} in the split {split!r} are {answers!r}; "
-                'each row needs {"text": [...], "answer_start": [...]}'
-            )
-        if not answers["text"]:
-            if not task.options.get("unanswerable"):
-                raise DataError(
-                    f"{number!r} in the split {split!r} has no answer; drop such rows or take task=squad_v2"
-                )
-        elif not context.startswith(answers["text"][0], answers["answer_start"][0]):
-            wrong.append(number)
-    if len(wrong) > _MISPLACED * len(rows):
-        raise DataError(
-            f"{len(wrong)} of {len(rows)} answers in the split {split!r} are not at their answer_start, "
-            f"such as that of {wrong[0]!r}; it counts the characters of the context from 0"
-        )
-
-
 def _well_formed(answers: Any) -> bool:
     if not isinstance(answers, dict):
         return False
     texts, starts = answers.get("text"), answers.get("answer_start")
-    return isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)
+    if not (isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)):
+        return False
+    return all(isinstance(text, str) and text for text in texts) and all(
+        isinstance(start, int) and not isinstance(start, bool) and start >= 0 for start in starts
+    )
 
 
 def _windows(

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError, OptionError, require_extra
+from weightlora.tasks import kind_of
+from weightlora.tasks._labels import check_labels, number_labels
+from weightlora.tasks._place import Place
+from weightlora.tasks._read_file import check_columns, read_file
 from weightlora.tasks.base import Task
-from weightlora.text import closest
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 #: The split of training rows that options are chosen on.
 HELD_OUT = "held_out"
-#: Reader of ``datasets`` by the ending of a file.
-_READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -63,43 +64,63 @@ def with_columns(task: Task, columns: Sequence[str]) -> Task:
 
 
 def load_rows(task: Task, source: Source, *, seed: int = 0, measured: bool = True) -> DatasetDict:
-    """Return the splits ``"train"`` and ``task.eval_splits``, each checked for the task's columns.
+    """Return the splits ``"train"`` and ``task.eval_splits``, each checked for the task's columns and values.
 
     With the user's own files there is one evaluation split, ``"validation"``. Training rows that are held out are one
-    more: :data:`HELD_OUT`.
+    more: :data:`HELD_OUT`. Labels that the task or the data set does not number are numbered here, those of all splits.
 
     Args:
         task: The task.
         source: Where the rows come from.
         seed: Decides the rows that are generated or drawn here: puzzles and the embedded sentences.
-        measured: False returns the training rows only, and needs no others.
+        measured: False returns the training rows only, and needs no others; their labels are numbered where they are
+            there, so that the head is the same.
 
     Raises:
-        DataError: A file, split or column is missing, or a split is empty.
+        DataError: A file, split or column is missing, a split is empty, or a row is not as the task needs it.
         MissingPackageError: The package ``datasets`` is not installed.
         OptionError: The task has no data of its own and none was given, or more rows are held out than there are.
+
+    Warns:
+        WeightLoraWarning: A label has no training row, or a cell looks like a missing value.
     """
     require_extra("datasets", "tasks")
     from datasets import DatasetDict
 
     if source.max_train_samples is not None:
         source = replace(source, max_train_samples=source.max_train_samples + source.held_out_samples)
-    splits = _files(source, measured) if source.train_file else _dataset(task, source, seed)
+    found = _files(task, source, measured) if source.train_file else _dataset(task, source, seed)
+    evaluated = ("validation",) if source.train_file else task.eval_splits
+    numbers_labels = task.kind == "classification" and task.labels is None
     wanted = {"train": source.max_train_samples}
-    if measured:
-        wanted |= dict.fromkeys(("validation",) if source.train_file else task.eval_splits, source.max_eval_samples)
-    checked: Any = DatasetDict()
+    wanted |= {name: source.max_eval_samples for name in evaluated if measured or (numbers_labels and name in found)}
+    rows: dict[str, Dataset] = {}
+    places: dict[str, Place] = {}
     for name, most in wanted.items():
-        if name not in splits:
-            raise DataError(f"{task.name} needs a split {name!r}; there are {', '.join(splits) or 'none'}")
-        rows = splits[name]
-        if len(rows) == 0:
-            raise DataError(f"the split {name!r} has no rows")
-        _check_columns(task, name, rows.column_names)
-        checked[name] = rows if most is None else rows.select(range(min(most, len(rows))))
+        rows[name], places[name] = _split(task, found, name, most)
+        kind_of(task).check_rows(task, rows[name], places[name])
+    if numbers_labels:
+        rows = number_labels(task, rows, places)
+    if not measured:
+        rows = {"train": rows["train"]}
     if source.held_out_samples:
-        checked["train"], checked[HELD_OUT] = _hold_out(checked["train"], source.held_out_samples, seed)
+        rows["train"], rows[HELD_OUT] = _hold_out(rows["train"], source.held_out_samples, seed)
+    if task.kind == "classification":
+        check_labels(task, rows)
+    checked: Any = DatasetDict()
+    checked.update(rows)
     return checked
+
+
+def _split(task: Task, found: Mapping[str, Any], name: str, most: int | None) -> tuple[Dataset, Place]:
+    """The first rows of a split, and where they are from."""
+    if name not in found:
+        raise DataError(f"{task.name} needs a split {name!r}; there are {', '.join(found) or 'none'}")
+    rows, place = found[name] if isinstance(found[name], tuple) else (found[name], Place(f"the split {name!r}"))
+    if len(rows) == 0:
+        raise DataError(f"{place.name} has no rows")
+    check_columns(task, place, rows.column_names)
+    return rows if most is None else rows.select(range(min(most, len(rows)))), place
 
 
 def _hold_out(rows: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -111,24 +132,15 @@ def _hold_out(rows: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
     return parts["train"], parts["test"]
 
 
-def _files(source: Source, measured: bool) -> Mapping[str, Dataset]:
+def _files(task: Task, source: Source, measured: bool) -> Mapping[str, tuple[Dataset, Place]]:
     if measured and source.validation_file is None:
         raise OptionError("train_file needs a validation_file: rows to measure on that are not trained on")
-    files = {"train": source.train_file, **({"validation": source.validation_file} if measured else {})}
-    splits: dict[str, Dataset] = {}
-    for name, file in files.items():
-        path = Path(str(file))
-        reader = _READERS.get(path.suffix)
-        if reader is None:
-            raise DataError(f"{path} ends with {path.suffix!r}; give a file that ends with {', '.join(_READERS)}")
-        if not path.is_file():
-            raise DataError(f"there is no file {path}")
-        splits[name] = _load(str(path), reader, data_files={name: str(path)})[name]
-    return splits
+    files = {"train": source.train_file, "validation": source.validation_file}
+    return {name: read_file(Path(file), task) for name, file in files.items() if file is not None}
 
 
 def _dataset(task: Task, source: Source, seed: int) -> Any:
-    from datasets import load_from_disk
+    from datasets import load_dataset, load_from_disk
 
     name = source.dataset_name or task.dataset
     if name is None:
@@ -142,9 +154,9 @@ def _dataset(task: Task, source: Source, seed: int) -> Any:
     if name == "embedded/rotten_tomatoes":
         return _embedded(source, seed)
     if (Path(name) / "dataset_dict.json").is_file():  # what DatasetDict.save_to_disk wrote
-        return load_from_disk(name)
+        return _load(name, load_from_disk, name)
     subset = source.dataset_config_name or (task.subset if source.dataset_name is None else None)
-    return _load(" ".join(filter(None, (name, subset))), name, subset)
+    return _load(" ".join(filter(None, (name, subset))), load_dataset, name, subset)
 
 
 def _generator_settings(text: str | None) -> dict[str, Any]:
@@ -171,20 +183,9 @@ def _embedded(source: Source, seed: int) -> Any:
     return DatasetDict({name: Dataset.from_list(split) for name, split in rows.items()})
 
 
-def _load(what: str, *arguments: Any, **named: Any) -> Any:
-    from datasets import load_dataset
-
+def _load(what: str, load: Callable[..., Any], *arguments: Any) -> Any:
     try:
-        return load_dataset(*arguments, **named)
+        return load(*arguments)
     except Exception as error:  # the readers raise whatever pandas, pyarrow or the hub's client raise
         reason = next(iter(str(error).splitlines()), "it has no rows")  # an empty file ends in a bare StopIteration
         raise DataError(f"cannot load {what}: {reason}") from error
-
-
-def _check_columns(task: Task, split: str, present: Sequence[str]) -> None:
-    for role, column in task.columns.items():
-        if column not in present:
-            raise DataError(
-                f"the split {split!r} has no column {column!r}{closest(column, present)} for the role {role!r} of "
-                f"{task.name}; it has {', '.join(present)}; name yours with columns: {role}=..."
-            )

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import require_extra
+from weightlora.tasks._texts import check_texts
 from weightlora.tasks.base import Prepared, RowOptions, Task
 from weightlora.tasks.pretrained import load_pretrained
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
         TrainingArguments,
     )
 
+    from weightlora.tasks._place import Place
+
 TASK_TYPE = "SEQ_2_SEQ_LM"
 
 #: Blanks after a sentence's end. It also cuts after abbreviations, in both texts alike; nltk would need a download.
@@ -35,6 +38,15 @@ def arguments_class() -> type[Seq2SeqTrainingArguments]:
     from transformers import Seq2SeqTrainingArguments
 
     return Seq2SeqTrainingArguments
+
+
+def check_rows(task: Task, rows: Dataset, place: Place) -> None:
+    """Raise where a document or a summary is no text.
+
+    Raises:
+        DataError: With the value found, the file and the row.
+    """
+    check_texts(task, rows, place, ("document", "summary"))
 
 
 def load_model(
