@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightlora.errors import OutputError
-from weightlora.files import whole_file, whole_folder, writable_folder, write_json
+from weightlora.errors import DataError, OutputError
+from weightlora.files import read_json, read_mapping, whole_file, whole_folder, writable_folder, write_json
 
 
 def write(path, text, *, fail_with=None):
@@ -76,6 +76,40 @@ def test_a_place_that_cannot_be_written_is_one_line_that_names_it(tmp_path, name
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == ["file"]
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_folder_replaces_a_link_and_not_what_it_points_to(tmp_path):
+    write(tmp_path / "elsewhere", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("link", "dangling"):
+        write(tmp_path / name, "new")
+        assert read(tmp_path / name) == "new"
+    assert read(tmp_path / "elsewhere") == "old"
+    assert names(tmp_path) == ["dangling", "elsewhere", "link"]
+
+
+def test_a_folder_does_not_replace_a_file(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(OutputError, match="notes: a file is there"), whole_folder(tmp_path / "notes"):
+        pytest.fail("the work began")
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "text", ["keep: 2001-99-99", "a: !!bool x", "a: !!timestamp x", "a: !!int ''", "[" * 9999, "\0"]
+)
+def test_yaml_that_cannot_be_read_is_one_line(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(DataError, match=r"^cannot read [^\n]*a.yaml: [^\n]+$"):
+        read_mapping(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5_000])
+def test_json_that_cannot_be_read_is_one_line(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"^cannot read [^\n]*a.json: [^\n]+$"):
+        read_json(tmp_path / "a.json")
 
 
 def test_an_output_error_is_an_os_error(tmp_path):

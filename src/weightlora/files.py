@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Generator
@@ -11,7 +13,51 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from weightlora.errors import DataError, OutputError
+from weightlora.errors import DataError, OutputError, WeightLoraError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: How safetensors, and torch where it saves, say that they cannot write; neither raises an OSError.
+_UNWRITTEN = re.compile(
+    rf"while serializing|PytorchStreamWriter|inline_container|os error ({'|'.join(map(str, _FULL))})\b"
+)
+
+
+@contextmanager
+def written(folder: str | Path) -> Generator[None]:
+    """Turn a library's failure to write into an :class:`OutputError`: a full disk, or anything below ``folder``.
+
+    Raises:
+        OutputError: The block could not write.
+
+    Example:
+        >>> with written(tmp_path):
+        ...     (tmp_path / "no" / "such" / "folder").write_text("text")
+        Traceback (most recent call last):
+        ...
+        weightlora.errors.OutputError: cannot write ...: No such file or directory; choose another output folder
+    """
+    try:
+        yield
+    except WeightLoraError:
+        raise
+    except Exception as error:
+        found = _unwritten(error, Path(folder).absolute())
+        if found is None:
+            raise
+        raise _cannot_write(Path(folder), found) from error
+
+
+def _unwritten(error: BaseException | None, folder: Path) -> OSError | None:
+    """What says that something could not be written, in an error or what led to it; None where nothing does."""
+    if error is None:
+        return None
+    if isinstance(error, OSError):
+        below = isinstance(error.filename, str) and Path(error.filename).absolute().is_relative_to(folder)
+        if below or error.errno in _FULL:
+            return error
+    elif _UNWRITTEN.search(str(error)):
+        return OSError(" ".join(str(error).split())[:120])
+    return _unwritten(error.__cause__ or error.__context__, folder)
 
 
 @contextmanager
@@ -52,16 +98,21 @@ def whole_file(path: str | Path) -> Generator[Path]:
 def whole_folder(path: str | Path) -> Generator[Path]:
     """Yield a temporary folder that replaces ``path`` when the block ends without an error.
 
+    Where ``path`` is a symbolic link, the link is replaced, and what it points to stays.
+
     Raises:
-        OutputError: The parent folder cannot be written, or the disk is full.
+        OutputError: The parent folder cannot be written, ``path`` is a file, or the disk is full.
     """
     path = Path(path)
+    require_folder(path)
     draft: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
         draft.chmod(0o777 & ~_umask())
         yield draft
+        if path.is_symlink():
+            path.unlink()
         if path.exists():
             # Move the old folder first: whatever happens, one of the two is complete.
             old = draft.with_name(draft.name + "-old")
@@ -77,6 +128,16 @@ def whole_folder(path: str | Path) -> Generator[Path]:
     finally:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
+
+
+def require_folder(path: Path) -> None:
+    """Raise where a folder cannot be written at ``path`` because a file is there.
+
+    Raises:
+        OutputError: It is a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"cannot write the folder {path}: a file is there; move it, or choose another output folder")
 
 
 def replace_folder(source: Path, target: Path) -> None:
@@ -109,6 +170,23 @@ def write_text(path: str | Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
+def read_json(path: str | Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        DataError: The file is missing, or is not JSON.
+
+    Example:
+        >>> write_json(tmp_path / "a.json", {"keep": 0.5})
+        >>> read_json(tmp_path / "a.json")
+        {'keep': 0.5}
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"cannot read {path}: {_one_line(error)}") from error
+
+
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """Return the mapping in a YAML file; an empty file is an empty mapping.
 
@@ -124,8 +202,8 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
     try:
         content: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # for a malformed date, number or tag, PyYAML raises whatever Python does
+        raise DataError(f"cannot read {path}: {_one_line(error)}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}; give lines of 'option: value'")
     return content  # pyright: ignore[reportUnknownVariableType]
@@ -151,6 +229,10 @@ def writable_folder(path: str | Path) -> Path:
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:
     return OutputError(f"cannot write {path}: {error.strerror or error}; choose another output folder")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _umask() -> int:

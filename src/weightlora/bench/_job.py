@@ -68,11 +68,13 @@ def die_with_parent() -> None:
 def _results(job: Job) -> dict[str, Any]:
     from weightlora.bench.step_cost import Peak, StepCost
     from weightlora.runs.recipe import option_words, read_recipe
-    from weightlora.runs.train import RESULTS_FILE, train
+    from weightlora.runs.train import ADAPTER, RESULTS_FILE, train
 
     cost_path = job.folder / COST_FILE
-    if (job.folder / RESULTS_FILE).exists() and not cost_path.exists():
-        shutil.rmtree(job.folder)  # its training went on from its very end, where no step is left to be measured
+    if (job.folder / RESULTS_FILE).exists() and not (cost_path.exists() and (job.folder / ADAPTER).exists()):
+        # Its training went on from its very end, where no step is left to be measured; or its adapter was moved to
+        # where it is kept, and its record was not written.
+        shutil.rmtree(job.folder)
     recipe = read_recipe(words=[*option_words(job.options), "--output_dir", str(job.folder)])
     peak = Peak()
     with peak.watched():

@@ -37,7 +37,7 @@ def read_plan_file(path: str | Path) -> dict[str, Any]:
         data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise PlanError(f"{path} is not a plan: not JSON, or cut off ({error})") from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"cannot read the plan {path}: {error}") from error
     schema = cast("dict[str, Any]", data).get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:

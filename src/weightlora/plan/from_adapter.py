@@ -48,7 +48,7 @@ def read_adapter(folder: str | Path) -> AdapterPlan:
     return AdapterPlan(tuple(entries), lora=lora, rule="adapter", base_model=config.get("base_model_name_or_path"))
 
 
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(folder: Path, file: str = ADAPTER_FILES[1]) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of an adapter, sorted by name; only the file's header is read."""
-    with safe_open(folder / ADAPTER_FILES[1], framework="numpy") as tensors:
+    with safe_open(folder / file, framework="numpy") as tensors:
         return {key: tuple(tensors.get_slice(key).get_shape()) for key in sorted(tensors.keys())}

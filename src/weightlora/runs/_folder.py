@@ -1,28 +1,54 @@
-"""A run's folder: what lies there from an earlier start, and where the run resumes."""
+"""A run's folder: its options, and the small files that an earlier start left there."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 from weightlora.errors import DataError, OptionError
-from weightlora.files import read_mapping, write_text
+from weightlora.files import read_json, read_mapping, require_folder, write_text
+from weightlora.plan.from_adapter import ADAPTER_FILES, tensor_shapes
 from weightlora.plan.plan import AdapterPlan
+from weightlora.trainer.batch_size import Batch
 from weightlora.trainer.guard import PLAN_FILE
 
-if TYPE_CHECKING:
-    from transformers import Trainer
+CONFIG_FILE, BEFORE_FILE, RESULTS_FILE, BATCH_FILE = "config.yaml", "before.json", "results.json", "batch.json"
+ADAPTER = "adapter"
+#: Options that say where a run is and from where it resumes, not what it trains.
+_PLACES = ("output_dir", "resume_from_checkpoint")
+#: What the results of every run hold.
+_RESULTS = (
+    "metrics",
+    "before",
+    "method",
+    "adapters",
+    "sites",
+    "kept",
+    "adapter_parameters",
+    "lora_parameters",
+    "steps",
+)
 
-CONFIG_FILE = "config.yaml"
-#: What a whole checkpoint holds at least; a run that was killed while it wrote one leaves less.
-_CHECKPOINT_FILES = ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json", PLAN_FILE)
+
+def checkpoints(output: Path) -> list[Path]:
+    """Return the checkpoints of a run, the first step's first; other files and folders are left out.
+
+    Example:
+        >>> for name in ("checkpoint-10", "checkpoint-2", "checkpoint-best"):
+        ...     (tmp_path / name).mkdir()
+        >>> [folder.name for folder in checkpoints(tmp_path)]
+        ['checkpoint-2', 'checkpoint-10']
+    """
+    folders = [path for path in output.glob("checkpoint-*") if step_of(path) is not None and path.is_dir()]
+    return sorted(folders, key=lambda folder: step_of(folder) or 0)
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def step_of(folder: Path) -> int | None:
+    """Return the step in a checkpoint's name; None where the name is another."""
+    match = re.fullmatch(r"checkpoint-([0-9]{1,18})", folder.name)
+    return None if match is None else int(match.group(1))
 
 
 def require_same_run(output: Path, settings: Mapping[str, Any]) -> None:
@@ -30,13 +56,22 @@ def require_same_run(output: Path, settings: Mapping[str, Any]) -> None:
 
     Raises:
         OptionError: With the options that differ.
+        DataError: The run's options cannot be read.
+        OutputError: A file is where the adapter will be written.
     """
+    require_folder(output / ADAPTER)
     file = output / CONFIG_FILE
-    if not (file.exists() and (output / PLAN_FILE).exists()):
+    trained = bool(checkpoints(output)) or (output / RESULTS_FILE).exists()
+    if not trained and not (file.exists() and (output / PLAN_FILE).exists()):
         return
-    there = read_mapping(file)
-    changed = [key for key in sorted({*there, *settings}) if there.get(key) != settings.get(key)]
-    faults = [f"{k}: {there.get(k)!r} there, {settings.get(k)!r} now" for k in changed if k != "resume_from_checkpoint"]
+    there = read_mapping(file) if file.exists() else {}
+    if not there:
+        raise DataError(
+            f"{output} holds a trained run, but its options are not in {file}; choose another output_dir, or delete "
+            "what is there"
+        )
+    changed = [key for key in sorted({*there, *settings}, key=str) if there.get(key) != settings.get(key)]
+    faults = [f"{key}: {there.get(key)!r} there, {settings.get(key)!r} now" for key in changed if key not in _PLACES]
     if faults:
         raise OptionError(
             f"{output} holds a run with other options ({'; '.join(faults[:5])}); choose another output_dir"
@@ -50,45 +85,76 @@ def write_config(output: Path, settings: Mapping[str, Any]) -> None:
     write_text(output / CONFIG_FILE, yaml.safe_dump(dict(settings), allow_unicode=True, sort_keys=False))
 
 
-def resume_point(output: Path, asked: Any, plan: AdapterPlan, *, sharded: bool) -> Path | None:
-    """Return the checkpoint that a run resumes from; None where it starts.
-
-    Args:
-        output: The run's folder.
-        asked: ``resume_from_checkpoint``: a folder; None or True stands for the last whole checkpoint in ``output``.
-        plan: The run's plan; a checkpoint of another one is refused.
-        sharded: Sharded runs cannot load a final checkpoint; they resume from the previous one.
+def stored_results(output: Path) -> dict[str, Any] | None:
+    """Return the results of a finished run; None where it is not finished.
 
     Raises:
-        DataError: The checkpoint asked for is not whole, or belongs to another plan.
+        DataError: The file is damaged, or the adapter that it tells of is.
     """
-    if asked is not None and str(asked).lower() != "true":
-        folder = Path(str(asked))
-        missing = [name for name in _CHECKPOINT_FILES if not (folder / name).is_file()]
-        if missing:
-            raise DataError(f"{folder} is no whole checkpoint of a planned run: it lacks {', '.join(missing)}")
-        if AdapterPlan.load(folder / PLAN_FILE).ranks != plan.ranks:
-            raise DataError(f"{folder} was trained on another plan than {output / PLAN_FILE}")
-        return folder
-    folders = sorted(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    whole = [folder for folder in folders if all((folder / name).is_file() for name in _CHECKPOINT_FILES)]
-    whole = [folder for folder in whole if not (sharded and is_last(folder))]
-    return whole[-1] if whole else None
+    path = output / RESULTS_FILE
+    results = _stored_mapping(path, "write it again from the last checkpoint")
+    if results is None:
+        return None
+    missing = [key for key in _RESULTS if key not in results]
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)}; delete it to write it again from the last checkpoint")
+    _require_metrics(path, results["metrics"], "write it again from the last checkpoint")
+    try:
+        AdapterPlan.load(output / ADAPTER / PLAN_FILE)
+        read_json(output / ADAPTER / ADAPTER_FILES[0])
+        tensor_shapes(output / ADAPTER)
+    except Exception as error:  # safetensors has its own type
+        raise DataError(
+            f"{path} tells of an adapter that is missing or damaged ({' '.join(str(error).split())}); delete {path} to "
+            "write both again from the last checkpoint"
+        ) from error
+    return results
 
 
-def is_last(checkpoint: Path) -> bool:
-    """Whether the training was over when ``checkpoint`` was written."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return bool(state["global_step"] >= state["max_steps"])
+def stored_before(output: Path) -> dict[str, Any] | None:
+    """Return the stored metrics of the base model; None where they are not measured yet.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    metrics = _stored_mapping(output / BEFORE_FILE, "measure the base model again")
+    if metrics is not None:
+        _require_metrics(output / BEFORE_FILE, metrics, "measure the base model again")
+    return metrics
 
 
-def load_checkpoint(trainer: Trainer, checkpoint: Path) -> None:
-    """Give the trainer the weights and state of its final checkpoint; resuming there would train one more step."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-    from transformers import TrainerState
+def stored_batch(output: Path, asked: Batch) -> Batch | None:
+    """Return the batch that an earlier start found; None where there was none.
 
-    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    weights = load_file(Path(best or checkpoint) / "adapter_model.safetensors")
-    set_peft_model_state_dict(trainer.model, weights)
+    Raises:
+        DataError: The file is damaged, or its batch makes other optimizer steps than ``asked``.
+    """
+    path = output / BATCH_FILE
+    stored = _stored_mapping(path, "look for the batch again")
+    if stored is None:
+        return None
+    for batch in asked.candidates:
+        if stored == {"rows": batch.rows, "accumulation": batch.accumulation}:
+            return batch
+    raise DataError(
+        f"{path} holds {stored!r:.80}, which is no batch of this run; delete it to look for the batch again"
+    )
+
+
+def _stored_mapping(path: Path, what: str) -> dict[str, Any] | None:
+    """The mapping in a JSON file; None where there is no file. Deleting it makes the run do ``what``."""
+    if not path.exists():
+        return None
+    try:
+        content = read_json(path)
+    except DataError as error:
+        raise DataError(f"{error}; delete it to {what}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a {type(content).__name__}; delete it to {what}")
+    return cast("dict[str, Any]", content)
+
+
+def _require_metrics(path: Path, metrics: Any, what: str) -> None:
+    values = list(cast("dict[str, Any]", metrics).values()) if isinstance(metrics, dict) else [metrics]
+    if not values or not all(type(value) in (int, float) for value in values):
+        raise DataError(f"{path} holds no metrics, or some that are not numbers; delete it to {what}")

@@ -20,18 +20,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError
-from weightlora.files import writable_folder, write_json
+from weightlora.files import writable_folder, write_json, written
 from weightlora.methods import Method, entry_of
-from weightlora.methods.common.callback import take_up
 from weightlora.model.distributed import from_first, is_first
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs._adapter import save_adapter
+from weightlora.runs._checkpoint import resume, resume_point
 from weightlora.runs._folder import (
-    is_last,
-    load_checkpoint,
-    read_json,
+    ADAPTER,
+    BATCH_FILE,
+    BEFORE_FILE,
+    RESULTS_FILE,
     require_same_run,
-    resume_point,
+    stored_batch,
+    stored_before,
+    stored_results,
     write_config,
 )
 from weightlora.runs._hub import push_adapter, require_hub
@@ -45,8 +48,7 @@ from weightlora.trainer.placement import require_measurable
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
-BEFORE_FILE, RESULTS_FILE, BATCH_FILE = "before.json", "results.json", "batch.json"
-HEATMAP_FILE, KNEE_FILE, ADAPTER = "heatmap.png", "knee.png", "adapter"
+HEATMAP_FILE, KNEE_FILE = "heatmap.png", "knee.png"
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,22 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
         OptionError: ``output_dir`` holds another run, or an option does not fit.
         DataError: Rows, model or checkpoint are missing or malformed.
         PlanMismatchError: The plan was made for another model.
+        OutputError: The disk is full, or a file cannot be written.
     """
     output = recipe.output_dir
     settings = recipe.settings  # before there is a trainer: making training arguments resets accelerate's state
     from_first(lambda: require_same_run(writable_folder(output), settings))
-    finished = from_first(partial(read_json, output / RESULTS_FILE))
+    finished = from_first(partial(stored_results, output))
     if finished is not None:
         return finished
 
+    with written(output):
+        return _train(recipe, callbacks)
+
+
+def _train(recipe: Recipe, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     run = prepare(recipe, callbacks)
-    from_first(lambda: write_config(output, settings))  # before this, a mistake leaves nothing behind
+    from_first(lambda: write_config(recipe.output_dir, recipe.settings))  # before this, a mistake leaves nothing behind
     start = time.perf_counter()
     method = plan(run)
     planned = time.perf_counter()
@@ -131,11 +139,12 @@ def plan(run: Run) -> Method:
     else:
         method = method_for(trainer, options.method, fast=options.fast, **options.given)
     if options.grow_batch:
-        path = run.recipe.output_dir / BATCH_FILE  # a resumed run must not change its batch
-        stored = from_first(partial(read_json, path))
-        batch = grown_batch(trainer, method.plan, fast=options.fast) if stored is None else Batch(**stored)
+        output = run.recipe.output_dir  # a resumed run must not change its batch
+        asked = Batch(trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps)
+        stored = from_first(partial(stored_batch, output, asked))
+        batch = stored or grown_batch(trainer, method.plan, fast=options.fast)
         if stored is None and is_first():
-            write_json(path, asdict(batch))
+            write_json(output / BATCH_FILE, asdict(batch))
         use_batch(trainer, batch)
     return method
 
@@ -144,17 +153,15 @@ def fit(run: Run, method: Method) -> None:
     """Train, from the last whole checkpoint where there is one.
 
     Raises:
-        DataError: The checkpoint asked for is not whole, or belongs to another plan.
+        DataError: The checkpoint asked for is not whole or belongs to another plan, or no checkpoint is whole.
     """
     trainer, recipe = run.trainer, run.recipe
-    sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     asked = recipe.training.resume_from_checkpoint
-    checkpoint = from_first(partial(resume_point, recipe.output_dir, asked, method.plan, sharded=sharded))
-    if checkpoint is not None and not sharded and is_last(checkpoint):
-        load_checkpoint(trainer, checkpoint)
-        take_up(method.callbacks(), checkpoint, trainer.state.max_steps)
+    checkpoint = from_first(partial(resume_point, recipe.output_dir, asked, trainer, method))
+    if checkpoint is None:
+        trainer.train()
     else:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        resume(trainer, checkpoint, method)
 
 
 def export(run: Run, method: Method, *, before: dict[str, Any] | None, **seconds: float) -> dict[str, Any]:
@@ -194,13 +201,13 @@ def export(run: Run, method: Method, *, before: dict[str, Any] | None, **seconds
 
 def _measured_before(run: Run, method: Method) -> dict[str, Any] | None:
     """Metrics of the base model, measured once; None without ``eval_on_start``."""
-    path = run.recipe.output_dir / BEFORE_FILE
-    before = from_first(partial(read_json, path))
+    output = run.recipe.output_dir
+    before = from_first(partial(stored_before, output))
     if run.recipe.training.eval_on_start and before is None:
         model: Any = run.trainer.model
         # Without warm_start B is zero: this is the base model as it is.
         with model.disable_adapter() if method.plan.options.get("warm_start") else nullcontext():
             before = run.task.measure(run.trainer)
         if is_first():
-            write_json(path, before)
+            write_json(output / BEFORE_FILE, before)
     return before

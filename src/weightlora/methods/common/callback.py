@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -58,7 +59,7 @@ class MoverCallback(TrainerCallback):
 
         Raises:
             OptionError: The weights of another step would be loaded at the end.
-            DataError: The checkpoint has no state of the method.
+            DataError: The checkpoint has no state of the method, or a damaged one.
         """
         if args.load_best_model_at_end:
             raise OptionError(
@@ -66,7 +67,7 @@ class MoverCallback(TrainerCallback):
             )
         self.mover.begin(state.max_steps)
         if state.global_step > 0:
-            self.mover.restore(_read_state(_state_path(args, state)))
+            _restore(self.mover, _state_path(args, state))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,12 +99,12 @@ def take_up(callbacks: Sequence[TrainerCallback], checkpoint: Path, total_steps:
     """Restore movers from ``checkpoint``, the last of a training of ``total_steps``, without a trainer.
 
     Raises:
-        DataError: The checkpoint has no state of the method.
+        DataError: The checkpoint has no state of the method, or a damaged one.
     """
     for callback in callbacks:
         if isinstance(callback, MoverCallback):
             callback.mover.begin(total_steps)
-            callback.mover.restore(_read_state(checkpoint / STATE_FILE))
+            _restore(callback.mover, checkpoint / STATE_FILE)
 
 
 def warn_unless_begun(modules: Sequence[nn.Module], what: str) -> Callable[[], None]:
@@ -139,10 +140,13 @@ def warn_unless_begun(modules: Sequence[nn.Module], what: str) -> Callable[[], N
     return remove
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def _restore(mover: Mover, path: Path) -> None:
     if not path.is_file():
         raise DataError(f"{path} is missing: training cannot resume without the method's averages and masks")
-    return load_file(path)
+    try:
+        mover.restore(load_file(path))
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:  # cut off, or of another run
+        raise DataError(f"{path} is damaged or of another run: {type(error).__name__}: {error}") from error
 
 
 def _state_path(args: TrainingArguments, state: TrainerState) -> Path:
