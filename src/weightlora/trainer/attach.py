@@ -33,7 +33,15 @@ from weightlora.selection.batches import peeked
 from weightlora.selection.rules import rule_of, settings_of
 from weightlora.trainer._start import START_FILE, read_start, write_start
 from weightlora.trainer.guard import PLAN_FILE, PlanGuard, guarded, keep_plan, lora_of, require_fresh, stored_plan
-from weightlora.trainer.loader import losses, micro_batches, micro_loss, optimizer_steps, planned_steps, quiet_copy
+from weightlora.trainer.loader import (
+    losses,
+    micro_batches,
+    micro_loss,
+    optimizer_steps,
+    planned_steps,
+    quiet_copy,
+    require_usable_batches,
+)
 from weightlora.trainer.placement import placed, require_heads, require_weights
 
 
@@ -70,7 +78,8 @@ def method_for(
 
     Raises:
         OptionError: There is no such method or option, the trainer has trained, is wrapped or has an optimizer, its
-            adapters are trained, there is no LoRA, or ``output_dir`` holds a plan made with other options.
+            adapters are trained, there is no LoRA, ``output_dir`` holds a plan made with other options, or the trainer
+            generates what it trains on, as GRPO's does: then plan with :func:`weightlora.select`.
         SelectionError: See :func:`weightlora.select`. The trainer then refuses to train: it would train plain LoRA.
 
     Example:
@@ -87,6 +96,8 @@ def method_for(
         (1, True)
     """
     entry = entry_of(name)
+    if entry.reads != "nothing":
+        require_usable_batches(trainer)
     lora = lora_of(trainer, lora)
     guard = guarded(trainer)
     fast = fast_dropout(trainer.model) if fast is None else fast  # pyright: ignore[reportArgumentType]

@@ -9,6 +9,38 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer
 
+from weightlora.errors import OptionError, WeightLoraError
+
+#: Methods of ``Trainer`` that a trainer overrides where it trains on something else than its loader's batches.
+_OWN_INPUTS = frozenset(["_prepare_inputs", "_inner_training_loop"])
+#: TRL's trainers that do so in ``training_step``, which others override as well.
+_GENERATE = frozenset(["OnlineDPOTrainer", "GKDTrainer"])
+#: What a failing ``compute_loss`` raises where it was given inputs of another kind.
+_WRONG_INPUTS = (TypeError, KeyError, AttributeError, ValueError)
+_ROAD = (
+    "plan = weightlora.select(base_model, batches, lora=..., loss_fn=...) on examples of your own, then give the "
+    "trainer the base model and peft_config=plan.to_lora_config()"
+)
+
+
+def require_usable_batches(trainer: Trainer) -> None:
+    """Raise where the loader's batches are not what the trainer computes its loss on; the trainer is left as it is.
+
+    Raises:
+        OptionError: With the two steps that do without them.
+    """
+    kind = type(trainer)
+    own = kind.__mro__[: kind.__mro__.index(Trainer)]
+    names = {base.__name__ for base in own}
+    if "SentenceTransformerTrainer" in names:
+        raise OptionError(
+            f"{kind.__name__} trains a SentenceTransformer, which no PeftModel can replace; select on its transformer: "
+            "plan = weightlora.select(model[0].auto_model, batches, lora=..., loss_fn=...), then "
+            "model.add_adapter(plan.to_lora_config()) before the trainer is made"
+        )
+    if names & _GENERATE or any(_OWN_INPUTS & vars(base).keys() for base in own):
+        raise OptionError(f"{kind.__name__} makes its batches while it trains, so none can be scored before; {_ROAD}")
+
 
 def planned_steps(trainer: Trainer) -> int:
     """Return how many optimizer steps ``trainer.train()`` is going to take."""
@@ -45,9 +77,7 @@ def losses(trainer: Trainer) -> Callable[[nn.Module, tuple[list[Any], Any]], Ite
         if scaled is None:
             scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
         for inputs in group:
-            with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-                # A copy: losses may write to their inputs, and a batch can be used twice.
-                loss: Any = trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
+            loss = _loss(trainer, model, inputs, num_items_in_batch=items)
             yield loss if scaled else loss / len(group)
 
     return of_step
@@ -63,7 +93,26 @@ def micro_loss(trainer: Trainer) -> Callable[[nn.Module, Any], Tensor]:
     """Return the trainer's loss of one batch."""
 
     def loss(model: nn.Module, inputs: Any) -> Tensor:
-        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-            return trainer.compute_loss(model, dict(inputs))  # pyright: ignore[reportReturnType]
+        return _loss(trainer, model, inputs)
 
     return loss
+
+
+def _loss(trainer: Trainer, model: nn.Module, inputs: Any, **given: Any) -> Any:
+    """The trainer's loss of one batch.
+
+    Raises:
+        OptionError: The loss cannot be computed on what the trainer's loader yields.
+    """
+    try:
+        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+            # A copy: losses may write to their inputs, and a batch can be used twice.
+            return trainer.compute_loss(model, dict(inputs), **given)
+    except WeightLoraError:
+        raise
+    except _WRONG_INPUTS as error:
+        what = str(error).split("\n", 1)[0]
+        raise OptionError(
+            f"{type(trainer).__name__}.compute_loss fails on a batch of its own loader ({type(error).__name__}: {what})"
+            f"; if the trainer changes its batches while it trains, {_ROAD}"
+        ) from error
