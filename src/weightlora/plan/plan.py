@@ -180,7 +180,12 @@ class AdapterPlan:
         from weightlora.model.checkpointing import shorten_backward
 
         self.check_sites(model)
-        peft_model = get_peft_model(model, self.to_lora_config(**overrides))  # pyright: ignore[reportArgumentType]
+        config: Any = self.to_lora_config(**overrides)
+        try:
+            peft_model = get_peft_model(model, config)
+        except ValueError as error:  # before it has changed the model: other fields leave none of the names
+            text = " ".join(str(error).split())
+            raise PlanMismatchError(f"PEFT cannot attach the plan: {text}; change the fields in lora") from error
         peft_model.peft_config["default"].target_modules = set(self.names)  # pyright: ignore[reportAttributeAccessIssue]
         try:
             self.check(peft_model)
