@@ -1,8 +1,9 @@
-"""Hints for error messages: the closest known word."""
+"""Hints for error messages, and texts of users made safe to show."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -31,3 +32,35 @@ def similar(word: str, known: Iterable[str], *, count: int, cutoff: float = 0.6)
         ['query', 'key']
     """
     return difflib.get_close_matches(word, sorted(known), n=count, cutoff=cutoff)
+
+
+def printable(text: str) -> str:
+    r"""Return ``text`` with escapes in place of what a terminal would obey or could not show; line breaks stay.
+
+    Example:
+        >>> printable("a\x1b[31mb\ud800")
+        'a\\x1b[31mb\\ud800'
+    """
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def in_markdown(text: str) -> str:
+    r"""Return ``text`` for a cell or a line of Markdown, without links, tags, code or columns of its own.
+
+    Example:
+        >>> in_markdown("self_attn.q_proj"), in_markdown("a|<b>\n[c](d)")
+        ('self_attn.q_proj', 'a\\|\\<b\\> \\[c\\](d)')
+    """
+    return re.sub(r"([\\`|<>\[\]])", r"\\\1", " ".join(printable(text).splitlines()))
+
+
+def in_code(text: str) -> str:
+    """Return ``text`` for a code span of Markdown, which ends at the first backtick.
+
+    Example:
+        >>> in_code("a`b")
+        "a'b"
+    """
+    return " ".join(printable(text).splitlines()).replace("`", "'")

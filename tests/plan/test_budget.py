@@ -14,7 +14,6 @@ from weightlora.plan.budget import (
     read_budget,
     read_keep,
     read_share,
-    warmup_steps,
 )
 
 #: Parameters of four adapters, 60 together.
@@ -222,13 +221,6 @@ def test_with_equal_ranks_no_larger_rank_would_fit(r, data):
     new = max(expanded_ranks([r] * len(kept), planned([r] * len(kept), kept), sizes)) + 1
     kept_sizes = sum(size for size, stays in zip(sizes, kept, strict=True) if stays)
     assert new * sum(kept) > r * len(kept) or new * kept_sizes > r * sum(sizes)
-
-
-@pytest.mark.parametrize(
-    ("total", "t"), [(None, 20), (0, 20), (1, 20), (4000, 20), (4001, 21), (10_000, 50), (10_001, 51)]
-)
-def test_warmup_is_half_a_percent_rounded_up_and_at_least_twenty(total, t):
-    assert warmup_steps(total) == t
 
 
 # -- a share of the scores -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from weightlora.errors import OptionError
 from weightlora.selection.rules import RULES, rule_of
 from weightlora.selection.rules.base import Scores
 from weightlora.selection.select import select
-from weightlora.selection.steps import SETTLED, check_steps, likeness, reading_times, settled
+from weightlora.selection.steps import SETTLED, check_steps, likeness, reading_times, settled, warmup_steps
 
 BRANCHES = 12
 LORA = LoraConfig(r=2)
@@ -166,3 +166,10 @@ def test_likeness_is_jaccards_index():
 def test_other_steps_are_refused(steps):
     with pytest.raises(OptionError, match=r"steps=.* is not allowed: give"):
         check_steps(steps)
+
+
+@pytest.mark.parametrize(
+    ("total", "t"), [(None, 20), (0, 20), (1, 20), (4000, 20), (4001, 21), (10_000, 50), (10_001, 51)]
+)
+def test_warmup_is_half_a_percent_rounded_up_and_at_least_twenty(total, t):
+    assert warmup_steps(total) == t

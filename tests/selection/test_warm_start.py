@@ -199,7 +199,7 @@ def test_minilm_goes_on_from_its_survivors_and_its_head_and_is_stock_lora(minilm
 def test_a_rule_that_trains_nothing_is_refused(rule):
     with pytest.raises(
         OptionError,
-        match=r"warm_start=True: rule='\w+' trains no adapters.*integrated, integrated_ranks, stoiht, paper",
+        match=r"warm_start=True: rule='\w+' trains no adapters.*integrated_ranks, even_ranks, stoiht, paper",
     ):
         select_trained(Net(), batches(2), rule=rule, loss_fn=squared)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightlora.bench.grid import Grid, Point, Record, Row, by_key
+from weightlora.text import printable
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -137,7 +138,7 @@ def to_terminal(table: Table) -> RichTable:
         shown.add_column(name, justify="right" if i else "left")
     styles = ("", "bold", "underline")
     for row in table.rows:
-        shown.add_row(*(Text(cell.text, style=styles[cell.place]) for cell in row))
+        shown.add_row(*(Text(printable(cell.text), style=styles[cell.place]) for cell in row))
     return shown
 
 

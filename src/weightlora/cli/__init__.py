@@ -12,6 +12,7 @@ from weightlora.cli import analyse, bench, demo, estimate, methods, select, show
 from weightlora.cli._quiet import quiet_imports
 from weightlora.errors import OptionError, WeightLoraError
 from weightlora.fast.allocator import keep_freed_memory
+from weightlora.text import printable
 
 _COMMANDS = (demo, select, train, show, estimate, analyse, bench, methods)
 
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keep_freed_memory()
         chosen.run(chosen)
     except WeightLoraError as error:
-        print(f"weightlora: error: {error}", file=sys.stderr)
+        print(f"weightlora: error: {printable(' '.join(str(error).splitlines()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("weightlora: stopped", file=sys.stderr)

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 
+from weightlora.text import printable
+
 
 def quiet_imports() -> None:
     """Drop the line that bitsandbytes logs when it is imported, about a faster kernel for quantised models.
@@ -52,4 +54,4 @@ def _says_no_kernel(record: logging.LogRecord) -> bool:
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"weightlora: warning: {message}", file=sys.stderr)
+    print(f"weightlora: warning: {printable(str(message))}", file=sys.stderr)

@@ -38,8 +38,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Look, write numbers and picture, then print both."""
-    from rich.console import Console
-
+    from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.files import writable_folder, write_json
     from weightlora.report.bars import draw_bars, overlap_text, terminal_bars
@@ -53,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     files = output / "dot_product.json", output / "dot_product.png"
     write_json(files[0], {**found.to_json(), "settings": dict(recipe.settings)})
     draw_bars(found, files[1])
-    console = Console()
+    console = PlainConsole()
     console.print(terminal_bars(found))
     console.print(overlap_text(found), soft_wrap=True)
     console.print(f"wrote {files[0]} and {files[1]}", soft_wrap=True)

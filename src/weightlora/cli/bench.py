@@ -53,15 +53,14 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run what is missing; write and print the table."""
-    from rich.console import Console
-
     from weightlora.bench.differences import make_differences, require_rows
     from weightlora.bench.engine import recorded
     from weightlora.bench.grid import read_grid
     from weightlora.bench.table import to_terminal
+    from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
 
-    console = Console()
+    console = PlainConsole()
     with quiet_libraries():
         grid = read_grid(arguments.config, arguments.output_dir, arguments.rest)
         require_rows(grid, arguments.against)  # before hours of runs

@@ -32,16 +32,15 @@ def run(arguments: argparse.Namespace) -> None:
     """Run the four methods, print the plan and the table, and leave adapters, plan, picture and records."""
     _require_packages()
 
-    from rich.console import Console
-
     from weightlora.bench.engine import adapter_folder
     from weightlora.bench.grid import DEMO, Point, read_grid
+    from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.cli.bench import print_table, run_with_progress
     from weightlora.plan.plan import AdapterPlan
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
 
-    console = Console()
+    console = PlainConsole()
     with quiet_libraries():
         grid = read_grid(DEMO, arguments.output_dir, arguments.rest)
         records = run_with_progress(grid, console)

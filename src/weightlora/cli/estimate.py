@@ -55,8 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     if match is None:
         raise OptionError(f"--batch {arguments.batch!r} is not allowed: give rows x tokens, such as 32x512")
 
-    from rich.console import Console
-
+    from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.cost.estimate import estimate
     from weightlora.plan.plan import AdapterPlan
@@ -66,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     with quiet_libraries():
         model, make_loss = _model_and_loss(plan, arguments.model_name_or_path or plan.base_model, length)
         lines = estimate(plan, model, make_loss, rows=rows, length=length, fast=arguments.fast)
-    console = Console()
+    console = PlainConsole()
     console.print(_table(lines, f"one training step, {rows} rows of {length} tokens"))
     console.print(_LEGEND, highlight=False)
 

@@ -26,9 +26,9 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print a registry."""
-    from rich.console import Console
+    from weightlora.cli._console import PlainConsole
 
-    console = Console()
+    console = PlainConsole()
     if arguments.tasks:
         console.print(_table("task", "metrics, columns and data", _tasks()))
     elif arguments.rules:

@@ -24,8 +24,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Select, write the plan and its plots, and print the heat map."""
-    from rich.console import Console
-
+    from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.errors import require_extra
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
@@ -46,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         draw_knee(knee, knee_file)
     else:
         knee_file.unlink(missing_ok=True)  # an earlier selection's, of another plan
-    console = Console()
+    console = PlainConsole()
     console.print(terminal_heatmap(plan))
     if "agreement" in plan.options:
         agreement = plan.options["agreement"]

@@ -64,8 +64,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print what the plan keeps, where, and how it was found."""
-    from rich.console import Console
-
+    from weightlora.cli._console import PlainConsole
     from weightlora.plan.from_adapter import read_adapter
     from weightlora.plan.plan import AdapterPlan
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
@@ -76,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         require_extra("matplotlib", "plots")
     plan = read_adapter(path) if path.is_dir() else AdapterPlan.load(path)
     knee = make_knee(plan) if arguments.knee else None  # without scores nothing is printed but the error
-    console = Console()
+    console = PlainConsole()
     console.print(terminal_heatmap(plan))
     summary, options = list(_summary(path, plan)), list(_options(plan))
     width = min(_WIDEST, max(len(value) for _, value, _ in (*summary, *options)))

@@ -23,8 +23,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, then print the heat map and the metrics."""
-    from rich.console import Console
-
+    from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.errors import require_extra
     from weightlora.model.distributed import is_first
@@ -40,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         results = train(recipe)
     if not is_first():
         return
-    console = Console()
+    console = PlainConsole()
     plan = AdapterPlan.load(recipe.output_dir / ADAPTER / PLAN_FILE)
     draw_heatmap(plan, recipe.output_dir / HEATMAP_FILE)
     console.print(terminal_heatmap(plan))

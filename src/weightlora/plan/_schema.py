@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from weightlora.errors import PlanError
 from weightlora.files import write_json
+from weightlora.plan._lora_schema import MOST_ALPHA, is_number, is_whole, lora_fault
 
 SCHEMA = 1
 #: Fields of a planned site, in addition to its name and shape.
 ENTRY_KEYS = ("lora_r", "lora_alpha", "r", "alpha", "score", "score_error")
 #: Fields of the plan, in addition to its sites and history.
 PLAN_KEYS = ("rule", "options", "seed", "base_model", "versions", "lora")
+
+_MOST = 1e300  # the difference of two is still finite
+#: Far above any layer, and within the whole numbers that torch has.
+_WHOLE = {"in_features": (1, 2**31 - 1), "out_features": (1, 2**31 - 1), "lora_r": (1, 2**20), "r": (0, 2**20)}
+_SEEDS = (-(2**63), 2**64 - 1)  # what torch takes
 
 
 def write_plan_file(path: str | Path, data: Mapping[str, Any]) -> None:
@@ -35,17 +40,26 @@ def read_plan_file(path: str | Path) -> dict[str, Any]:
     """
     try:
         data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise PlanError(f"{path} is not a plan: not JSON, or cut off ({error})") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise PlanError(f"cannot read the plan {path}: {error}") from error
+    except ValueError as error:  # not JSON, or a number of more digits than Python reads
+        raise PlanError(f"{path} is not a plan: not JSON, or cut off ({error})") from error
     schema = cast("dict[str, Any]", data).get("schema") if isinstance(data, dict) else None
-    if schema != SCHEMA:
-        raise PlanError(f"{path} is not a plan of schema {SCHEMA}: found schema {schema!r}; select anew")
-    fault = _fault(data)
+    if type(schema) is not int or schema != SCHEMA:
+        raise PlanError(f"{path} is not a plan of schema {SCHEMA}: found schema {schema!r:.40}; select anew")
+    fault = text_fault(data) or _fault(data)
     if fault:
         raise PlanError(f"{path} is not a valid plan: {fault}; select anew")
     return data
+
+
+def text_fault(data: Any) -> str | None:
+    """The half of a character that ``data`` holds, or None; JSON can name one, but it cannot be written or shown."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"it holds {error.object[error.start]!r}, which is no character"
+    return None
 
 
 def _fault(data: Mapping[str, Any]) -> str | None:
@@ -53,31 +67,37 @@ def _fault(data: Mapping[str, Any]) -> str | None:
     missing = [key for key in (*PLAN_KEYS, "fingerprint", "sites", "history") if key not in data]
     if missing:
         return f"it lacks {', '.join(missing)}"
-    kinds = {"rule": str, "options": dict, "seed": int, "versions": dict, "lora": dict, "sites": list, "history": list}
+    kinds = {"rule": str, "options": dict, "versions": dict, "lora": dict, "sites": list, "history": list}
+    kinds |= {"fingerprint": str, "base_model": str | None}
     wrong = [key for key, kind in kinds.items() if not isinstance(data[key], kind)]
+    wrong += [] if is_whole(data["seed"], *_SEEDS) else ["seed"]
     if wrong:
         return f"{wrong[0]} is {data[wrong[0]]!r:.40}"
+    if not all(isinstance(value, str) for value in data["versions"].values()):
+        return f"versions is {data['versions']!r:.40}; give a text for each library"
     faults = filter(None, map(_site_fault, data["sites"]))
-    return next(faults, None) or _whole_fault(data)
+    return next(faults, None) or _whole_fault(data) or lora_fault(data["lora"]) or _options_fault(data["options"])
 
 
 def _site_fault(row: Any) -> str | None:
     if not isinstance(row, dict):
         return f"a site is {row!r:.40}"
     site = cast("dict[str, Any]", row)
-    if not isinstance(site.get("name"), str):
-        return f"a site has the name {site.get('name')!r:.40}"
-    for key, least in (("in_features", 1), ("out_features", 1), ("lora_r", 1), ("r", 0)):
-        if type(site.get(key)) is not int or site[key] < least:
-            return f"{site['name']} has {key}={site.get(key)!r}; give a whole number from {least}"
-    for key in ("lora_alpha", "alpha", "score"):
-        if type(site.get(key)) not in (int, float) or not math.isfinite(site[key]):
-            return f"{site['name']} has {key}={site.get(key)!r}; give a finite number"
-        if key != "score" and site[key] <= 0:
-            return f"{site['name']} has {key}={site[key]!r}; give a positive number"
+    name = site.get("name")
+    if not isinstance(name, str) or not name:
+        return f"a site has the name {name!r:.40}"
+    where = name if name.isprintable() else repr(name)
+    for key, (least, most) in _WHOLE.items():
+        if not is_whole(site.get(key), least, most):
+            return f"{where} has {key}={site.get(key)!r:.40}; give a whole number from {least} to {most}"
+    for key in ("lora_alpha", "alpha"):
+        if not is_number(site.get(key), 0, MOST_ALPHA) or site[key] == 0:
+            return f"{where} has {key}={site.get(key)!r:.40}; give a positive number up to {MOST_ALPHA:g}"
+    if not is_number(site.get("score"), -_MOST, _MOST):
+        return f"{where} has score={site.get('score')!r:.40}; give a finite number"
     error = site.get("score_error")  # plans of before have none
-    if error is not None and (type(error) not in (int, float) or not 0 <= error < math.inf):
-        return f"{site['name']} has score_error={error!r}; give null or a number from 0"
+    if error is not None and not is_number(error, 0, _MOST):
+        return f"{where} has score_error={error!r:.40}; give null or a number from 0"
     return None
 
 
@@ -96,6 +116,13 @@ def _whole_fault(data: Mapping[str, Any]) -> str | None:
     for row in data["history"]:
         if not isinstance(row, list) or len(cast("list[Any]", row)) != len(names):
             return f"each row of its history needs {len(names)} numbers, one per site"
-        if any(type(value) not in (int, float) for value in cast("list[Any]", row)):
-            return "its history holds something that is not a number"
+        if not all(is_number(value, -_MOST, _MOST) for value in cast("list[Any]", row)):
+            return "its history holds something that is not a finite number"
     return None
+
+
+def _options_fault(options: Mapping[str, Any]) -> str | None:
+    """Options are a record; these are read again."""
+    kinds = {"kind": str, "expand": str, "warm_start": bool}
+    wrong = [name for name, kind in kinds.items() if not isinstance(options.get(name, kind()), kind)]
+    return f"option {wrong[0]} is {options[wrong[0]]!r:.40}" if wrong else None

@@ -49,19 +49,23 @@ def planned_lora_config(plan: AdapterPlan, overrides: Mapping[str, Any]) -> Lora
     if not kept:
         raise PlanError("the plan keeps no site, so it has no LoraConfig; select anew with a larger keep")
     ranks, alphas = {entry.r for entry in kept}, {entry.alpha for entry in kept}
-    keys = ["^" + re.escape(entry.site.name) for entry in kept]
+    own = {"^" + re.escape(entry.site.name): entry for entry in kept}
     fields = deepcopy({**plan.lora, **overrides})  # PEFT adds the task's heads to modules_to_save in place
     unknown = sorted(set(fields) - set(inspect.signature(SortedLoraConfig).parameters))
     if unknown:
         raise PlanError(f"this PEFT's LoraConfig has no field {', '.join(unknown)}; update PEFT, or select anew")
-    config = SortedLoraConfig(
-        target_modules=list(plan.names),  # PEFT makes a set of it
-        r=kept[0].r,
-        lora_alpha=whole_or_float(kept[0].alpha),  # pyright: ignore[reportArgumentType]  # PEFT takes floats as well
-        rank_pattern={} if len(ranks) == 1 else {k: e.r for k, e in zip(keys, kept, strict=True)},
-        alpha_pattern={} if len(alphas) == 1 else {k: whole_or_float(e.alpha) for k, e in zip(keys, kept, strict=True)},
-        **fields,
-    )
+    try:
+        config = SortedLoraConfig(
+            target_modules=list(plan.names),  # PEFT makes a set of it
+            r=kept[0].r,
+            lora_alpha=whole_or_float(kept[0].alpha),  # pyright: ignore[reportArgumentType]  # PEFT takes floats as well
+            rank_pattern={} if len(ranks) == 1 else {key: e.r for key, e in own.items()},
+            alpha_pattern={} if len(alphas) == 1 else {key: whole_or_float(e.alpha) for key, e in own.items()},
+            **fields,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        text = " ".join(str(error).split())
+        raise PlanError(f"PEFT refuses the plan's LoraConfig: {text}; change the fields in lora") from error
     config.exclude_modules = _exclusions(plan, config.exclude_modules)
     return config
 

@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from weightlora.errors import OptionError, PlanError
+from weightlora.errors import OptionError, PlanError, PlanMismatchError
 from weightlora.files import whole_folder
 from weightlora.model.sites import Site
 from weightlora.plan._match import require_adapters, require_room, require_sites
@@ -197,10 +197,14 @@ class AdapterPlan:
         from weightlora.model.restore import restored_on_error
 
         self.check_sites(model)
-        config = self.to_lora_config(**overrides)
+        config: Any = self.to_lora_config(**overrides)
         require_room(model, config)
         with restored_on_error(model):
-            peft_model = get_peft_model(without_adapters(model), config)  # pyright: ignore[reportArgumentType]
+            try:
+                peft_model = get_peft_model(without_adapters(model), config)  # pyright: ignore[reportArgumentType]
+            except ValueError as error:  # other fields leave none of the names
+                text = " ".join(str(error).split())
+                raise PlanMismatchError(f"PEFT cannot attach the plan: {text}; change the fields in lora") from error
             peft_model.peft_config["default"].target_modules = set(self.names)  # pyright: ignore[reportAttributeAccessIssue]
             self.check(peft_model)
             if isinstance(model, PeftModel):

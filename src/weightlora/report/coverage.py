@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from weightlora.plan.from_adapter import ADAPTER_FILES, tensor_shapes
+from weightlora.plan.from_adapter import ADAPTER_FILES, adapter_config, tensor_shapes
 from weightlora.plan.plan import AdapterPlan
 
 #: Fields of a LoraConfig that make PEFT compute a layer in another way than plain LoRA, and the name of that way.
@@ -47,13 +46,14 @@ def fast_gaps(path: str | Path, plan: AdapterPlan) -> tuple[int, dict[str, str]]
     path = Path(path)
     if not all((path / name).is_file() for name in ADAPTER_FILES):
         return len(plan.names), _gaps(plan.lora, dict.fromkeys(plan.names))
-    config: dict[str, Any] = json.loads((path / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    config = adapter_config(path)
     kinds: dict[str, str | None] = {}
     for key, shape in tensor_shapes(path).items():
         match = re.fullmatch(r"base_model\.model\.(.+?)\.(lora_A|lora_embedding_A)(?:\.weight)?", key)
         if match:
             kinds[match[1]] = "an embedding" if match[2] != "lora_A" else "a convolution" if len(shape) > 2 else None
-    for parameter in config.get("target_parameters") or ():
+    parameters = config.get("target_parameters")
+    for parameter in cast("list[Any]", parameters) if isinstance(parameters, list) else ():
         owner = str(parameter).rpartition(".")[0]
         kinds |= {name: "target_parameters" for name in kinds if f".{name}".removesuffix(".base_layer").endswith(owner)}
     return len(kinds), _gaps(config, dict(sorted(kinds.items())))

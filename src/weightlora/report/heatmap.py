@@ -17,6 +17,7 @@ from weightlora.plan.projection_order import ordered_projections
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 _SHADES = " ░▒▓█"
 
@@ -134,11 +135,13 @@ def draw_heatmap(plan: AdapterPlan, path: str | Path) -> None:
 _CAPTION = "shade: score from low to high; ● kept, · no adapter"
 
 
-def _cell_text(cell: Cell | None) -> str:
+def _cell_text(cell: Cell | None) -> str | Text:
+    from rich.text import Text
+
     if cell is None:
         return ""
     shade = _SHADES[round(cell.level * (len(_SHADES) - 1))]
-    return f"[bold green]{shade}●[/]" if cell.r > 0 else f"[dim]{shade}·[/]"
+    return Text(f"{shade}●", style="bold green") if cell.r > 0 else Text(f"{shade}·", style="dim")
 
 
 def natural(text: str) -> list[Any]:
@@ -148,4 +151,5 @@ def natural(text: str) -> list[Any]:
         >>> sorted(["layer.10", "layer.2"], key=natural)
         ['layer.2', 'layer.10']
     """
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
+    parts = re.split(r"0*(\d+)", text)
+    return [(len(part), part) if i % 2 else (-1, part) for i, part in enumerate(parts)]  # a longer number is larger

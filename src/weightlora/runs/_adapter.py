@@ -10,6 +10,7 @@ from weightlora.model.distributed import is_first
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.projection_order import ordered_projections
 from weightlora.plan.provenance import write_base_model_name
+from weightlora.text import in_code, in_markdown
 from weightlora.trainer.guard import PLAN_FILE
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def _write_card(path: Path, plan: AdapterPlan) -> None:
     lines = [
         "## Selection",
         "",
-        f"Rule `{plan.rule}`, seed {plan.seed}: {len(plan.names)} of {len(plan.entries)} sites, "
+        f"Rule `{in_code(plan.rule)}`, seed {plan.seed}: {len(plan.names)} of {len(plan.entries)} sites, "
         f"{plan.parameters:,} adapter parameters (LoRA on all: {plan.lora_parameters:,}).",
         "",
         "| projection | sites kept | rank | layers |",
@@ -52,7 +53,8 @@ def _write_card(path: Path, plan: AdapterPlan) -> None:
         sites = [entry for entry in plan.entries if entry.site.projection == projection]
         kept = [entry for entry in sites if entry.r > 0]
         ranks = ", ".join(str(r) for r in sorted({entry.r for entry in kept})) or "–"
-        layers = sorted({int(entry.site.block.rpartition(".")[2]) for entry in kept if entry.site.block})
-        lines.append(f"| {projection} | {len(kept)} of {len(sites)} | {ranks} | {' '.join(map(str, layers)) or '–'} |")
+        numbers = {entry.site.block.rpartition(".")[2] for entry in kept if entry.site.block}
+        layers = " ".join(sorted(numbers, key=lambda number: (len(number), number))) or "–"
+        lines.append(f"| {in_markdown(projection)} | {len(kept)} of {len(sites)} | {ranks} | {layers} |")
     card.text += "\n\n" + "\n".join(lines) + "\n"
     card.save(path)
