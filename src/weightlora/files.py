@@ -124,7 +124,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
     try:
         content: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # not UTF-8, a bad date, 5,000 digits
         raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}; give lines of 'option: value'")

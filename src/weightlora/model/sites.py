@@ -9,6 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError, SiteError
+from weightlora.model._patterns import require_patterns
 from weightlora.text import similar
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
     from peft import LoraConfig
 
     lora = LoraConfig() if lora is None else lora
+    require_patterns(lora)
     linear = dict(_linear_layers(model))
     if not linear:
         raise SiteError(f"{type(model).__name__} has no linear layer that could carry an adapter")
