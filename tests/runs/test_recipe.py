@@ -84,7 +84,7 @@ def test_what_is_written_down_is_the_same_recipe_again(written):
         ({"method": "adalor"}, [], r"method='adalor' is unknown \(closest: 'adalora'\)"),
         ({}, ["--method=eva", "--method_options", "whitn=true"], r"eva has no option 'whitn' \(closest: 'whiten'\)"),
         ({}, ["--method_options", "stps=3"], r"weightlora has no option 'stps' \(closest: 'steps'\)"),
-        ({"steps": "soon"}, [], r"steps='soon' is not allowed: give a whole number, or 'auto'"),
+        ({"steps": "soon"}, [], r"steps='soon' is not allowed: give a whole number below 10⁹, or 'auto'"),
         ({"steps": 1}, [], r"steps=1 is not allowed: give at least 2"),
         ({"learning_rate": "fast"}, [], r"--learning_rate.*: invalid float value: 'fast'"),
         ({"lr_scheduler_type": "cosin"}, [], r"--lr_scheduler_type.*: invalid choice: 'cosin'"),

@@ -51,9 +51,11 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the table."""
-    match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", arguments.batch)
+    match = re.fullmatch(r"([1-9][0-9]{0,6})[x×]([1-9][0-9]{0,6})", arguments.batch)
     if match is None:
-        raise OptionError(f"--batch {arguments.batch!r} is not allowed: give rows x tokens, such as 32x512")
+        raise OptionError(
+            f"--batch {arguments.batch!r} is not allowed: give rows x tokens, such as 32x512, each below 10,000,000"
+        )
 
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries

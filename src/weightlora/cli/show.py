@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import require_extra
+from weightlora.errors import OptionError, require_extra
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,6 +39,8 @@ _MEANINGS = {
     "agreement": "rank correlation of the scores of two halves of the batches",
     "cost": "measured: bytes, or share of plain LoRA's step time",
 }
+#: Endings of a picture's name, which decide its format.
+_PICTURES = (".png", ".pdf", ".svg", ".jpg")
 #: Columns of a value; a longer one, such as a path, is folded.
 _WIDEST = 34
 _BUDGETS = {
@@ -73,6 +75,9 @@ def run(arguments: argparse.Namespace) -> None:
     path: Path = arguments.path
     if arguments.png or arguments.knee:
         require_extra("matplotlib", "plots")
+    for option, picture in (("--png", arguments.png), ("--knee", arguments.knee)):
+        if picture is not None and picture.suffix.lower() not in _PICTURES:
+            raise OptionError(f"{option} {picture} is not allowed: give a name that ends with {', '.join(_PICTURES)}")
     plan = read_adapter(path) if path.is_dir() else AdapterPlan.load(path)
     knee = make_knee(plan) if arguments.knee else None  # without scores nothing is printed but the error
     console = PlainConsole()

@@ -6,12 +6,14 @@ model = make_method("weightlora", keep=0.5).attach(model, lora, batches, total_s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from weightlora.errors import OptionError
+from weightlora.options import Range, check_types
+from weightlora.plan.budget import check_keep
 from weightlora.text import closest
 
 if TYPE_CHECKING:
@@ -161,6 +163,17 @@ METHODS = (
     ),
 )
 
+#: What an option means is the same for all methods that have it, and so is its range.
+_RANGES: Mapping[str, Range] = {
+    **dict.fromkeys(("r", "init_r", "max_r", "outer_r", "vector_length"), Range(1)),
+    **dict.fromkeys(("tinit", "tfinal", "orth_reg_weight", "variance_weight", "projection_prng_key"), Range(0)),
+    **dict.fromkeys(("beta", "beta1", "beta2"), Range(0, 1, open_most=True)),
+    **dict.fromkeys(
+        ("lr", "alpha_lr", "d_initial", "init_logits_std", "init_vector_bank_bound"), Range(0, open_least=True)
+    ),
+}
+_WORDS: Mapping[str, Sequence[str | None]] = {"alpha": ("scale", "keep"), "fast": (None, "input", "rank")}
+
 #: Names that are looked for here, and where they are.
 _ELSEWHERE = {
     "rlora": "the paper's RLoRA is method 'random'",
@@ -184,6 +197,17 @@ def make_method(name: str, **options: Any) -> Method:
     known = options_of(name)
     for option in sorted(set(options) - known):
         raise OptionError(f"{name} has no option {option!r}{closest(option, sorted(known))}")
+    parameters = inspect.signature(_build_of(name)).parameters
+    check_types({option: parameter.annotation for option, parameter in parameters.items()}, options)
+    for option, value in options.items():
+        if option == "keep":
+            check_keep(value)
+        elif option in _WORDS and value not in _WORDS[option]:
+            raise OptionError(
+                f"{option}={value!r:.80} is not allowed: give one of {', '.join(map(repr, _WORDS[option]))}"
+            )
+        elif option in _RANGES and value is not None and not _RANGES[option].allows(value):
+            raise OptionError(f"{option}={value} is not allowed: give {_RANGES[option]}")
     return _build_of(name)(**options)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError, SiteError
 from weightlora.model._modules import base_modules, is_linear, output_head, shape_of
+from weightlora.model._patterns import require_patterns
 from weightlora.model._requested import unmatched_targets, warn_of_leftovers
 from weightlora.text import similar
 
@@ -106,6 +107,7 @@ def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
     from peft import LoraConfig
 
     lora = LoraConfig() if lora is None else lora
+    require_patterns(lora)
     modules = _base_modules(model)
     linear = {name: module for name, module in modules.items() if is_linear(module)}
     if not linear:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Literal, Protocol
 
 from weightlora.errors import OptionError
@@ -170,10 +171,17 @@ def check_keep(keep: Keep) -> Keep:
         (0.5, 18, '0.8x')
     """
     number = read_keep(keep) if isinstance(keep, str) else keep
+    if isinstance(number, Real) and not isinstance(number, (bool, int, float)):  # NumPy's
+        number = int(number) if isinstance(number, Integral) else float(number)
     if isinstance(number, str):
         if read_limit(number) is None and read_share(number) is None:
             _read_parameters(number)
-    elif isinstance(number, bool) or not 0 < number < math.inf or (isinstance(number, float) and number > 1):
+    elif (
+        isinstance(number, bool)
+        or not isinstance(number, Real)
+        or not 0 < number < math.inf
+        or (isinstance(number, float) and number > 1)
+    ):
         raise _not_allowed(keep)
     return number
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from weightlora.errors import MissingPackageError, OptionError, SiteError, WeightLoraError
 from weightlora.model.sites import TASK_HEADS, find_sites
 from weightlora.runs.recipe import Recipe, TaskOptions
 from weightlora.tasks import find_task, kind_of
@@ -13,6 +14,7 @@ from weightlora.tasks.base import Prepared, RowOptions, Task
 from weightlora.tasks.embedded import embedded_model
 from weightlora.tasks.pretrained import load_tokenizer
 from weightlora.tasks.rows import Source, load_rows, with_columns
+from weightlora.text import closest
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -25,6 +27,8 @@ def make_trainer(
 
     Raises:
         DataError: Rows or model are missing or malformed.
+        MissingPackageError: A training argument needs a package that is not installed.
+        OptionError: The trainer refuses a training argument.
     """
     task = _task(recipe.task)
     kind = kind_of(task)
@@ -33,7 +37,15 @@ def make_trainer(
     tokenizer = load_tokenizer(path, **{k: v for k, v in loading.items() if k in ("gguf_file", "revision")})
     prepared = kind.prepare(task, rows, tokenizer, _row_options(recipe.task))
     base = kind.load_model(path, task, rows, seed=recipe.training.seed, **loading)
-    return prepared, prepared.make_trainer(_with_lora(base, recipe, kind.TASK_TYPE), recipe.training, callbacks)
+    model = _with_lora(base, recipe, kind.TASK_TYPE)
+    try:
+        return prepared, prepared.make_trainer(model, recipe.training, callbacks)
+    except WeightLoraError:
+        raise
+    except ImportError as error:  # of an optimizer, or of a tracker in report_to; the text says what to install
+        raise MissingPackageError(" ".join(str(error).split())) from error
+    except ValueError as error:  # training arguments that the trainer refuses
+        raise OptionError(" ".join(str(error).split())) from error
 
 
 def _task(options: TaskOptions) -> Task:
@@ -86,6 +98,18 @@ def _pretrained(recipe: Recipe, task_type: str) -> tuple[str, dict[str, Any]]:
     return path, loading
 
 
+def _require_modules(base: Any, names: Sequence[str]) -> None:
+    """Raise where a module to train whole does not exist; PEFT ignores its name."""
+    ends = {name.rpartition(".")[2] for name, _ in base.named_modules() if name}
+    whole = {name for name, _ in base.named_modules()}
+    for name in names:
+        if not any(found == name or found.endswith(f".{name}") for found in whole):
+            raise SiteError(
+                f"lora_modules_to_save: the model has no module {name!r}{closest(name, ends)}; there are "
+                f"{', '.join(sorted(end for end in ends if not end.isdigit()))}"
+            )
+
+
 def _with_lora(base: Any, recipe: Recipe, task_type: str) -> Any:
     """Put the budget on the model: plain LoRA on all candidates, of which the plan keeps some."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -104,5 +128,6 @@ def _with_lora(base: Any, recipe: Recipe, task_type: str) -> Any:
         use_dora=options.use_dora,
         task_type=task_type,
     )
+    _require_modules(base, options.lora_modules_to_save)
     lora.target_modules = [site.name for site in find_sites(base, lora).sites]
     return get_peft_model(base, lora)

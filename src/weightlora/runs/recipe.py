@@ -13,10 +13,12 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from weightlora.errors import OptionError
+from weightlora.errors import MissingPackageError, OptionError
 from weightlora.files import read_mapping
 from weightlora.methods import make_method, options_of
+from weightlora.options import read_pairs
 from weightlora.plan.budget import check_keep
+from weightlora.runs._ranges import check_ranges
 from weightlora.selection.rules import RULES, rule_of
 from weightlora.selection.steps import check_steps
 from weightlora.text import closest
@@ -31,6 +33,14 @@ if TYPE_CHECKING:
 
 def _option(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
+
+
+def _check_texts(options: Any) -> None:
+    """Raise where a text is empty: ``--train_file=`` in a script whose variable is not set."""
+    for one in dataclasses.fields(options):
+        value = getattr(options, one.name)
+        if any(not text.strip() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)):
+            raise OptionError(f"{one.name}={value!r} is not allowed: give a text that is not empty, or leave it out")
 
 
 @dataclass
@@ -48,6 +58,7 @@ class ModelOptions:
     trust_remote_code: bool = _option(False, "run code that comes with the model")
 
     def __post_init__(self) -> None:
+        _check_texts(self)
         if self.load_in_8bit and self.load_in_4bit:
             raise OptionError("load_in_8bit and load_in_4bit exclude each other; give one")
 
@@ -73,6 +84,15 @@ class TaskOptions:
         False, "measure loss and exact match of the given answers in one forward pass; generate none"
     )
     harness_path: str | None = _option(None, "folder of your own lm-evaluation-harness tasks")
+
+    def __post_init__(self) -> None:
+        _check_texts(self)
+        check_ranges(self)
+        if self.validation_file is not None and self.train_file is None:
+            raise OptionError(f"validation_file={self.validation_file!r} needs a train_file; give both")
+        for name in ("dataset_name", "dataset_config_name"):
+            if self.train_file is not None and getattr(self, name) is not None:
+                raise OptionError(f"train_file and {name}={getattr(self, name)!r} exclude each other; leave one out")
 
 
 @dataclass
@@ -114,6 +134,10 @@ class MethodOptions:
     )
     grow_batch: bool = _option(False, "train larger batches with less accumulation, within the memory of plain LoRA")
 
+    def __post_init__(self) -> None:
+        _check_texts(self)
+        check_ranges(self)
+
     @property
     def scored_by(self) -> Rule:
         """The rule with its settings.
@@ -121,7 +145,7 @@ class MethodOptions:
         Raises:
             OptionError: It is unknown, or a setting is unknown or out of its range.
         """
-        return rule_of(self.rule, **_pairs("rule_options", self.rule_options))
+        return rule_of(self.rule, **read_pairs("rule_options", self.rule_options))
 
     @property
     def given(self) -> dict[str, Any]:
@@ -134,18 +158,11 @@ class MethodOptions:
         options = {"keep": check_keep(self.keep), "rule": self.scored_by, "steps": steps, "ranking": self.ranking}
         known = options_of(self.method)
         names = ("keep", "rule", "steps", "ranking") if "rule" in known else ("keep",)
-        return {**{k: options[k] for k in names if k in known}, **_pairs("method_options", self.method_options)}
-
-
-def _pairs(option: str, texts: Sequence[str]) -> dict[str, Any]:
-    """``["gate_lr=5.0", ...]`` as a mapping; values are read as YAML."""
-    import yaml
-
-    pairs = [text.partition("=") for text in texts]
-    for name, equals, _ in pairs:
-        if not (name and equals):
-            raise OptionError(f"{option}={name!r} is not allowed: give name=value, such as head_steps=0")
-    return {name: yaml.safe_load(value) for name, _, value in pairs}
+        own = read_pairs("method_options", self.method_options)
+        for name in ("fast", "lora", "loss_fn"):  # the recipe's and the task's
+            if name in own:
+                raise OptionError(f"method_options: {name} is no setting of a method; leave it out")
+        return {**{k: options[k] for k in names if k in known}, **own}
 
 
 @dataclass(frozen=True)
@@ -194,10 +211,17 @@ def read_recipe(
     theirs = _parser(kind_of(find_task(rows.task)).arguments_class())
     theirs.set_defaults(output_dir=output_dir)
     known = {action.dest for parser in (ours, theirs) for action in _actions(parser)}
-    for key in content:
+    lists = {action.dest for parser in (ours, theirs) for action in _actions(parser) if action.nargs in ("*", "+")}
+    own = {action.dest for action in _actions(ours)}
+    for key, value in content.items():
         if key not in known:
             raise OptionError(f"{config}: unknown option {key!r}{closest(str(key), known)}")
+        words_only = isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value)
+        if (isinstance(value, list) and not (key in lists and words_only)) or (isinstance(value, dict) and key in own):
+            allowed = "a list of words" if key in lists else "one value"
+            raise OptionError(f"{config}: {key}={value!r:.80} is not allowed: give {allowed}")
     training, rest = _parse(theirs, rest)
+    check_ranges(training)
     if rest:
         name = rest[0].lstrip("-").partition("=")[0]
         raise OptionError(f"unknown option {rest[0]!r}{closest(name, known)}")
@@ -254,7 +278,9 @@ def _parse(parser: HfArgumentParser, words: Sequence[str]) -> tuple[Any, ...]:
         return parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True, look_for_args_file=False)
     except OptionError:
         raise
-    except (ValueError, TypeError, ImportError) as error:  # what a TrainingArguments says about its values
+    except ImportError as error:
+        raise MissingPackageError(" ".join(str(error).split())) from error
+    except Exception as error:  # whatever a TrainingArguments raises about its values, and the files that they name
         raise OptionError(" ".join(str(error).split())) from error
 
 

@@ -37,8 +37,8 @@ def check_steps(steps: str | int, least: int = 2) -> Steps:
     """
     if steps == "auto":
         return "auto"
-    if isinstance(steps, bool) or not re.fullmatch(r"-?\d+", str(steps)):
-        raise OptionError(f"steps={steps!r} is not allowed: give a whole number, or 'auto'")
+    if isinstance(steps, bool) or not re.fullmatch(r"-?[0-9]{1,9}", str(steps)):
+        raise OptionError(f"steps={steps!r:.80} is not allowed: give a whole number below 10⁹, or 'auto'")
     if int(steps) < least:
         reason = ": with B = 0 the first gradient of ω is zero" if least == 2 else ""
         raise OptionError(f"steps={steps} is not allowed: give at least {least}{reason}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError, OptionError, require_extra
+from weightlora.options import read_pairs
 from weightlora.tasks import kind_of
 from weightlora.tasks._labels import check_labels, number_labels
 from weightlora.tasks._place import Place
@@ -161,15 +162,7 @@ def _dataset(task: Task, source: Source, seed: int) -> Any:
 
 def _generator_settings(text: str | None) -> dict[str, Any]:
     """Return ``"min_terms=2 max_terms=3"`` as a dict."""
-    import yaml
-
-    settings: dict[str, Any] = {}
-    for word in (text or "").split():
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise OptionError(f"dataset_config_name: {word!r} is no setting=value of the generator")
-        settings[name] = yaml.safe_load(value)
-    return settings
+    return read_pairs("dataset_config_name", (text or "").split())
 
 
 def _embedded(source: Source, seed: int) -> Any:

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError
+from weightlora.options import check_types
 from weightlora.text import closest
 
 if TYPE_CHECKING:
@@ -89,14 +90,17 @@ def rule_of(rule: str | Rule, **settings: Any) -> Rule:
             raise OptionError(f"rule={rule!r} is not allowed{closest(rule, known)}: give one of {', '.join(known)}")
         entry = known[rule]
         made: Rule = getattr(import_module(f"weightlora.selection.rules.{entry.file}"), entry.rule)(**entry.settings)
-    else:
+    elif dataclasses.is_dataclass(rule):
         made = rule
+    else:
+        raise OptionError(f"rule={rule!r:.80} is not allowed: give a rule or one of {', '.join(known)}")
     fields = [f.name for f in dataclasses.fields(made)]
     for name in settings:
         if name not in fields:
             raise OptionError(
                 f"rule {made.name} has no setting {name!r}{closest(name, fields)}; it has {', '.join(fields) or 'none'}"
             )
+    check_types({f.name: f.type for f in dataclasses.fields(made)}, settings)
     return dataclasses.replace(made, **settings)
 
 

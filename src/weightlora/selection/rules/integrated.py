@@ -79,7 +79,8 @@ class Integrated:
         require(self.rounds >= 1, f"rounds={self.rounds!r}", "1 or more rounds")
         require(self.per in get_args(Per), f"per={self.per!r}", f"one of {', '.join(get_args(Per))}")
         most, known = self.most_ranks, self.most_ranks in (None, "even")
-        require(known or (isinstance(most, int) and most >= 1), f"most_ranks={most!r}", "1 or more ranks, or 'even'")
+        whole = isinstance(most, int) and not isinstance(most, bool) and most >= 1
+        require(known or whole, f"most_ranks={most!r}", "1 or more ranks, or 'even'")
         require(most is None or self.per == "rank", f"most_ranks with per={self.per!r}", "per='rank'")
         require_head_steps(self.head_steps)
 
