@@ -1,13 +1,27 @@
+import errno
 import json
+import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
-from weightlora.errors import DataError, OutputError
-from weightlora.files import read_json, read_mapping, whole_file, whole_folder, writable_folder, write_json
+from weightlora.errors import DataError, OptionError, OutputError
+from weightlora.files import (
+    only_writer,
+    read_json,
+    read_mapping,
+    whole_file,
+    whole_folder,
+    writable_folder,
+    write_json,
+    written,
+)
 
 
 def write(path, text, *, fail_with=None):
@@ -190,3 +204,84 @@ def test_a_folder_that_does_not_exist_yet_is_asked_where_it_would_be_made():
     """Not even the superuser makes folders in /proc."""
     with pytest.raises(OutputError, match="cannot write /proc/a/b"):
         writable_folder("/proc/a/b")
+
+
+# -- one writer --------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from weightlora.files import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_has_one_writer_until_it_is_killed(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "link").symlink_to(folder)
+        for same in (folder, Path("run"), tmp_path / "link"):
+            with pytest.raises(OptionError, match="another process works in"), only_writer(same):
+                pytest.fail("two writers")
+        holder.kill()
+    with only_writer(folder), pytest.raises(OptionError), only_writer(folder):
+        pytest.fail("two writers")
+    assert names(folder) == []  # it was there before this process
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_a_lock_leaves_nothing_and_keeps_what_was_written(tmp_path, error):
+    with pytest.raises(error) if error else nullcontext(), only_writer(tmp_path / "a" / "b"):
+        assert names(tmp_path / "a" / "b") == [".lock"]
+        if error:
+            raise error
+    assert names(tmp_path) == []
+    with only_writer(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "text").touch()
+    assert names(tmp_path / "a" / "b") == ["text"]
+
+
+def test_a_lock_on_a_removed_file_is_none(tmp_path, monkeypatch):
+    """Its holder removes the file between this process's opening and locking it."""
+    opened = os.open
+
+    def open_and_lose(path, *more):
+        descriptor = opened(path, *more)
+        Path(path).unlink()
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_and_lose)
+    with pytest.raises(OptionError, match="another process"), only_writer(tmp_path):
+        pytest.fail("nobody is kept out by this lock")
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "run" / ".lock").mkdir(parents=True)
+    for folder in (tmp_path / "file" / "run", tmp_path / "run"):
+        with pytest.raises(OutputError, match=f"cannot write {folder}"), only_writer(folder):
+            pytest.fail("there is no lock")
+
+
+# -- what libraries cannot write -----------------------------------------------------------------------------------
+
+
+def test_a_librarys_failure_to_write_is_one_line(tmp_path):
+    led = RuntimeError("a library's own")
+    led.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    torchs, rusts = RuntimeError("PytorchStreamWriter failed writing file"), SafetensorError("while serializing: no")
+    below = NotADirectoryError(errno.ENOTDIR, "Not a directory", str(tmp_path / "file" / "a"))
+    for error in (led.__cause__, led, torchs, rusts, below):
+        with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}: [^\n]+$"), written(tmp_path):
+            raise error
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), FileNotFoundError(2, "no", "/else/where"), OptionError("x")])
+def test_other_errors_pass_through(tmp_path, error):
+    with pytest.raises(type(error)) as caught, written(tmp_path):
+        raise error
+    assert caught.value is error

@@ -24,8 +24,6 @@ EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 IMPORTS = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
 #: Imported, but never installed alone: scikit-learn brings scipy; bitsandbytes is for whoever loads a quantised model.
 BROUGHT = {"scipy": "sklearn"}
-#: torch requires filelock, so that no environment lacks it.
-ALWAYS_THERE = {"filelock"}
 
 
 def requirements(lines: list[str]) -> list[Requirement]:
@@ -64,7 +62,7 @@ def test_what_is_imported_is_declared(path):
     for name, runs in third_party(path.read_text(encoding="utf-8")):
         name = BROUGHT.get(name, name)
         assert name in CORE | OPTIONAL, f"{name} is in no dependency and no extra"
-        if runs and name not in ALWAYS_THERE:
+        if runs:
             assert name in CORE, f"{name} comes with an extra: import it in the function that needs it"
 
 

@@ -7,13 +7,15 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from weightlora.errors import DataError, OutputError, WeightLoraError
+from weightlora.errors import DataError, OptionError, OutputError, WeightLoraError, WeightLoraWarning
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: How safetensors, and torch where it saves, say that they cannot write; neither raises an OSError.
@@ -138,6 +140,65 @@ def require_folder(path: Path) -> None:
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"cannot write the folder {path}: a file is there; move it, or choose another output folder")
+
+
+@contextmanager
+def only_writer(folder: Path) -> Generator[None]:
+    """Keep other processes out of ``folder`` for the block; a process that is killed leaves it free.
+
+    The folder is created if missing, and removed if the block leaves it empty.
+
+    Raises:
+        OptionError: Another process works there.
+        OutputError: The folder cannot be written.
+
+    Warns:
+        WeightLoraWarning: The file system has no locks.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    file = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    mine = False
+    try:
+        # Its holder may have removed the file after it was opened here; a lock on a removed file keeps nobody out.
+        mine = _lock(descriptor, folder) and file.exists() and os.path.samestat(os.fstat(descriptor), file.stat())
+        if not mine:
+            raise OptionError(f"another process works in {folder}; wait for it, or choose another output_dir")
+        yield
+    finally:
+        if mine:
+            with suppress(OSError):  # Windows removes no open file
+                file.unlink()
+        os.close(descriptor)
+        for path in made:
+            with suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def _lock(descriptor: int, folder: Path) -> bool:
+    """Lock an open file, until it is closed or the process ends; False where another process has it."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        warnings.warn(
+            f"{folder} cannot be locked ({error.strerror}); make sure that no other process writes there",
+            WeightLoraWarning,
+            stacklevel=3,
+        )
+    return True
 
 
 def replace_folder(source: Path, target: Path) -> None:

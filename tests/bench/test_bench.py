@@ -6,14 +6,12 @@ import random
 import signal
 import statistics
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from bench_worker import die_at_seed_one, sleep_at_seed_one
 from bench_worker import run as run_bench
-from filelock import FileLock
 from safetensors.torch import load_file
 
 from weightlora.bench._job import Job, run_job
@@ -24,6 +22,7 @@ from weightlora.bench.step_cost import Peak, StepCost
 from weightlora.bench.table import make_table, to_latex, to_markdown
 from weightlora.cli import main
 from weightlora.errors import DataError, OptionError
+from weightlora.files import only_writer
 from weightlora.runs.recipe import option_words, read_recipe
 from weightlora.runs.train import train
 
@@ -323,7 +322,7 @@ def test_killed_at_five_moments_it_ends_with_the_same_records(unbroken, tmp_path
     records = recorded(read_grid(config, out))
     assert len(records) == len(lasting(records)) == 6
     assert lasting(records) == lasting(recorded(unbroken))
-    assert sorted(path.name for path in out.iterdir()) == [".lock", "records.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == ["records.jsonl"]
 
 
 def test_ray_gives_the_same_records(unbroken, tmp_path, capsys):
@@ -365,8 +364,7 @@ def test_the_command_writes_and_prints_the_table(unbroken, capsys):
 
 def test_two_cannot_work_on_one_benchmark(tmp_path):
     grid = grid_of(tmp_path)
-    Path(grid.output_dir).mkdir()
-    with FileLock(grid.output_dir / ".lock"), pytest.raises(OptionError, match="another process works in"):
+    with only_writer(grid.output_dir), pytest.raises(OptionError, match="another process works in"):
         run_grid(grid, report=lambda *_: None)
 
 

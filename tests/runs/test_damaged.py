@@ -11,32 +11,12 @@ import sys
 from collections import Counter
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification
+from small_run import adapter, same, words, write_base
 
 from weightlora.cli import main
 
 CASES = int(os.environ.get("DAMAGED_FOLDERS", "12"))
-TRAINING = {
-    "task": "text_classification",
-    "keep": 5,
-    "steps": 2,
-    "rule_options": "head_steps=0",
-    "lora_dropout": 0.2,  # so that random numbers decide the result, too
-    "max_seq_length": 16,
-    "max_steps": 6,
-    "save_steps": 2,
-    "logging_steps": 1,
-    "learning_rate": 1e-2,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "eval_on_start": True,
-    "grow_batch": True,
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "report_to": "none",
-}
+MORE = {"gradient_accumulation_steps": 2, "eval_on_start": True, "grow_batch": True}
 #: A file of another run is found out where its shapes or sites differ; another run's random state is as good as ours.
 TELLING = ("adapter_model.safetensors", "optimizer.pt", "plan.json", "batch.json", "config.yaml")
 
@@ -45,28 +25,14 @@ pytestmark = pytest.mark.filterwarnings("default::weightlora.errors.WeightLoraWa
 
 @pytest.fixture(scope="module")
 def base(tokenizer, tmp_path_factory):
-    """A random encoder of two narrow layers, and rows."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    rows = "".join(f"a {word} film number {i},{word}\n" for i in range(8) for word in ("good", "bad"))
-    (folder / "rows.csv").write_text("text,label\n" + rows)
-    return folder
-
-
-def words(base, output, **changed):
-    files = {"model_name_or_path": base, "train_file": base / "rows.csv", "validation_file": base / "rows.csv"}
-    options = {**files, **TRAINING, **changed, "output_dir": output}
-    return ["train", *(f"--{name}={value}" for name, value in options.items())]
+    return write_base(tmp_path_factory.mktemp("base"), tokenizer)
 
 
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory):
     """A finished run, undisturbed."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert main(words(base, folder)) == 0
+    assert main(words(base, folder, **MORE)) == 0
     assert {path.name for path in folder.glob("*.*")} >= {"results.json", "before.json", "batch.json", "config.yaml"}
     return folder
 
@@ -75,7 +41,7 @@ def whole(base, tmp_path_factory):
 def other(base, tmp_path_factory):
     """A finished run of another rank and budget."""
     folder = tmp_path_factory.mktemp("other") / "run"
-    assert main(words(base, folder, lora_r=4, keep=3, gradient_accumulation_steps=1)) == 0
+    assert main(words(base, folder, lora_r=4, keep=3, **{**MORE, "gradient_accumulation_steps": 1})) == 0
     return folder
 
 
@@ -184,20 +150,14 @@ def files_of(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "config.yaml"}
 
 
-def adapter(folder):
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
 def outcome(base, whole, run, capsys):
     """What the command does with the folder; asserts that it is one of the allowed two."""
     before = files_of(run)
     capsys.readouterr()
-    code = main(words(base, run))
+    code = main(words(base, run, **MORE))
     lines = capsys.readouterr().err.splitlines()
     if code == 0:
-        mine, theirs = adapter(run), adapter(whole)
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        assert same(adapter(run), adapter(whole))
         results = [json.loads((folder / "results.json").read_text()) for folder in (run, whole)]
         assert all(results[0][key] == results[1][key] for key in ("metrics", "kept", "steps", "losses", "before"))
         return "warned and resumed" if any("training resumes from" in line for line in lines) else "as if undamaged"

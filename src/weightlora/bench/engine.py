@@ -14,8 +14,8 @@ from weightlora.bench._job import Job
 from weightlora.bench._workers import run_here, run_on_ray
 from weightlora.bench.grid import Grid, Point, Record, by_key, key_of
 from weightlora.bench.records import append_record, read_records
-from weightlora.errors import OptionError, require_extra
-from weightlora.files import replace_folder, writable_folder
+from weightlora.errors import OptionError
+from weightlora.files import only_writer, replace_folder, written
 from weightlora.runs.train import ADAPTER
 
 RECORDS_FILE = "records.jsonl"
@@ -40,19 +40,13 @@ def run_grid(
     Raises:
         OptionError: Another process works on the same benchmark, or ``workers`` is out of its range.
     """
-    require_extra("filelock", "bench")
-    from filelock import FileLock, Timeout
-
     if workers < 1:
         raise OptionError(f"workers={workers} is not allowed: give at least 1")
-    folder = writable_folder(grid.output_dir)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            _run_missing(grid, grid.tuning, workers, on_ray, retry, report)
-            _run_missing(grid, grid.tested(by_key(recorded(grid))), workers, on_ray, retry, report)
-            shutil.rmtree(folder / _RUNS, ignore_errors=True)
-    except Timeout as error:
-        raise OptionError(f"another process works in {folder}; wait for it, or choose another output_dir") from error
+    folder = grid.output_dir
+    with only_writer(folder), written(folder):
+        _run_missing(grid, grid.tuning, workers, on_ray, retry, report)
+        _run_missing(grid, grid.tested(by_key(recorded(grid))), workers, on_ray, retry, report)
+        shutil.rmtree(folder / _RUNS, ignore_errors=True)
     return recorded(grid)
 
 

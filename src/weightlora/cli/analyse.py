@@ -40,18 +40,19 @@ def run(arguments: argparse.Namespace) -> None:
     """Look, write numbers and picture, then print both."""
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
-    from weightlora.files import writable_folder, write_json
+    from weightlora.files import only_writer, write_json, written
     from weightlora.report.bars import draw_bars, overlap_text, terminal_bars
     from weightlora.runs.gradient_study import dot_product_study
     from weightlora.runs.recipe import read_recipe
 
     recipe = read_recipe(arguments.config, arguments.rest, output_dir="runs/dot_product")
-    output = writable_folder(recipe.output_dir)
-    with quiet_libraries():
-        found = dot_product_study(recipe)
+    output = recipe.output_dir
     files = output / "dot_product.json", output / "dot_product.png"
-    write_json(files[0], {**found.to_json(), "settings": dict(recipe.settings)})
-    draw_bars(found, files[1])
+    with only_writer(output), written(output):
+        with quiet_libraries():
+            found = dot_product_study(recipe)
+        write_json(files[0], {**found.to_json(), "settings": dict(recipe.settings)})
+        draw_bars(found, files[1])
     console = PlainConsole()
     console.print(terminal_bars(found))
     console.print(overlap_text(found), soft_wrap=True)

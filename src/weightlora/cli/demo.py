@@ -67,7 +67,7 @@ def _require_packages() -> None:
     from weightlora.tasks.embedded import WHEELS, minilm, wheel_file
 
     steps: list[str] = []
-    if any(find_spec(package) is None for package in ("datasets", "filelock", "matplotlib", "sklearn")):
+    if any(find_spec(package) is None for package in ("datasets", "matplotlib", "sklearn")):
         steps.append("pip install 'weightlora[bench,plots]'")
     try:
         minilm()

@@ -7,6 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightlora.files import write_text
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -37,10 +39,10 @@ def write_base_model_name(folder: Path, model: nn.Module) -> None:
     if name is None or written is None or written == name:
         return
     config["base_model_name_or_path"] = name
-    file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")  # as PEFT writes it
+    write_text(file, json.dumps(config, indent=2, sort_keys=True))  # as PEFT writes it
     card = folder / "README.md"
     if card.exists():
-        card.write_text(card.read_text(encoding="utf-8").replace(written, name), encoding="utf-8")
+        write_text(card, card.read_text(encoding="utf-8").replace(written, name))
 
 
 def library_versions() -> dict[str, str]:

@@ -16,8 +16,8 @@ from weightlora.trainer.guard import PLAN_FILE
 
 CONFIG_FILE, BEFORE_FILE, RESULTS_FILE, BATCH_FILE = "config.yaml", "before.json", "results.json", "batch.json"
 ADAPTER = "adapter"
-#: Options that say where a run is and from where it resumes, not what it trains.
-_PLACES = ("output_dir", "resume_from_checkpoint")
+#: Options that do not say what is trained: where a run is, from where it resumes, and what it shows.
+_UNTRAINED = ("output_dir", "resume_from_checkpoint", "disable_tqdm")
 #: What the results of every run hold.
 _RESULTS = (
     "metrics",
@@ -71,7 +71,7 @@ def require_same_run(output: Path, settings: Mapping[str, Any]) -> None:
             "what is there"
         )
     changed = [key for key in sorted({*there, *settings}, key=str) if there.get(key) != settings.get(key)]
-    faults = [f"{key}: {there.get(key)!r} there, {settings.get(key)!r} now" for key in changed if key not in _PLACES]
+    faults = [f"{key}: {there.get(key)!r} there, {settings.get(key)!r} now" for key in changed if key not in _UNTRAINED]
     if faults:
         raise OptionError(
             f"{output} holds a run with other options ({'; '.join(faults[:5])}); choose another output_dir"

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from weightlora.errors import OptionError
-from weightlora.files import writable_folder
+from weightlora.files import only_writer, written
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs.recipe import Recipe
 from weightlora.runs.train import plan, prepare
@@ -25,19 +25,20 @@ def select_plan(recipe: Recipe) -> AdapterPlan:
         recipe: Model, task, method and training arguments.
 
     Raises:
-        OptionError: This is one of several processes, or an option does not fit.
+        OptionError: This is one of several processes, another one works in ``output_dir``, or an option does not fit.
         DataError: Rows or model are missing or malformed.
         SelectionError: See :func:`weightlora.select`.
+        OutputError: The disk is full, or a file cannot be written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptionError(
             f"weightlora select is one process, and this is one of {os.environ['WORLD_SIZE']}; start it without "
             "torchrun or accelerate, or let `weightlora train` select with all of them (docs/guides/distributed.md)"
         )
-    writable_folder(recipe.output_dir)
-    with TemporaryDirectory() as scratch:  # a trainer reuses the plan that it finds in its own folder
-        training = copy(recipe.training)
-        training.output_dir = str(Path(scratch) / "run")
-        made = plan(prepare(replace(recipe, training=training), measured=False)).plan
-    made.save(recipe.output_dir / PLAN_FILE)
+    with only_writer(recipe.output_dir), written(recipe.output_dir):
+        with TemporaryDirectory() as scratch:  # a trainer reuses the plan that it finds in its own folder
+            training = copy(recipe.training)
+            training.output_dir = str(Path(scratch) / "run")
+            made = plan(prepare(replace(recipe, training=training), measured=False)).plan
+        made.save(recipe.output_dir / PLAN_FILE)
     return made

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError
-from weightlora.files import writable_folder, write_json, written
+from weightlora.files import only_writer, write_json, written
 from weightlora.methods import Method, entry_of
 from weightlora.model.distributed import from_first, is_first
 from weightlora.plan.plan import AdapterPlan
@@ -71,25 +71,22 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
         callbacks: Further callbacks of the trainer.
 
     Raises:
-        OptionError: ``output_dir`` holds another run, or an option does not fit.
+        OptionError: ``output_dir`` holds another run, another process works there, or an option does not fit.
         DataError: Rows, model or checkpoint are missing or malformed.
         PlanMismatchError: The plan was made for another model.
         OutputError: The disk is full, or a file cannot be written.
     """
     output = recipe.output_dir
     settings = recipe.settings  # before there is a trainer: making training arguments resets accelerate's state
-    from_first(lambda: require_same_run(writable_folder(output), settings))
-    finished = from_first(partial(stored_results, output))
-    if finished is not None:
-        return finished
-
-    with written(output):
-        return _train(recipe, callbacks)
+    with ExitStack() as stack, written(output):
+        from_first(lambda: stack.enter_context(only_writer(output)))
+        from_first(partial(require_same_run, output, settings))
+        return from_first(partial(stored_results, output)) or _train(recipe, callbacks)
 
 
 def _train(recipe: Recipe, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     run = prepare(recipe, callbacks)
-    from_first(lambda: write_config(recipe.output_dir, recipe.settings))  # before this, a mistake leaves nothing behind
+    from_first(lambda: write_config(recipe.output_dir, recipe.settings))  # a mistake leaves nothing behind
     start = time.perf_counter()
     method = plan(run)
     planned = time.perf_counter()

@@ -48,8 +48,8 @@ class PlanGuard(TrainerCallback):
         """Save the plan into the checkpoint that was just written."""
         if state.is_world_process_zero and self.plan is not None:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            self.plan.save(folder / PLAN_FILE)
             write_base_model_name(folder, kwargs["model"])
+            self.plan.save(folder / PLAN_FILE)  # last: a checkpoint with its plan is a whole one
 
 
 def guarded(trainer: Trainer) -> PlanGuard:

@@ -1,0 +1,154 @@
+"""A run resumes with all of its state or says that it cannot, wherever its folder is."""
+
+import json
+import re
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+from small_run import adapter, same, words, write_base
+
+from weightlora.cli import main
+from weightlora.errors import WeightLoraWarning
+from weightlora.files import only_writer
+from weightlora.methods import METHODS, options_of
+from weightlora.runs.recipe import read_recipe
+from weightlora.runs.train import train
+
+#: What the Trainer begins anew without a word where a checkpoint lacks it.
+STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 1.0}
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer, tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """A finished run, undisturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert main(words(base, folder)) == 0
+    return folder
+
+
+def interrupted(whole, run, *, after=4):
+    """Copy a run as it was after a step."""
+    shutil.copytree(whole, run)
+    for gone in ("results.json", "heatmap.png"):
+        (run / gone).unlink(missing_ok=True)
+    shutil.rmtree(run / "adapter")
+    for step in (2, 4, 6):
+        if step > after:
+            shutil.rmtree(run / f"checkpoint-{step}")
+    return run
+
+
+def failure(capsys, command):
+    capsys.readouterr()
+    assert main(command) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    return line
+
+
+# -- all of its state ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_a_checkpoint_without_state_is_left_for_the_one_before(base, whole, tmp_path, name):
+    run = interrupted(whole, tmp_path / "run")
+    (run / "checkpoint-4" / name).unlink()
+    with pytest.warns(WeightLoraWarning, match=rf"checkpoint-4 .* lacks {name}; training resumes from .*checkpoint-2"):
+        train(read_recipe(words=words(base, run)[1:]))
+    assert same(adapter(run), adapter(whole))
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_a_checkpoint_asked_for_without_state_is_refused(base, whole, tmp_path, capsys, name):
+    run = interrupted(whole, tmp_path / "run")
+    (run / "checkpoint-4" / name).unlink()
+    line = failure(capsys, words(base, run, resume_from_checkpoint=run / "checkpoint-4"))
+    assert re.search(rf"checkpoint-4 is no whole checkpoint of a planned run: it lacks {name}", line)
+
+
+def test_a_run_that_saved_weights_alone_does_not_go_on_as_another_training(base, tmp_path, capsys):
+    finished = tmp_path / "finished"
+    assert main(words(base, finished, save_only_model=True)) == 0
+    run = interrupted(finished, tmp_path / "run")
+    line = failure(capsys, words(base, run, save_only_model=True))
+    assert "lacks optimizer.pt, scheduler.pt, rng_state.pth; no checkpoint of" in line
+    assert not (run / "adapter").exists()
+
+    trained = interrupted(finished, tmp_path / "trained", after=6)  # nothing is left to train: weights are enough
+    assert main(words(base, trained, save_only_model=True)) == 0
+    assert same(adapter(trained), adapter(finished))
+
+
+@pytest.mark.parametrize("method", [entry.name for entry in METHODS])
+def test_every_methods_own_checkpoints_are_whole(base, tmp_path, method):
+    """No state of any method is taken for damage: the run resumes without a warning, to the same adapter."""
+    known = options_of(method)
+    short = {"deltaT": 1, "tfinal": 1, "interval": 1, "rounds": 2, "validation": 2}
+    short |= {} if "rule" in known else {"steps": 2}
+    own = [f"{key}={value}" for key, value in short.items() if key in known]
+    more = [f"--method={method}", "--keep=0.5", "--per_device_train_batch_size=4"]
+    more += ["--method_options", *own] if own else []
+    finished = tmp_path / "finished"
+    assert main(words(base, finished, *more)) == 0
+    for after in (4, 6):
+        run = interrupted(finished, tmp_path / str(after), after=after)
+        assert main(words(base, run, *more)) == 0
+        assert same(adapter(run), adapter(finished))
+
+
+# -- wherever its folder is ------------------------------------------------------------------------------------------
+
+
+def test_a_moved_run_resumes_also_by_a_relative_path(base, whole, tmp_path, monkeypatch):
+    run = interrupted(whole, tmp_path / "moved" / "run")
+    monkeypatch.chdir(tmp_path)
+    assert main(words(base, "moved/run")) == 0
+    assert same(adapter(run), adapter(whole))
+    assert main(words(base, run)) == 0  # finished, by its full path
+
+
+@pytest.mark.parametrize("after", [4, 6])
+def test_a_moved_run_ends_with_its_best_checkpoint(base, tmp_path, after):
+    """A rate of 1 makes the loss rise: the best checkpoint is an early one, whose stored path is that of before."""
+    first = tmp_path / "first"
+    assert main(words(base, first, **BEST)) == 0
+    best = json.loads((first / "checkpoint-6" / "trainer_state.json").read_text())["best_global_step"]
+    assert best < 6
+    expected, last = (load_file(first / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (best, 6))
+    assert same(adapter(first), expected)
+    assert not same(last, expected)  # the control
+    moved = interrupted(first, tmp_path / "moved", after=after)
+    shutil.rmtree(first)
+    assert main(words(base, moved, **BEST)) == 0
+    assert same(adapter(moved), expected)
+
+
+def test_other_options_are_refused_also_where_the_plan_is_gone(base, whole, tmp_path, capsys):
+    run = interrupted(whole, tmp_path / "run")
+    (run / "plan.json").unlink()
+    assert "learning_rate: 0.01 there, 0.02 now" in failure(capsys, words(base, run, learning_rate=0.02))
+    (run / "config.yaml").unlink()
+    assert "its options are not in" in failure(capsys, words(base, run, learning_rate=0.02))
+
+
+# -- one process -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["train", "select"])
+def test_a_second_process_is_refused_before_it_reads_a_row(base, whole, tmp_path, capsys, monkeypatch, command):
+    run = interrupted(whole, tmp_path / "run")
+    before = (run / "plan.json").read_bytes()
+    with only_writer(run):
+        monkeypatch.setattr("weightlora.runs._load.load_rows", lambda *_, **__: pytest.fail("rows were loaded"))
+        line = failure(capsys, [command, *words(base, run)[1:]])
+        assert line == f"weightlora: error: another process works in {run}; wait for it, or choose another output_dir"
+    monkeypatch.undo()
+    assert (run / "plan.json").read_bytes() == before
+    assert main([command, *words(base, run)[1:]]) == 0
+    assert not (run / ".lock").exists()
