@@ -84,20 +84,19 @@ def _site_fault(row: Any) -> str | None:
         return f"a site is {row!r:.40}"
     site = cast("dict[str, Any]", row)
     name = site.get("name")
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or not name.isprintable():
         return f"a site has the name {name!r:.40}"
-    where = name if name.isprintable() else repr(name)
     for key, (least, most) in _WHOLE.items():
         if not is_whole(site.get(key), least, most):
-            return f"{where} has {key}={site.get(key)!r:.40}; give a whole number from {least} to {most}"
+            return f"{name} has {key}={site.get(key)!r:.40}; give a whole number from {least} to {most}"
     for key in ("lora_alpha", "alpha"):
         if not is_number(site.get(key), 0, MOST_ALPHA) or site[key] == 0:
-            return f"{where} has {key}={site.get(key)!r:.40}; give a positive number up to {MOST_ALPHA:g}"
+            return f"{name} has {key}={site.get(key)!r:.40}; give a positive number up to {MOST_ALPHA:g}"
     if not is_number(site.get("score"), -_MOST, _MOST):
-        return f"{where} has score={site.get('score')!r:.40}; give a finite number"
+        return f"{name} has score={site.get('score')!r:.40}; give a finite number"
     error = site.get("score_error")  # plans of before have none
     if error is not None and not is_number(error, 0, _MOST):
-        return f"{where} has score_error={error!r:.40}; give null or a number from 0"
+        return f"{name} has score_error={error!r:.40}; give null or a number from 0"
     return None
 
 
