@@ -32,7 +32,7 @@ def written(folder: str | Path) -> Generator[None]:
         OutputError: The block could not write.
 
     Example:
-        >>> with written(tmp_path):
+        >>> with written(tmp_path):  # doctest: +ELLIPSIS
         ...     (tmp_path / "no" / "such" / "folder").write_text("text")
         Traceback (most recent call last):
         ...

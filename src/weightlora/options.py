@@ -74,7 +74,7 @@ def read_value(option: str, text: str) -> Any:
     return value
 
 
-def read_pairs(option: str, texts: Sequence[str]) -> dict[str, Any]:
+def read_pairs(option: str, texts: Sequence[str], such_as: str = "head_steps=0") -> dict[str, Any]:
     """Return ``["gate_lr=5.0", ...]`` as a mapping; values are read as YAML.
 
     Raises:
@@ -88,7 +88,7 @@ def read_pairs(option: str, texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals and value.strip()):
-            raise OptionError(f"{option}={text!r} is not allowed: give name=value, such as head_steps=0")
+            raise OptionError(f"{option}={text!r} is not allowed: give name=value, such as {such_as}")
         if name in pairs:
             raise OptionError(f"{option}: {name} is given twice; give it once")
         pairs[name] = read_value(f"{option}: {name}", value)

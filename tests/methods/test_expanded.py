@@ -408,7 +408,7 @@ def test_who_trains_stock_lora_is_known_before_anything_is_wrapped():
 
 @pytest.mark.parametrize("name", ["vera", "vb_lora", "milora"])
 def test_no_rank_is_one_line(name):
-    with pytest.raises(OptionError, match="r=0 is not allowed: give a rank of at least 1"):
+    with pytest.raises(OptionError, match="r=0 is not allowed: give a number of at least 1"):
         attached(name, r=0)
 
 

@@ -252,6 +252,7 @@ def test_the_table_has_every_task(task):
 
 
 @pytest.mark.parametrize("options", LORAS)
+@pytest.mark.filterwarnings("ignore:exclude_modules has names")
 def test_what_a_plan_holds_is_read_back(options, tmp_path):
     plan = plan_of(**options)
     plan.save(tmp_path / "plan.json")

@@ -173,7 +173,7 @@ def test_settings_that_decide_otherwise_are_refused_before_anything_is_written(m
     options = {**OPTIONS, "gradient_checkpointing": True, "output_dir": tmp_path / "out"}
     assert main(["train", *(f"--{name}={value}" for name, value in options.items()), "--grow_batch"]) == 2
     assert "give gradient_checkpointing: false" in capsys.readouterr().err.splitlines()[-1]
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
     trainer = trainer_on(minilm, AdapterPlan.load(plan_from(5)), tmp_path)
     require_growable(trainer)
     trainer.args.auto_find_batch_size = True

@@ -201,7 +201,8 @@ def make_method(name: str, **options: Any) -> Method:
     check_types({option: parameter.annotation for option, parameter in parameters.items()}, options)
     for option, value in options.items():
         if option == "keep":
-            check_keep(value)
+            if value is not None or "None" not in parameters["keep"].annotation:
+                check_keep(value)
         elif option in _WORDS and value not in _WORDS[option]:
             raise OptionError(
                 f"{option}={value!r:.80} is not allowed: give one of {', '.join(map(repr, _WORDS[option]))}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from weightlora.errors import OptionError, PlanError
+from weightlora.errors import PlanError
 from weightlora.methods.common.export import Factors, become_stock, factors_plan
 from weightlora.model.layers import adapter_layers, without_adapters
 from weightlora.model.sites import Site, require_uniform
@@ -190,11 +190,9 @@ def uniform_plan(
         record: Further fields of the plan: rule and options.
 
     Raises:
-        OptionError: ``lora`` treats sites differently, or ``r`` is no rank.
+        OptionError: ``lora`` treats sites differently.
     """
     require_uniform(record["rule"], lora)
-    if r < 1:
-        raise OptionError(f"r={r} is not allowed: give a rank of at least 1")
     plan = make_plan(sites, lora, [site.name for site in sites], base_model=base_model_name(model), **record)
     return replace(plan, entries=tuple(replace(entry, r=r, alpha=alpha) for entry in plan.entries))
 

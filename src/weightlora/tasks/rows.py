@@ -162,7 +162,7 @@ def _dataset(task: Task, source: Source, seed: int) -> Any:
 
 def _generator_settings(text: str | None) -> dict[str, Any]:
     """Return ``"min_terms=2 max_terms=3"`` as a dict."""
-    return read_pairs("dataset_config_name", (text or "").split())
+    return read_pairs("dataset_config_name", (text or "").split(), such_as="max_terms=3")
 
 
 def _embedded(source: Source, seed: int) -> Any:
