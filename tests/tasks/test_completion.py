@@ -269,7 +269,7 @@ def test_a_recipe_names_the_settings_of_its_generator():
     rows = load_rows(task_of("reasoning"), Source(dataset_name="reasoning_gym/chain_sum", **named))
     same = reasoning_rows("chain_sum", 9, 3, seed=0, min_terms=2, max_terms=2)
     assert {name: split.to_list() for name, split in rows.items()} == {k: v.to_list() for k, v in same.items()}
-    with pytest.raises(OptionError, match="dataset_config_name='two' is not allowed: .*, such as max_terms=3"):
+    with pytest.raises(OptionError, match=r"dataset_config_name='two' is not allowed: .*, such as max_terms=3"):
         load_rows(task_of("reasoning"), Source(dataset_name="reasoning_gym/chain_sum", dataset_config_name="two"))
 
 

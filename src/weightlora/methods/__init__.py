@@ -199,15 +199,15 @@ def make_method(name: str, **options: Any) -> Method:
         raise OptionError(f"{name} has no option {option!r}{closest(option, sorted(known))}")
     parameters = inspect.signature(_build_of(name)).parameters
     check_types({option: parameter.annotation for option, parameter in parameters.items()}, options)
+    none = {option for option, value in options.items() if value is None and "None" in parameters[option].annotation}
     for option, value in options.items():
-        if option == "keep":
-            if value is not None or "None" not in parameters["keep"].annotation:
-                check_keep(value)
+        if option == "keep" and option not in none:
+            check_keep(value)
         elif option in _WORDS and value not in _WORDS[option]:
             raise OptionError(
                 f"{option}={value!r:.80} is not allowed: give one of {', '.join(map(repr, _WORDS[option]))}"
             )
-        elif option in _RANGES and value is not None and not _RANGES[option].allows(value):
+        elif option in _RANGES and option not in none and not _RANGES[option].allows(value):
             raise OptionError(f"{option}={value} is not allowed: give {_RANGES[option]}")
     return _build_of(name)(**options)
 
