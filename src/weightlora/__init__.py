@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from weightlora.selection.rules.first_order import FirstOrder
     from weightlora.selection.rules.integrated import Integrated
     from weightlora.selection.rules.stoiht import StoIHT
-    from weightlora.selection.select import select
+    from weightlora.selection.select import select, select_trained
     from weightlora.trainer.attach import method_for, select_for
 
 __version__ = "0.1.0"
@@ -47,6 +47,7 @@ _HOMES = {
     "rule_of": "selection.rules",
     "select": "selection.select",
     "select_for": "trainer.attach",
+    "select_trained": "selection.select",
     "shorten_backward": "model.checkpointing",
 }
 
@@ -69,6 +70,7 @@ __all__ = [
     "rule_of",
     "select",
     "select_for",
+    "select_trained",
     "shorten_backward",
 ]
 
