@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 
 import pytest
-from small_run import adapter, same, words, write_base
+from small_run import adapter, same, words
 
 from weightlora.cli import main
 
@@ -21,11 +21,6 @@ MORE = {"gradient_accumulation_steps": 2, "eval_on_start": True, "grow_batch": T
 TELLING = ("adapter_model.safetensors", "optimizer.pt", "plan.json", "batch.json", "config.yaml")
 
 pytestmark = pytest.mark.filterwarnings("default::weightlora.errors.WeightLoraWarning")
-
-
-@pytest.fixture(scope="module")
-def base(tokenizer, tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"), tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from contextlib import redirect_stderr
 from io import StringIO
 
 import pytest
-from small_run import adapter, same, words, write_base
+from small_run import adapter, same, words
 
 from weightlora.cli import main
 
@@ -27,19 +27,6 @@ WRITTEN = (
     "results.json",
     "heatmap.png",
 )
-
-
-@pytest.fixture(scope="module")
-def base(tokenizer, tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def whole(base, tmp_path_factory):
-    """A finished run, undisturbed."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert main(words(base, folder)) == 0
-    return folder
 
 
 def limited(command, limit, answer):

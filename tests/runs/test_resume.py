@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file
-from small_run import adapter, same, words, write_base
+from small_run import adapter, same, words
 
 from weightlora.cli import main
 from weightlora.errors import WeightLoraWarning
@@ -18,19 +18,6 @@ from weightlora.runs.train import train
 #: What the Trainer begins anew without a word where a checkpoint lacks it.
 STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 1.0}
-
-
-@pytest.fixture(scope="module")
-def base(tokenizer, tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def whole(base, tmp_path_factory):
-    """A finished run, undisturbed."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert main(words(base, folder)) == 0
-    return folder
 
 
 def interrupted(whole, run, *, after=4):
