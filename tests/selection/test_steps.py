@@ -76,6 +76,12 @@ def test_no_rule_takes_more_passes_than_allowed(name):
         assert times[0] >= 6
 
 
+def test_looks_leave_half_of_the_passes_to_the_steps():
+    """A look takes 3·30 passes: two of them would leave 120 of 300."""
+    assert reading_times("auto", rule_of("integrated", probes=30), 10_000) == (210,)
+    assert reading_times("auto", rule_of("integrated", probes=24), 10_000) == (78, 156)
+
+
 @pytest.mark.parametrize("name", READING)
 def test_rules_say_how_many_batches_and_passes_they_take(name):
     """What is drawn from the loader, and how often the model runs, counted."""
@@ -148,8 +154,9 @@ def test_settled_needs_the_choice_before_and_both_halves():
         finally:
             closed.append(count)
 
-    assert settled(generator(5), best_two)[0] == 4
-    assert settled(generator(3), best_two)[0] == 3  # the last one, whatever it is
+    whole, short = generator(5), generator(3)  # named, so that only settled() can close them
+    assert settled(whole, best_two)[0] == 4
+    assert settled(short, best_two)[0] == 3  # the last one, whatever it is
     assert closed == [5, 3]
 
 

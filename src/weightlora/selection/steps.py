@@ -80,7 +80,7 @@ def reading_times(steps: Steps, rule: Rule, total_steps: int | None = None) -> t
     if steps != "auto":
         return (steps,)
     passes = _PASSES if total_steps is None else max(_PASSES, int(_SHARE * total_steps))
-    times: tuple[int, ...] = (_FEWEST,)
+    times: tuple[int, ...] = (_FEWEST,)  # also where a single look takes more than that
     for count in range(1, passes):
         reading = rule.passes(range(1, count + 1)) - count
         halved = tuple((passes - reading) >> k for k in reversed(range(count)))
