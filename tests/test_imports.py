@@ -18,7 +18,21 @@ ROOT = SOURCE.parents[1]
 #: The rooms in their order: a file imports from rooms that stand before its own, and from its own.
 ROOMS = (
     *("errors", "files", "options", "text"),
-    *("model", "plan", "fast", "cost", "selection", "methods", "trainer", "tasks", "runs", "report", "bench", "cli"),
+    *(
+        "model",
+        "plan",
+        "fast",
+        "cost",
+        "selection",
+        "methods",
+        "trainer",
+        "tasks",
+        "serving",
+        "runs",
+        "report",
+        "bench",
+        "cli",
+    ),
 )
 #: Files that a registry finds by the name that a user types; nothing else need import them.
 REGISTERED = re.compile(r"methods\.[a-z_]+|selection\.rules\.[a-z_]+|tasks\.[a-z_]+|cli\.[a-z_]+")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from weightlora.selection.rules.integrated import Integrated
     from weightlora.selection.rules.stoiht import StoIHT
     from weightlora.selection.select import select, select_trained
+    from weightlora.serving.export import export_adapter
     from weightlora.trainer.attach import method_for, select_for
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ _HOMES = {
     "WeightLoraWarning": "errors",
     "disable_fast_lora": "fast.enable",
     "enable_fast_lora": "fast.enable",
+    "export_adapter": "serving.export",
     "find_sites": "model.sites",
     "make_method": "methods",
     "method_for": "trainer.attach",
@@ -64,6 +66,7 @@ __all__ = [
     "WeightLoraWarning",
     "disable_fast_lora",
     "enable_fast_lora",
+    "export_adapter",
     "find_sites",
     "make_method",
     "method_for",

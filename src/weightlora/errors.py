@@ -32,6 +32,10 @@ class PlanMismatchError(PlanError):
     """A plan does not match a model; the text lists the differences."""
 
 
+class ServingError(WeightLoraError, ValueError):
+    """A runtime cannot read an adapter in any layout; the text says why, and what can be served instead."""
+
+
 class DataError(WeightLoraError, ValueError):
     """A data file is missing, malformed or lacks a column."""
 

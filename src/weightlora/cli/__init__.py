@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from weightlora import __version__
-from weightlora.cli import analyse, bench, demo, estimate, methods, select, show, train
+from weightlora.cli import analyse, bench, check, demo, estimate, export, methods, select, show, train
 from weightlora.cli._quiet import quiet_imports
 from weightlora.errors import OptionError, WeightLoraError
 from weightlora.fast.allocator import keep_freed_memory
 from weightlora.text import printable
 
-_COMMANDS = (demo, select, train, show, estimate, analyse, bench, methods)
+_COMMANDS = (demo, select, train, show, estimate, check, export, analyse, bench, methods)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    """Run one command and return its exit code: its own, 0 or 1; 2 after a user's mistake, 130 after Ctrl-C."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser = _Parser(
         prog="weightlora", description="LoRA that spends its budget where it counts.", epilog="example: weightlora demo"
@@ -42,11 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen.rest = rest
         quiet_imports()
         keep_freed_memory()
-        chosen.run(chosen)
+        return chosen.run(chosen) or 0
     except WeightLoraError as error:
         print(f"weightlora: error: {printable(' '.join(str(error).splitlines()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("weightlora: stopped", file=sys.stderr)
         return 130
-    return 0

@@ -1,0 +1,60 @@
+"""``weightlora check``: whether a runtime reads an adapter right, and why not."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weightlora.serving import Reader
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "check",
+        help="whether vLLM, SGLang, llama.cpp and others read an adapter right",
+        description="Print whether a runtime computes with an adapter what PEFT computes, and each reason why not. "
+        "Only the adapter's files are read, and the configuration of its base model where that is a folder. Exit code "
+        "0: it does; 1: it does not; 2: a mistake.",
+        epilog="example: weightlora check runs/sums/adapter --for all",
+    )
+    parser.add_argument("adapter", type=Path, help="a directory that PEFT saved a LoRA adapter into")
+    parser.add_argument("--for", dest="reader", required=True, help="a runtime such as vllm or sglang, or all")
+    parser.add_argument("--base", help="folder or hub name of the base model; default: the one that the adapter names")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the verdicts; return 1 where one of them is no."""
+    from weightlora.cli._console import PlainConsole
+    from weightlora.cli._quiet import quiet_libraries
+    from weightlora.serving import READERS, reader_of
+    from weightlora.serving.adapter import read_files
+    from weightlora.serving.base_model import is_here, linear_layers
+    from weightlora.serving.check import find_problems, needed_option
+
+    readers = READERS if arguments.reader == "all" else (reader_of(arguments.reader),)
+    adapter = read_files(arguments.adapter)
+    name: str = arguments.base or adapter.config.get("base_model_name_or_path") or ""
+    base = None
+    if arguments.base or is_here(name):
+        with quiet_libraries():
+            base = linear_layers(name, adapter.config.get("task_type"))
+    console, right = PlainConsole(), True
+    for reader in readers:
+        found = find_problems(adapter, reader, base)
+        right = right and not found
+        option = needed_option(adapter, reader)
+        verdict = "no" if found else f"yes, with {option}" if option else "yes"
+        console.print(f"{reader.name:<11} {verdict}", highlight=False, soft_wrap=True)
+        for problem in found:
+            console.print(f"{'':<11} - {problem.text}", highlight=False, soft_wrap=True)
+        if found and all(problem.mended for problem in found):
+            console.print(f"{'':<11} {_way_out(arguments.adapter, reader)}", highlight=False, soft_wrap=True)
+    return 0 if right else 1
+
+
+def _way_out(adapter: Path, reader: Reader) -> str:
+    return f"to mend it: weightlora export {adapter} --for {reader.name} --output {adapter.name}-{reader.name}"

@@ -1,0 +1,39 @@
+"""``weightlora export``: an adapter in the layout that a runtime reads right."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "export",
+        help="write an adapter in the layout that a runtime reads right",
+        description="Write an adapter so that a runtime computes with it what PEFT computes: padded to one rank, the "
+        "scales multiplied into B, and missing layers filled with zeros, as far as this runtime needs it.",
+        epilog="example: weightlora export runs/sums/adapter --for sglang --output served",
+    )
+    parser.add_argument("adapter", type=Path, help="a directory that PEFT saved a LoRA adapter into")
+    parser.add_argument("--for", dest="reader", required=True, help="a runtime such as vllm or sglang, or everywhere")
+    parser.add_argument("--output", type=Path, required=True, help="the new directory; an old one is replaced")
+    parser.add_argument("--base", help="folder or hub name of the base model; default: the one that the adapter names")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the directory and say what the server needs."""
+    from weightlora.cli._console import PlainConsole
+    from weightlora.cli._quiet import quiet_libraries
+    from weightlora.serving import reader_of
+    from weightlora.serving.adapter import read_files
+    from weightlora.serving.check import needed_option
+    from weightlora.serving.export import export_adapter
+
+    with quiet_libraries():
+        output = export_adapter(arguments.adapter, arguments.reader, arguments.output, base=arguments.base)
+    option = needed_option(read_files(arguments.adapter), reader_of(arguments.reader))
+    needed = f"; start the server with {option}" if option else ""
+    PlainConsole().print(f"wrote {output}{needed}", highlight=False, soft_wrap=True)

@@ -1,0 +1,124 @@
+"""Runtimes that serve LoRA adapters, and what each reads of a PEFT adapter directory; a new one is an entry here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from weightlora.errors import OptionError
+from weightlora.text import closest
+
+Scale = Literal["site", "config", "rank"]
+"""How a runtime scales B·A. ``"site"``: as PEFT, by the patterns and rsLoRA. ``"config"``: lora_alpha ÷ r of the
+configuration. ``"rank"``: lora_alpha ÷ the rank of the site's own matrices."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Projections of one block that a runtime keeps in one matrix."""
+
+    names: tuple[str, ...]
+    needed: tuple[str, ...]
+    """What must be there where any of them is; zeros stand for the others."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A runtime, and what it reads of an adapter."""
+
+    name: str
+    """What users type."""
+    title: str
+    """Its own name, and the version that these facts are from."""
+    scale: Scale = "site"
+    rslora: bool = False
+    """Whether ``use_rslora`` is read."""
+    one_rank: bool = False
+    """Whether all sites must have one rank."""
+    every_layer: bool = False
+    """Whether a projection is read only if each layer has it."""
+    groups: tuple[Group, ...] = ()
+    """Projections that are one matrix inside the runtime."""
+    named_list: bool = False
+    """Whether ``target_modules`` must be a list."""
+    whole_alpha: bool = False
+    """Whether ``lora_alpha`` must be a whole number."""
+    projections: tuple[str, ...] = ()
+    """The only projections that are read; empty where all linear layers are."""
+    heads: tuple[str, ...] = ()
+    """Modules trained whole (``modules_to_save``) that are read."""
+    most_rank: int | None = None
+    ranks: tuple[int, ...] = ()
+    """The limits that a server can be started with; an adapter needs the first one that is no smaller than its rank."""
+    default_rank: int | None = None
+    """The limit of a server that is started without one."""
+    rank_option: str = ""
+    """How a limit is given."""
+    tall_b: bool = False
+    """Whether B must have at least as many rows as columns."""
+    peft_folder: bool = True
+    """Whether it reads PEFT's own files; others are exported to a format of their own."""
+
+
+_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_TGI = ("qkv_proj", *_LLAMA, "c_fc", "c_proj", "lm_head")
+_FUSED = (
+    Group(("q_proj", "k_proj", "v_proj"), needed=("q_proj", "v_proj")),
+    Group(("gate_proj", "up_proj"), needed=("gate_proj",)),
+)
+
+#: Every runtime that ``check`` and ``export`` know, and ``everywhere``: the layout that all of them read.
+READERS = (
+    Reader(
+        "vllm",
+        "vLLM 0.33.0",
+        rslora=True,
+        heads=("classifier", "score"),
+        ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
+        default_rank=16,
+        rank_option="--max-lora-rank",
+    ),
+    Reader(
+        "sglang",
+        "SGLang 0.5.23",
+        scale="config",
+        one_rank=True,
+        groups=_FUSED,
+        named_list=True,
+    ),
+    Reader("tgi", "TGI 3.3", scale="config", rslora=True, one_rank=True, every_layer=True, projections=_TGI),
+    Reader("lorax", "LoRAX 0.12", scale="config", rslora=True, one_rank=True, every_layer=True, projections=_TGI),
+    Reader("llama.cpp", "llama.cpp's convert_lora_to_gguf.py", scale="rank"),
+    Reader("ollama", "Ollama", scale="rank", whole_alpha=True, tall_b=True, projections=_LLAMA),
+    Reader("mlx", "MLX LM 0.32", scale="config", one_rank=True, peft_folder=False),
+    Reader(
+        "everywhere",
+        "all of them but MLX",
+        scale="config",
+        one_rank=True,
+        every_layer=True,
+        groups=_FUSED,
+        named_list=True,
+        whole_alpha=True,
+        tall_b=True,
+        ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
+        default_rank=16,
+        rank_option="vLLM's --max-lora-rank",
+    ),
+)
+
+
+def reader_of(name: str) -> Reader:
+    """Return the runtime of that name.
+
+    Raises:
+        OptionError: There is none.
+
+    Example:
+        >>> reader_of("vllm").title
+        'vLLM 0.33.0'
+    """
+    known = {reader.name: reader for reader in READERS}
+    if name not in known:
+        raise OptionError(f"{name!r} is no runtime{closest(name, known)}: give one of {', '.join(known)}")
+    return known[name]

@@ -1,0 +1,205 @@
+"""The same adapter in the layout that a runtime reads right.
+
+Where the runtime reads the adapter as it is, the files are copied. Otherwise the scales are multiplied into B, and
+``lora_alpha`` is ``r``. As far as the runtime needs it, each adapter is padded with zeros to the largest rank, and
+adapters of zeros complete the layers and the fused matrices.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+
+from weightlora.errors import ServingError
+from weightlora.files import whole_folder, write_json
+from weightlora.model.sites import Site
+from weightlora.plan.from_adapter import ADAPTER_FILES
+from weightlora.serving import Reader, reader_of
+from weightlora.serving._coverage import last_name, missing_layers
+from weightlora.serving._stream import Planned, write_tensors
+from weightlora.serving.adapter import Adapter, matrix_name, read_files
+from weightlora.serving.base_model import is_here, linear_layers
+from weightlora.serving.check import find_problems
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A site of the exported adapter."""
+
+    site: Site
+    r: int
+    """Its rank in the export."""
+    factor: float
+    """What B is multiplied by; 0 for an adapter of zeros that is added."""
+
+
+def export_adapter(folder: str | Path, reader: str, output: str | Path, *, base: str | None = None) -> Path:
+    """Write the adapter in ``folder`` so that ``reader`` computes what PEFT computes, and return ``output``.
+
+    The adapter is read and written one matrix at a time. ``output`` is replaced if it exists, and stays as it was if
+    the export fails.
+
+    Args:
+        folder: A directory that PEFT saved a LoRA adapter into.
+        reader: ``"vllm"``, ``"sglang"``, ``"tgi"``, ``"lorax"``, ``"llama.cpp"``, ``"ollama"``, ``"mlx"``, or
+            ``"everywhere"`` for the layout that all but MLX read.
+        output: The new directory.
+        base: Folder or hub name of the base model, whose configuration tells the shapes of adapters that are added.
+            None takes the name in the adapter's configuration.
+
+    Raises:
+        OptionError: There is no such runtime.
+        PlanError: The folder holds no LoRA adapter.
+        ServingError: The runtime cannot read this adapter in any layout, such as one of DoRA.
+        DataError: The base model's configuration is needed and cannot be read.
+        OutputError: The folder cannot be written.
+    """
+    target = reader_of(reader)
+    adapter = read_files(folder)
+    known: str = base or adapter.config.get("base_model_name_or_path") or ""
+    layers = _layers_of(adapter, known) if base or is_here(known) else {}
+    problems = find_problems(adapter, target, layers)
+    for problem in problems:
+        if not problem.mended:
+            raise ServingError(f"{folder} cannot be exported for {target.name}: {problem.text}")
+    with whole_folder(output) as draft:
+        if problems:
+            if not layers and _has_holes(adapter, target):
+                layers = _layers_of(adapter, known)
+            _write(draft, adapter, target, _pieces(adapter, target, layers))
+        else:
+            for name in ADAPTER_FILES:
+                shutil.copyfile(adapter.folder / name, draft / name)
+        card = adapter.folder / "README.md"
+        if card.is_file():
+            shutil.copyfile(card, draft / "README.md")
+        if target.peft_folder:
+            left = find_problems(read_files(draft), target, layers)
+            assert not left, f"the export itself cannot be read: {left}"
+    return Path(output)
+
+
+def _layers_of(adapter: Adapter, base: str) -> dict[str, Site]:
+    if not base:
+        raise ServingError(f"{adapter.folder} names no base model, whose layers are needed; give --base")
+    return linear_layers(base, adapter.config.get("task_type"))
+
+
+def _has_holes(adapter: Adapter, reader: Reader) -> bool:
+    """Whether adapters of zeros may have to be added."""
+    return reader.every_layer or any(
+        last_name(own.site.name) in g.names for g in reader.groups for own in adapter.sites
+    )
+
+
+def _pieces(adapter: Adapter, reader: Reader, base: Mapping[str, Site]) -> list[_Piece]:
+    """The sites of the adapter, and those that ``reader`` needs in addition, sorted by name."""
+    most = adapter.rank
+    pieces: dict[str, _Piece] = {}
+    for own in adapter.sites:
+        r = most if reader.one_rank else own.r
+        pieces[own.site.name] = _Piece(own.site, r, own.scale * r / most)  # the configuration's scale is most / r
+    for group in reader.groups:
+        for name in list(pieces):
+            stem = name.removesuffix(last_name(name))
+            partners = [stem + other for other in group.names if last_name(name) in group.names]
+            pieces |= {
+                other: _Piece(base[other], most, 0.0) for other in partners if other in base and other not in pieces
+            }
+    if reader.every_layer:
+        holes = missing_layers([piece.site for piece in pieces.values()], base)
+        pieces |= {name: _Piece(base[name], most, 0.0) for names in holes.values() for name in names}
+    return [pieces[name] for name in sorted(pieces)]
+
+
+def _write(draft: Path, adapter: Adapter, reader: Reader, pieces: Sequence[_Piece]) -> None:
+    """Write configuration and weights of ``pieces``."""
+    with safe_open(adapter.folder / ADAPTER_FILES[1], framework="pt") as tensors:
+        if reader.peft_folder:
+            write_json(draft / ADAPTER_FILES[0], _config(adapter, pieces))
+            planned = _planned(adapter, pieces, tensors, matrix_name, transposed=False)
+            write_tensors(draft / ADAPTER_FILES[1], planned)
+        else:
+            write_json(draft / ADAPTER_FILES[0], _mlx_config(adapter, pieces))
+            planned = _planned(adapter, pieces, tensors, lambda site, m: f"{site}.lora_{m.lower()}", transposed=True)
+            write_tensors(draft / "adapters.safetensors", planned)
+
+
+def _planned(
+    adapter: Adapter, pieces: Sequence[_Piece], tensors: Any, named: Callable[[str, str], str], *, transposed: bool
+) -> dict[str, Planned]:
+    """A and B of each piece under their new names, to be read when it is their turn."""
+    usual = tensors.get_slice(matrix_name(adapter.sites[0].site.name, "A")).get_dtype()
+    planned: dict[str, Planned] = {}
+    for piece in pieces:
+        for matrix, factor, shape in (
+            ("A", 1.0 if piece.factor else 0.0, (piece.r, piece.site.in_features)),
+            ("B", piece.factor, (piece.site.out_features, piece.r)),
+        ):
+            source = matrix_name(piece.site.name, matrix)
+            dtype = _exact(tensors.get_slice(source).get_dtype(), factor) if factor else usual
+            make = partial(_padded, tensors, source, factor, shape, transposed)
+            planned[named(piece.site.name, matrix)] = Planned(dtype, shape[::-1] if transposed else shape, make)
+    return planned
+
+
+def _padded(tensors: Any, name: str, factor: float, shape: tuple[int, int], transposed: bool) -> Tensor:
+    """``factor`` times a matrix of the file, with zeros up to ``shape``."""
+    import torch
+
+    if factor == 0:
+        made = torch.zeros(shape)
+    else:
+        own: Tensor = tensors.get_tensor(name)
+        made = torch.nn.functional.pad(own, (0, shape[1] - own.shape[1], 0, shape[0] - own.shape[0]))
+        made = made if factor == 1 else made.float() * factor
+    return made.t() if transposed else made
+
+
+def _exact(dtype: str, factor: float) -> str:
+    """A type of number in which the product with ``factor`` is as exact as the matrix."""
+    power_of_two = math.frexp(factor)[0] == 0.5
+    return dtype if factor == 1 or (power_of_two and dtype != "F16") else "F32"
+
+
+def _config(adapter: Adapter, pieces: Sequence[_Piece]) -> dict[str, Any]:
+    """PEFT's configuration of the exported adapter; patterns are regular expressions, so that dots are escaped."""
+    return {
+        **adapter.config,
+        "r": adapter.rank,
+        "lora_alpha": adapter.rank,
+        "rank_pattern": {f"^{re.escape(p.site.name)}": p.r for p in pieces if p.r != adapter.rank},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": [piece.site.name for piece in pieces],
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _mlx_config(adapter: Adapter, pieces: Sequence[_Piece]) -> dict[str, Any]:
+    """MLX LM's configuration; ``keys`` are full names, so that no other layer gets an adapter."""
+    return {
+        "fine_tune_type": "lora",
+        "num_layers": len({piece.site.block for piece in pieces}),
+        "lora_parameters": {
+            "rank": adapter.rank,
+            "scale": 1.0,
+            "dropout": 0.0,
+            "keys": [piece.site.name for piece in pieces],
+        },
+    }

@@ -1,0 +1,246 @@
+"""What is said of an adapter, and what is exported, against a slow account of what each runtime computes."""
+
+import gc
+import json
+import random
+import weakref
+
+import pytest
+import torch
+from readers import COMPUTE, FailsError, by_patterns
+from safetensors.torch import load_file, save_file
+from small_adapters import ALL, LAYERS, everywhere, logits, site
+
+import weightlora
+from weightlora.cli import main
+from weightlora.errors import DataError, OptionError, PlanError, ServingError
+from weightlora.serving import READERS, reader_of
+from weightlora.serving._stream import Planned, write_tensors
+from weightlora.serving.adapter import read_files
+from weightlora.serving.base_model import linear_layers
+from weightlora.serving.check import find_problems, needed_option
+from weightlora.serving.export import export_adapter
+
+RUNTIMES = [reader.name for reader in READERS if reader.name != "everywhere"]
+
+
+def same(found, wanted):
+    """Whether both compute the same on each site, adapters of zeros aside."""
+    names = {name for part in (found, wanted) for name, delta in part.items() if bool(delta.any())}
+    return names <= found.keys() & wanted.keys() and all(torch.allclose(found[n], wanted[n], atol=1e-6) for n in names)
+
+
+def reads_right(runtime, folder, wanted):
+    try:
+        return same(COMPUTE[runtime](folder, LAYERS), wanted)
+    except FailsError:
+        return False
+
+
+def verdict(folder, runtime, base):
+    return not find_problems(read_files(folder), reader_of(runtime), linear_layers(base, "CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_verdict_is_what_the_runtime_does_and_the_export_is_right(runtime, adapter, tmp_path):
+    wanted = by_patterns(adapter.folder)
+    assert verdict(adapter.folder, runtime, adapter.base) == reads_right(runtime, adapter.folder, wanted)
+    out = export_adapter(adapter.folder, runtime, tmp_path / "out")
+    assert reads_right(runtime, out, wanted)
+    if runtime != "mlx":
+        assert verdict(out, runtime, adapter.base)
+        assert torch.allclose(logits(adapter.base, out), adapter.logits, atol=1e-5)
+
+
+def test_one_layout_is_right_everywhere(adapter, tmp_path):
+    out = export_adapter(adapter.folder, "everywhere", tmp_path / "out")
+    wanted = by_patterns(adapter.folder)
+    assert {runtime for runtime in RUNTIMES if reads_right(runtime, out, wanted)} == {*RUNTIMES} - {"mlx"}
+    assert torch.allclose(logits(adapter.base, out), adapter.logits, atol=1e-5)
+
+
+def test_each_runtime_reads_some_adapter_wrong_but_vllm(save):
+    """Otherwise the exports above would prove nothing."""
+    saved = save(target_modules=ALL[:5], rank_pattern={"q_proj": 2}, alpha_pattern={"o_proj": 3}, lora_alpha=7.5)
+    wanted = by_patterns(saved.folder)
+    assert [runtime for runtime in RUNTIMES if reads_right(runtime, saved.folder, wanted)] == ["vllm"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_adapters(seed, save, tmp_path):
+    lot = random.Random(seed)
+    names = lot.sample(ALL, lot.randint(1, len(ALL))) if lot.random() < 0.7 else everywhere("q_proj", "v_proj")
+    patterns = {
+        field: {name: lot.choice(values) for name in lot.sample(names, lot.randint(0, len(names) // 2))}
+        for field, values in (("rank_pattern", (1, 2, 4, 6)), ("alpha_pattern", (1, 8, 8.5)))
+        if lot.random() < 0.5
+    }
+    saved = save(target_modules=names, use_rslora=lot.random() < 0.3, lora_alpha=lot.choice((4, 8, 0.5)), **patterns)
+    wanted = by_patterns(saved.folder)
+    for runtime in RUNTIMES:
+        assert verdict(saved.folder, runtime, saved.base) == reads_right(runtime, saved.folder, wanted), runtime
+        assert reads_right(runtime, export_adapter(saved.folder, runtime, tmp_path / runtime), wanted), runtime
+
+
+def test_an_adapter_that_is_read_right_is_copied(save, tmp_path):
+    saved = save(target_modules=ALL)
+    out = export_adapter(saved.folder, "sglang", tmp_path / "out")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (saved.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True)])
+@pytest.mark.parametrize("alpha", [8, 6])
+def test_a_scale_costs_no_precision(dtype, kept, alpha, save, tmp_path):
+    """Alpha 8 of rank 4 is the scale 2, which bfloat16 multiplies exactly; 1.5 is not, and float16 may overflow."""
+    saved = save(target_modules=ALL, lora_alpha=alpha, alpha_pattern={"q_proj": alpha})
+    tensors = load_file(saved.folder / "adapter_model.safetensors")
+    save_file({name: t.to(dtype) for name, t in tensors.items()}, saved.folder / "adapter_model.safetensors")
+    (saved.folder / "adapter_config.json").write_text(
+        json.dumps({**json.loads((saved.folder / "adapter_config.json").read_text()), "target_modules": ".*_proj"})
+    )
+    out = load_file(export_adapter(saved.folder, "sglang", tmp_path / "out") / "adapter_model.safetensors")
+    wanted = {name: t.to(dtype).double() for name, t in tensors.items()}
+    for name, t in wanted.items():
+        factor = alpha / 4 if "lora_B" in name else 1.0
+        assert torch.equal(out[name].double(), (t.float() * factor).double()), name
+    same_type = {t.dtype for name, t in out.items() if "lora_B" in name} == {dtype}
+    assert same_type == (kept or (dtype == torch.bfloat16 and alpha == 8))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+    ],
+)
+@pytest.mark.parametrize("runtime", [reader.name for reader in READERS])
+def test_what_no_layout_can_express_is_refused_with_the_way_out(fields, said, runtime, save, tmp_path, base):
+    saved = save(**{"target_modules": ["q_proj"], **fields})
+    with pytest.raises(ServingError, match=said) as caught:
+        export_adapter(saved.folder, runtime, tmp_path / "out")
+    assert "merge_and_unload" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    assert not verdict(saved.folder, runtime, base)
+
+
+def test_an_initialisation_that_changed_the_base_is_refused(save, tmp_path):
+    saved = save(target_modules=ALL)
+    file = saved.folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": "pissa"}))
+    with pytest.raises(ServingError, match="path_initial_model_for_weight_conversion"):
+        export_adapter(saved.folder, "vllm", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("r", "option"), [(16, None), (17, "--max-lora-rank 32"), (300, "--max-lora-rank 320")])
+def test_vllm_needs_a_limit_above_its_default(r, option, save):
+    saved = save(target_modules=[site(0, "q_proj")], r=r)
+    assert needed_option(read_files(saved.folder), reader_of("vllm")) == option
+    assert needed_option(read_files(saved.folder), reader_of("tgi")) is None
+
+
+def test_a_rank_above_every_limit_is_refused(save, tmp_path):
+    saved = save(target_modules=[site(0, "q_proj")], r=513)
+    with pytest.raises(ServingError, match="rank 513 is above 512"):
+        export_adapter(saved.folder, "vllm", tmp_path / "out")
+
+
+def test_a_failed_export_leaves_what_was_there(save, tmp_path):
+    saved = save(target_modules=everywhere("v_proj"))
+    out = export_adapter(saved.folder, "vllm", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(DataError, match="give --base"):
+        export_adapter(saved.folder, "sglang", out, base=str(tmp_path / "nowhere"))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_layers_that_the_adapter_does_not_name_are_found_in_the_base(save, base):
+    """Alone, an adapter of the first two layers looks complete."""
+    saved = save(target_modules=[site(0, "o_proj"), site(1, "o_proj")])
+    adapter, tgi = read_files(saved.folder), reader_of("tgi")
+    assert find_problems(adapter, tgi) == ()
+    (found,) = find_problems(adapter, tgi, linear_layers(base, "CAUSAL_LM"))
+    assert found.text == "self_attn.o_proj is missing in layer 2 and would be dropped everywhere"
+
+
+def test_one_tensor_at_a_time_is_in_memory(tmp_path):
+    alive: list[weakref.ref] = []
+
+    def make():
+        gc.collect()
+        assert [ref for ref in alive if ref() is not None] == []
+        tensor = torch.ones(3, 5)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    write_tensors(tmp_path / "a", {name: Planned("F32", (3, 5), make) for name in "abc"})
+    assert len(alive) == 3
+    assert {name: t.shape for name, t in load_file(tmp_path / "a").items()} == dict.fromkeys("abc", torch.Size([3, 5]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"r": "eight"}, "r='eight'"),
+        ({"lora_alpha": None}, "lora_alpha=None"),
+        ({"r": True}, "r=True"),
+        ({"r": 3}, "damaged"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj(": 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": -1}}, "positive"),
+        ({"peft_type": "VERA"}, "VERA"),
+    ],
+)
+def test_a_damaged_adapter_is_named(change, said, save):
+    saved = save(target_modules=ALL)
+    file = saved.folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(PlanError, match=said):
+        read_files(saved.folder)
+
+
+# -- the commands ----------------------------------------------------------------------------------------------------
+
+
+def test_check_and_export_on_the_command_line(save, tmp_path, capsys):
+    saved = save(target_modules=everywhere("v_proj"), r=32)
+    assert main(["check", str(saved.folder), "--for", "vllm"]) == 0
+    assert capsys.readouterr().out.split() == ["vllm", "yes,", "with", "--max-lora-rank", "32"]
+    assert main(["check", str(saved.folder), "--for", "sglang"]) == 1
+    said = capsys.readouterr().out
+    assert "v_proj without q_proj in layers 0, 1, 2" in said
+    assert f"weightlora export {saved.folder} --for sglang" in said
+    assert main(["export", str(saved.folder), "--for", "sglang", "--output", str(tmp_path / "out")]) == 0
+    assert main(["check", str(tmp_path / "out"), "--for", "sglang"]) == 0
+    capsys.readouterr()
+    assert main(["check", str(saved.folder), "--for", "all"]) == 1
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines() if line[0] != " "} == {
+        *RUNTIMES,
+        "everywhere",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--for", "vlm"], "closest: 'vllm'"),
+        (["--for", "tgi", "--base", "nowhere/at/all"], "cannot read the base model"),
+    ],
+)
+def test_a_mistake_is_one_line_and_2(words, said, save, capsys):
+    saved = save(target_modules=ALL)
+    capsys.readouterr()
+    assert main(["check", str(saved.folder), *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_the_public_function_is_the_same():
+    assert weightlora.export_adapter is export_adapter
+    with pytest.raises(OptionError, match="closest: 'mlx'"):
+        weightlora.export_adapter("anywhere", "mlxx", "out")
