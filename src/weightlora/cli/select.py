@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.runs.train import HEATMAP_FILE, KNEE_FILE
     from weightlora.trainer.guard import PLAN_FILE
 
-    require_extra("matplotlib", "plots")  # before the work begins
+    require_extra("matplotlib", "report")  # before the work begins
     recipe = read_recipe(arguments.config, arguments.rest, output_dir="runs/select")
     with quiet_libraries():
         plan = select_plan(recipe)

@@ -59,7 +59,7 @@ def add_parser(commands: Any) -> None:
         epilog="example: weightlora show runs/demo/plan.json",
     )
     parser.add_argument("path", type=Path, help="plan.json, or a directory that PEFT saved an adapter into")
-    parser.add_argument("--png", type=Path, help="also write the heat map as a PNG; needs weightlora[plots]")
+    parser.add_argument("--png", type=Path, help="also write the heat map as a PNG; needs weightlora[report]")
     parser.add_argument("--knee", type=Path, help="also write the knee plot of the scores as a PNG; needs the same")
     parser.set_defaults(run=run)
 
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     path: Path = arguments.path
     if arguments.png or arguments.knee:
-        require_extra("matplotlib", "plots")
+        require_extra("matplotlib", "report")
     for option, picture in (("--png", arguments.png), ("--knee", arguments.knee)):
         if picture is not None and picture.suffix.lower() not in _PICTURES:
             raise OptionError(f"{option} {picture} is not allowed: give a name that ends with {', '.join(_PICTURES)}")

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.runs.train import ADAPTER, HEATMAP_FILE, train
     from weightlora.trainer.guard import PLAN_FILE
 
-    require_extra("matplotlib", "plots")  # before the work begins
+    require_extra("matplotlib", "report")  # before the work begins
     recipe = read_recipe(arguments.config, arguments.rest)
     with quiet_libraries():
         results = train(recipe)

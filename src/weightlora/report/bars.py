@@ -62,7 +62,7 @@ def draw_bars(found: DotProducts, path: str | Path) -> None:
         MissingPackageError: matplotlib is not installed.
         OutputError: The folder cannot be written.
     """
-    require_extra("matplotlib", "plots")
+    require_extra("matplotlib", "report")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch

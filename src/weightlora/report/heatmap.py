@@ -105,7 +105,7 @@ def draw_heatmap(plan: AdapterPlan, path: str | Path) -> None:
         MissingPackageError: matplotlib is not installed.
         OutputError: The folder cannot be written.
     """
-    require_extra("matplotlib", "plots")
+    require_extra("matplotlib", "report")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

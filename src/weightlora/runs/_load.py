@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import MissingPackageError, OptionError, SiteError, WeightLoraError
+from weightlora.errors import MissingPackageError, OptionError, SiteError, WeightLoraError, require_extra
 from weightlora.model.sites import TASK_HEADS, find_sites
 from weightlora.runs.recipe import Recipe, TaskOptions
 from weightlora.tasks import find_task, kind_of
@@ -87,6 +87,7 @@ def _pretrained(recipe: Recipe, task_type: str) -> tuple[str, dict[str, Any]]:
     if options.model_revision != "main":
         loading["revision"] = options.model_revision
     if options.load_in_8bit or options.load_in_4bit:
+        require_extra("bitsandbytes", "quantised")
         whole = [*TASK_HEADS.get(task_type, ()), *recipe.method.lora_modules_to_save]
         loading["quantization_config"] = BitsAndBytesConfig(
             load_in_8bit=options.load_in_8bit,

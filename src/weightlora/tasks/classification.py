@@ -82,7 +82,7 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
         DataError: A label is not among those of the head, or is no number in a regression.
         MissingPackageError: The metrics' package is not installed.
     """
-    require_extra("sklearn", "tasks")  # before the training, not after it
+    require_extra("sklearn", "train")  # before the training, not after it
     names = label_names(task, rows)
     columns = task.columns
 

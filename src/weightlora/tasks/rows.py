@@ -85,7 +85,7 @@ def load_rows(task: Task, source: Source, *, seed: int = 0, measured: bool = Tru
     Warns:
         WeightLoraWarning: A label has no training row, or a cell looks like a missing value.
     """
-    require_extra("datasets", "tasks")
+    require_extra("datasets", "train")
     from datasets import DatasetDict
 
     if source.max_train_samples is not None:

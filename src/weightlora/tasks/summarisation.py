@@ -84,7 +84,7 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
     Raises:
         MissingPackageError: The package of ROUGE is not installed.
     """
-    require_extra("rouge_score", "tasks")  # before the training, not after it
+    require_extra("rouge_score", "train")  # before the training, not after it
     tokens = {str(split): _encode(task, rows[split], tokenizer, options) for split in rows}
     seen = {split: some for split, some in tokens.items() if split != "train"}
     references = {split: list(rows[split][task.columns["summary"]]) for split in seen}
