@@ -41,6 +41,7 @@ RUN_BY = {
     "weightlora check": ("tests/serving/test_serving.py", '"check"'),
     "weightlora export": ("tests/serving/test_serving.py", '"export"'),
     "weightlora doctor": ("tests/cli/test_doctor.py", '"doctor"'),
+    "weightlora report": ("tests/report/test_page.py", '"report"'),
     "weightlora bench": ("tests/bench/test_bench.py", '"bench"'),
     "weightlora analyse": ("tests/runs/test_gradient_study.py", '"analyse"'),
     "torchrun": ("tests/test_distributed.py", "select_for"),

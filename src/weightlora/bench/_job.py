@@ -67,8 +67,9 @@ def die_with_parent() -> None:
 
 def _results(job: Job) -> dict[str, Any]:
     from weightlora.bench.step_cost import Peak, StepCost
+    from weightlora.runs.files import ADAPTER, RESULTS_FILE
     from weightlora.runs.recipe import option_words, read_recipe
-    from weightlora.runs.train import ADAPTER, RESULTS_FILE, train
+    from weightlora.runs.train import train
 
     cost_path = job.folder / COST_FILE
     if (job.folder / RESULTS_FILE).exists() and not (cost_path.exists() and (job.folder / ADAPTER).exists()):

@@ -16,7 +16,7 @@ from weightlora.bench.grid import Grid, Point, Record, by_key, key_of
 from weightlora.bench.records import append_record, read_records
 from weightlora.errors import OptionError
 from weightlora.files import only_writer, replace_folder, written
-from weightlora.runs.train import ADAPTER
+from weightlora.runs.files import ADAPTER
 
 RECORDS_FILE = "records.jsonl"
 _RUNS = "runs"

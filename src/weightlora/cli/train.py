@@ -29,8 +29,9 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.model.distributed import is_first
     from weightlora.plan.plan import AdapterPlan
     from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
+    from weightlora.runs.files import ADAPTER
     from weightlora.runs.recipe import read_recipe
-    from weightlora.runs.train import ADAPTER, HEATMAP_FILE, train
+    from weightlora.runs.train import HEATMAP_FILE, train
     from weightlora.trainer.guard import PLAN_FILE
 
     require_extra("matplotlib", "report")  # before the work begins

@@ -28,7 +28,7 @@ from weightlora.methods import Method
 from weightlora.methods.common.callback import STATE_FILE, MoverCallback, take_up
 from weightlora.plan.from_adapter import ADAPTER_FILES, tensor_shapes
 from weightlora.plan.plan import AdapterPlan
-from weightlora.runs._folder import checkpoints, step_of
+from weightlora.runs.files import checkpoints, step_of
 from weightlora.trainer.guard import PLAN_FILE
 
 _STATE, _OPTIMIZER, _SCHEDULER, _SCALER = "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,11 +10,10 @@ from weightlora.errors import DataError, OptionError
 from weightlora.files import read_json, read_mapping, require_folder, write_text
 from weightlora.plan.from_adapter import ADAPTER_FILES, tensor_shapes
 from weightlora.plan.plan import AdapterPlan
+from weightlora.runs.files import ADAPTER, BATCH_FILE, BEFORE_FILE, CONFIG_FILE, RESULTS_FILE, checkpoints
 from weightlora.trainer.batch_size import Batch
 from weightlora.trainer.guard import PLAN_FILE
 
-CONFIG_FILE, BEFORE_FILE, RESULTS_FILE, BATCH_FILE = "config.yaml", "before.json", "results.json", "batch.json"
-ADAPTER = "adapter"
 #: Options that do not say what is trained: where a run is, from where it resumes, and what it shows.
 _UNTRAINED = ("output_dir", "resume_from_checkpoint", "disable_tqdm")
 #: What the results of every run hold.
@@ -30,25 +28,6 @@ _RESULTS = (
     "lora_parameters",
     "steps",
 )
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """Return the checkpoints of a run, the first step's first; other files and folders are left out.
-
-    Example:
-        >>> for name in ("checkpoint-10", "checkpoint-2", "checkpoint-best"):
-        ...     (tmp_path / name).mkdir()
-        >>> [folder.name for folder in checkpoints(tmp_path)]
-        ['checkpoint-2', 'checkpoint-10']
-    """
-    folders = [path for path in output.glob("checkpoint-*") if step_of(path) is not None and path.is_dir()]
-    return sorted(folders, key=lambda folder: step_of(folder) or 0)
-
-
-def step_of(folder: Path) -> int | None:
-    """Return the step in a checkpoint's name; None where the name is another."""
-    match = re.fullmatch(r"checkpoint-([0-9]{1,18})", folder.name)
-    return None if match is None else int(match.group(1))
 
 
 def require_same_run(output: Path, settings: Mapping[str, Any]) -> None:

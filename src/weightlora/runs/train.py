@@ -26,19 +26,10 @@ from weightlora.model.distributed import from_first, is_first
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs._adapter import save_adapter
 from weightlora.runs._checkpoint import resume, resume_point
-from weightlora.runs._folder import (
-    ADAPTER,
-    BATCH_FILE,
-    BEFORE_FILE,
-    RESULTS_FILE,
-    require_same_run,
-    stored_batch,
-    stored_before,
-    stored_results,
-    write_config,
-)
+from weightlora.runs._folder import require_same_run, stored_batch, stored_before, stored_results, write_config
 from weightlora.runs._hub import push_adapter, require_hub
 from weightlora.runs._load import make_trainer
+from weightlora.runs.files import ADAPTER, BATCH_FILE, BEFORE_FILE, RESULTS_FILE
 from weightlora.runs.recipe import Recipe
 from weightlora.tasks.base import Prepared
 from weightlora.trainer.attach import adopt, method_for
