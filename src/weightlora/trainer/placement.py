@@ -10,9 +10,17 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from weightlora.errors import OptionError
+
+
+def is_parted(trainer: Trainer) -> bool:
+    """Whether a process has only parts of the trained matrices or of their gradients."""
+    model: Any = trainer.model
+    parallel = trainer.args.parallelism_config is not None or any(isinstance(p, DTensor) for p in model.parameters())
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or parallel)
 
 
 def require_weights(trainer: Trainer) -> None:

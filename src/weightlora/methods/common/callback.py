@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from weightlora.errors import DataError, OptionError, WeightLoraWarning
 from weightlora.files import whole_file
+from weightlora.model.distributed import require_equal
 
 STATE_FILE = "method_state.safetensors"
 
@@ -68,6 +69,16 @@ class MoverCallback(TrainerCallback):
         self.mover.begin(state.max_steps)
         if state.global_step > 0:
             _restore(self.mover, _state_path(args, state))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare what the processes have trained.
+
+        Raises:
+            SelectionError: They have trained different adapters.
+        """
+        require_equal([p for p in kwargs["model"].parameters() if p.requires_grad], "what was trained")
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
