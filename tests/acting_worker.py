@@ -16,6 +16,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.adalora.layer import RankAllocator
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     BertConfig,
@@ -27,9 +29,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from weightlora.errors import SelectionError
+from weightlora.errors import WeightLoraError
 from weightlora.methods import alora, dynamic_lora, flexlora, increlora, pruned_lora, riemannian
-from weightlora.methods.common import importance
+from weightlora.methods.common import callback, importance
 from weightlora.model.distributed import process_count
 from weightlora.trainer.attach import method_for
 
@@ -169,7 +171,7 @@ class Worker:
     def error(self, part, action, *given, **options):
         try:
             action(*given, **options)
-        except SelectionError as error:
+        except WeightLoraError as error:
             self.tell(part, str(error))
 
     def acting(self, name):
@@ -191,11 +193,24 @@ class Worker:
         saving = {"save_strategy": "steps", "save_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2}
         self.train(f"whole-{name}", "texts", name, **saving)
         saving |= {"save_strategy": "no", "resume": str(self.folder / f"whole-{name}" / "checkpoint-4")}
-        self.train(f"resumed-{name}", "texts", name, folder=f"whole-{name}", **saving)
+        with Replaced(*[(callback, "_read", no_file)] * self.process):  # as on another node's disk
+            self.train(f"resumed-{name}", "texts", name, folder=f"whole-{name}", **saving)
 
     def skipping(self):
         """The second process leaves out a layer, as LayerDrop and experts do."""
         self.error("skipping", train_skipping, self.folder / "skipping")
+
+    def parted(self):
+        """Half of a matrix on each process, as tensor parallelism leaves it."""
+        made = sentences(self.folder / "parted", ROWS)
+        layer = made.model.base_model.model.bert.pooler.dense.base_layer
+        half = distribute_tensor(layer.weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)])
+        layer.weight = nn.Parameter(half, requires_grad=False)
+        self.error("parted", method_for, made, "adalora")
+
+
+def no_file(path):
+    raise AssertionError(f"{path} is not there")
 
 
 class Skipping(nn.Module):
@@ -226,6 +241,7 @@ def main(folder):
     worker.resumed("adalora")
     worker.resumed("increlora")
     worker.skipping()
+    worker.parted()
     dist.destroy_process_group()
 
 

@@ -96,6 +96,7 @@ def test_processes_that_look_at_their_own_rows_only_are_stopped(two, name):
 
 @pytest.mark.parametrize("name", ["adalora", "increlora"])
 def test_a_resumed_run_goes_on_bit_for_bit(two, name):
+    """Also where only the first process can read the method's state."""
     for whole, resumed in zip(held(two, f"whole-{name}"), held(two, f"resumed-{name}"), strict=True):
         assert whole.read_bytes() == resumed.read_bytes()
     whole, resumed = told(two, f"whole-{name}")[0], told(two, f"resumed-{name}")[0]
@@ -106,6 +107,11 @@ def test_increlora_refuses_a_batch_that_runs_through_other_sites(two):
     """It would wait for a gradient that the other process never sends."""
     for error in told(two, "skipping"):
         assert "the set of sites that a batch runs through differs between the 2 processes" in error
+
+
+def test_shards_are_refused(two):
+    for error in told(two, "parted"):
+        assert "adalora changes ranks or gradients of whole matrices" in error
 
 
 @pytest.mark.parametrize("name", METHODS)

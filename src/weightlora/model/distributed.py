@@ -40,6 +40,15 @@ def copy_from_first(tensors: Sequence[Tensor]) -> None:
             tensor.detach().copy_(sent)
 
 
+def has_shards(module: nn.Module) -> bool:
+    """Whether a parameter of ``module`` is sharded: FSDP2, or tensor parallelism."""
+    if not _in_group():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
 def make_whole(module: nn.Module) -> None:
     """Replace the trainable parameters of ``module`` that are sharded (FSDP2) by whole copies.
 

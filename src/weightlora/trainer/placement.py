@@ -10,16 +10,16 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from weightlora.errors import OptionError
+from weightlora.model.distributed import has_shards
 
 
 def is_parted(trainer: Trainer) -> bool:
     """Whether a process has only parts of the trained matrices or of their gradients."""
     model: Any = trainer.model
-    parallel = trainer.args.parallelism_config is not None or any(isinstance(p, DTensor) for p in model.parameters())
+    parallel = trainer.args.parallelism_config is not None or has_shards(model)
     return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or parallel)
 
 
