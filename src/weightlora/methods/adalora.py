@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.errors import OptionError
 from weightlora.methods.base import AttachedPlan, Method
@@ -27,6 +28,7 @@ from weightlora.methods.common.triplets import (
     require_steps,
     triplet_plan,
 )
+from weightlora.model.distributed import copy_from_first, from_first, process_count
 from weightlora.model.sites import find_sites
 from weightlora.plan.plan import AdapterPlan
 
@@ -86,8 +88,10 @@ class AdaLora:
 
     def __init__(self, options: _Options) -> None:
         self._options = options
-        self._callback = MoverCallback(self)
+        self._callback = _OnePenalty(self)
         self._mask: dict[str, Tensor] | None = None
+        self.token_shares = 1
+        """Processes over which the trainer averages the tokens of a step."""
 
     @property
     def plan(self) -> AdapterPlan:
@@ -116,6 +120,8 @@ class AdaLora:
         attached = attach_triplets(model, lora, sites, init_r=init_r, alpha=alpha, name="adalora", **schedule)
         self._tuner: Any = attached.base_model
         self._config: AdaLoraConfig = self._tuner.peft_config["default"]
+        if process_count() > 1:
+            self._tuner.register_forward_pre_hook(self._weigh_penalty, with_kwargs=True)
         self._remove_watch = warn_unless_begun([self._tuner, self._tuner.model], "adalora")
         return attached
 
@@ -158,6 +164,9 @@ class AdaLora:
         config.rank_pattern = self._pattern() if final and self._mask is not None else None
         self._tuner.update_and_allocate(step)
         found, config.rank_pattern = config.rank_pattern, None
+        if found is not None and step <= self._total - self._config.tfinal:  # later the pattern stays the same
+            found = from_first(partial(dict[str, list[bool]], found))
+            copy_from_first([p for name, p in self._tuner.model.named_parameters() if ".lora_E." in name])
         self._mask = None if found is None else {_site(key): torch.tensor(mask) for key, mask in found.items()}
 
     def state(self) -> dict[str, Tensor]:
@@ -180,9 +189,29 @@ class AdaLora:
         allocator.ipt = {name: torch.zeros_like(tensor) for name, tensor in kinds["ipt"].items()}
         self._mask = kinds["mask"] or None
 
+    def _weigh_penalty(self, _tuner: Any, _inputs: Any, named: dict[str, Any]) -> None:
+        """Divide λ where the loss is a share of all processes' sum: the trainer multiplies it by their number."""
+        shares = 1 if named.get("num_items_in_batch") is None else self.token_shares
+        self._config.orth_reg_weight = self._options.orth_reg_weight / shares
+
     def _pattern(self) -> dict[str, list[bool]]:
         assert self._mask is not None
         return {f"{name}.lora_E.default": mask.tolist() for name, mask in self._mask.items()}
+
+
+class _OnePenalty(MoverCallback):
+    """Tells the method how the trainer averages, so that the penalty counts once and not once a process."""
+
+    def __init__(self, mover: AdaLora) -> None:
+        super().__init__(mover)
+        self._method = mover
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start as every mover does, and look at the trainer's averaging."""
+        self._method.token_shares = process_count() if args.average_tokens_across_devices else 1
+        super().on_train_begin(args, state, control, **kwargs)
 
 
 def _schedule(options: _Options, total_steps: int) -> dict[str, Any]:

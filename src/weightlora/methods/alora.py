@@ -23,6 +23,7 @@ from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
 from weightlora.methods.common.export import Factors, become_stock, factors_plan
 from weightlora.methods.common.schedules import growth
 from weightlora.methods.common.triplets import plan_under, require_steps, triplet_plan
+from weightlora.model.distributed import average, from_first, process_count, require_agreement
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites, require_uniform
 from weightlora.plan.plan import AdapterPlan
@@ -110,9 +111,9 @@ class ALora:
         self._rounds = _rounds(options, total_steps)
         self._total, self._r, self._max_r = total_steps, lora.r, max_r
         self._count = options.count or len(sites)
-        self._held_out = held_out(batches, options.probe_rows)
+        self._held_out = _held_out(batches, options.probe_rows)
         record = {"max_r": max_r, "rounds": self._rounds, "count": self._count, "seed": options.seed}
-        record["probe_rows"] = sum(map(rows_of, self._held_out))
+        record["probe_rows"] = process_count() * sum(map(rows_of, self._held_out))
         plan = triplet_plan(model, lora, sites, max_r, rule="alora", options=record)
         alpha = lora.lora_alpha * max_r / lora.r  # each rank has plain LoRA's scale
         self._plan = replace(plan, entries=tuple(replace(e, alpha=alpha) for e in plan.entries))
@@ -174,13 +175,13 @@ class ALora:
         self._zero_unused()
         if step in self._rounds:
             with evaluated(self._model):
-                scores = contributions(list(self._layers.values()), self._live, self._loss)
+                scores = average(contributions(list(self._layers.values()), self._live, self._loss))
             if not bool(scores[self._live].isfinite().all()):
                 raise SelectionError(
                     f"step {step}: the loss of the held-out rows is not finite, so ranks cannot be compared; lower "
                     "the learning rate or check the first batches"
                 )
-            off, gains = moves(scores, self._live, count=self._count)
+            off, gains = from_first(partial(moves, scores, self._live, count=self._count))
             self._move(off, gains, step)
 
     def state(self) -> dict[str, Tensor]:
@@ -281,6 +282,17 @@ def moves(scores: Tensor, live: Tensor, *, count: int) -> tuple[Tensor, list[int
             gains = dict(zip(takers, taken, strict=True))
             return off, [gains.get(i, 0) for i in range(sites)]
     return torch.zeros_like(live), [0] * sites
+
+
+def _held_out(batches: Iterable[Any], rows: int) -> list[Any]:
+    """Return this process's part of the batches that are held out, as many rows as every other has.
+
+    Raises:
+        SelectionError: There is no batch, or another process has other numbers of rows.
+    """
+    taken = held_out(batches, -(-rows // process_count()))
+    require_agreement(str([rows_of(batch) for batch in taken]), "the number of rows that alora holds out")
+    return taken
 
 
 def _rounds(options: _Options, total_steps: int) -> list[int]:

@@ -29,6 +29,7 @@ from weightlora.methods.common.triplets import (
     switch_off,
     triplet_plan,
 )
+from weightlora.model.distributed import from_first
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
 from weightlora.plan.plan import AdapterPlan
@@ -176,7 +177,7 @@ class DynamicLora:
             assert self._mask is not None, "the last pruning comes at the end of the window"
         else:
             count = self._pruned(step)
-            self._mask = None if count is None else _all_but(self._shares, count)
+            self._mask = None if count is None else from_first(lambda: _all_but(self._shares, count))
         for name, mask in (self._mask or {}).items():
             switch_off(self._layers[name], mask)
 

@@ -20,6 +20,7 @@ from weightlora.methods.base import AttachedPlan, Method
 from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
 from weightlora.methods.common.export import Factors, become_stock, factors_plan
 from weightlora.methods.common.triplets import require_steps, triplet_plan
+from weightlora.model.distributed import from_first
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites, require_uniform
 from weightlora.plan.plan import AdapterPlan
@@ -141,7 +142,7 @@ class FlexLora:
         self._collect()
         self.turn += 1
         if self.turn % self._clients == 0:
-            self._average()
+            self._handed, self._round = from_first(self._averaged), {}
         self._hand_out()
 
     def state(self) -> dict[str, Tensor]:
@@ -175,13 +176,13 @@ class FlexLora:
         for name, parameter in self._heads.items():
             self._round[name] = self._round.get(name, 0) + weight * _wide(parameter)
 
-    def _average(self) -> None:
-        """Average the collected updates on the CPU; heads are averaged as they are."""
+    def _averaged(self) -> dict[str, Tensor]:
+        """Return the average of the collected updates, computed on the CPU; heads are averaged as they are."""
         handed = {name: self._round[name] for name in self._heads}
         for name in self._layers:
             a, b = truncated(self._round[name + _A], self._round[name + _B], self._max_r)
             handed |= {name + _A: a, name + _B: b}
-        self._handed, self._round = handed, {}
+        return handed
 
     @torch.no_grad()
     def _hand_out(self) -> None:

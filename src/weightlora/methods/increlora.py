@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from weightlora.errors import OptionError, SelectionError
 from weightlora.methods.base import AttachedPlan, Method
 from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
-from weightlora.methods.common.importance import sensitivity, watch_backward
+from weightlora.methods.common.importance import Sensitivities
 from weightlora.methods.common.schedules import growth, require_window, window
 from weightlora.methods.common.triplets import (
     Alpha,
@@ -29,6 +29,7 @@ from weightlora.methods.common.triplets import (
     require_steps,
     triplet_plan,
 )
+from weightlora.model.distributed import from_first
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
 from weightlora.plan.plan import AdapterPlan
@@ -186,9 +187,8 @@ class IncreLora:
         self._layers: dict[str, Any] = dict(lora_layers(attached))
         self._components = Components.at_start(len(sites), max_r, self._count)
         self._average, self._uncertainty = torch.zeros(len(sites)), torch.zeros(len(sites))
-        self._sums: dict[str, Tensor] = {}
+        self._sensitivities: Sensitivities | None = None
         self._slowed: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._watches: list[RemovableHandle] = []
         self._guards: list[RemovableHandle] = []
         self._begun = False
         self._settle(self._components)
@@ -224,13 +224,11 @@ class IncreLora:
         """
         require_steps("increlora", self._total, total_steps)
         self._remove_watch()
-        _remove([*self._watches, *self._guards])
+        self._stop_watching()
+        for guard in self._guards:
+            guard.remove()
         self._begun = True
-        self._watches = [
-            handle
-            for name, layer in self._layers.items()
-            for handle in watch_backward(layer, partial(self._add_sensitivity, name))
-        ]
+        self._sensitivities = Sensitivities(self._layers)
         self._guards = [
             layer.lora_E["default"].register_hook(partial(self._masked, i))
             for i, layer in enumerate(self._layers.values())
@@ -265,7 +263,7 @@ class IncreLora:
             self._grow(step)
         self._settle(old)
         if sum(self._components.ranks) == self._target:
-            _remove(self._watches)
+            self._stop_watching()
 
     def state(self) -> dict[str, Tensor]:
         """Return the averages, and the steps at which components were reserved and promoted."""
@@ -279,11 +277,13 @@ class IncreLora:
         self._components = Components(state["reserved"], state["promoted"])
         self._settle(self._components)
         if sum(self._components.ranks) == self._target:
-            _remove(self._watches)
+            self._stop_watching()
 
-    def _add_sensitivity(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        """Accumulate a site's sensitivity over backward passes."""
-        self._sums[name] = self._sums.get(name, 0) + sensitivity(self._layers[name], x, gradient)
+    def _stop_watching(self) -> None:
+        """Measure no more sensitivities."""
+        if self._sensitivities is not None:
+            self._sensitivities.stop()
+            self._sensitivities = None
 
     def _masked(self, i: int, gradient: Tensor) -> Tensor:
         """Return the gradient of a site's e, zero where it is not promoted."""
@@ -292,8 +292,8 @@ class IncreLora:
     def _average_sensitivities(self) -> None:
         """Update the averages with the last step's I: Ī ← β₁·Ī + (1−β₁)·I, Ū ← β₂·Ū + (1−β₂)·|I − Ī|."""
         beta1, beta2 = self._options.beta1, self._options.beta2
-        found = torch.stack([self._sums.get(name, torch.zeros(())).cpu() for name in self._layers])
-        self._sums = {}
+        assert self._sensitivities is not None, "begin() watches until the budget is reached"
+        found = self._sensitivities.take()
         # A step that overflows, as with fp16's loss scale, changes nothing.
         found = found.where(found.isfinite(), self._average)
         self._average = beta1 * self._average + (1 - beta1) * found
@@ -305,7 +305,8 @@ class IncreLora:
         if budget == sum(ranks):
             return
         scores = self._average * self._uncertainty
-        gains = growth(scores.tolist(), ranks, total=budget - sum(ranks), count=self._count, max_r=self._max_r)
+        total = budget - sum(ranks)
+        gains = from_first(lambda: growth(scores.tolist(), ranks, total=total, count=self._count, max_r=self._max_r))
         reserve = 0 if budget == self._target else self._count
         self._components = self._components.grown(gains, step=step, reserve=reserve)
         # Weight decay has shrunk the unused components, so new ones are initialised again.
@@ -334,11 +335,6 @@ def _rows(layer: Any) -> tuple[tuple[Tensor, Tensor | None], ...]:
     """Return A (max_r, in), Bᵀ (max_r, out) and e (max_r, 1), a row for each component, each with its gradient."""
     a, b, e = (matrix["default"] for matrix in (layer.lora_A, layer.lora_B, layer.lora_E))
     return (a.detach(), a.grad), (b.detach().T, None if b.grad is None else b.grad.T), (e.detach(), e.grad)
-
-
-def _remove(handles: Iterable[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def _require_growth(r: int, max_r: int) -> None:

@@ -20,6 +20,7 @@ from weightlora.methods.base import AttachedPlan, Method
 from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
 from weightlora.methods.common.export import Factors, become_stock, factors_plan
 from weightlora.methods.common.triplets import plan_under, require_steps, triplet_plan
+from weightlora.model.distributed import copy_from_first, from_first
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites, require_uniform
 from weightlora.plan.plan import AdapterPlan
@@ -141,10 +142,9 @@ class PrunedLora:
         """Prune at the steps of the schedule, then mask the gradients of pruned components."""
         assert self._masks is not None
         wanted = self.budget(step) // self._sites
+        if any(int(mask.sum()) > wanted for mask in self._masks.values()):
+            self._masks = self._pruned(self._masks, wanted)
         for name, layer in self._layers.items():
-            live = int(self._masks[name].sum())
-            if live > wanted:
-                self._masks[name] = prune(layer, self._masks[name], live - wanted, self._options)
             for matrix, dim in _matrices(layer):
                 if matrix.grad is not None:
                     matrix.grad.mul_(_along(self._masks[name], matrix, dim))
@@ -156,6 +156,15 @@ class PrunedLora:
             for name, layer in self._layers.items():
                 for matrix, dim in _matrices(layer):
                     matrix.mul_(_along(self._masks[name], matrix, dim))
+
+    def _pruned(self, masks: dict[str, Tensor], wanted: int) -> dict[str, Tensor]:
+        """Prune each site to ``wanted`` components as the first process does, and return the new masks."""
+        pruned = {
+            name: prune(layer, masks[name], int(masks[name].sum()) - wanted, self._options)
+            for name, layer in self._layers.items()
+        }
+        copy_from_first([matrix for layer in self._layers.values() for matrix, _ in _matrices(layer)])
+        return from_first(lambda: pruned)
 
     def state(self) -> dict[str, Tensor]:
         """Return which components remain."""

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from weightlora.errors import OptionError, SelectionError
 from weightlora.methods.base import AttachedPlan, Method
 from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
+from weightlora.model.distributed import copy_from_first
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
 from weightlora.plan.make import make_plan
@@ -101,6 +102,7 @@ class Riemannian:
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             if a.grad is not None and b.grad is not None:
                 a.grad, b.grad = preconditioned(a, b, a.grad, b.grad, self._reg)
+                copy_from_first([a.grad, b.grad])  # solvers of two devices may round differently
 
     def after_step(self, step: int) -> None:
         """Do nothing."""

@@ -6,7 +6,8 @@ processes, and their results are compared at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from weightlora.errors import SelectionError
 
 T = TypeVar("T")
+
+_SAME_START = "give all of them the same model, seed and options, and each its own batches"
 
 
 def process_count() -> int:
@@ -32,7 +35,18 @@ def copy_from_first(tensors: Sequence[Tensor]) -> None:
     """Overwrite ``tensors`` with the first process's, as DDP does when it starts."""
     if process_count() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor.detach(), src=0)
+            sent = tensor.detach().contiguous()
+            dist.broadcast(sent, src=0)
+            tensor.detach().copy_(sent)
+
+
+def has_shards(module: nn.Module) -> bool:
+    """Whether a parameter of ``module`` is sharded: FSDP2, or tensor parallelism."""
+    if not _in_group():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def make_whole(module: nn.Module) -> None:
@@ -77,6 +91,15 @@ def add_up(numbers: Tensor) -> Tensor:
     return numbers
 
 
+def average(numbers: Tensor) -> Tensor:
+    """Return the mean of ``numbers`` over the processes, where they are."""
+    if process_count() == 1:
+        return numbers
+    mean = numbers.clone() if numbers.is_cuda or dist.get_backend() != "nccl" else numbers.cuda()
+    dist.all_reduce(mean)
+    return (mean / process_count()).to(numbers.device)
+
+
 def from_first(make: Callable[[], T]) -> T:
     """Return what ``make()`` gives on the first process, on every process.
 
@@ -97,8 +120,13 @@ def from_first(make: Callable[[], T]) -> T:
     return value  # pyright: ignore[reportReturnType]  # None only where make() gave None
 
 
-def require_agreement(value: str, what: str) -> None:
+def require_agreement(value: str, what: str, advice: str = _SAME_START) -> None:
     """Raise unless ``value`` is the same on every process.
+
+    Args:
+        value: This process's.
+        what: Its name, for the error.
+        advice: What to change, for the error.
 
     Raises:
         SelectionError: With the number of different values.
@@ -109,9 +137,21 @@ def require_agreement(value: str, what: str) -> None:
     dist.all_gather_object(values, value)
     if len(set(values)) > 1:
         raise SelectionError(
-            f"{what} differs between the {len(values)} processes ({len(set(values))} different values); "
-            "give all of them the same model, seed and options, and each its own batches"
+            f"{what} differs between the {len(values)} processes ({len(set(values))} different values); {advice}"
         )
+
+
+def require_equal(tensors: Iterable[Tensor], what: str) -> None:
+    """Raise unless ``tensors`` are the same on every process, bit for bit.
+
+    Raises:
+        SelectionError: They are not.
+    """
+    if process_count() > 1:
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        require_agreement(digest.hexdigest(), what)
 
 
 def _in_group() -> bool:

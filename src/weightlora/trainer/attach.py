@@ -42,7 +42,7 @@ from weightlora.trainer.loader import (
     quiet_copy,
     require_usable_batches,
 )
-from weightlora.trainer.placement import placed, require_heads, require_weights
+from weightlora.trainer.placement import is_parted, placed, require_heads, require_weights
 
 
 def method_for(
@@ -63,8 +63,9 @@ def method_for(
     reads them there; a checkpoint that the trainer then resumes from replaces them.
 
     Works with transformers' ``Trainer`` and ``Seq2SeqTrainer`` and TRL's ``SFTTrainer`` and ``DPOTrainer``. Methods
-    that train plain LoRA also work in several processes. When the training is over, ``method.export(trainer.model)``
-    turns the model into stock LoRA; for methods that train plain LoRA it already is.
+    that change ranks while they train also work under DDP, and those that train plain LoRA under FSDP2 as well. When
+    the training is over, ``method.export(trainer.model)`` turns the model into stock LoRA; for methods that train plain
+    LoRA it already is.
 
     Args:
         trainer: A trainer that has not trained yet. Its model is a PEFT model with fresh LoRA adapters, and stays the
@@ -229,10 +230,11 @@ def _attach(
 def _defaults(trainer: Trainer, entry: MethodEntry, seed: int, fast: Dropout | None) -> dict[str, Any]:
     """What methods take from the trainer, unless the user says otherwise."""
     arguments, quiet = trainer.args, quiet_copy(trainer)
+    together = entry.trains == "ranks" and process_count() > 1
     return {
         "seed": seed,
         "lr": arguments.learning_rate,
-        "loss_fn": losses(quiet) if entry.batch == "step" else micro_loss(quiet),
+        "loss_fn": losses(quiet) if entry.batch == "step" else micro_loss(quiet, together=together),
         "fast": fast,
         "progress": not arguments.disable_tqdm,
     }
@@ -270,11 +272,19 @@ def _plan_path(trainer: Trainer) -> Path:
 
 
 def _require_possible(trainer: Trainer, entry: MethodEntry, fast: Dropout | None) -> None:
-    """Raise where a method cannot train in a sharded or copied model, or with the fast step."""
+    """Raise where a method cannot train in a sharded or copied model, or with the fast step.
+
+    Raises:
+        OptionError: It cannot.
+    """
     if fast is not None and entry.trains == "other":
         raise OptionError(f"fast={fast!r}: {entry.name} does not train LoRA's A and B; leave fast out")
-    parted = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if entry.trains != "lora" and (process_count() > 1 or parted):
+    if entry.trains == "ranks" and is_parted(trainer):
+        raise OptionError(
+            f"{entry.name} changes ranks or gradients of whole matrices while it trains, and FSDP, DeepSpeed and "
+            "tensor parallelism part them; run it in one process, or in several without these (DDP)"
+        )
+    if entry.trains == "other" and (process_count() > 1 or is_parted(trainer)):
         raise OptionError(
             f"{entry.name} does not train stock LoRA from beginning to end, which works in one process only; run it in "
             "one"

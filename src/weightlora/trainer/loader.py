@@ -89,11 +89,20 @@ def micro_batches(trainer: Trainer) -> Iterator[Any]:
         yield from group
 
 
-def micro_loss(trainer: Trainer) -> Callable[[nn.Module, Any], Tensor]:
-    """Return the trainer's loss of one batch."""
+def micro_loss(trainer: Trainer, *, together: bool = False) -> Callable[[nn.Module, Any], Tensor]:
+    """Return the trainer's loss of one batch.
+
+    Args:
+        trainer: Whose loss.
+        together: All processes compute it at the same time, each on its own batch; the mean of their losses is then
+            that of one process on all of their tokens.
+    """
 
     def loss(model: nn.Module, inputs: Any) -> Tensor:
-        return _loss(trainer, model, inputs)
+        if not together:
+            return _loss(trainer, model, inputs)
+        _, items = trainer.get_batch_samples(iter([inputs]), 1, trainer.args.device)
+        return _loss(trainer, model, inputs, num_items_in_batch=items)
 
     return loss
 

@@ -13,6 +13,14 @@ from typing import Any
 from transformers import Trainer
 
 from weightlora.errors import OptionError
+from weightlora.model.distributed import has_shards
+
+
+def is_parted(trainer: Trainer) -> bool:
+    """Whether a process has only parts of the trained matrices or of their gradients."""
+    model: Any = trainer.model
+    parallel = trainer.args.parallelism_config is not None or has_shards(model)
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or parallel)
 
 
 def require_weights(trainer: Trainer) -> None:

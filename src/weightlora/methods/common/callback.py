@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from weightlora.errors import DataError, OptionError, WeightLoraWarning
 from weightlora.files import whole_file
+from weightlora.model.distributed import from_first, require_equal
 
 STATE_FILE = "method_state.safetensors"
 
@@ -68,6 +70,16 @@ class MoverCallback(TrainerCallback):
         self.mover.begin(state.max_steps)
         if state.global_step > 0:
             _restore(self.mover, _state_path(args, state))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare what the processes have trained.
+
+        Raises:
+            SelectionError: They have trained different adapters.
+        """
+        require_equal([p for p in kwargs["model"].parameters() if p.requires_grad], "what was trained")
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -141,11 +153,19 @@ def warn_unless_begun(modules: Sequence[nn.Module], what: str) -> Callable[[], N
 
 
 def _restore(mover: Mover, path: Path) -> None:
+    state = from_first(partial(_read, path))  # other nodes may have no such file
+    try:
+        mover.restore(state)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise DataError(f"{path} is damaged or of another run: {type(error).__name__}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise DataError(f"{path} is missing: training cannot resume without the method's averages and masks")
     try:
-        mover.restore(load_file(path))
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:  # cut off, or of another run
+        return load_file(path)
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:  # cut off
         raise DataError(f"{path} is damaged or of another run: {type(error).__name__}: {error}") from error
 
 
