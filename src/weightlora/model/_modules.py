@@ -34,6 +34,30 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
     return int(layer.in_features), int(layer.out_features)  # pyright: ignore[reportArgumentType]
 
 
+def returns_tensor(layer: nn.Module) -> bool:
+    """Whether a linear layer returns one tensor, which PEFT adds to; Llama 4's router, a subclass, returns two.
+
+    A subclass with a ``forward`` of its own is called with a row of zeros, unless its weight is of a special type.
+    """
+    import torch
+    from torch import nn
+
+    weight = layer.weight
+    own = isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward
+    if not own or type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return True
+    training = layer.training
+    layer.training = False  # no noise: the random states stay as they are
+    try:
+        with torch.no_grad():
+            result = type(layer).forward(layer, weight.new_zeros(1, weight.shape[-1]))
+    except Exception:  # it wants other inputs, so nothing is known
+        return True
+    finally:
+        layer.training = training
+    return isinstance(result, torch.Tensor)
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     """The layer that maps hidden states to token logits; None outside transformers."""
     from peft import PeftModel
