@@ -26,6 +26,7 @@ from architectures import (
     trained_and_loaded,
 )
 from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
 
 import weightlora
 from weightlora.errors import OptionError, PlanError, PlanMismatchError, SiteError, WeightLoraWarning
@@ -162,6 +163,30 @@ def test_a_number_of_parameters_is_for_all_adapters():
     assert besides < smaller.parameters <= besides + 200
 
 
+@pytest.mark.parametrize("fast", [None, "input"])
+@pytest.mark.filterwarnings("ignore:the fast step does not cover 6 of:weightlora.errors.WeightLoraWarning")
+@pytest.mark.filterwarnings("error:The following:RuntimeWarning")
+def test_a_trainer_trains_and_resumes_them(fast, tmp_path):
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 16
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_steps": 1}
+
+    def made(steps):
+        arguments = TrainingArguments(str(tmp_path), max_steps=steps, per_device_train_batch_size=4, **quiet)
+        trainer = Trainer(model_of("OLMoE"), arguments, train_dataset=rows)
+        options = {"keep": 0.5, "steps": 2, "fast": fast, "lora": LoraConfig(**ALL, task_type="CAUSAL_LM")}
+        return trainer, weightlora.method_for(trainer, "weightlora_plus", **options)
+
+    trainer, method = made(2)
+    trainer.train()
+    again, resumed = made(3)
+    assert resumed.plan == method.plan
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert trained(method.export(trainer.model)) == method.plan.parameters
+    moved = dict(again.model.named_parameters())
+    assert any(p.any() for name, p in moved.items() if "experts.lora_B" in name)
+
+
 # -- refused before a batch is read ------------------------------------------------------------------------------------
 
 
@@ -193,6 +218,11 @@ def test_what_cannot_be_adapted_is_refused_before_a_batch_is_read(name, fields, 
         weightlora.select(model, unread(), lora=LoraConfig(**fields), steps=2, progress=False, **options)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_dora_of_experts_is_refused():
+    with pytest.raises(OptionError, match="use_dora=True"):
+        make_method("dora").attach(model_of("OLMoE"), LoraConfig(**ALL), unread(), 20)
 
 
 @pytest.mark.parametrize("method", ["adalora", "vera", "riemannian", "pruned_lora", "full"])

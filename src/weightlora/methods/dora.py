@@ -30,10 +30,10 @@ def build() -> Method:
 def _choose(model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int) -> AdapterPlan:
     if lora.lora_bias:
         raise OptionError("lora_bias=True is not allowed with DoRA, which PEFT gives no bias; leave it out")
-    found = find_sites(model, lora)
-    sites = found.sites
     dora = copy(lora)
     dora.use_dora = True
+    found = find_sites(model, dora)
+    sites = found.sites
     return make_plan(
         sites,
         dora,

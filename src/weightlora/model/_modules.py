@@ -42,15 +42,16 @@ def returns_tensor(layer: nn.Module) -> bool:
     import torch
     from torch import nn
 
-    weight = layer.weight
-    own = isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward
-    if not own or type(weight) is not nn.Parameter or not weight.is_floating_point():
+    if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward:
+        return True
+    weight: torch.Tensor = layer.weight
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
         return True
     training = layer.training
     layer.training = False  # no noise: the random states stay as they are
     try:
         with torch.no_grad():
-            result = type(layer).forward(layer, weight.new_zeros(1, weight.shape[-1]))
+            result: object = type(layer).forward(layer, weight.new_zeros(1, weight.shape[-1]))
     except Exception:  # it wants other inputs, so nothing is known
         return True
     finally:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError
+from weightlora.model._modules import returns_tensor
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -33,18 +34,22 @@ def read_by_peft(base: nn.Module, lora: LoraConfig) -> LoraConfig:
     return read
 
 
-def refused_names(base: nn.Module, ends: Iterable[str]) -> Mapping[str, str]:
-    """Return the names among ``ends`` on which PEFT puts no adapter in a model like ``base``, and why.
+def refused_layers(base: nn.Module, candidates: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the layers on which PEFT puts no working adapter, and why.
 
     Args:
-        base: The base model; PEFT looks at its type.
-        ends: Last parts of the names of linear layers.
+        base: The base model; for some types PEFT refuses or rewrites a layer by the last part of its name.
+        candidates: Linear layers by name.
     """
-    kind = _model_type(base)
-    if kind is None:
-        return {}
-    reasons = {end: _reason(kind, end) for end in sorted(set(ends))}
-    return {end: reason for end, reason in reasons.items() if reason is not None}
+    kind, ends = _model_type(base), {name: name.rsplit(".", 1)[-1] for name in candidates}
+    by_end = {} if kind is None else {end: _reason(kind, end) for end in sorted(set(ends.values()))}
+    one_of = {type(layer): layer for layer in candidates.values()}
+    odd = {own for own, layer in one_of.items() if not returns_tensor(layer)}
+    reasons = {
+        name: f"{type(layer).__name__} returns more than one tensor" if type(layer) in odd else by_end.get(ends[name])
+        for name, layer in candidates.items()
+    }
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def require_adaptable_parameters(lora: LoraConfig, names: Iterable[str]) -> None:
@@ -81,11 +86,10 @@ def _reason(kind: str, end: str) -> str | None:
     """Why PEFT puts no adapter on a layer of this name; it is asked with a model of one layer."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    model = _one_layer(end)
-    model.config = SimpleNamespace(model_type=kind)  # pyright: ignore[reportArgumentType]
+    model = _one_layer(end, SimpleNamespace(model_type=kind))
     asked = LoraConfig(r=1, target_modules=[end])
     try:
-        if read_by_peft(model, asked).target_modules != {end}:
+        if end not in (read_by_peft(model, asked).target_modules or ()):
             raise OptionError(end)
     except OptionError:
         return f"in models of type {kind!r} PEFT reads {end!r} as a part of the fused experts"
@@ -96,11 +100,12 @@ def _reason(kind: str, end: str) -> str | None:
     return None
 
 
-def _one_layer(name: str) -> nn.Module:
+def _one_layer(name: str, config: Any = None) -> nn.Module:
     from torch import nn
 
-    model = nn.Module()
+    model: Any = nn.Module()
     setattr(model, name, nn.Linear(1, 1))
+    model.config = config
     return model
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 from peft import LoraConfig, PeftModel
@@ -44,15 +46,16 @@ def adapter_ranks(model: nn.Module, adapter: str = "default") -> dict[str, int]:
     """Return the rank of every layer or parameter that carries ``adapter``, by its name in the base model."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     kinds = (LoraLayer, VeraLayer, VBLoRALayer)
-    carrying = [(name, m) for name, m in base.named_modules() if isinstance(m, kinds) and adapter in m.r]
-    return dict(sorted((_adapted(name, module), module.r[adapter]) for name, module in carrying))
+    modules = base.named_modules()
+    found = {_adapted(name, m): m.r[adapter] for name, m in modules if isinstance(m, kinds) and adapter in m.r}
+    return dict(sorted(found.items()))
 
 
 def _is_lora_of_layer(module: nn.Module) -> TypeGuard[LoraLayer]:
     return isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
 
 
-def _adapted(name: str, module: nn.Module) -> str:
+def _adapted(name: str, module: object) -> str:
     """What a PEFT layer adapts: the layer of its name, or a parameter of it; PEFT nests the wrappers of parameters."""
     if not isinstance(module, ParamWrapper):
         return name
@@ -73,6 +76,17 @@ def take_tuner(model: PeftModel, other: PeftModel) -> None:
     """Give ``model`` the adapters of ``other``; it stays the same object, which trainers and callbacks refer to."""
     model.base_model = other.base_model
     model.set_adapter("default")
+
+
+@contextmanager
+def unchecked_patterns() -> Generator[None]:
+    """Ignore PEFT's warning that keys of a pattern match no module, for the block.
+
+    PEFT does not look among ``target_parameters``. :func:`weightlora.find_sites` and ``AdapterPlan.check`` do.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        yield
 
 
 def require_peft_wrapper(model: nn.Module) -> None:

@@ -9,9 +9,9 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError, SiteError
-from weightlora.model._modules import base_modules, is_linear, output_head, returns_tensor, shape_of
+from weightlora.model._modules import base_modules, is_linear, output_head, shape_of
 from weightlora.model._patterns import require_patterns
-from weightlora.model._peft_targets import read_by_peft, refused_names, require_adaptable_parameters
+from weightlora.model._peft_targets import read_by_peft, refused_layers, require_adaptable_parameters
 from weightlora.model._requested import unmatched_targets, warn_of_leftovers
 from weightlora.model.parameters import TargetParameter, named_parameters
 from weightlora.text import similar
@@ -128,7 +128,7 @@ def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
 
     head = output_head(model)
     reasons = {name: _reason_to_skip(name, layer, lora, head) for name, layer in linear.items()}
-    refused = _refused(modules[""], {name: linear[name] for name, reason in reasons.items() if reason is None})
+    refused = refused_layers(modules[""], {name: linear[name] for name, reason in reasons.items() if reason is None})
     reasons |= refused
     sites = tuple(sorted(Site(name, *shape_of(linear[name])) for name, reason in reasons.items() if reason is None))
     skipped = {name: reason for name, reason in reasons.items() if reason is not None}
@@ -252,20 +252,6 @@ def _reason_to_skip(name: str, layer: nn.Module, lora: LoraConfig, head: nn.Modu
     if _matches(lora, name, targets, lora.exclude_modules):
         return None
     return "in exclude_modules" if _matches(lora, name, targets, None) else otherwise
-
-
-def _refused(base: nn.Module, candidates: Mapping[str, nn.Module]) -> dict[str, str]:
-    """The layers that PEFT cannot adapt, with the reasons."""
-    ends = {name: name.rsplit(".", 1)[-1] for name in candidates}
-    by_end = refused_names(base, ends.values())
-    refused = {name: by_end[end] for name, end in ends.items() if end in by_end}
-    kinds = {type(layer): layer for layer in candidates.values()}
-    others = {kind for kind, layer in kinds.items() if not returns_tensor(layer)}
-    return refused | {
-        name: f"{type(layer).__name__} returns more than one tensor"
-        for name, layer in candidates.items()
-        if type(layer) in others
-    }
 
 
 def _matches(lora: LoraConfig, name: str, targets: str | list[str], excluded: str | list[str] | None) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
@@ -204,7 +203,7 @@ class AdapterPlan:
         from peft import PeftModel, get_peft_model
 
         from weightlora.model.checkpointing import shorten_backward
-        from weightlora.model.layers import take_tuner, without_adapters
+        from weightlora.model.layers import take_tuner, unchecked_patterns, without_adapters
         from weightlora.model.restore import restored_on_error
 
         self.check_sites(model)
@@ -212,9 +211,7 @@ class AdapterPlan:
         require_room(model, config)
         with restored_on_error(model):
             try:
-                with warnings.catch_warnings():
-                    if self.target_parameters:  # PEFT looks for the keys among layers only, and check() sees the ranks
-                        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+                with unchecked_patterns():
                     peft_model = get_peft_model(without_adapters(model), config)  # pyright: ignore[reportArgumentType]
             except ValueError as error:  # other fields leave none of the names
                 text = " ".join(str(error).split())
@@ -293,7 +290,8 @@ class AdapterPlan:
             ),
             history=tuple(tuple(row) for row in data["history"]),
             target_parameters=tuple(
-                TargetParameter(**{**row, "shape": tuple(row["shape"])}) for row in data.get("target_parameters", ())
+                TargetParameter(row["name"], tuple(row["shape"]), row["r"], row["alpha"])
+                for row in data.get("target_parameters", ())
             ),
             **{key: data[key] for key in PLAN_KEYS},
         )

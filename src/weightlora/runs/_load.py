@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import MissingPackageError, OptionError, SiteError, WeightLoraError
+from weightlora.model.layers import unchecked_patterns
 from weightlora.model.sites import TASK_HEADS, find_sites
 from weightlora.plan.make import make_plan
 from weightlora.runs.recipe import Recipe, TaskOptions
@@ -134,4 +135,5 @@ def _with_lora(base: Any, recipe: Recipe, task_type: str) -> Any:
     lora.target_modules = [site.name for site in found.sites]
     if found.parameters:  # fused experts, with ranks of their own
         lora = make_plan(found.sites, lora, lora.target_modules, target_parameters=found.parameters).to_lora_config()
-    return get_peft_model(base, lora)
+    with unchecked_patterns():
+        return get_peft_model(base, lora)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from weightlora.errors import SelectionError, SiteError
 from weightlora.model.distributed import average_gradients, copy_from_first, make_whole
-from weightlora.model.layers import lora_layers, require_peft_wrapper, without_adapters
+from weightlora.model.layers import lora_layers, require_peft_wrapper, unchecked_patterns, without_adapters
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site
 from weightlora.selection.batches import Loss, cycled, in_parts, kind_of, model_loss
@@ -234,7 +234,8 @@ def attach_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site])
         modules_to_save=deepcopy(lora.modules_to_save),
     )
     try:
-        attached = get_peft_model(without_adapters(model), plain)  # pyright: ignore[reportArgumentType]  # any nn.Module
+        with unchecked_patterns():
+            attached = get_peft_model(without_adapters(model), plain)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         text = " ".join(str(error).split())
         raise SiteError(f"PEFT cannot adapt these layers: {text}; leave them out with exclude_modules") from error
