@@ -25,6 +25,7 @@ from architectures import (
     selected,
     trained_and_loaded,
 )
+from fingerprint import fingerprint
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -236,6 +237,15 @@ def test_a_name_that_no_parameter_has_is_warned_about():
     lora = LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_prj"])
     with pytest.warns(WeightLoraWarning, match="experts.down_prj: no parameter has this name"):
         assert find_sites(model_of("Mixtral"), lora).parameters == ()
+
+
+@pytest.mark.parametrize("name", ["Llama 4", "Mamba", "OLMoE"])
+@pytest.mark.filterwarnings("ignore:target_modules asks")
+def test_asking_peft_leaves_no_trace(name):
+    model = model_of(name).train()
+    before = fingerprint(model)
+    find_sites(model, LoraConfig(**ALL))
+    assert fingerprint(model) == before
 
 
 def test_excluded_layers_are_not_warned_about():

@@ -47,15 +47,11 @@ def returns_tensor(layer: nn.Module) -> bool:
     weight: torch.Tensor = layer.weight
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         return True
-    training = layer.training
-    layer.training = False  # no noise: the random states stay as they are
     try:
         with torch.no_grad():
             result: object = type(layer).forward(layer, weight.new_zeros(1, weight.shape[-1]))
     except Exception:  # it wants other inputs, so nothing is known
         return True
-    finally:
-        layer.training = training
     return isinstance(result, torch.Tensor)
 
 

@@ -41,10 +41,13 @@ def refused_layers(base: nn.Module, candidates: Mapping[str, nn.Module]) -> dict
         base: The base model; for some types PEFT refuses or rewrites a layer by the last part of its name.
         candidates: Linear layers by name.
     """
+    from weightlora.model.restore import seeded
+
     kind, ends = _model_type(base), {name: name.rsplit(".", 1)[-1] for name in candidates}
-    by_end = {} if kind is None else {end: _reason(kind, end) for end in sorted(set(ends.values()))}
     one_of = {type(layer): layer for layer in candidates.values()}
-    odd = {own for own, layer in one_of.items() if not returns_tensor(layer)}
+    with seeded(0):
+        by_end = {} if kind is None else {end: _reason(kind, end) for end in sorted(set(ends.values()))}
+        odd = {own for own, layer in one_of.items() if not returns_tensor(layer)}
     reasons = {
         name: f"{type(layer).__name__} returns more than one tensor" if type(layer) in odd else by_end.get(ends[name])
         for name, layer in candidates.items()
@@ -64,12 +67,15 @@ def require_adaptable_parameters(lora: LoraConfig, names: Iterable[str]) -> None
     """
     from peft import inject_adapter_in_model
 
+    from weightlora.model.restore import seeded
+
     asked = replace(lora, target_modules=[], exclude_modules=None, target_parameters=["layer.weight"])
     asked.rank_pattern, asked.alpha_pattern = {}, {}
     asked.modules_to_save = asked.trainable_token_indices = asked.layers_to_transform = None
     asked.init_lora_weights = False
     try:
-        inject_adapter_in_model(asked, _one_layer("layer"))
+        with seeded(0):
+            inject_adapter_in_model(asked, _one_layer("layer"))
     except ValueError as error:
         raise OptionError(
             f"PEFT cannot adapt parameters such as {min(names)} under this config: {one_line(error)}; change that "
