@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,9 +47,10 @@ def returns_tensor(layer: nn.Module) -> bool:
     weight: torch.Tensor = layer.weight
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         return True
+    forward: Any = type(layer).forward
     try:
         with torch.no_grad():
-            result: object = type(layer).forward(layer, weight.new_zeros(1, weight.shape[-1]))
+            result: Any = forward(layer, weight.new_zeros(1, weight.shape[-1]))
     except Exception:  # it wants other inputs, so nothing is known
         return True
     return isinstance(result, torch.Tensor)
