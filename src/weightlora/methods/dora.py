@@ -30,7 +30,15 @@ def build() -> Method:
 def _choose(model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int) -> AdapterPlan:
     if lora.lora_bias:
         raise OptionError("lora_bias=True is not allowed with DoRA, which PEFT gives no bias; leave it out")
-    sites = find_sites(model, lora).sites
     dora = copy(lora)
     dora.use_dora = True
-    return make_plan(sites, dora, [site.name for site in sites], rule="dora", base_model=base_model_name(model))
+    found = find_sites(model, dora)
+    sites = found.sites
+    return make_plan(
+        sites,
+        dora,
+        [site.name for site in sites],
+        rule="dora",
+        base_model=base_model_name(model),
+        target_parameters=found.parameters,
+    )

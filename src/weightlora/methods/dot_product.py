@@ -76,7 +76,8 @@ def build(
 def _choose(
     options: _Options, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], _total_steps: int
 ) -> AdapterPlan:
-    sites = find_sites(model, lora).sites
+    found = find_sites(model, lora)
+    sites = found.sites
     budget = read_budget(options.keep, adapter_parameters(sites, lora))
     names = [site.name for site in sites]
     training = {name: getattr(options, name) for name in ("steps", "alone", "lr", "seed", "loss_fn")}
@@ -94,6 +95,7 @@ def _choose(
         options={name: getattr(options, name) for name in ("keep", "steps", "alone", "by", "lr")},
         seed=options.seed,
         base_model=base_model_name(model),
+        target_parameters=found.parameters,
     )
 
 

@@ -97,7 +97,8 @@ def _choose(
     options: _Options, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], _total_steps: int
 ) -> Prepared:
     lora = replace(lora, init_lora_weights=True, eva_config=None)
-    sites = find_sites(model, lora).sites
+    found = find_sites(model, lora)
+    sites = found.sites
     _require_inputs(sites, lora, options.rho)
     directions = _directions(model, lora, sites, batches, options)
     plan = make_plan(
@@ -109,6 +110,7 @@ def _choose(
         options={name: getattr(options, name) for name in ("rho", "tau", "whiten", "adjust_alpha", "steps")},
         seed=options.seed,
         base_model=base_model_name(model),
+        target_parameters=found.parameters,
     )
     grows = options.adjust_alpha and not lora.use_rslora
     plan = _with_ranks(plan, {name: len(rows) for name, rows in directions.items()}, grows=grows)

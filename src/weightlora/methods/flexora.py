@@ -85,7 +85,8 @@ def build(
 def _choose(
     options: _Options, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int
 ) -> AdapterPlan:
-    sites = find_sites(model, lora).sites
+    found = find_sites(model, lora)
+    sites = found.sites
     units = [(site.block or site.name) if options.unit == "block" else site.name for site in sites]
     budget = read_budget(1.0 if options.keep is None else options.keep, adapter_parameters(sites, lora))
     steps = max(20, math.ceil(total_steps / 10)) if options.steps is None else options.steps
@@ -109,6 +110,7 @@ def _choose(
         options={name: getattr(options, name) for name in recorded},
         seed=options.seed,
         base_model=base_model_name(model),
+        target_parameters=found.parameters,
     )
 
 

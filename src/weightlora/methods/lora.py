@@ -22,5 +22,13 @@ def build() -> Method:
 
 
 def _choose(model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int) -> AdapterPlan:
-    sites = find_sites(model, lora).sites
-    return make_plan(sites, lora, [site.name for site in sites], rule="lora", base_model=base_model_name(model))
+    found = find_sites(model, lora)
+    sites = found.sites
+    return make_plan(
+        sites,
+        lora,
+        [site.name for site in sites],
+        rule="lora",
+        base_model=base_model_name(model),
+        target_parameters=found.parameters,
+    )

@@ -80,7 +80,8 @@ def build(
 def _choose(
     options: _Options, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int
 ) -> Prepared:
-    sites = find_sites(model, lora).sites
+    found = find_sites(model, lora)
+    sites = found.sites
     names = [site.name for site in sites]
     budget = read_budget(options.keep, adapter_parameters(sites, lora))
     steps = max(20, math.ceil(total_steps / 10)) if options.steps is None else options.steps
@@ -103,6 +104,7 @@ def _choose(
         options={name: getattr(options, name) for name in ("keep", "energy", "share", "steps", "lr")},
         seed=options.seed,
         base_model=base_model_name(model),
+        target_parameters=found.parameters,
     )
     shared = [name for name in names if name not in kept] if options.share else []
     return Prepared(plan, partial(tie_by_shape, names=shared))

@@ -32,7 +32,8 @@ def build(*, keep: Keep = 0.5, seed: int = 0) -> Method:
 def _choose(
     keep: Keep, seed: int, model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int
 ) -> AdapterPlan:
-    sites = find_sites(model, lora).sites
+    found = find_sites(model, lora)
+    sites = found.sites
     budget = read_budget(keep, adapter_parameters(sites, lora))
     generator = random.Random(seed)
     drawn = budget.choose([generator.random() for _ in sites])
@@ -44,4 +45,5 @@ def _choose(
         options={"keep": keep},
         seed=seed,
         base_model=base_model_name(model),
+        target_parameters=found.parameters,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +32,28 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, Conv1D):
         return int(layer.nx), int(layer.nf)
     return int(layer.in_features), int(layer.out_features)  # pyright: ignore[reportArgumentType]
+
+
+def returns_tensor(layer: nn.Module) -> bool:
+    """Whether a linear layer returns one tensor, which PEFT adds to; Llama 4's router, a subclass, returns two.
+
+    A subclass with a ``forward`` of its own is called with a row of zeros, unless its weight is of a special type.
+    """
+    import torch
+    from torch import nn
+
+    if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward:
+        return True
+    weight: torch.Tensor = layer.weight
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return True
+    forward: Any = type(layer).forward
+    try:
+        with torch.no_grad():
+            result: Any = forward(layer, weight.new_zeros(1, weight.shape[-1]))
+    except Exception:  # it wants other inputs, so nothing is known
+        return True
+    return isinstance(result, torch.Tensor)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -16,36 +16,63 @@ if TYPE_CHECKING:
 _SHOWN = 3
 
 
-def unmatched_targets(lora: LoraConfig, modules: Iterable[str], linear: Collection[str]) -> dict[str, str]:
-    """The listed ``target_modules`` that are the name or the ending of no module, each with a reason to skip it.
+def unmatched_targets(
+    lora: LoraConfig,
+    read: LoraConfig,
+    modules: Iterable[str],
+    linear: Collection[str],
+    parameters: Collection[str],
+) -> dict[str, str]:
+    """The listed targets that are the name or the ending of no module or parameter, each with a reason to skip it.
 
     Args:
         lora: The wanted adapters.
+        read: The same as PEFT reads it; names of fused experts are parameters there.
         modules: Names of all modules.
         linear: Names of the linear layers, among which the closest name is looked for.
+        parameters: Names of the parameters that get an adapter.
     """
-    return {entry: f"no module has this name{_hint(entry, linear)}" for entry in _missing(lora.target_modules, modules)}
+    fused = (
+        set()
+        if isinstance(lora.target_modules, str)
+        else set(lora.target_modules or ()) - set(read.target_modules or ())
+    )
+    missing = set(_missing(lora.target_modules, modules)) - (fused if parameters else set())
+    unmatched = {entry: f"no module has this name{_hint(entry, linear)}" for entry in sorted(missing)}
+    wanted = sorted(lora.target_parameters or ())
+    nowhere = [entry for entry in wanted if not any(f".{name}".endswith(f".{entry}") for name in parameters)]
+    return unmatched | dict.fromkeys(nowhere, "no parameter has this name")
 
 
 def warn_of_leftovers(
-    lora: LoraConfig, left_out: Mapping[str, str], modules: Iterable[str], sites: Sequence[str]
+    lora: LoraConfig,
+    left_out: Mapping[str, str],
+    modules: Iterable[str],
+    sites: Sequence[str],
+    parameters: Collection[str],
 ) -> None:
     """Warn where a part of ``lora`` has no effect.
 
     Args:
         lora: The wanted adapters.
-        left_out: Modules and names that ``target_modules`` asks for and that get no adapter, with the reasons.
+        left_out: Modules and names that ``lora`` asks for and that get no adapter, with the reasons.
         modules: Names of all modules.
         sites: Names of the candidates.
+        parameters: Names of the parameters that get an adapter.
     """
     if left_out:
         named = [f"{name}: {reason}" for name, reason in left_out.items()]
-        _warn(f"target_modules asks for modules that get no adapter ({_few(named)}); change target_modules")
+        if lora.target_modules is None:
+            _warn(
+                f"some linear layers get no adapter ({_few(named)}); exclude_modules leaves them out without a warning"
+            )
+        else:
+            _warn(f"target_modules asks for modules that get no adapter ({_few(named)}); change target_modules")
     excluded = [f"{entry!r}{_hint(entry, sites)}" for entry in _missing(lora.exclude_modules, modules)]
     if excluded:
         _warn(f"exclude_modules has names that no module has ({_few(excluded)}); change or remove them")
     for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
-        unused = [f"{key!r}{_hint(key, sites)}" for key in patterns or () if not _reaches(key, sites)]
+        unused = [f"{key!r}{_hint(key, sites)}" for key in patterns or () if not _reaches(key, [*sites, *parameters])]
         if unused:
             _warn(f"{field} has keys that match no site ({_few(unused)}); change or remove them")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import warnings
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeGuard
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.tuners.vblora.layer import VBLoRALayer
@@ -20,12 +23,14 @@ from weightlora.errors import OptionError
 def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLayer]:
     """Return the layers of ``model`` that carry ``adapter``, by their name in the base model, sorted.
 
+    Adapters of single parameters (``target_parameters``) are left out.
+
     Args:
         model: A PEFT model, or any module that PEFT has put LoRA layers into.
         adapter: The adapter's name.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    found = {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer) and adapter in m.lora_A}
+    found = {name: m for name, m in base.named_modules() if _is_lora_of_layer(m) and adapter in m.lora_A}
     return dict(sorted(found.items()))
 
 
@@ -38,11 +43,25 @@ def adapter_layers(model: nn.Module, adapter: str = "default") -> dict[str, Base
 
 
 def adapter_ranks(model: nn.Module, adapter: str = "default") -> dict[str, int]:
-    """Return the rank of every layer that carries ``adapter``, by its name; embeddings and convolutions included."""
+    """Return the rank of every layer or parameter that carries ``adapter``, by its name in the base model."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     kinds = (LoraLayer, VeraLayer, VBLoRALayer)
-    found = {name: m.r[adapter] for name, m in base.named_modules() if isinstance(m, kinds) and adapter in m.r}
+    modules = base.named_modules()
+    found = {_adapted(name, m): m.r[adapter] for name, m in modules if isinstance(m, kinds) and adapter in m.r}
     return dict(sorted(found.items()))
+
+
+def _is_lora_of_layer(module: nn.Module) -> TypeGuard[LoraLayer]:
+    return isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+
+
+def _adapted(name: str, module: object) -> str:
+    """What a PEFT layer adapts: the layer of its name, or a parameter of it; PEFT nests the wrappers of parameters."""
+    if not isinstance(module, ParamWrapper):
+        return name
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{module.parameter_name}"
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
@@ -57,6 +76,17 @@ def take_tuner(model: PeftModel, other: PeftModel) -> None:
     """Give ``model`` the adapters of ``other``; it stays the same object, which trainers and callbacks refer to."""
     model.base_model = other.base_model
     model.set_adapter("default")
+
+
+@contextmanager
+def unchecked_patterns() -> Generator[None]:
+    """Ignore PEFT's warning that keys of a pattern match no module, for the block.
+
+    PEFT does not look among ``target_parameters``. :func:`weightlora.find_sites` and ``AdapterPlan.check`` do.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        yield
 
 
 def require_peft_wrapper(model: nn.Module) -> None:

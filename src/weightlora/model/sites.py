@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from weightlora.errors import OptionError, SiteError
 from weightlora.model._modules import base_modules, is_linear, output_head, shape_of
 from weightlora.model._patterns import require_patterns
+from weightlora.model._peft_targets import read_by_peft, refused_layers, require_adaptable_parameters
 from weightlora.model._requested import unmatched_targets, warn_of_leftovers
+from weightlora.model.parameters import TargetParameter, named_parameters
 from weightlora.text import similar
 
 if TYPE_CHECKING:
@@ -70,10 +72,12 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What :func:`find_sites` returns, both parts sorted by name."""
+    """What :func:`find_sites` returns, each part sorted by name."""
 
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
+    parameters: tuple[TargetParameter, ...] = ()
+    """What PEFT adapts besides: ``target_parameters``, or fused experts that ``target_modules`` names."""
 
 
 def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
@@ -84,15 +88,20 @@ def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
     pooler; ``"all-linear"`` includes the pooler.
 
     Skipped are all other linear layers, modules of other kinds that ``target_modules`` names, such as embeddings, and
-    names in that list that no module has.
+    names in that list that no module has. Skipped with a warning are layers on which PEFT puts no adapter: Mamba's
+    ``out_proj``, routers that return a tuple, and layers whose names transformers gives to fused experts.
+
+    Fused experts are no candidates: they are one parameter. Those that ``target_parameters`` or ``target_modules`` name
+    are listed in ``parameters``, with PEFT's ranks.
 
     Args:
         model: A transformers model, a PEFT model (its base is searched) or any module with linear layers.
         lora: The wanted adapters; None means ``LoraConfig()``.
 
     Raises:
-        SiteError: There is no linear layer, ``target_modules`` match none (the text names the closest), or the model
-            is compiled.
+        SiteError: There is no linear layer, ``target_modules`` match none (the text names the closest), PEFT cannot
+            adapt one of ``target_parameters``, or the model is compiled.
+        OptionError: PEFT adapts no parameter under this config, or ``target_modules`` names a part of a fused one.
 
     Warns:
         WeightLoraWarning: ``target_modules`` asks for a module that gets no adapter, or a name in ``target_modules``,
@@ -108,27 +117,35 @@ def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
 
     lora = LoraConfig() if lora is None else lora
     require_patterns(lora)
-    modules = _base_modules(model)
+    modules = all_modules(model)
     linear = {name: module for name, module in modules.items() if is_linear(module)}
     if not linear:
         raise SiteError(f"{type(model).__name__} has no linear layer that could carry an adapter")
 
+    read = read_by_peft(modules[""], lora)
+    shapes = named_parameters(modules, sorted(read.target_parameters or ()))
+    parameters = tuple(TargetParameter(name, shape, *rank_and_alpha(read, name)) for name, shape in shapes.items())
+
     head = output_head(model)
     reasons = {name: _reason_to_skip(name, layer, lora, head) for name, layer in linear.items()}
+    refused = refused_layers(modules[""], {name: linear[name] for name, reason in reasons.items() if reason is None})
+    reasons |= refused
     sites = tuple(sorted(Site(name, *shape_of(linear[name])) for name, reason in reasons.items() if reason is None))
     skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     others = _other_kinds(modules, lora)
     if not sites:
-        raise SiteError(_nothing_matched(lora, skipped, others))
-    left_out = {**unmatched_targets(lora, modules, linear), **others}
+        raise SiteError(_nothing_matched(lora, skipped, others, shapes))
+    if parameters:
+        require_adaptable_parameters(lora, shapes)
+    left_out = {**unmatched_targets(lora, read, modules, linear, shapes), **others, **refused}
     left_out |= {name: reason for name, reason in skipped.items() if reason == _NEVER_CALLED and _is_named(name, lora)}
-    warn_of_leftovers(lora, left_out, modules, [site.name for site in sites])
-    return Candidates(sites, tuple(Skipped(*item) for item in sorted({**skipped, **left_out}.items())))
+    warn_of_leftovers(lora, left_out, modules, [site.name for site in sites], shapes)
+    return Candidates(sites, tuple(Skipped(*item) for item in sorted({**skipped, **left_out}.items())), parameters)
 
 
 def linear_sites(model: nn.Module) -> tuple[Site, ...]:
     """Every linear layer of ``model``, candidate or not, sorted by name; PEFT's wrappers are ignored."""
-    return tuple(sorted(Site(name, *shape_of(m)) for name, m in _base_modules(model).items() if is_linear(m)))
+    return tuple(sorted(Site(name, *shape_of(m)) for name, m in all_modules(model).items() if is_linear(m)))
 
 
 def require_uncompiled(model: nn.Module) -> None:
@@ -206,7 +223,7 @@ def trained_modules(lora: LoraConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*(lora.modules_to_save or ()), *by_task]))
 
 
-def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
+def all_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by its name in the base model; PEFT's wrappers are ignored."""
     from peft import PeftModel
 
@@ -265,8 +282,15 @@ def _is_named(name: str, lora: LoraConfig) -> bool:
     return _matches(lora, name, lora.target_modules, lora.exclude_modules)
 
 
-def _nothing_matched(lora: LoraConfig, skipped: Mapping[str, str], others: Mapping[str, str]) -> str:
+def _nothing_matched(
+    lora: LoraConfig, skipped: Mapping[str, str], others: Mapping[str, str], parameters: Collection[str]
+) -> str:
     """The error's text: the wanted names and the closest layers."""
+    if parameters:
+        return (
+            f"fused experts alone ({min(parameters)} and {len(parameters) - 1} more) leave nothing to choose from; "
+            "name linear layers in target_modules as well, or attach these adapters with PEFT's get_peft_model"
+        )
     if lora.target_modules is None or _is_all_linear(lora):
         return "no site is left: " + "; ".join(f"{name}: {reason}" for name, reason in sorted(skipped.items())[:5])
     wanted = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules)

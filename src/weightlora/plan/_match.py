@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from weightlora.errors import OptionError, PlanMismatchError
-from weightlora.model.sites import Site, linear_sites
+from weightlora.model.parameters import TargetParameter, named_parameters
+from weightlora.model.sites import Site, all_modules, linear_sites
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -26,6 +27,23 @@ def require_sites(model: nn.Module, sites: Sequence[Site], base_model: str | Non
         else f"{site.name}: {_shape(present[site.name])} in the model, {_shape(site)} in the plan"
         for site in sites
         if present.get(site.name) != site
+    ]
+    _raise_faults(faults, f"the plan was made for another model ({base_model or 'unnamed'})")
+
+
+def require_parameters(model: nn.Module, parameters: Sequence[TargetParameter], base_model: str | None) -> None:
+    """Raise unless each of ``parameters`` is in ``model`` with the same shape.
+
+    Raises:
+        PlanMismatchError: With those that are not.
+    """
+    if not parameters:
+        return
+    present = named_parameters(all_modules(model), [each.name for each in parameters])
+    faults = [
+        f"{each.name}: {present.get(each.name, 'not')} in the model, {each.shape} in the plan"
+        for each in parameters
+        if present.get(each.name) != each.shape
     ]
     _raise_faults(faults, f"the plan was made for another model ({base_model or 'unnamed'})")
 

@@ -76,7 +76,8 @@ def _fault(data: Mapping[str, Any]) -> str | None:
     if not all(isinstance(value, str) for value in data["versions"].values()):
         return f"versions is {data['versions']!r:.40}; give a text for each library"
     faults = filter(None, map(_site_fault, data["sites"]))
-    return next(faults, None) or _whole_fault(data) or lora_fault(data["lora"]) or _options_fault(data["options"])
+    fault = next(faults, None) or _whole_fault(data) or lora_fault(data["lora"]) or _options_fault(data["options"])
+    return fault or _parameters_fault(data.get("target_parameters", []))
 
 
 def _site_fault(row: Any) -> str | None:
@@ -118,6 +119,26 @@ def _whole_fault(data: Mapping[str, Any]) -> str | None:
         if not all(is_number(value, -_MOST, _MOST) for value in cast("list[Any]", row)):
             return "its history holds something that is not a finite number"
     return None
+
+
+def _parameters_fault(rows: Any) -> str | None:
+    """The first fault of the adapters of single parameters; plans without one leave them out."""
+    if not isinstance(rows, list):
+        return f"target_parameters is {rows!r:.40}"
+    for row in cast("list[Any]", rows):
+        if not isinstance(row, dict) or row.keys() != {"name", "shape", "r", "alpha"}:
+            return f"a target parameter is {row!r:.40}"
+        parameter = cast("dict[str, Any]", row)
+        name, shape = parameter["name"], parameter["shape"]
+        if not isinstance(name, str) or not name.isprintable() or not name.strip("."):
+            return f"a target parameter has the name {name!r:.40}"
+        sizes = cast("list[Any]", shape) if isinstance(shape, list) else []
+        if len(sizes) not in (2, 3) or not all(is_whole(size, 1, 2**31 - 1) for size in sizes):
+            return f"{name} has shape={shape!r:.40}; give two or three whole numbers from 1"
+        if not is_whole(parameter["r"], 1, 2**20) or not is_number(parameter["alpha"], 1e-300, MOST_ALPHA):
+            return f"{name} has r={parameter['r']!r:.40} and alpha={parameter['alpha']!r:.40}; give positive numbers"
+    names = [row["name"] for row in cast("list[Any]", rows)]
+    return None if names == sorted(set(names)) else "its target parameters are not sorted, or one is named twice"
 
 
 def _options_fault(options: Mapping[str, Any]) -> str | None:

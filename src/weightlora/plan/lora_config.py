@@ -42,23 +42,27 @@ def planned_lora_config(plan: AdapterPlan, overrides: Mapping[str, Any]) -> Lora
     """Return the stock PEFT config of ``plan``; see :meth:`weightlora.AdapterPlan.to_lora_config`."""
     from weightlora.plan._sorted_config import SortedLoraConfig
 
-    taken = sorted(set(overrides) & set(_PLANNED_FIELDS))
+    taken = sorted(set(overrides) & {*_PLANNED_FIELDS, "target_parameters"})
     if taken:
         raise OptionError(f"{', '.join(taken)} come from the plan; change them with select(keep=...) or expand()")
     kept = [entry for entry in plan.entries if entry.r > 0]
     if not kept:
         raise PlanError("the plan keeps no site, so it has no LoraConfig; select anew with a larger keep")
-    ranks, alphas = {entry.r for entry in kept}, {entry.alpha for entry in kept}
+    besides = plan.target_parameters
+    ranks, alphas = {each.r for each in (*kept, *besides)}, {each.alpha for each in (*kept, *besides)}
     own = {"^" + re.escape(entry.site.name): entry for entry in kept}
+    first = [*besides, *kept][0]  # PEFT looks for the keys of patterns among layers, and warns of a parameter's
+    own |= {"^" + re.escape(p.name): p for p in besides if (p.r, p.alpha) != (first.r, first.alpha)}
     fields = deepcopy({**plan.lora, **overrides})  # PEFT adds the task's heads to modules_to_save in place
+    fields |= {"target_parameters": [each.name for each in besides]} if besides else {}
     unknown = sorted(set(fields) - set(inspect.signature(SortedLoraConfig).parameters))
     if unknown:
         raise PlanError(f"this PEFT's LoraConfig has no field {', '.join(unknown)}; update PEFT, or select anew")
     try:
         config = SortedLoraConfig(
             target_modules=list(plan.names),  # PEFT makes a set of it
-            r=kept[0].r,
-            lora_alpha=whole_or_float(kept[0].alpha),  # pyright: ignore[reportArgumentType]  # PEFT takes floats as well
+            r=first.r,
+            lora_alpha=whole_or_float(first.alpha),  # pyright: ignore[reportArgumentType]  # PEFT takes floats as well
             rank_pattern={} if len(ranks) == 1 else {key: e.r for key, e in own.items()},
             alpha_pattern={} if len(alphas) == 1 else {key: whole_or_float(e.alpha) for key, e in own.items()},
             **fields,

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from weightlora.errors import OptionError, PlanError, PlanMismatchError
 from weightlora.files import whole_folder
+from weightlora.model.parameters import TargetParameter
 from weightlora.model.sites import Site
-from weightlora.plan._match import require_adapters, require_room, require_sites
+from weightlora.plan._match import require_adapters, require_parameters, require_room, require_sites
 from weightlora.plan._schema import ENTRY_KEYS, PLAN_KEYS, read_plan_file, write_plan_file
 from weightlora.plan.budget import expanded_ranks
 from weightlora.plan.lora_config import planned_lora_config, whole_or_float
@@ -75,6 +76,8 @@ class AdapterPlan:
     """A row per warm-up step, in the order of ``entries``: the mean gain so far (``"first_order"``) or the gates ω."""
     base_model: str | None = None
     versions: Mapping[str, str] = field(default_factory=library_versions)
+    target_parameters: tuple[TargetParameter, ...] = ()
+    """Parameters that carry an adapter whatever is selected, such as fused experts; :meth:`expand` ignores them."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -93,13 +96,16 @@ class AdapterPlan:
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters of the planned adapters: Σ rᵢ·(inᵢ + outᵢ), and outᵢ for DoRA and for ``lora_bias``."""
-        return sum(entry.site.parameters(entry.r, vectors=self._vectors) for entry in self.entries)
+        """Trainable parameters of the planned adapters: Σ rᵢ·(inᵢ + outᵢ), and outᵢ for DoRA and for ``lora_bias``.
+
+        The adapters of ``target_parameters`` are counted, too.
+        """
+        return sum(entry.site.parameters(entry.r, vectors=self._vectors) for entry in self.entries) + self._besides
 
     @property
     def lora_parameters(self) -> int:
-        """Trainable parameters of the user's adapters on all candidates: the budget."""
-        return sum(self.lora_sizes)
+        """Trainable parameters of the user's adapters on all candidates, the budget, and of ``target_parameters``."""
+        return sum(self.lora_sizes) + self._besides
 
     @property
     def lora_sizes(self) -> tuple[int, ...]:
@@ -109,6 +115,10 @@ class AdapterPlan:
     @property
     def _vectors(self) -> int:
         return bool(self.lora.get("use_dora")) + bool(self.lora.get("lora_bias"))
+
+    @property
+    def _besides(self) -> int:
+        return sum(parameter.parameters for parameter in self.target_parameters)
 
     @property
     def fingerprint(self) -> str:
@@ -193,7 +203,7 @@ class AdapterPlan:
         from peft import PeftModel, get_peft_model
 
         from weightlora.model.checkpointing import shorten_backward
-        from weightlora.model.layers import take_tuner, without_adapters
+        from weightlora.model.layers import take_tuner, unchecked_patterns, without_adapters
         from weightlora.model.restore import restored_on_error
 
         self.check_sites(model)
@@ -201,7 +211,8 @@ class AdapterPlan:
         require_room(model, config)
         with restored_on_error(model):
             try:
-                peft_model = get_peft_model(without_adapters(model), config)  # pyright: ignore[reportArgumentType]
+                with unchecked_patterns():
+                    peft_model = get_peft_model(without_adapters(model), config)  # pyright: ignore[reportArgumentType]
             except ValueError as error:  # other fields leave none of the names
                 text = " ".join(str(error).split())
                 raise PlanMismatchError(f"PEFT cannot attach the plan: {text}; change the fields in lora") from error
@@ -214,13 +225,16 @@ class AdapterPlan:
     def check_sites(self, model: nn.Module) -> None:
         """Raise unless every candidate of the plan is a linear layer of ``model`` with the same shape.
 
+        Every target parameter must be there, too.
+
         Raises:
             PlanMismatchError: With the sites that do not match.
         """
         require_sites(model, [entry.site for entry in self.entries], self.base_model)
+        require_parameters(model, self.target_parameters, self.base_model)
 
     def check(self, model: nn.Module, adapter: str = "default") -> None:
-        """Raise unless exactly the planned sites of ``model`` carry ``adapter``, each with its planned rank.
+        """Raise unless exactly the planned sites and target parameters carry ``adapter``, each with its planned rank.
 
         Args:
             model: A PEFT model, or a model that PEFT has put LoRA layers into.
@@ -230,7 +244,8 @@ class AdapterPlan:
             PlanMismatchError: With the sites that do not match.
         """
         self.check_sites(model)
-        require_adapters(model, {name: self.ranks[name] for name in self.names}, adapter)
+        planned = {name: self.ranks[name] for name in self.names}
+        require_adapters(model, planned | {each.name: each.r for each in self.target_parameters}, adapter)
 
     def jaccard(self, other: AdapterPlan) -> float:
         """Return the Jaccard similarity |A∩B| / |A∪B| of the kept sites, from 0 (disjoint) to 1 (equal)."""
@@ -255,7 +270,8 @@ class AdapterPlan:
         """
         rows = [{**asdict(e.site), **{key: getattr(e, key) for key in ENTRY_KEYS}} for e in self.entries]
         top = {"fingerprint": self.fingerprint, **{key: getattr(self, key) for key in PLAN_KEYS}}
-        write_plan_file(path, {**top, "sites": rows, "history": self.history})
+        besides = {"target_parameters": [asdict(each) for each in self.target_parameters]}
+        write_plan_file(path, {**top, "sites": rows, "history": self.history, **(besides if self._besides else {})})
 
     @classmethod
     def load(cls, path: str | Path) -> AdapterPlan:
@@ -273,6 +289,10 @@ class AdapterPlan:
                 for row in data["sites"]
             ),
             history=tuple(tuple(row) for row in data["history"]),
+            target_parameters=tuple(
+                TargetParameter(row["name"], tuple(row["shape"]), row["r"], row["alpha"])
+                for row in data.get("target_parameters", ())
+            ),
             **{key: data[key] for key in PLAN_KEYS},
         )
         if data["fingerprint"] != plan.fingerprint:

@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import MissingPackageError, OptionError, SiteError, WeightLoraError, require_extra
+from weightlora.model.layers import unchecked_patterns
 from weightlora.model.sites import TASK_HEADS, find_sites
+from weightlora.plan.make import make_plan
 from weightlora.runs.recipe import Recipe, TaskOptions
 from weightlora.tasks import find_task, kind_of
 from weightlora.tasks.base import Prepared, RowOptions, Task
@@ -130,5 +132,9 @@ def _with_lora(base: Any, recipe: Recipe, task_type: str) -> Any:
         task_type=task_type,
     )
     _require_modules(base, options.lora_modules_to_save)
-    lora.target_modules = [site.name for site in find_sites(base, lora).sites]
-    return get_peft_model(base, lora)
+    found = find_sites(base, lora)
+    lora.target_modules = [site.name for site in found.sites]
+    if found.parameters:  # fused experts, with ranks of their own
+        lora = make_plan(found.sites, lora, lora.target_modules, target_parameters=found.parameters).to_lora_config()
+    with unchecked_patterns():
+        return get_peft_model(base, lora)

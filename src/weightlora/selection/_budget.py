@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from peft import LoraConfig
 from torch import nn
@@ -13,19 +14,49 @@ from weightlora.cost.step_time import time_cost
 from weightlora.errors import OptionError
 from weightlora.model.distributed import from_first
 from weightlora.model.sites import Site, adapter_parameters, output_vectors
-from weightlora.plan.budget import Chooser, GainShare, Keep, Limit, read_budget, read_limit, read_share
+from weightlora.plan.budget import Budget, Chooser, GainShare, Keep, Limit, read_budget, read_limit, read_share
 from weightlora.plan.ranking import Ranking, ranked
 
 
-def asked_budget(keep: Keep, ranking: Ranking, sites: Sequence[Site], lora: LoraConfig) -> Chooser | Limit:
-    """Return the budget; a limit on memory or step time has to be measured first."""
+def asked_budget(
+    keep: Keep, ranking: Ranking, sites: Sequence[Site], lora: LoraConfig, *, besides: int = 0
+) -> Chooser | Limit:
+    """Return the budget; a limit on memory or step time has to be measured first.
+
+    Args:
+        keep: As in :func:`weightlora.select`.
+        ranking: How sites compete.
+        sites: All candidates.
+        lora: The adapters wanted.
+        besides: Parameters of adapters that are not chosen: a number of parameters is for all adapters together.
+
+    Raises:
+        OptionError: ``keep`` is out of its range, or cannot be measured with adapters that are not chosen.
+    """
     share, parameters = read_share(keep), adapter_parameters(sites, lora)
+    if besides and read_limit(keep) is not None:
+        raise OptionError(
+            f"keep={keep!r} cannot be measured with target_parameters, whose adapters the warm-up leaves out; give a "
+            "fraction or a number of parameters"
+        )
     if share is not None:
         budget = GainShare(tuple(parameters.values()), share)
     else:
         fixed = [site.out_features * output_vectors(lora) for site in sites]
-        budget = read_limit(keep) or read_budget(keep, parameters, fixed)
+        budget = read_limit(keep) or _beside(besides, keep, read_budget(keep, parameters, fixed))
     return ranked(budget, ranking, sites, parameters)
+
+
+def _beside(besides: int, keep: Keep, budget: Budget) -> Budget:
+    """What a number of parameters leaves for the sites."""
+    if not besides or not isinstance(keep, str):
+        return budget
+    left = budget.limit - besides
+    if left < min(budget.costs):
+        raise OptionError(
+            f"keep={keep!r} leaves no site beside {besides:,} parameters of target_parameters; raise keep or lower r"
+        )
+    return replace(budget, limit=left)
 
 
 def measured_budget(

@@ -201,8 +201,9 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
     if asked.warm_start:
         require_training_rule(rule)
         require_plain(lora)
-    sites = find_sites(model, lora).sites
-    budget = asked_budget(keep, ranking, sites, lora)
+    found = find_sites(model, lora)
+    sites = found.sites
+    budget = asked_budget(keep, ranking, sites, lora, besides=sum(each.parameters for each in found.parameters))
     loss_fn = asked.loss_fn or model_loss
     adapters: dict[str, tuple[Tensor, Tensor]] = {}
     whole: dict[str, Tensor] = {}
@@ -242,6 +243,7 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
         options={**_options(asked, steps, head_steps), **measured},
         seed=seed,
         base_model=base_model_name(model),
+        target_parameters=found.parameters,
     )
     return Trained(plan, adapters, whole)
 

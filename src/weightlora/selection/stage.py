@@ -16,9 +16,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from weightlora.errors import SelectionError
+from weightlora.errors import SelectionError, SiteError
 from weightlora.model.distributed import average_gradients, copy_from_first, make_whole
-from weightlora.model.layers import lora_layers, require_peft_wrapper, without_adapters
+from weightlora.model.layers import lora_layers, require_peft_wrapper, unchecked_patterns, without_adapters
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site
 from weightlora.selection.batches import Loss, cycled, in_parts, kind_of, model_loss
@@ -217,6 +217,7 @@ def attach_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site])
 
     Raises:
         OptionError: The model carries adapters, but is no PEFT model.
+        SiteError: PEFT refuses to adapt a site, or adapts something else.
     """
     require_peft_wrapper(model)
     plain = LoraConfig(
@@ -232,7 +233,20 @@ def attach_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site])
         fan_in_fan_out=lora.fan_in_fan_out,
         modules_to_save=deepcopy(lora.modules_to_save),
     )
-    return get_peft_model(without_adapters(model), plain)  # pyright: ignore[reportArgumentType]  # any nn.Module
+    try:
+        with unchecked_patterns():
+            attached = get_peft_model(without_adapters(model), plain)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        text = " ".join(str(error).split())
+        raise SiteError(f"PEFT cannot adapt these layers: {text}; leave them out with exclude_modules") from error
+    names = [site.name for site in sites]
+    different = sorted({*lora_layers(attached)} ^ {*names})
+    if different:
+        raise SiteError(
+            f"PEFT would not adapt what was asked for: {different[0]} and {len(different) - 1} more differ; leave them "
+            "out with exclude_modules, or name the layers in target_modules"
+        )
+    return attached
 
 
 def let_train(stage: Stage, wanted: Sequence[nn.Parameter]) -> None:
