@@ -12,6 +12,7 @@ from weightlora.cost.saved_bytes import Losses, parameter_cost, saved_cost
 from weightlora.cost.step_time import time_cost
 from weightlora.errors import OptionError
 from weightlora.model.distributed import from_first
+from weightlora.model.gathering import is_offloaded, is_partitioned
 from weightlora.model.sites import Site, adapter_parameters, output_vectors
 from weightlora.plan.budget import Chooser, GainShare, Keep, Limit, read_budget, read_limit, read_share
 from weightlora.plan.ranking import Ranking, ranked
@@ -26,6 +27,19 @@ def asked_budget(keep: Keep, ranking: Ranking, sites: Sequence[Site], lora: Lora
         fixed = [site.out_features * output_vectors(lora) for site in sites]
         budget = read_limit(keep) or read_budget(keep, parameters, fixed)
     return ranked(budget, ranking, sites, parameters)
+
+
+def require_measurable(limit: Limit, model: nn.Module) -> None:
+    """Raise where a step of ``model`` does not take the memory and time that a training takes.
+
+    Raises:
+        OptionError: Its weights are loaded for each module.
+    """
+    if is_offloaded(model) or is_partitioned(model):
+        raise OptionError(
+            f"keep={limit.text!r} is measured on a step, and this model's weights are loaded from elsewhere in each; "
+            "give a fraction, a number of adapters or '300k parameters'"
+        )
 
 
 def measured_budget(

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from weightlora.errors import SelectionError
 from weightlora.model.distributed import average_gradients, copy_from_first, make_whole
+from weightlora.model.gathering import gathered, ready_for_adapters, require_loadable
 from weightlora.model.layers import lora_layers, require_peft_wrapper, without_adapters
 from weightlora.model.restore import untouched
-from weightlora.model.sites import Site
+from weightlora.model.sites import Site, trained_modules
 from weightlora.selection.batches import Loss, cycled, in_parts, kind_of, model_loss
 
 
@@ -118,7 +119,8 @@ def with_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site], *
         attached = attach_plain_lora(model, lora, sites)
         make_whole(attached)
         model.train()
-        yield attached
+        with gathered(model):
+            yield attached
 
 
 def head_of(attached: nn.Module) -> list[nn.Parameter]:
@@ -216,9 +218,10 @@ def attach_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site])
         sites: Where plain LoRA is put.
 
     Raises:
-        OptionError: The model carries adapters, but is no PEFT model.
+        OptionError: The model carries adapters, but is no PEFT model; or it has weights that nothing loads.
     """
     require_peft_wrapper(model)
+    require_loadable(model)
     plain = LoraConfig(
         task_type=lora.task_type,
         # A pattern and no list: PEFT takes a listed name for the ending of others as well.
@@ -232,7 +235,9 @@ def attach_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site])
         fan_in_fan_out=lora.fan_in_fan_out,
         modules_to_save=deepcopy(lora.modules_to_save),
     )
-    return get_peft_model(without_adapters(model), plain)  # pyright: ignore[reportArgumentType]  # any nn.Module
+    base = without_adapters(model)
+    with ready_for_adapters(base, trained_modules(lora)):
+        return get_peft_model(base, plain)  # pyright: ignore[reportArgumentType]  # any nn.Module
 
 
 def let_train(stage: Stage, wanted: Sequence[nn.Parameter]) -> None:

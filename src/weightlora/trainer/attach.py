@@ -25,6 +25,7 @@ from weightlora.methods.base import planned_method
 from weightlora.methods.common.export import cast_trained
 from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.distributed import from_first, process_count
+from weightlora.model.gathering import is_offloaded
 from weightlora.model.layers import take_tuner, without_adapters
 from weightlora.model.restore import seeded
 from weightlora.plan.budget import Keep
@@ -273,9 +274,15 @@ def _require_possible(trainer: Trainer, entry: MethodEntry, fast: Dropout | None
     """Raise where a method cannot train in a sharded or copied model, or with the fast step."""
     if fast is not None and entry.trains == "other":
         raise OptionError(f"fast={fast!r}: {entry.name} does not train LoRA's A and B; leave fast out")
+    model: Any = trainer.model
     parted = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if entry.trains != "lora" and (process_count() > 1 or parted):
         raise OptionError(
             f"{entry.name} does not train stock LoRA from beginning to end, which works in one process only; run it in "
             "one"
+        )
+    if entry.trains != "lora" and is_offloaded(model):
+        raise OptionError(
+            f"{entry.name} does not train stock LoRA from beginning to end, which needs weights in memory; load the "
+            "model without offloading"
         )
