@@ -66,11 +66,8 @@ def loaded(module: nn.Module) -> Generator[None]:
         >>> layer.weight.device
         device(type='meta')
     """
-    missing = [p for p in module.parameters(recurse=False) if "ds_id" in vars(p) and p.numel() == 0]
-    if missing:
-        from deepspeed.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
-
-        with GatheredParameters(missing):
+    if _is_partitioned(module):
+        with _collected(module):
             yield
     elif has_offloaded_params(module) and any(p.is_meta for p in module.parameters(recurse=False)):
         with align_module_device(module):
@@ -207,6 +204,26 @@ def _places(module: nn.Module, tensor: Tensor) -> Iterator[_Place]:
 
 def _unpack(kept: Tensor | _Place) -> Tensor:
     return kept.load() if isinstance(kept, _Place) else kept
+
+
+@contextmanager
+def _collected(module: nn.Module) -> Generator[None]:
+    """Give a partitioned module whole parameters of its own for the length of the block.
+
+    DeepSpeed would empty the gathered ones afterwards, also where checkpointing still holds them.
+    """
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    parts = dict(module.named_parameters(recurse=False))
+    with deepspeed.zero.GatheredParameters(list(parts.values())):
+        whole = {name: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for name, p in parts.items()}
+    try:
+        for name, parameter in whole.items():
+            setattr(module, name, parameter)
+        yield
+    finally:
+        for name, parameter in parts.items():
+            setattr(module, name, parameter)
 
 
 def _is_partitioned(module: nn.Module) -> bool:
