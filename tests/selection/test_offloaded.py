@@ -174,7 +174,8 @@ def test_one_module_at_a_time_is_in_memory():
     matrix = 64 * 64 * 4  # every matrix of this model, of its 3·7 linear layers, the embedding and the head
     plan = scored(model, "integrated", TEXTS, "CAUSAL_LM")
     assert plan == scored(whole, "integrated", TEXTS, "CAUSAL_LM")
-    assert matrix <= shelf.most <= 2 * matrix and shelf.now == 0
+    assert matrix <= shelf.most <= 2 * matrix
+    assert shelf.now == 0
     # Negative control: by itself autograd keeps them, all but those below the lowest adapter.
     attached = plan.attach(model)
     attached(**TEXTS[0]).loss.backward()
@@ -201,7 +202,8 @@ def test_attached_adapters_are_trained_and_saved_as_on_the_whole_model(place, tm
         adapted.append(attached)
     offloaded, whole = adapted
     trained = {name: p for name, p in offloaded.named_parameters() if p.requires_grad}
-    assert any("classifier" in name for name in trained) and len(trained) == 2 * 4 + 2
+    assert any("classifier" in name for name in trained)
+    assert len(trained) == 2 * 4 + 2
     for name, parameter in whole.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(trained[name], parameter)
@@ -220,9 +222,7 @@ def test_attached_adapters_are_trained_and_saved_as_on_the_whole_model(place, tm
 def test_adapters_that_read_the_weights_are_refused(field, tmp_path):
     model, lora = partly(bert(), tmp_path), LoraConfig(r=2, task_type="SEQ_CLS", **field)
     name = next(iter(field))
-    with pytest.warns(
-        WeightLoraWarning, match=rf"plan.attach will refuse this model: {name}=.* reads the base weights"
-    ):
+    with pytest.warns(WeightLoraWarning, match=rf"attach will refuse this model: {name}=.* reads the base"):
         plan = scored(model, lora=lora)
     before = fingerprint(model)
     with pytest.raises(OptionError, match=rf"^{name}=\S+ reads the base weights, which are offloaded; .*{name} out$"):
@@ -254,18 +254,14 @@ def test_methods_that_train_other_numbers(name, tmp_path):
 
 def test_modules_that_are_loaded_with_those_above_them():
     model = cpu_offload(bert(), execution_device=torch.device("cpu"), preload_module_classes=["BertSelfAttention"])
-    with pytest.raises(
-        OptionError, match=r"^\S+attention.self is offloaded as a whole .*; leave preload_module_classes out$"
-    ):
+    with pytest.raises(OptionError, match=r"^\S+self is offloaded as a whole .* leave preload_module_classes out$"):
         scored(model, loss_fn=never)
 
 
 def test_weights_that_nothing_loads():
     with torch.device("meta"):
         model = bert()
-    with pytest.raises(
-        OptionError, match=r"^bert.embeddings.word_embeddings.weight is on the meta device and nothing loads"
-    ):
+    with pytest.raises(OptionError, match=r"^bert\S+weight is on the meta device and nothing loads it; "):
         scored(model, loss_fn=never)
 
 
