@@ -40,7 +40,12 @@ def is_offloaded(model: nn.Module) -> bool:
 
 def is_partitioned(model: nn.Module) -> bool:
     """Whether DeepSpeed ZeRO-3 has partitioned weights of ``model``."""
-    return any("ds_id" in vars(parameter) for parameter in model.parameters())
+    return partitioned_dtype(model) is not None
+
+
+def partitioned_dtype(model: nn.Module) -> torch.dtype | None:
+    """Return the type that ZeRO-3 holds the weights of ``model`` in; None where it has partitioned none."""
+    return next((p.dtype for p in model.parameters() if "ds_id" in vars(p)), None)
 
 
 def device_of(model: nn.Module) -> torch.device:
