@@ -36,6 +36,7 @@ for rule, checkpointed in [(rule, False) for rule in RULES] + [("first_order", T
     arguments = TrainingArguments(
         str(folder / f"rules-{name}"),  # made first: from_pretrained then partitions the weights
         use_cpu=True,
+        seed=1,
         max_steps=4,
         report_to="none",
         disable_tqdm=True,
@@ -52,7 +53,9 @@ for rule, checkpointed in [(rule, False) for rule in RULES] + [("first_order", T
         (folder / f"rules-{name}" / "plan.json").unlink()  # of the two processes, which is in FOLDER as well
     plan = weightlora.select_for(trainer, keep=5, rule=rule, steps=4)
     assert is_partitioned(model) == (process_count() == 2)
-    assert all(p.numel() == 0 for p in model.parameters() if not p.requires_grad) == (process_count() == 2)
+    # PEFT's unload() leaves the copy of the head, which is whole.
+    frozen = [p for name, p in model.named_parameters() if not p.requires_grad and "classifier" not in name]
+    assert all(p.numel() == 0 for p in frozen) == (process_count() == 2)
     if process_count() == 2 and is_first():
         plan.save(folder / name)
     elif process_count() == 1:
