@@ -34,7 +34,9 @@ def _copy(value: Any) -> Any:
     return list(value.items()) if isinstance(value, dict) else value.copy() if isinstance(value, (list, set)) else value
 
 
-def _bits(tensor: Tensor | None) -> tuple[int, torch.dtype, int] | None:
+def _bits(tensor: Tensor | None) -> tuple[int, torch.dtype, object] | None:
     if tensor is None:
         return None
+    if tensor.is_meta:
+        return id(tensor), tensor.dtype, tensor.shape
     return id(tensor), tensor.dtype, hash(tensor.detach().cpu().numpy().tobytes())

@@ -21,18 +21,16 @@ from distributed_worker import (
     small_plan,
     token_trainer,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
 
 from weightlora.cli import main
-from weightlora.errors import OptionError
 from weightlora.model.layers import lora_layers
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs.train import train
 from weightlora.tasks.classification import load_classifier
 from weightlora.tasks.embedded import rotten_tomatoes
-from weightlora.trainer.attach import adopt, select_for
+from weightlora.trainer.attach import select_for
 
 #: Halves of a batch are summed in another order than the whole. That moves an fp32 sum by some 1e-7 of its terms, which
 #: partly cancel: 4e-6 of the largest number of a matrix was seen, and 3e-7 of a score.
@@ -220,27 +218,6 @@ def test_weights_on_the_first_process_alone_are_refused(two):
 def test_measuring_before_the_shards_is_refused(two):
     assert all("leave eval_on_start out" in error for error in told(two, "measured"))
     assert not (two / "measured" / "plan.json").exists()
-
-
-def test_parted_weights_are_refused_for_the_warm_up_and_taken_with_a_plan(tmp_path):
-    """A stand-in for DeepSpeed ZeRO-3, which leaves empty tensors where it has parted the weights."""
-    rows = [{"input_ids": [1, 2, 3], "labels": i % 2} for i in range(8)]
-
-    def parted_trainer(name):
-        lora = LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
-        model = get_peft_model(small_model(), lora)
-        arguments = TrainingArguments(str(tmp_path / name), max_steps=1, use_cpu=True, report_to="none")
-        trainer = Trainer(model, arguments, train_dataset=rows)
-        trainer.is_deepspeed_enabled = True
-        model.base_model.model.bert.embeddings.word_embeddings.weight.data = torch.empty(0)
-        return trainer
-
-    with pytest.raises(OptionError, match=r"ZeRO-3 has parted the weights.*select` in one process first.*--plan"):
-        select_for(parted_trainer("a"), keep=2)
-    plan = small_plan(small_model(), small_batches(), lora=parted_trainer("b").model.peft_config["default"], keep=2)
-    trainer = parted_trainer("c")
-    adopt(trainer, plan, seed=0)
-    assert set(lora_layers(trainer.model)) == set(plan.names)
 
 
 def test_the_command_select_is_one_process(monkeypatch, capsys):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from weightlora.errors import OptionError, SelectionError
 from weightlora.methods.base import ChoosingMethod, Method, Prepared
+from weightlora.model.gathering import device_of, gathered
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, find_sites, rank_and_alpha
@@ -145,10 +146,10 @@ def _directions(
         redirect_stdout(StringIO()),  # PEFT prints a line for every activation that it skips
     ):
         attached = attach_plain_lora(model, lora, sites)
-        with counted_tokens(model, labelled=options.label_tokens) as rows:
+        with gathered(model), counted_tokens(model, labelled=options.label_tokens) as rows:
             found: dict[str, Tensor] = get_eva_state_dict(
                 attached,
-                [to_device(batch, next(model.parameters()).device) for batch in shown],
+                [to_device(batch, device_of(model)) for batch in shown],
                 wanted,
                 forward_fn=partial(_forward, itertools.count(1), options, model),
                 prepare_model_inputs_fn=_no_inputs,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeGuard
 
 from peft import LoraConfig, PeftModel
@@ -18,6 +18,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from weightlora.errors import OptionError
+from weightlora.model.gathering import loaded
 
 
 def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLayer]:
@@ -156,6 +157,9 @@ def _copies(module: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
             originals: Any = module.trainable_tokens_original
             yield adapter, rows.detach(), originals[adapter]
         return
-    before = module.original_module.state_dict()
-    for adapter, copy in module.modules_to_save.items():
-        yield from ((adapter, value, before[key]) for key, value in copy.state_dict().items() if key in before)
+    with ExitStack() as parts:
+        for part in module.original_module.modules():
+            parts.enter_context(loaded(part))
+        before = module.original_module.state_dict()
+        for adapter, copy in module.modules_to_save.items():
+            yield from ((adapter, value, before[key]) for key, value in copy.state_dict().items() if key in before)

@@ -198,21 +198,28 @@ class AdapterPlan:
 
         Raises:
             PlanMismatchError: The model lacks planned sites, or has them in other shapes.
-            OptionError: An override would change the plan, or the model carries adapters that would be lost.
+            OptionError: An override would change the plan, the model carries adapters that would be lost, or the
+                adapters start from weights that are offloaded.
         """
         from peft import PeftModel, get_peft_model
 
         from weightlora.model.checkpointing import shorten_backward
+        from weightlora.model.gathering import ready_for_adapters, why_not_attachable
         from weightlora.model.layers import take_tuner, unchecked_patterns, without_adapters
         from weightlora.model.restore import restored_on_error
+        from weightlora.model.sites import trained_modules
 
         self.check_sites(model)
         config: Any = self.to_lora_config(**overrides)
         require_room(model, config)
+        reason = why_not_attachable(model, config)
+        if reason is not None:
+            raise OptionError(reason)
         with restored_on_error(model):
             try:
-                with unchecked_patterns():
-                    peft_model = get_peft_model(without_adapters(model), config)  # pyright: ignore[reportArgumentType]
+                base = without_adapters(model)
+                with unchecked_patterns(), ready_for_adapters(base, trained_modules(config)):
+                    peft_model = get_peft_model(base, config)  # pyright: ignore[reportArgumentType]
             except ValueError as error:  # other fields leave none of the names
                 text = " ".join(str(error).split())
                 raise PlanMismatchError(f"PEFT cannot attach the plan: {text}; change the fields in lora") from error

@@ -252,6 +252,8 @@ def _settings(ours: Sequence[Any], training: Any) -> dict[str, Any]:
     named = {name: getattr(training, name) for name in ("output_dir", "use_cpu", "bf16", "fp16")}
     # Now or never: making training arguments resets accelerate's state, which a trainer made before relies on.
     default = type(training)(**named)
+    if training.deepspeed_plugin is not None:  # from_pretrained asks for the last one made, and the default's is gone
+        training.deepspeed_plugin.set_deepspeed_weakref()
     theirs = {
         f.name: _plain(getattr(training, f.name))
         for f in dataclasses.fields(training)

@@ -13,6 +13,7 @@ from weightlora.cost.saved_bytes import Losses, parameter_cost, saved_cost
 from weightlora.cost.step_time import time_cost
 from weightlora.errors import OptionError
 from weightlora.model.distributed import from_first
+from weightlora.model.gathering import is_offloaded, is_partitioned
 from weightlora.model.sites import Site, adapter_parameters, output_vectors
 from weightlora.plan.budget import Budget, Chooser, GainShare, Keep, Limit, read_budget, read_limit, read_share
 from weightlora.plan.ranking import Ranking, ranked
@@ -57,6 +58,19 @@ def _beside(besides: int, keep: Keep, budget: Budget) -> Budget:
             f"keep={keep!r} leaves no site beside {besides:,} parameters of target_parameters; raise keep or lower r"
         )
     return replace(budget, limit=left)
+
+
+def require_measurable(limit: Limit, model: nn.Module) -> None:
+    """Raise where a step of ``model`` does not take the memory and time that a training takes.
+
+    Raises:
+        OptionError: Its weights are loaded for each module.
+    """
+    if is_offloaded(model) or is_partitioned(model):
+        raise OptionError(
+            f"keep={limit.text!r} is measured on a step, and this model's weights are loaded from elsewhere in each; "
+            "give a fraction, a number of adapters or '300k parameters'"
+        )
 
 
 def measured_budget(

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from weightlora.model.distributed import process_count
+from weightlora.model.gathering import loaded
 from weightlora.selection._backward import in_backward
 
 
@@ -60,7 +61,7 @@ def weight_gradients(layers: Mapping[str, LoraLayer]) -> Generator[list[Tensor]]
 
 
 def full_weight(layer: LoraLayer) -> Tensor:
-    """Return the frozen weight of a LoRA layer as (out, in) in at least fp32: dequantised, and whole if it is sharded.
+    """Return the frozen weight of a LoRA layer as (out, in) in at least fp32: whole and dequantised.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -71,7 +72,8 @@ def full_weight(layer: LoraLayer) -> Tensor:
     """
     base: Any = layer.get_base_layer()
     own: dict[str, Tensor] = dict(base.named_parameters(recurse=False))
-    weight: Tensor = dequantize_module_weight(base).detach()
+    with loaded(base):
+        weight: Tensor = dequantize_module_weight(base).detach()
     for name, parameter in own.items():  # PEFT replaces an 8-bit weight on the CPU by one without its scales
         if getattr(base, name) is not parameter:
             setattr(base, name, parameter)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weightlora.errors import SelectionError, WeightLoraWarning
+from weightlora.model.gathering import device_of
 
 Loss = Callable[[nn.Module, Any], Tensor | Iterable[Tensor]]
 """``loss_fn(model, batch)``: one number, or an iterable of the losses of micro-batches whose gradients add up."""
@@ -78,8 +79,7 @@ def rows_of(batch: Any) -> int:
 
 def in_parts(model: nn.Module, batch: Any, loss_fn: Loss) -> Iterable[Any]:
     """Return the loss of ``batch``, or the losses of its micro-batches, computed on the model's device."""
-    device = next(model.parameters()).device
-    losses: Any = loss_fn(model, to_device(batch, device))
+    losses: Any = loss_fn(model, to_device(batch, device_of(model)))
     return [losses] if isinstance(losses, Tensor) or not isinstance(losses, Iterable) else losses
 
 

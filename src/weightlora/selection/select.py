@@ -9,6 +9,7 @@ model = plan.expand().attach(model)        # WeightLoRA+: the same budget as pla
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from weightlora.cost.knapsack import CostBudget
-from weightlora.errors import OptionError
+from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.fast.dropout import Dropout
 from weightlora.fast.enable import enable_fast_lora
 from weightlora.model.distributed import require_agreement
+from weightlora.model.gathering import why_not_attachable
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
 from weightlora.model.sites import find_sites
@@ -32,7 +34,7 @@ from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import base_model_name
 from weightlora.plan.ranking import Ranking
-from weightlora.selection._budget import asked_budget, measured_budget
+from weightlora.selection._budget import asked_budget, measured_budget, require_measurable
 from weightlora.selection._kept import agreement_of, choices, kept_ranks, kept_sites, require_gradients
 from weightlora.selection._trained import Trained, adapter_copies, head_copies, require_plain
 from weightlora.selection.batches import Loss, cycled, in_parts, model_loss, peeked
@@ -68,8 +70,8 @@ def select(
     ``rule="paper"``; docs/lab/selection.md has the measurements behind the defaults.
 
     Args:
-        model: A transformers model, a PEFT model with a LoRA adapter, or any module with linear layers; whole, or
-            sharded by FSDP2's ``fully_shard``.
+        model: A transformers model, a PEFT model with a LoRA adapter, or any module with linear layers; whole, sharded
+            by FSDP2's ``fully_shard`` or ZeRO-3, or offloaded to the CPU or disk by ``device_map``.
         batches: Dicts that the model is called with, such as a ``DataLoader`` yields; they are moved to the model's
             device. Fewer than needed are used again, with a warning. Several processes give each its own.
         lora: The adapters wanted. Every field but ``target_modules``, ``r``, ``lora_alpha`` and their patterns is
@@ -204,6 +206,9 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
     found = find_sites(model, lora)
     sites = found.sites
     budget = asked_budget(keep, ranking, sites, lora, besides=sum(each.parameters for each in found.parameters))
+    if isinstance(budget, Limit):
+        require_measurable(budget, model)
+    _warn_of_attach(model, lora)
     loss_fn = asked.loss_fn or model_loss
     adapters: dict[str, tuple[Tensor, Tensor]] = {}
     whole: dict[str, Tensor] = {}
@@ -271,6 +276,12 @@ def require_warmup(*, steps: Steps | None, lr: float) -> None:
     if steps is not None:
         check_steps(steps)
     require(0 < lr < float("inf"), f"lr={lr}", "a positive number")
+
+
+def _warn_of_attach(model: nn.Module, lora: LoraConfig) -> None:
+    reason = why_not_attachable(model, lora)
+    if reason is not None:
+        warnings.warn(f"plan.attach will refuse this model: {reason}", WeightLoraWarning, stacklevel=4)
 
 
 def _head_steps(rule: Rule, has_head: bool) -> int:

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from weightlora.errors import SelectionError, SiteError
 from weightlora.model.distributed import average_gradients, copy_from_first, make_whole
+from weightlora.model.gathering import gathered, ready_for_adapters, require_loadable
 from weightlora.model.layers import lora_layers, require_peft_wrapper, unchecked_patterns, without_adapters
 from weightlora.model.restore import untouched
-from weightlora.model.sites import Site
+from weightlora.model.sites import Site, trained_modules
 from weightlora.selection.batches import Loss, cycled, in_parts, kind_of, model_loss
 
 
@@ -118,7 +119,8 @@ def with_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site], *
         attached = attach_plain_lora(model, lora, sites)
         make_whole(attached)
         model.train()
-        yield attached
+        with gathered(model):
+            yield attached
 
 
 def head_of(attached: nn.Module) -> list[nn.Parameter]:
@@ -216,10 +218,11 @@ def attach_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site])
         sites: Where plain LoRA is put.
 
     Raises:
-        OptionError: The model carries adapters, but is no PEFT model.
+        OptionError: The model carries adapters, but is no PEFT model; or it has weights that nothing loads.
         SiteError: PEFT refuses to adapt a site, or adapts something else.
     """
     require_peft_wrapper(model)
+    require_loadable(model)
     plain = LoraConfig(
         task_type=lora.task_type,
         # A pattern and no list: PEFT takes a listed name for the ending of others as well.
@@ -233,9 +236,10 @@ def attach_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site])
         fan_in_fan_out=lora.fan_in_fan_out,
         modules_to_save=deepcopy(lora.modules_to_save),
     )
+    base = without_adapters(model)
     try:
-        with unchecked_patterns():
-            attached = get_peft_model(without_adapters(model), plain)  # pyright: ignore[reportArgumentType]
+        with unchecked_patterns(), ready_for_adapters(base, trained_modules(lora)):
+            attached = get_peft_model(base, plain)  # pyright: ignore[reportArgumentType]  # any nn.Module
     except ValueError as error:
         text = " ".join(str(error).split())
         raise SiteError(f"PEFT cannot adapt these layers: {text}; leave them out with exclude_modules") from error

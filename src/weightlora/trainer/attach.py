@@ -25,6 +25,7 @@ from weightlora.methods.base import planned_method
 from weightlora.methods.common.export import cast_trained
 from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.distributed import from_first, process_count
+from weightlora.model.gathering import is_offloaded, partitioned_dtype
 from weightlora.model.layers import take_tuner, without_adapters
 from weightlora.model.restore import seeded
 from weightlora.plan.budget import Keep
@@ -209,8 +210,11 @@ def _attach(
     total_steps = planned_steps(trainer)
     with placed(trainer) if batches else nullcontext(), seeded(seed):  # without batches there is no forward pass
         attached = method.attach(model if whole else without_adapters(model), lora, batches, total_steps)
+    partitioned = partitioned_dtype(attached)
+    if partitioned is not None:
+        cast_trained(attached, partitioned)  # DeepSpeed takes one type, and has fp32 copies of its own
     if isinstance(model, PeftModel):
-        if len(trained) == 1:  # TRL's choice for quantised models, or the user's
+        if partitioned is None and len(trained) == 1:  # TRL's choice for quantised models, or the user's
             cast_trained(attached, trained.pop())
         take_tuner(model, attached)
     else:
@@ -288,4 +292,10 @@ def _require_possible(trainer: Trainer, entry: MethodEntry, fast: Dropout | None
         raise OptionError(
             f"{entry.name} does not train stock LoRA from beginning to end, which works in one process only; run it in "
             "one"
+        )
+    model: Any = trainer.model
+    if entry.trains != "lora" and is_offloaded(model):
+        raise OptionError(
+            f"{entry.name} does not train stock LoRA from beginning to end, which needs weights in memory; load the "
+            "model without offloading"
         )

@@ -24,6 +24,7 @@ from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.fast.dropout import Dropout
 from weightlora.fast.enable import enable_fast_lora
 from weightlora.model.distributed import from_first
+from weightlora.model.gathering import is_offloaded
 from weightlora.model.restore import seeded, untouched
 from weightlora.plan.plan import AdapterPlan
 from weightlora.trainer.loader import losses, optimizer_steps, quiet_copy
@@ -123,6 +124,9 @@ def require_growable(trainer: Trainer) -> None:
     """
     if trainer.is_deepspeed_enabled:
         raise OptionError("grow_batch: DeepSpeed was told the batch already; leave grow_batch out")
+    model: Any = trainer.model
+    if is_offloaded(model):
+        raise OptionError("grow_batch: an offloaded model's memory is not that of its training; leave grow_batch out")
     if trainer.args.auto_find_batch_size:
         raise OptionError("grow_batch and auto_find_batch_size both choose the batch; leave one out")
     if trainer.args.activation_checkpointing and trainer.args.device.type != "cuda":

@@ -29,17 +29,12 @@ def require_weights(trainer: Trainer) -> None:
     Raises:
         OptionError: With the two steps that do without it.
     """
-    model: Any = trainer.model
     if _loads_on_first(trainer):
-        reason = "FSDP's cpu_ram_efficient_loading leaves the weights on the first process"
-    elif trainer.is_deepspeed_enabled and not all(parameter.numel() for parameter in model.parameters()):
-        reason = "DeepSpeed ZeRO-3 has parted the weights and gathers them only in training"
-    else:
-        return
-    raise OptionError(
-        f"{reason}, but the warm-up needs them: run `weightlora select` in one process first, then "
-        "`weightlora train --plan plan.json` with all of them (docs/distributed.md)"
-    )
+        raise OptionError(
+            "FSDP's cpu_ram_efficient_loading leaves the weights on the first process, but the warm-up needs them: run "
+            "`weightlora select` in one process first, then `weightlora train --plan plan.json` with all of them "
+            "(docs/guides/distributed.md)"
+        )
 
 
 def require_heads(trainer: Trainer) -> None:

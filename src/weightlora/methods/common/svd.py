@@ -10,6 +10,8 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from weightlora.model.gathering import loaded
+
 
 @torch.no_grad()
 def singular_factors(layer: LoraLayer, which: slice) -> tuple[Tensor, Tensor]:
@@ -30,7 +32,8 @@ def singular_factors(layer: LoraLayer, which: slice) -> tuple[Tensor, Tensor]:
                 [0., 0.]])
     """
     base: Any = layer.get_base_layer()
-    weight = dequantize_module_weight(base).detach().float()
+    with loaded(base):
+        weight = dequantize_module_weight(base).detach().float()
     u, s, v = torch.linalg.svd(weight.T if isinstance(base, Conv1D) else weight, full_matrices=False)
     roots = s[which].sqrt()
     return roots.unsqueeze(1) * v[which], u[:, which] * roots

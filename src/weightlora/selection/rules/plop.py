@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from weightlora.model.distributed import add_up
+from weightlora.model.gathering import loaded
 from weightlora.model.sites import Site
 from weightlora.selection._jackknife import GROUPS, jackknife
 from weightlora.selection._layer_inputs import layer_inputs
@@ -97,7 +98,10 @@ def _norms(stage: Stage, steps: int) -> Tensor:
 def _without_bias(base: Any, inputs: Tensor) -> Tensor:
     """W·x by the layer's own forward pass, which knows quantised and transposed weights; its hooks do not run."""
     output: Tensor = base.forward(inputs)
-    return output if base.bias is None else output - base.bias
+    if base.bias is None:
+        return output
+    with loaded(base):
+        return output - base.bias
 
 
 def _lengths(rows: Tensor) -> Tensor:
