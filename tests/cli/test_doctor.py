@@ -10,7 +10,7 @@ def test_a_whole_installation_is_ready(capsys):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     states = re.findall(r"  (ready|.*run: .*)\s*$", said, re.MULTILINE)
-    assert states == ["ready"] * 8  # tests are run with every extra and the embedded wheels
+    assert states == ["ready"] * 9  # tests are run with every extra and the embedded wheels
     for package in ("torch", "transformers", "peft"):
         assert package in said
 

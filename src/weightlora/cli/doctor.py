@@ -18,6 +18,7 @@ _USES = {
     "bench": "bench, demo",
     "llm": "reasoning tasks, embedded/smollm2, lm-eval",
     "quantised": "--load_in_4bit, --load_in_8bit",
+    "trackers": "--report_to tensorboard, wandb",
     "ray": "bench --ray",
 }
 

@@ -17,15 +17,17 @@ from weightlora.model.sites import require_uncompiled
 from weightlora.plan.lora_config import config_fields
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import write_base_model_name
+from weightlora.trainer._trackers import report_plan
 
 PLAN_FILE = "plan.json"
 
 
 class PlanGuard(TrainerCallback):
-    """Refuses to train without the plan, and saves the plan into every checkpoint."""
+    """Refuses to train without the plan, tells trackers of it, and saves it into every checkpoint."""
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.plan: AdapterPlan | None = None
+        self._trainer = trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -35,6 +37,8 @@ class PlanGuard(TrainerCallback):
             raise SelectionError("the selection failed, so this trainer would train plain LoRA; make a new trainer")
         self.plan.check(kwargs["model"])
         shorten_backward(kwargs["model"])
+        if state.global_step == 0:
+            report_plan(self._trainer, self.plan, Path(str(args.output_dir)) / PLAN_FILE)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -59,7 +63,7 @@ def guarded(trainer: Trainer) -> PlanGuard:
         OptionError: The trainer has a plan, an optimizer or steps behind it.
     """
     require_fresh(trainer)
-    guard = PlanGuard()
+    guard = PlanGuard(trainer)
     trainer.add_callback(guard)
     return guard
 
