@@ -189,6 +189,7 @@ class AdapterPlan:
         Raises:
             PlanMismatchError: The model lacks planned sites, or has them in other shapes.
             OptionError: An override would change the plan, or the model carries adapters that would be lost.
+            SiteError: The model is on the meta device, or was made under ``torch.inference_mode()``.
         """
         from peft import PeftModel, get_peft_model
 

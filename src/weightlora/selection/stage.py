@@ -21,6 +21,7 @@ from weightlora.model.distributed import average_gradients, copy_from_first, mak
 from weightlora.model.layers import lora_layers, require_peft_wrapper, without_adapters
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site
+from weightlora.model.weights import require_loaded
 from weightlora.selection.batches import Loss, cycled, in_parts, kind_of, model_loss
 
 
@@ -113,7 +114,11 @@ def with_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site], *
 
     Yields:
         The PEFT model around ``model``'s base.
+
+    Raises:
+        SiteError: A weight has no values, or autograd cannot use it.
     """
+    require_loaded(model, warm_up=True)
     with untouched(model, seed=seed), torch.inference_mode(False), torch.enable_grad():
         attached = attach_plain_lora(model, lora, sites)
         make_whole(attached)
