@@ -162,7 +162,7 @@ class AdapterPlan:
         the keys of a pattern are anchored, escaped names.
 
         Args:
-            overrides: Fields of ``LoraConfig`` to change, except names, ranks and alphas, which are the plan.
+            overrides: Fields of ``LoraConfig`` to change, except those that choose sites, ranks or alphas: the plan's.
 
         Raises:
             OptionError: An override would change the plan.
