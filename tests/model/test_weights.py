@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import weightlora
 from weightlora.errors import SiteError
+from weightlora.model.weights import require_loaded
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
 ROWS = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8
@@ -39,7 +41,7 @@ def under_inference_mode():
 UNUSABLE = pytest.mark.parametrize(
     ("make", "says"),
     [
-        (on_meta, r"model.embed_tokens.weight \(\d+ of \d+ weights\) is on the meta device.* load the model into"),
+        (on_meta, r"model.embed_tokens.weight \(\d+ of \d+ weights\) is on the meta device.* load the model's"),
         (partly_on_meta, r"model.norm.weight \(1 of \d+ weights\) is on the meta device"),
         (under_inference_mode, r"model.embed_tokens.weight .* torch.inference_mode\(\).* load the model outside"),
     ],
@@ -95,3 +97,7 @@ def test_a_buffer_of_inference_mode_is_refused_where_a_warm_up_computes_with_it(
 
 def loss(model, batch):
     return (model(batch["x"]) - 1).square().mean()
+
+
+def test_what_a_hook_loads_is_no_fault():
+    require_loaded(cpu_offload(llama(), execution_device="cpu"), warm_up=True)

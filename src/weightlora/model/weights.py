@@ -29,15 +29,16 @@ def require_loaded(model: nn.Module, *, warm_up: bool = False) -> None:
         >>> require_loaded(nn.Linear(2, 2, device="meta"))
         Traceback (most recent call last):
         ...
-        weightlora.errors.SiteError: weight (2 of 2 weights) is on the meta device and has no values: load the model \
-into memory, without torch.device('meta') and without offloading by device_map
+        weightlora.errors.SiteError: weight (2 of 2 weights) is on the meta device and nothing loads it: load the \
+model's weights, such as with from_pretrained and without torch.device('meta')
     """
     tensors = dict(chain(model.named_parameters(), model.named_buffers() if warm_up else ()))
-    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
+    later = _offloaded(model)
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta and id(tensor) not in later]
     if empty and (warm_up or is_first()):
         raise SiteError(
-            f"{empty[0]} ({len(empty)} of {len(tensors)} weights) is on the meta device and has no values: load the "
-            "model into memory, without torch.device('meta') and without offloading by device_map"
+            f"{empty[0]} ({len(empty)} of {len(tensors)} weights) is on the meta device and nothing loads it: load the "
+            "model's weights, such as with from_pretrained and without torch.device('meta')"
         )
     frozen = [name for name, tensor in tensors.items() if tensor.is_inference()]
     if frozen:
@@ -45,3 +46,11 @@ into memory, without torch.device('meta') and without offloading by device_map
             f"{frozen[0]} ({len(frozen)} of {len(tensors)} weights) was made under torch.inference_mode(), which "
             "autograd cannot use: load the model outside of that block"
         )
+
+
+def _offloaded(model: nn.Module) -> set[int]:
+    """The tensors that a hook of accelerate loads whenever their module runs."""
+    from accelerate.utils import has_offloaded_params
+
+    parts = [module for module in model.modules() if has_offloaded_params(module)]
+    return {id(t) for part in parts for t in chain(part.parameters(recurse=False), part.buffers(recurse=False))}
