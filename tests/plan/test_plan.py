@@ -435,6 +435,9 @@ def test_overrides_change_the_users_fields_and_never_the_plan():
         "target_modules": [Q0],
         "rank_pattern": {},
         "alpha_pattern": {},
+        "layers_to_transform": [0],
+        "layers_pattern": "layers",
+        "exclude_modules": [V0],
     }.items():
         with pytest.raises(OptionError, match=field):
             plan.to_lora_config(**{field: value})

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from weightlora import select, select_for
-from weightlora.errors import OptionError, WeightLoraWarning
+from weightlora.errors import OptionError, SiteError, WeightLoraWarning
 from weightlora.methods import METHODS
 from weightlora.model.gathering import gathered
 from weightlora.model.layers import lora_layers
@@ -261,7 +261,7 @@ def test_modules_that_are_loaded_with_those_above_them():
 def test_weights_that_nothing_loads():
     with torch.device("meta"):
         model = bert()
-    with pytest.raises(OptionError, match=r"^bert\S+weight is on the meta device and nothing loads it; "):
+    with pytest.raises(SiteError, match=r"^bert\S+weight \(.*\) is on the meta device and nothing loads it: "):
         scored(model, loss_fn=never)
 
 

@@ -157,8 +157,15 @@ def test_methods_that_read_no_batches_need_none(tmp_path):
 # -- sentence transformers, whose package is not needed here -----------------------------------------------------------
 
 
-class SentenceTransformerTrainer(Trainer):
-    """Has the name of the package's trainer."""
+def sentence_trainers() -> list[type[Trainer]]:
+    """Classes that the package has, and one of a script; from 6.0 a cross encoder's trainer has another base."""
+
+    def of_package(name: str, base: type[Trainer]) -> type[Trainer]:
+        return type(name, (base,), {"__module__": "sentence_transformers.base.trainer"})
+
+    common = of_package("BaseTrainer", Trainer)
+    kinds = [of_package(f"{kind}Trainer", common) for kind in ("SentenceTransformer", "CrossEncoder", "SparseEncoder")]
+    return [*kinds, type("Own", (kinds[0],), {})]
 
 
 class Sentences(nn.Sequential):
@@ -169,10 +176,18 @@ class Sentences(nn.Sequential):
         self[0].auto_model = llama(8).model
 
 
-def test_a_sentence_transformer_is_selected_on_by_its_transformer(tmp_path):
-    with pytest.raises(OptionError, match=r"select\(model\[0\].auto_model"):
-        weightlora.select_for(small(tmp_path, SentenceTransformerTrainer), lora=LORA)
+@pytest.mark.parametrize("kind", sentence_trainers(), ids=lambda kind: kind.__name__)
+def test_trainers_of_sentence_transformers_are_refused_with_the_way_round(kind, tmp_path):
+    trainer = small(tmp_path, kind)
+    with pytest.raises(
+        OptionError, match=rf"{kind.__name__} saves.*select\(model\[0\].auto_model.*add_adapter"
+    ) as caught:
+        weightlora.select_for(trainer, lora=LORA)
+    assert "\n" not in str(caught.value)
+    assert type(trainer.model) is LlamaForCausalLM
 
+
+def test_a_sentence_transformer_is_selected_on_by_its_transformer():
     sentences = Sentences()
     transformer = sentences[0].auto_model
     batches = [{"input_ids": torch.arange(6).reshape(2, 3)}] * 2

@@ -15,13 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from weightlora.bench._entries import budgets, names, read_entries
 from weightlora.errors import OptionError
-from weightlora.files import read_mapping
 from weightlora.methods import options_of
-from weightlora.runs.recipe import named_options, option_words, read_recipe
+from weightlora.runs.recipe import read_recipe
 from weightlora.tasks import find_task
 from weightlora.tasks.rows import HELD_OUT
-from weightlora.text import closest
 
 Record = dict[str, Any]
 #: The benchmark that ``weightlora demo`` runs.
@@ -151,35 +150,26 @@ def read_grid(
         OptionError: Something in it is unknown, missing or out of its range.
     """
     paths = [path] if isinstance(path, str | Path) else path
-    content = _merged([_entries(one) for one in paths])
-    given: dict[str, Any] = {
-        "output_dir": f"runs/{'-'.join(Path(one).stem for one in paths)}",
-        "tasks": ["rotten_tomatoes"],
-        "seeds": [0],
-        **content,
-    }
-    given = _overridden(given, words)
-    rows = tuple(_rows(_mapping(given, "methods"), _mapping(given, "tasks"), given))
-    seeds = tuple(int(seed) for seed in _sequence(given, "seeds"))
+    given = read_entries(paths, words)
+    rows = tuple(_rows(given))
     labels = [row.label for row in rows]
     plain = [row.label for row in rows if row.options["method"] == "lora"]
     grid = Grid(
         output_dir=Path(given["output_dir"]) if output_dir is None else output_dir,
         rows=rows,
-        # YAML reads 5e-5 as text
-        learning_rates=tuple(float(rate) for rate in _sequence(given, "learning_rates")),
-        seeds=seeds,
-        tuning_seeds=tuple(int(seed) for seed in given.get("tuning_seeds", seeds[:1])),
-        reference=str(given.get("reference", [*plain, *labels][0])),
-        timing_rounds=int(given.get("timing_rounds", 5)),
-        keep_adapters=bool(given.get("keep_adapters", False)),
+        learning_rates=tuple(float(rate) for rate in given["learning_rates"]),
+        seeds=tuple(given["seeds"]),
+        tuning_seeds=tuple(given.get("tuning_seeds", given["seeds"][:1])),
+        reference=given.get("reference", [*plain, *labels][0]),
+        timing_rounds=given.get("timing_rounds", 5),
+        keep_adapters=given.get("keep_adapters", False),
     )
     if grid.reference not in labels:
         raise OptionError(
             f"{paths[-1]}: reference={grid.reference!r} is no row; there are {', '.join(dict.fromkeys(labels))}"
         )
     for row in rows:
-        recipe = read_recipe(words=option_words(Point(row, 1e-3, 0).options))
+        recipe = read_recipe(Point(row, 1e-3, 0).options)
         if len(grid.learning_rates) > 1 and not recipe.task.held_out_samples:
             raise OptionError(
                 f"{paths[-1]}: {len(grid.learning_rates)} learning_rates are compared on rows that are not reported "
@@ -188,80 +178,28 @@ def read_grid(
     return grid
 
 
-_KEYS = (
-    *("output_dir", "base", "tasks", "methods", "budgets", "learning_rates", "seeds", "tuning_seeds"),
-    *("metric", "reference", "timing_rounds", "keep_adapters"),
-)
-
-
-def _entries(path: str | Path) -> dict[str, Any]:
-    content = read_mapping(path)
-    for key in content:
-        if key not in _KEYS:
-            raise OptionError(f"{path}: unknown entry {key!r}{closest(str(key), _KEYS)}; there are {', '.join(_KEYS)}")
-    return content
-
-
-def _merged(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """All entries; of those that several have, the last, and ``base`` option by option."""
-    merged: dict[str, Any] = {}
-    base: dict[str, Any] = {}
-    for content in contents:
-        merged |= content
-        base |= content.get("base") or {}
-    return {**merged, "base": base} if base else merged
-
-
-def _overridden(given: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """The file's content with the options of the command line in the place of its own."""
-    base = given.get("base") or {}
-    tasks = _mapping(given, "tasks")
-    named = named_options([*option_words({**base, "task": next(iter(tasks))}), *words], words)
-    lists = {"budgets": "keep", "learning_rates": "learning_rate", "seeds": "seed", "tasks": "task"}
-    single = {key: [named.pop(option)] for key, option in lists.items() if option in named}
-    if "method" in named:
-        raise OptionError("--method is not allowed: the file's methods are compared; use weightlora train for one")
-    return {**given, **single, "base": {**base, **named}}
-
-
-def _rows(methods: Mapping[str, Any], tasks: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Row]:
+def _rows(given: Mapping[str, Any]) -> Iterator[Row]:
     """Every method on every task, with every budget where it takes one."""
-    base = {**_QUIET, **(given.get("base") or {})}
-    for label, own in methods.items():
-        own = {"method": label, **(own or {})}
+    base, tasks = {**_QUIET, **given["base"]}, names(given["tasks"])
+    for label, own in names(given["methods"]).items():
+        own = {"method": label, **own}
         takes_budget = "keep" in options_of(own["method"])
-        budgets = own.pop("keep", given.get("budgets", ["0.5"])) if takes_budget else [None]
-        budgets = budgets if isinstance(budgets, list) else [budgets]
-        for task, keep in ((task, keep) for keep in budgets for task in tasks):
-            name = label if len(budgets) == 1 else f"{label}, {_budget(keep)}"
+        if "keep" in own and not takes_budget:
+            raise OptionError(f"methods: {label}: {own['method']} takes no budget; leave keep out")
+        keeps = budgets(label, own.pop("keep", given.get("budgets", "0.5"))) if takes_budget else [None]
+        for task, keep in ((task, keep) for keep in keeps for task in tasks):
+            name = label if len(keeps) == 1 else f"{label}, {_budget(keep)}"
             spent = {} if keep is None else {"keep": str(keep)}
             measured = (*find_task(task).metrics, "loss")
-            metric = str(given.get("metric", measured[0]))
+            metric = given.get("metric", measured[0])
             if metric not in measured:
                 raise OptionError(f"metric={metric!r} is not measured on {task}; give one of {', '.join(measured)}")
-            yield Row(name, task, {**base, "task": task, **(tasks[task] or {}), **own, **spent}, metric)
+            yield Row(name, task, {**base, "task": task, **tasks[task], **own, **spent}, metric)
 
 
 def _budget(keep: Any) -> str:
     """``K = 5`` for a count, the text itself for a share or any other budget."""
     return f"K = {keep}" if isinstance(keep, int) else f"keep {keep}"
-
-
-def _mapping(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Names with their options; a list has none."""
-    value = given.get(name)
-    if isinstance(value, list):
-        value = {str(entry): {} for entry in value}
-    if not isinstance(value, dict) or not value or not all(v is None or isinstance(v, dict) for v in value.values()):
-        raise OptionError(f"{name}={value!r} is not allowed: give names, or names with options")
-    return value
-
-
-def _sequence(given: Mapping[str, Any], name: str) -> Sequence[Any]:
-    value = given.get(name)
-    if not isinstance(value, list) or not value:
-        raise OptionError(f"{name}={value!r} is not allowed: give a list of at least one number")
-    return value
 
 
 def by_key(records: Iterable[Record]) -> dict[str, Record]:

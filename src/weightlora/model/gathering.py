@@ -151,10 +151,10 @@ def ready_for_adapters(model: nn.Module, whole: Sequence[str]) -> Generator[None
 
 
 def require_loadable(model: nn.Module) -> None:
-    """Raise unless every weight of ``model`` is in memory, or is loaded when its own module runs.
+    """Raise unless every offloaded weight of ``model`` is loaded when its own module runs.
 
     Raises:
-        OptionError: Accelerate loads it with a module above, or there are no numbers at all.
+        OptionError: Accelerate loads it with a module above.
     """
     for name, module in model.named_modules():
         if has_offloaded_params(module) and vars(module)["_hf_hook"].place_submodules:
@@ -162,12 +162,6 @@ def require_loadable(model: nn.Module) -> None:
                 f"{name} is offloaded as a whole (preload_module_classes), and cannot hold adapters; leave "
                 "preload_module_classes out"
             )
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta and not has_offloaded_params(module):
-                raise OptionError(
-                    f"{name}.{key} is on the meta device and nothing loads it; load the model's weights "
-                    "(from_pretrained, load_checkpoint_and_dispatch)".lstrip(".")
-                )
 
 
 def why_not_attachable(model: nn.Module, lora: LoraConfig) -> str | None:

@@ -49,15 +49,18 @@ def require_parameters(model: nn.Module, parameters: Sequence[TargetParameter], 
 
 
 def require_room(model: nn.Module, config: LoraConfig) -> None:
-    """Raise unless adapters of ``config`` can be put into ``model`` without losing any that it carries.
+    """Raise unless adapters of ``config`` can be put into ``model`` and trained, without losing any that it carries.
 
     Raises:
         OptionError: With the adapters, and what to do.
+        SiteError: A weight has no values, or autograd cannot use it.
     """
     from peft import PeftModel
 
     from weightlora.model.layers import require_peft_wrapper, require_replaceable
+    from weightlora.model.weights import require_loaded
 
+    require_loaded(model)
     require_peft_wrapper(model)
     if not isinstance(model, PeftModel):
         return

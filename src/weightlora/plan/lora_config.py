@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Fields of a LoraConfig that the plan decides; all others are the user's and pass through unchanged.
 _PLANNED_FIELDS = ("target_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern")
+#: Fields that chose the candidates; PEFT would take sites of the plan away by them.
+_CHOOSING_FIELDS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 #: Fields that PEFT fills in by itself when a config is made, attached or saved.
 _PEFT_FIELDS = ("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
 
@@ -42,7 +44,7 @@ def planned_lora_config(plan: AdapterPlan, overrides: Mapping[str, Any]) -> Lora
     """Return the stock PEFT config of ``plan``; see :meth:`weightlora.AdapterPlan.to_lora_config`."""
     from weightlora.plan._sorted_config import SortedLoraConfig
 
-    taken = sorted(set(overrides) & {*_PLANNED_FIELDS, "target_parameters"})
+    taken = sorted(set(overrides) & {*_PLANNED_FIELDS, *_CHOOSING_FIELDS, "target_parameters"})
     if taken:
         raise OptionError(f"{', '.join(taken)} come from the plan; change them with select(keep=...) or expand()")
     kept = [entry for entry in plan.entries if entry.r > 0]

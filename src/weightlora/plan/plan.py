@@ -172,7 +172,7 @@ class AdapterPlan:
         the keys of a pattern are anchored, escaped names.
 
         Args:
-            overrides: Fields of ``LoraConfig`` to change, except names, ranks and alphas, which are the plan.
+            overrides: Fields of ``LoraConfig`` to change, except those that choose sites, ranks or alphas: the plan's.
 
         Raises:
             OptionError: An override would change the plan.
@@ -200,6 +200,7 @@ class AdapterPlan:
             PlanMismatchError: The model lacks planned sites, or has them in other shapes.
             OptionError: An override would change the plan, the model carries adapters that would be lost, or the
                 adapters start from weights that are offloaded.
+            SiteError: The model is on the meta device, or was made under ``torch.inference_mode()``.
         """
         from peft import PeftModel, get_peft_model
 

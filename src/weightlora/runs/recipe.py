@@ -183,12 +183,12 @@ class Recipe:
 
 
 def read_recipe(
-    config: str | Path | None = None, words: Sequence[str] = (), *, output_dir: str = "runs/train"
+    config: str | Path | Mapping[str, Any] | None = None, words: Sequence[str] = (), *, output_dir: str = "runs/train"
 ) -> Recipe:
     """Return the recipe of a YAML file under the options of the command line, all checked.
 
     Args:
-        config: A YAML file of ``option: value`` lines; None where there is none.
+        config: A YAML file of ``option: value`` lines, or what is in one; None where there is none.
         words: ``["--learning_rate", "1e-3", ...]``; they win over the file.
         output_dir: Where neither says so.
 
@@ -203,7 +203,8 @@ def read_recipe(
     """
     from weightlora.tasks import find_task, kind_of
 
-    content = read_mapping(config) if config is not None else {}
+    where = f"{config}: " if isinstance(config, str | Path) else ""
+    content = read_mapping(config) if isinstance(config, str | Path) else config or {}
     # Ours first: the task decides which training arguments there are. TRL's have a trust_remote_code too, for models
     # that it loads itself; ours is the one that counts.
     ours = _parser(ModelOptions, TaskOptions, MethodOptions)
@@ -215,11 +216,11 @@ def read_recipe(
     own = {action.dest for action in _actions(ours)}
     for key, value in content.items():
         if key not in known:
-            raise OptionError(f"{config}: unknown option {key!r}{closest(str(key), known)}")
+            raise OptionError(f"{where}unknown option {key!r}{closest(str(key), known)}")
         words_only = isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value)
         if (isinstance(value, list) and not (key in lists and words_only)) or (isinstance(value, dict) and key in own):
             allowed = "a list of words" if key in lists else "one value"
-            raise OptionError(f"{config}: {key}={value!r:.80} is not allowed: give {allowed}")
+            raise OptionError(f"{where}{key}={value!r:.80} is not allowed: give {allowed}")
     training, rest = _parse(theirs, rest)
     check_ranges(training)
     if rest:
@@ -230,18 +231,18 @@ def read_recipe(
     return Recipe(model, rows, method, training, _settings((model, rows, method), training))
 
 
-def named_options(words: Sequence[str], named: Sequence[str]) -> dict[str, Any]:
-    """Return the checked values of the options that ``named`` gives, where ``words`` give the recipe.
+def named_options(content: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Return the checked values of the options that ``words`` give, where ``content`` is the recipe under them.
 
     Raises:
         OptionError: An option is unknown, or has a value it cannot have.
 
     Example:
-        >>> named_options(["--keep", "18", "--seed", "3"], ["--seed", "3"])
+        >>> named_options({"keep": 18}, ["--seed", "3"])
         {'seed': 3}
     """
-    names = [word.lstrip("-").partition("=")[0] for word in named if word.startswith("--")]
-    recipe = read_recipe(words=words)
+    names = [word.lstrip("-").partition("=")[0] for word in words if word.startswith("--")]
+    recipe = read_recipe(content, words)
     parts = (recipe.model, recipe.task, recipe.method, recipe.training)
     values = {f.name: getattr(part, f.name) for part in reversed(parts) for f in dataclasses.fields(part)}
     return {name: _plain(values[name]) for name in names}

@@ -29,8 +29,10 @@ from weightlora.runs._checkpoint import resume, resume_point
 from weightlora.runs._folder import require_same_run, stored_batch, stored_before, stored_results, write_config
 from weightlora.runs._hub import push_adapter, require_hub
 from weightlora.runs._load import make_trainer
+from weightlora.runs._trainable import check_arguments, require_trainable
 from weightlora.runs.files import ADAPTER, BATCH_FILE, BEFORE_FILE, RESULTS_FILE
 from weightlora.runs.recipe import Recipe
+from weightlora.tasks import find_task
 from weightlora.tasks.base import Prepared
 from weightlora.trainer.attach import adopt, method_for
 from weightlora.trainer.batch_size import Batch, grown_batch, require_growable, use_batch
@@ -100,6 +102,7 @@ def prepare(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), *, measur
         DataError: Rows or model are missing or malformed.
         OptionError: An option does not fit.
     """
+    check_arguments(recipe.training)
     if recipe.training.push_to_hub:
         from_first(partial(require_hub, recipe.training.hub_token))
     if recipe.method.grow_batch and recipe.method.plan is None and entry_of(recipe.method.method).trains != "lora":
@@ -108,6 +111,7 @@ def prepare(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), *, measur
             "measured; leave grow_batch out"
         )
     task, trainer = make_trainer(recipe, callbacks, measured=measured)
+    require_trainable(trainer, find_task(recipe.task.task).metrics)
     if recipe.training.eval_on_start:
         require_measurable(trainer)
     if recipe.method.grow_batch:

@@ -22,6 +22,7 @@ from weightlora.model.gathering import gathered, ready_for_adapters, require_loa
 from weightlora.model.layers import lora_layers, require_peft_wrapper, unchecked_patterns, without_adapters
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, trained_modules
+from weightlora.model.weights import require_loaded
 from weightlora.selection.batches import Loss, cycled, in_parts, kind_of, model_loss
 
 
@@ -114,7 +115,11 @@ def with_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site], *
 
     Yields:
         The PEFT model around ``model``'s base.
+
+    Raises:
+        SiteError: A weight has no values, or autograd cannot use it.
     """
+    require_loaded(model, warm_up=True)
     with untouched(model, seed=seed), torch.inference_mode(False), torch.enable_grad():
         attached = attach_plain_lora(model, lora, sites)
         make_whole(attached)
@@ -218,7 +223,7 @@ def attach_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site])
         sites: Where plain LoRA is put.
 
     Raises:
-        OptionError: The model carries adapters, but is no PEFT model; or it has weights that nothing loads.
+        OptionError: The model carries adapters, but is no PEFT model; or weights are loaded with a module above.
         SiteError: PEFT refuses to adapt a site, or adapts something else.
     """
     require_peft_wrapper(model)

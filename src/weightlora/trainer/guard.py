@@ -14,6 +14,7 @@ from weightlora.errors import OptionError, SelectionError
 from weightlora.model.checkpointing import remove_input_hooks, shorten_backward
 from weightlora.model.layers import require_replaceable
 from weightlora.model.sites import require_uncompiled
+from weightlora.model.weights import require_loaded
 from weightlora.plan.lora_config import config_fields
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import write_base_model_name
@@ -92,9 +93,11 @@ def lora_of(trainer: Trainer, lora: LoraConfig | None) -> LoraConfig:
 
     Raises:
         OptionError: There are none, both, or the model's are trained.
+        SiteError: The model is compiled, on the meta device, or was made under inference mode.
     """
     model: Any = trainer.model
     require_uncompiled(model)
+    require_loaded(model)
     if not isinstance(model, PeftModel):
         if lora is None:
             raise OptionError(

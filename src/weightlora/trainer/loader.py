@@ -32,10 +32,11 @@ def require_usable_batches(trainer: Trainer) -> None:
     kind = type(trainer)
     own = kind.__mro__[: kind.__mro__.index(Trainer)]
     names = {base.__name__ for base in own}
-    if "SentenceTransformerTrainer" in names:
+    if any(base.__module__.partition(".")[0] == "sentence_transformers" for base in own):
         raise OptionError(
-            f"{kind.__name__} trains a SentenceTransformer, which no PeftModel can replace; select on its transformer: "
-            "plan = weightlora.select(model[0].auto_model, batches, lora=..., loss_fn=...), then "
+            f"{kind.__name__} saves and loads adapters by names inside the model's transformer, which those of a "
+            "PeftModel around it are not; select on the transformer: plan = weightlora.select(model[0].auto_model, "
+            "batches, lora=..., loss_fn=lambda _, batch: trainer.compute_loss(model, dict(batch))), then "
             "model.add_adapter(plan.to_lora_config()) before the trainer is made"
         )
     if names & _GENERATE or any(_OWN_INPUTS & vars(base).keys() for base in own):

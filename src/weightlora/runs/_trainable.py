@@ -1,0 +1,146 @@
+"""Training arguments that only the training itself would refuse, found before anything is loaded or scored."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from copy import copy
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightlora.errors import MissingPackageError, OptionError
+from weightlora.model.restore import seeded
+from weightlora.text import closest
+from weightlora.trainer.loader import planned_steps
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+#: What the task decides, since it computes the metrics from the logits of all rows and their labels.
+_OF_THE_TASK = ("label_names", "eval_do_concat_batches", "batch_eval_metrics", "prediction_loss_only")
+#: What transformers measures beside the loss.
+_TIMES = ("runtime", "samples_per_second", "steps_per_second")
+
+
+def check_arguments(arguments: TrainingArguments) -> None:
+    """Raise where training arguments cannot be followed on this machine; before anything is loaded.
+
+    Raises:
+        MissingPackageError: A tracker or a kernel is not installed.
+        OptionError: With the argument and what to change.
+    """
+    _require_trackers(arguments.report_to or ())
+    _require_compiled(arguments)
+    for field in dataclasses.fields(arguments):
+        if field.name in _OF_THE_TASK and getattr(arguments, field.name) != field.default:
+            raise OptionError(f"{field.name} is decided by the task, which measures its metrics; leave it out")
+    if arguments.dataloader_persistent_workers and not arguments.dataloader_num_workers:
+        raise OptionError("dataloader_persistent_workers needs dataloader_num_workers of at least 1; give both")
+    if arguments.fsdp and arguments.parallel_mode.value != "distributed":
+        raise OptionError(
+            "fsdp shards a model over several processes, and this is one; start it with torchrun, or leave it out"
+        )
+    asked = arguments.resume_from_checkpoint
+    if asked is not None and asked.lower() != "true" and not Path(asked).is_dir():
+        raise OptionError(f"resume_from_checkpoint={asked!r} is no folder; give a checkpoint, or leave it out")
+
+
+def require_trainable(trainer: Trainer, metrics: Sequence[str]) -> None:
+    """Raise where the trainer would fail once it trains, or would not do what its arguments say.
+
+    Args:
+        trainer: A fresh trainer; it is left as it is.
+        metrics: What the task measures.
+
+    Raises:
+        MissingPackageError: The optimizer's package is not installed.
+        OptionError: With the argument and what to change.
+    """
+    arguments = trainer.args
+    with seeded(0):  # the training's own loader must not depend on this one
+        batches: int = len(trainer.get_train_dataloader())
+        if not batches:
+            raise OptionError(
+                f"per_device_train_batch_size={arguments.per_device_train_batch_size} leaves no whole batch of the "
+                "training rows; lower it, or leave dataloader_drop_last out"
+            )
+        if arguments.gradient_accumulation_steps > batches:
+            raise OptionError(
+                f"gradient_accumulation_steps={arguments.gradient_accumulation_steps} is more than the {batches} "
+                "batches of an epoch; lower it"
+            )
+        steps = planned_steps(trainer)
+        if arguments.get_warmup_steps(steps) > steps:
+            raise OptionError(
+                f"warmup_steps={arguments.warmup_steps} is more than the {steps} steps of the training, so that "
+                "learning_rate is never reached; lower it, or give a share of the steps"
+            )
+        if not trainer.is_deepspeed_enabled:  # which has its own
+            _require_optimizer(trainer, steps)
+    if arguments.eval_strategy != "no" and arguments.metric_for_best_model is not None:
+        _require_metric(arguments.metric_for_best_model, _measured(trainer, metrics))
+
+
+def _require_trackers(names: Collection[str]) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise OptionError(f"report_to={name!r} is unknown{closest(name, INTEGRATION_TO_CALLBACK)}")
+        if name not in installed:
+            raise MissingPackageError(f"report_to={name}: its package is not installed; install it, or give none")
+
+
+def _require_compiled(arguments: TrainingArguments) -> None:
+    import torch
+    from transformers.utils import is_liger_kernel_available
+
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise MissingPackageError("use_liger_kernel: liger-kernel is not installed; run: pip install liger-kernel")
+    if arguments.torch_compile:
+        backend, mode = arguments.torch_compile_backend or "inductor", arguments.torch_compile_mode
+        try:
+            torch.compile(torch.nn.Identity(), backend=backend, mode=mode)
+        except RuntimeError as error:
+            raise OptionError(f"torch_compile_mode={mode!r}, torch_compile_backend={backend!r}: {error}") from error
+
+
+def _require_optimizer(trainer: Trainer, steps: int) -> None:
+    """Raise where the trainer cannot make its optimizer or its scheduler; what a copy of it makes is dropped."""
+    trial = copy(trainer)
+    makes: dict[tuple[str, str], Callable[[], Any]] = {
+        ("optim", "optim_args"): trial.create_optimizer,
+        ("lr_scheduler_type", "lr_scheduler_kwargs"): lambda: trial.create_scheduler(steps),
+    }
+    for names, make in makes.items():
+        given = {name: getattr(trainer.args, name) for name in names}
+        told = ", ".join(f"{k}={v.value if isinstance(v, Enum) else v}" for k, v in given.items() if v is not None)
+        try:
+            make()
+        except ImportError as error:
+            raise MissingPackageError(f"{told}: {_one_line(error)}") from error
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise OptionError(f"{told} cannot be used: {_one_line(error)}") from error
+
+
+def _measured(trainer: Trainer, metrics: Sequence[str]) -> list[str]:
+    """The names of what the trainer measures while it trains."""
+    names = ["loss", *(metrics if trainer.compute_metrics is not None else ()), *_TIMES]
+    splits: Any = trainer.eval_dataset
+    return [f"{split}_{name}" for split in splits for name in names] if isinstance(splits, dict) else names
+
+
+def _require_metric(name: str, known: Sequence[str]) -> None:
+    if name.removeprefix("eval_") not in known:
+        told = [one for one in known if not one.endswith(_TIMES)]
+        raise OptionError(
+            f"metric_for_best_model={name!r} is not measured in the training{closest(name, known)}; give one of "
+            f"{', '.join(told)}"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
