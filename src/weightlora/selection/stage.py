@@ -117,8 +117,10 @@ def with_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site], *
         The PEFT model around ``model``'s base.
 
     Raises:
+        OptionError: Accelerate loads weights with a module above.
         SiteError: A weight has no values, or autograd cannot use it.
     """
+    require_loadable(model)
     require_loaded(model, warm_up=True)
     with untouched(model, seed=seed), torch.inference_mode(False), torch.enable_grad():
         attached = attach_plain_lora(model, lora, sites)
@@ -223,11 +225,10 @@ def attach_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site])
         sites: Where plain LoRA is put.
 
     Raises:
-        OptionError: The model carries adapters, but is no PEFT model; or weights are loaded with a module above.
+        OptionError: The model carries adapters, but is no PEFT model.
         SiteError: PEFT refuses to adapt a site, or adapts something else.
     """
     require_peft_wrapper(model)
-    require_loadable(model)
     plain = LoraConfig(
         task_type=lora.task_type,
         # A pattern and no list: PEFT takes a listed name for the ending of others as well.
