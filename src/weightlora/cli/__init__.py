@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from weightlora import __version__
-from weightlora.cli import analyse, bench, check, demo, estimate, export, methods, select, show, train
+from weightlora.cli import analyse, bench, check, demo, emit, estimate, export, methods, select, show, train
 from weightlora.cli._quiet import quiet_imports
 from weightlora.errors import OptionError, WeightLoraError
 from weightlora.fast.allocator import keep_freed_memory
 from weightlora.text import printable
 
-_COMMANDS = (demo, select, train, show, estimate, check, export, analyse, bench, methods)
+_COMMANDS = (demo, select, train, show, emit, estimate, check, export, analyse, bench, methods)
 
 
 class _Parser(argparse.ArgumentParser):
