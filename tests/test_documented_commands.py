@@ -78,7 +78,7 @@ def here(tmp_path, small_model, monkeypatch):
 
 
 def test_there_are_commands_to_run():
-    assert {words[0] for words in commands()} == {"select", "train", "estimate", "check", "export", "analyse"}
+    assert {words[0] for words in commands()} == {"select", "train", "estimate", "emit", "check", "export", "analyse"}
     assert len(commands()) >= 12
 
 
@@ -86,6 +86,9 @@ def test_there_are_commands_to_run():
 def test_commands_run(words, here, small_model):
     if words[0] == "estimate":
         assert main([*words, "--model_name_or_path", str(small_model)]) == 0
+        return
+    if words[0] == "emit":
+        assert main(words) == 0
         return
     if words[0] in ("check", "export"):
         assert main(words) == (words[0] == "check")  # not all runtimes read values without queries

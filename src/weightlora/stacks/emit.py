@@ -106,6 +106,7 @@ def _require_ours(output: Path, file: str) -> None:
 def _write_adapter(folder: Path, plan: AdapterPlan, fields: Fields) -> None:
     """Write a new adapter; its configuration has only fields that old versions of PEFT have too."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(plan.seed)
@@ -118,5 +119,8 @@ def _write_adapter(folder: Path, plan: AdapterPlan, fields: Fields) -> None:
     folder.mkdir()
     config = {"peft_type": "LORA", "base_model_name_or_path": plan.base_model, "task_type": None, **fields}
     write_json(folder / ADAPTER_FILES[0], config)
-    save_file(tensors, folder / ADAPTER_FILES[1], metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / ADAPTER_FILES[1], metadata={"format": "pt"})
+    except SafetensorError as error:  # raised when the disk is full
+        raise OSError(str(error)) from error
     plan.save(folder / "plan.json")
