@@ -38,6 +38,7 @@ RUN_BY = {
     "weightlora methods": ("tests/test_documents.py", '"methods"'),
     "weightlora train": ("tests/runs/test_train.py", '"train"'),
     "weightlora estimate": ("tests/cost/test_cost.py", '"estimate"'),
+    "weightlora emit": ("tests/stacks/test_stacks.py", '"emit"'),
     "weightlora check": ("tests/serving/test_serving.py", '"check"'),
     "weightlora export": ("tests/serving/test_serving.py", '"export"'),
     "weightlora doctor": ("tests/cli/test_doctor.py", '"doctor"'),

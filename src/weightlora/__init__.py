@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from weightlora.selection.rules.stoiht import StoIHT
     from weightlora.selection.select import select, select_trained
     from weightlora.serving.export import export_adapter
+    from weightlora.stacks.emit import emit_plan
     from weightlora.trainer.attach import method_for, select_for
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ _HOMES = {
     "WeightLoraError": "errors",
     "WeightLoraWarning": "errors",
     "disable_fast_lora": "fast.enable",
+    "emit_plan": "stacks.emit",
     "enable_fast_lora": "fast.enable",
     "export_adapter": "serving.export",
     "find_sites": "model.sites",
@@ -65,6 +67,7 @@ __all__ = [
     "WeightLoraError",
     "WeightLoraWarning",
     "disable_fast_lora",
+    "emit_plan",
     "enable_fast_lora",
     "export_adapter",
     "find_sites",

@@ -36,6 +36,10 @@ class ServingError(WeightLoraError, ValueError):
     """A runtime cannot read an adapter in any layout; the text says why, and what can be served instead."""
 
 
+class StackError(WeightLoraError, ValueError):
+    """A training stack cannot train a plan; the text says what the stack can express and what the plan has."""
+
+
 class DataError(WeightLoraError, ValueError):
     """A data file is missing, malformed or lacks a column."""
 

@@ -8,13 +8,27 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from weightlora import __version__
-from weightlora.cli import analyse, bench, check, demo, doctor, estimate, export, methods, report, select, show, train
+from weightlora.cli import (
+    analyse,
+    bench,
+    check,
+    demo,
+    doctor,
+    emit,
+    estimate,
+    export,
+    methods,
+    report,
+    select,
+    show,
+    train,
+)
 from weightlora.cli._quiet import quiet_imports
 from weightlora.errors import OptionError, WeightLoraError
 from weightlora.fast.allocator import keep_freed_memory
 from weightlora.text import printable
 
-_COMMANDS = (demo, select, train, show, estimate, check, export, report, analyse, bench, methods, doctor)
+_COMMANDS = (demo, select, train, show, report, emit, check, export, estimate, analyse, bench, methods, doctor)
 
 
 class _Parser(argparse.ArgumentParser):

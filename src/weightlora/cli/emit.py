@@ -1,0 +1,37 @@
+"""``weightlora emit``: a plan in the configuration of another training stack."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "emit",
+        help="write a plan as the configuration of TRL, Axolotl, LLaMA-Factory and others",
+        description="Print a plan in the configuration of a training stack: exactly its sites, ranks and alphas. Where "
+        "the stack's options cannot express it, --output gets an adapter directory that the stack continues from.",
+        epilog="example: weightlora emit runs/select/plan.json --for axolotl",
+    )
+    parser.add_argument("plan", type=Path, help="a plan.json")
+    parser.add_argument("--for", dest="stack", required=True, help="a training stack such as trl or axolotl")
+    parser.add_argument("--output", type=Path, help="a new folder for the file; default: print it")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the text, or where the files are."""
+    from weightlora.plan.plan import AdapterPlan
+    from weightlora.stacks.emit import emit_plan
+
+    text = emit_plan(AdapterPlan.load(arguments.plan), arguments.stack, arguments.output)
+    if arguments.output is None:
+        print(text, end="")
+    else:
+        from weightlora.cli._console import PlainConsole
+
+        names = " and ".join(sorted(path.name for path in arguments.output.iterdir()))
+        PlainConsole().print(f"wrote {names} in {arguments.output}", highlight=False, soft_wrap=True)

@@ -1,0 +1,121 @@
+"""Small models and plans of them in every shape that matters to a configuration, and what a model carries."""
+
+import math
+import random
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from weightlora.model.layers import lora_layers
+from weightlora.model.sites import Site, find_sites
+from weightlora.plan.plan import AdapterPlan, PlannedSite
+
+LAYERS = 4
+
+
+def llama():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=LAYERS, **sizes))
+
+
+class Block(nn.Module):
+    def __init__(self, *, inner: bool):
+        super().__init__()
+        self.proj = nn.Linear(8, 12)
+        self.gate = nn.Linear(8, 12)
+        if inner:
+            self.inner = Block(inner=False)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+def nested():
+    """Names that are endings of others: ``proj`` and ``inner.proj``."""
+    return Block(inner=True)
+
+
+SITES = {make: find_sites(make()).sites for make in (llama, nested)}
+
+
+def make_plan(make, ranks, alphas=16, **lora):
+    """A plan of ``make()``: ranks by name, or by a number for all; the same with alphas."""
+    sites = SITES[make]
+    ranks = ranks if isinstance(ranks, dict) else {site.name: ranks for site in sites}
+    alphas = alphas if isinstance(alphas, dict) else {site.name: alphas for site in sites}
+    entries = (
+        PlannedSite(site, 8, 16, r=ranks.get(site.name, 0), alpha=alphas.get(site.name, 16), score=1.0)
+        for site in sites
+    )
+    return AdapterPlan(tuple(entries), lora=lora, seed=7)
+
+
+def named(*ends, layers=range(LAYERS)):
+    """Names of the Llama's sites with these ends, in these layers."""
+    names = [site.name for site in SITES[llama]]
+    return [n for n in names if n.endswith(tuple(f".{end}" for end in ends)) and int(n.split(".")[2]) in layers]
+
+
+def ranks_of(names, *ranks):
+    return {name: ranks[i % len(ranks)] for i, name in enumerate(names)}
+
+
+HALF = named("q_proj", "v_proj", "down_proj", layers=(1, 3)) + named("o_proj", layers=(0,))
+PLANS = {
+    "one rank": (llama, make_plan(llama, ranks_of(HALF, 8), task_type="CAUSAL_LM")),
+    "all sites": (llama, make_plan(llama, 8, lora_dropout=0.05)),
+    "one site": (llama, make_plan(llama, ranks_of(named("v_proj", layers=(2,)), 4))),
+    "2 of 28 sites": (llama, make_plan(llama, ranks_of(named("v_proj", layers=(1, 2)), 8))),
+    "unequal ranks": (llama, make_plan(llama, ranks_of(HALF, 2, 4, 8))),
+    "unequal alphas": (llama, make_plan(llama, ranks_of(HALF, 8), ranks_of(HALF, 4, 16))),
+    "unequal ranks and alphas": (llama, make_plan(llama, ranks_of(HALF, 2, 4, 8), ranks_of(HALF, 16, 3))),
+    "expanded": (llama, make_plan(llama, ranks_of(HALF, 8)).expand()),
+    "rsLoRA": (llama, make_plan(llama, ranks_of(HALF, 8), use_rslora=True)),
+    "rsLoRA, unequal ranks": (llama, make_plan(llama, ranks_of(HALF, 2, 8), use_rslora=True)),
+    "alpha with a fraction": (llama, make_plan(llama, ranks_of(HALF, 8), 7.5)),
+    "fractions": (llama, make_plan(llama, ranks_of(HALF, 8), ranks_of(HALF, 16, 7.5))),
+    "ten layers' names": (llama, make_plan(llama, ranks_of(named("k_proj"), 8))),
+    "a head": (llama, make_plan(llama, ranks_of(HALF, 8), modules_to_save=["lm_head"])),
+    "endings": (nested, make_plan(nested, {"proj": 4})),
+    "endings, unequal ranks": (nested, make_plan(nested, {"proj": 4, "inner.gate": 2})),
+    "endings, all kept": (nested, make_plan(nested, {"proj": 4, "inner.proj": 2})),
+    "some excluded": (llama, make_plan(llama, ranks_of(HALF, 8), exclude_modules=["k_proj"])),
+    "some layers": (llama, make_plan(llama, ranks_of(HALF, 8), layers_to_transform=[0, 1, 3])),
+}
+
+
+def random_plan(seed):
+    """Any sites of one of the models, with few or many ranks and alphas."""
+    lot = random.Random(seed)
+    make = lot.choice((llama, llama, nested))
+    names = [site.name for site in SITES[make]]
+    kept = lot.sample(names, lot.randint(1, len(names)))
+    ranks, alphas = lot.choice(((8,), (1, 2, 8))), lot.choice(((16,), (4, 16), (3, 0.5)))
+    lora = {
+        name: value
+        for name, value in (("use_rslora", True), ("lora_dropout", 0.1), ("task_type", "CAUSAL_LM"))
+        if lot.random() < 0.3 and (make is llama or name != "task_type")
+    }
+    return make, make_plan(
+        make, {name: lot.choice(ranks) for name in kept}, {name: lot.choice(alphas) for name in kept}, **lora
+    )
+
+
+def adapters(model):
+    """Rank and scale of each adapter that PEFT has put into ``model``, by name."""
+    return {name: (layer.r["default"], layer.scaling["default"]) for name, layer in lora_layers(model).items()}
+
+
+def planned(plan):
+    """The same of a plan, by PEFT's definition of the scale."""
+    root = math.sqrt if plan.lora.get("use_rslora") else float
+    return {e.site.name: (e.r, e.alpha / root(e.r)) for e in plan.entries if e.r > 0}
+
+
+def encoder_plan(names, **lora):
+    """A plan whose sites are not a Llama's."""
+    entries = tuple(PlannedSite(Site(name, 8, 8), 8, 16, r=8, alpha=16, score=1.0) for name in names)
+    return AdapterPlan(entries, lora=lora)
