@@ -169,6 +169,20 @@ def test_vllm_needs_a_limit_above_its_default(r, option, save):
     assert needed_option(read_files(saved.folder), reader_of("tgi")) is None
 
 
+def test_vllm_asks_for_the_largest_rank_in_the_configuration(save, tmp_path):
+    saved = save(target_modules=everywhere("v_proj"), r=32, rank_pattern={"v_proj": 8})
+    assert needed_option(read_files(saved.folder), reader_of("vllm")) == "--max-lora-rank 32"
+    out = export_adapter(saved.folder, "everywhere", tmp_path / "out")
+    assert needed_option(read_files(out), reader_of("vllm")) is None
+
+
+def test_padding_limits_the_gpus(save, capsys):
+    """Rank 16 is 8 for each of two GPUs; on three, TGI would pad it to 24."""
+    saved = save(target_modules=ALL, r=16)
+    assert main(["check", str(saved.folder), "--for", "tgi"]) == 0
+    assert "yes, on at most 2 GPUs" in capsys.readouterr().out
+
+
 def test_a_rank_above_every_limit_is_refused(save, tmp_path):
     saved = save(target_modules=[site(0, "q_proj")], r=513)
     with pytest.raises(ServingError, match="rank 513 is above 512"):
