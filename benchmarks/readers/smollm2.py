@@ -10,6 +10,8 @@ the control.
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from read_llama_cpp import complete
 from transformers import AutoTokenizer
 
-from weightlora.serving._gguf import write_gguf
+from weightlora.serving.base_model import write_config
 from weightlora.serving.export import export_adapter
 from weightlora.tasks.embedded import smollm2
 from weightlora.tasks.pretrained import load_pretrained
@@ -49,7 +51,10 @@ def main() -> None:
         quantised = Path(FOLDER) / FILE
         plain = _dequantised(quantised, work / "f32.gguf")
         out = export_adapter(adapter, "llama.cpp", work / "out", base="embedded/smollm2", converter=converter)
-        raw = write_gguf(converter, adapter, "embedded/smollm2", "CAUSAL_LM")
+        raw = work / "raw.gguf"
+        known = write_config("embedded/smollm2", "CAUSAL_LM", work / "config")
+        options = ["--base", str(known), "--outfile", str(raw), "--outtype", "f32"]
+        subprocess.run([sys.executable, str(converter), str(adapter), *options], check=True, capture_output=True)
         for name, file, lora in (
             ("float32", plain, out / "adapter.gguf"),
             ("Q4_1", quantised, out / "adapter.gguf"),
