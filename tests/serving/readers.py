@@ -1,7 +1,6 @@
 """What each runtime computes with an adapter's files, written down anew and slowly: ΔW by site, or that it fails.
 
-The rules are those of the runtimes' own code (vLLM 0.33, SGLang 0.5.23, TGI's adapters/lora.py, llama.cpp's converter
-and its scale alpha / rank).
+The rules are those of the runtimes' own code, which ``benchmarks/readers`` runs.
 """
 
 import json
@@ -15,10 +14,21 @@ class FailsError(Exception):
     """The runtime refuses or cannot load the adapter."""
 
 
+KEY = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+
+
 def pairs(folder):
-    tensors = load_file(folder / "adapter_model.safetensors")
-    names = sorted({key.split(".lora_")[0].removeprefix("base_model.model.") for key in tensors})
-    return {n: tuple(tensors[f"base_model.model.{n}.lora_{m}.weight"].double() for m in "AB") for n in names}
+    """A and B of each site; copies of the base's weights are no part of an adapter."""
+    found = {}
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        if not key.endswith(".base_layer.weight"):
+            name, matrix = KEY.fullmatch(key).groups()
+            found.setdefault(name, {})[matrix] = tensor.double()
+    return {name: (own["A"], own["B"]) for name, own in sorted(found.items())}
+
+
+def last(name):
+    return name.rpartition(".")[2]
 
 
 def config_of(folder):
@@ -30,7 +40,7 @@ def root(r, config, reads_rslora):
 
 
 def by_patterns(folder):
-    """PEFT and vLLM."""
+    """PEFT."""
     config = config_of(folder)
 
     def setting(pattern, default, name):
@@ -60,16 +70,37 @@ def sglang(folder, layers):
     return {name: config["lora_alpha"] / config["r"] * (b @ a) for name, (a, b) in own.items()}
 
 
-def tgi(folder, layers):
-    config, own = config_of(folder), pairs(folder)
-    kinds = {re.sub(r"\.\d+\.", ".{}.", name) for name in own}
-    whole = {kind for kind in kinds if all(kind.format(layer) in own for layer in range(layers))}
-    used = {name: pair for name, pair in own.items() if re.sub(r"\.\d+\.", ".{}.", name) in whole}
-    for kind in whole:
-        if len({len(own[kind.format(layer)][0]) for layer in range(layers)}) > 1:
-            raise FailsError("torch.stack")
-    scale = config["lora_alpha"] / root(config["r"], config, reads_rslora=True)
-    return {name: scale * (b @ a) for name, (a, b) in used.items()}
+def vllm(folder, layers):  # noqa: ARG001 - all readers are called alike
+    if config_of(folder)["bias"] != "none":
+        raise FailsError("Adapter bias is not supported.")
+    return by_patterns(folder)
+
+
+def padded(r):
+    return next(size for size in (8, *range(16, 1000, 16)) if size >= r)
+
+
+def stacking(*projections):
+    """TGI and LoRAX: one projection after the other, in all layers or not at all; each overwrites r."""
+
+    def read(folder, layers):
+        config, own = config_of(folder), pairs(folder)
+        r, found = config["r"], {}
+        for projection in projections:
+            here = {name: pair for name, pair in own.items() if last(name) == projection}
+            if len(here) < (1 if projection == "lm_head" else layers):
+                continue
+            if len({padded(len(a)) for a, _ in here.values()}) > 1:
+                raise FailsError("torch.stack")
+            scale = config["lora_alpha"] / root(r, config, reads_rslora=True)
+            found |= {name: scale * (b @ a) for name, (a, b) in here.items()}
+            r = padded(len(next(iter(here.values()))[0]))
+        return found
+
+    return read
+
+
+LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def llama_cpp(folder, layers):  # noqa: ARG001 - all readers are called alike
@@ -80,8 +111,13 @@ def llama_cpp(folder, layers):  # noqa: ARG001 - all readers are called alike
 def ollama(folder, layers):
     if not isinstance(config_of(folder)["lora_alpha"], int):
         raise FailsError("lora_alpha is parsed as uint32")
-    if any(b.shape[0] < b.shape[1] for _, b in pairs(folder).values()):
-        raise FailsError("B is transposed")
+    for name, (_, b) in pairs(folder).items():
+        if last(name) not in LLAMA:
+            raise FailsError("no tensor of this name in the base model")
+        if last(name) in ("q_proj", "k_proj"):
+            raise FailsError("the rows of the heads are in another order, silently")
+        if b.shape[0] < b.shape[1]:
+            raise FailsError("B is transposed")
     return llama_cpp(folder, layers)
 
 
@@ -100,10 +136,10 @@ def mlx(folder, layers):  # noqa: ARG001 - all readers are called alike
 
 
 COMPUTE = {
-    "vllm": lambda folder, layers: by_patterns(folder),  # noqa: ARG005 - all readers are called alike
+    "vllm": vllm,
     "sglang": sglang,
-    "tgi": tgi,
-    "lorax": tgi,
+    "tgi": stacking(*LLAMA),
+    "lorax": stacking(*LLAMA, "lm_head"),
     "llama.cpp": llama_cpp,
     "ollama": ollama,
     "mlx": mlx,

@@ -42,6 +42,20 @@ SHAPES = {
     "rslora": {"target_modules": ALL, "use_rslora": True},
     "rslora, ranks": {"target_modules": HOLES, "use_rslora": True, "rank_pattern": {"q_proj": 2}},
     "odd alpha": {"target_modules": ALL, "lora_alpha": 7.5},
+    "rank 8": {"target_modules": ALL, "r": 8},
+    "rank 12": {"target_modules": ALL, "r": 12},
+    "rank 20, holes": {"target_modules": HOLES, "r": 20},  # more than the 16 outputs of k_proj and v_proj
+    "rank 8, rslora": {"target_modules": ALL, "r": 8, "use_rslora": True},
+    "ranks that are padded alike": {
+        "target_modules": everywhere("v_proj", "o_proj"),
+        "r": 8,
+        "rank_pattern": {"v_proj": 4},
+        "alpha_pattern": {"v_proj": 4},
+    },
+    "a rank that no site has": {"target_modules": ALL, "r": 32, "rank_pattern": {".*_proj": 8}},
+    "a bias that no layer has": {"target_modules": everywhere("v_proj"), "r": 8, "bias": "lora_only"},
+    "head": {"target_modules": [*everywhere("v_proj"), "lm_head"], "r": 8},
+    "embeddings": {"target_modules": [*everywhere("v_proj"), "embed_tokens"], "r": 8},
     "a pattern of names": {"target_modules": r".*\.layers\.[02]\.self_attn\.(q|v)_proj"},
 }
 

@@ -7,9 +7,11 @@ import weakref
 
 import pytest
 import torch
-from readers import COMPUTE, FailsError, by_patterns
+from peft import LoraConfig, get_peft_model
+from readers import COMPUTE, FailsError, by_patterns, pairs
 from safetensors.torch import load_file, save_file
 from small_adapters import ALL, LAYERS, everywhere, logits, site
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import weightlora
 from weightlora.cli import main
@@ -17,7 +19,7 @@ from weightlora.errors import DataError, OptionError, PlanError, ServingError
 from weightlora.serving import READERS, reader_of
 from weightlora.serving._stream import Planned, write_tensors
 from weightlora.serving.adapter import read_files
-from weightlora.serving.base_model import linear_layers
+from weightlora.serving.base_model import read_base
 from weightlora.serving.check import find_problems, needed_option
 from weightlora.serving.export import export_adapter
 
@@ -38,13 +40,33 @@ def reads_right(runtime, folder, wanted):
 
 
 def verdict(folder, runtime, base):
-    return not find_problems(read_files(folder), reader_of(runtime), linear_layers(base, "CAUSAL_LM"))
+    return not find_problems(read_files(folder), reader_of(runtime), read_base(base, "CAUSAL_LM"))
+
+
+def is_refused(runtime, wanted):
+    """Whether no layout of this adapter is read right."""
+    names = {name.rpartition(".")[2] for name in wanted}
+    unread = {
+        "tgi": {"lm_head", "embed_tokens"},
+        "lorax": {"embed_tokens"},
+        "ollama": {"lm_head", "embed_tokens", "q_proj", "k_proj"},
+        "everywhere": {"lm_head", "embed_tokens"},
+    }
+    return bool(names & unread.get(runtime, set()))
+
+
+def has_more_columns_than_rows(folder):
+    return any(b.shape[0] < b.shape[1] for _, b in pairs(folder).values())
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_verdict_is_what_the_runtime_does_and_the_export_is_right(runtime, adapter, tmp_path):
     wanted = by_patterns(adapter.folder)
     assert verdict(adapter.folder, runtime, adapter.base) == reads_right(runtime, adapter.folder, wanted)
+    if is_refused(runtime, wanted) or (runtime == "ollama" and has_more_columns_than_rows(adapter.folder)):
+        with pytest.raises(ServingError, match=r"merge_and_unload|--converter"):
+            export_adapter(adapter.folder, runtime, tmp_path / "out")
+        return
     out = export_adapter(adapter.folder, runtime, tmp_path / "out")
     assert reads_right(runtime, out, wanted)
     if runtime != "mlx":
@@ -53,14 +75,19 @@ def test_the_verdict_is_what_the_runtime_does_and_the_export_is_right(runtime, a
 
 
 def test_one_layout_is_right_everywhere(adapter, tmp_path):
-    out = export_adapter(adapter.folder, "everywhere", tmp_path / "out")
     wanted = by_patterns(adapter.folder)
-    assert {runtime for runtime in RUNTIMES if reads_right(runtime, out, wanted)} == {*RUNTIMES} - {"mlx"}
+    if is_refused("everywhere", wanted):
+        with pytest.raises(ServingError, match="merge_and_unload"):
+            export_adapter(adapter.folder, "everywhere", tmp_path / "out")
+        return
+    out = export_adapter(adapter.folder, "everywhere", tmp_path / "out")
+    right = {runtime for runtime in RUNTIMES if reads_right(runtime, out, wanted)}
+    assert right >= {*RUNTIMES} - {"mlx", "ollama"}
     assert torch.allclose(logits(adapter.base, out), adapter.logits, atol=1e-5)
 
 
 def test_each_runtime_reads_some_adapter_wrong_but_vllm(save):
-    """Otherwise the exports above would prove nothing."""
+    """Otherwise the exports above would prove nothing; vLLM refuses ``bias``."""
     saved = save(target_modules=ALL[:5], rank_pattern={"q_proj": 2}, alpha_pattern={"o_proj": 3}, lora_alpha=7.5)
     wanted = by_patterns(saved.folder)
     assert [runtime for runtime in RUNTIMES if reads_right(runtime, saved.folder, wanted)] == ["vllm"]
@@ -79,7 +106,8 @@ def test_random_adapters(seed, save, tmp_path):
     wanted = by_patterns(saved.folder)
     for runtime in RUNTIMES:
         assert verdict(saved.folder, runtime, saved.base) == reads_right(runtime, saved.folder, wanted), runtime
-        assert reads_right(runtime, export_adapter(saved.folder, runtime, tmp_path / runtime), wanted), runtime
+        if not is_refused(runtime, wanted):
+            assert reads_right(runtime, export_adapter(saved.folder, runtime, tmp_path / runtime), wanted), runtime
 
 
 def test_an_adapter_that_is_read_right_is_copied(save, tmp_path):
@@ -114,7 +142,6 @@ def test_a_scale_costs_no_precision(dtype, kept, alpha, save, tmp_path):
         ({"use_dora": True}, "DoRA"),
         ({"lora_bias": True}, "lora_bias"),
         ({"modules_to_save": ["lm_head"]}, "lm_head"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
     ],
 )
 @pytest.mark.parametrize("runtime", [reader.name for reader in READERS])
@@ -142,6 +169,20 @@ def test_vllm_needs_a_limit_above_its_default(r, option, save):
     assert needed_option(read_files(saved.folder), reader_of("tgi")) is None
 
 
+def test_vllm_asks_for_the_largest_rank_in_the_configuration(save, tmp_path):
+    saved = save(target_modules=everywhere("v_proj"), r=32, rank_pattern={"v_proj": 8})
+    assert needed_option(read_files(saved.folder), reader_of("vllm")) == "--max-lora-rank 32"
+    out = export_adapter(saved.folder, "everywhere", tmp_path / "out")
+    assert needed_option(read_files(out), reader_of("vllm")) is None
+
+
+def test_padding_limits_the_gpus(save, capsys):
+    """Rank 16 is 8 for each of two GPUs; on three, TGI would pad it to 24."""
+    saved = save(target_modules=ALL, r=16)
+    assert main(["check", str(saved.folder), "--for", "tgi"]) == 0
+    assert "yes, on at most 2 GPUs" in capsys.readouterr().out
+
+
 def test_a_rank_above_every_limit_is_refused(save, tmp_path):
     saved = save(target_modules=[site(0, "q_proj")], r=513)
     with pytest.raises(ServingError, match="rank 513 is above 512"):
@@ -163,8 +204,22 @@ def test_layers_that_the_adapter_does_not_name_are_found_in_the_base(save, base)
     saved = save(target_modules=[site(0, "o_proj"), site(1, "o_proj")])
     adapter, tgi = read_files(saved.folder), reader_of("tgi")
     assert find_problems(adapter, tgi) == ()
-    (found,) = find_problems(adapter, tgi, linear_layers(base, "CAUSAL_LM"))
+    (found,) = find_problems(adapter, tgi, read_base(base, "CAUSAL_LM"))
     assert found.text == "self_attn.o_proj is missing in layer 2 and would be dropped everywhere"
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_who_reads_one_end_of_a_model_that_ties_both(name, base, tmp_path):
+    """llama.cpp and MLX have one matrix for both; an adapter of one would act on both, or stop the server."""
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(base, tie_word_embeddings=True))
+    model.save_pretrained(tmp_path / "tied")
+    lora = LoraConfig(r=8, target_modules=[name], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(str(tmp_path / "adapter"))
+    right = {runtime for runtime in RUNTIMES if verdict(tmp_path / "adapter", runtime, str(tmp_path / "tied"))}
+    assert right == {"vllm", "sglang"} | ({"lorax"} if name == "lm_head" else set())
+    for runtime in {*RUNTIMES} - right:
+        with pytest.raises(ServingError, match="merge_and_unload"):
+            export_adapter(tmp_path / "adapter", runtime, tmp_path / "out", base=str(tmp_path / "tied"))
 
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path):
@@ -201,6 +256,70 @@ def test_a_damaged_adapter_is_named(change, said, save):
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(PlanError, match=said):
         read_files(saved.folder)
+
+
+# -- llama.cpp's converter -------------------------------------------------------------------------------------------
+
+#: Takes the converter's arguments, and writes what it was given instead of a GGUF file.
+CONVERTER = """
+import json, pathlib, sys
+folder, _, base, _, target, _, kind = sys.argv[1:]
+config = json.loads((pathlib.Path(base) / "config.json").read_text())
+adapter = json.loads((pathlib.Path(folder) / "adapter_config.json").read_text())
+pathlib.Path(target).write_text(json.dumps([config["architectures"], config["num_hidden_layers"], adapter["r"], kind]))
+"""
+
+
+@pytest.fixture
+def converter(tmp_path):
+    path = tmp_path / "scripts" / "convert_lora_to_gguf.py"
+    path.parent.mkdir()
+    path.write_text(CONVERTER)
+    return path
+
+
+@pytest.mark.parametrize("runtime", ["llama.cpp", "ollama", "everywhere"])
+def test_the_converter_gets_the_export_and_the_base(runtime, converter, save, tmp_path):
+    saved = save(target_modules=everywhere("q_proj"), use_rslora=True)
+    out = export_adapter(saved.folder, runtime, tmp_path / "out", converter=converter)
+    r = 8 if runtime == "everywhere" else 4  # TGI pads
+    assert json.loads((out / "adapter.gguf").read_text()) == [["LlamaForCausalLM"], LAYERS, r, "f32"]
+    assert reads_right("llama.cpp", out, by_patterns(saved.folder))
+
+
+def test_the_converter_gets_the_configuration_of_an_embedded_model(converter, save, tmp_path):
+    saved = save(target_modules=everywhere("q_proj"))
+    words = [str(saved.folder), "--for", "llama.cpp", "--output", str(tmp_path / "out"), "--converter", str(converter)]
+    assert main(["export", *words, "--base", "embedded/smollm2"]) == 0
+    assert json.loads((tmp_path / "out" / "adapter.gguf").read_text())[:2] == [["LlamaForCausalLM"], 30]
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("import sys; print('first', file=sys.stderr); sys.exit('no such architecture')", "no such architecture"),
+        ("print('does nothing')", "does nothing"),
+        ("raise SystemExit(3)", "exit code 3"),
+    ],
+)
+def test_a_converter_that_fails_is_one_line_and_leaves_nothing(script, said, converter, save, tmp_path, capsys):
+    saved = save(target_modules=ALL)
+    converter.write_text(script)
+    capsys.readouterr()
+    words = [str(saved.folder), "--for", "llama.cpp", "--output", str(tmp_path / "out"), "--converter", str(converter)]
+    assert main(["export", *words]) == 2
+    error = capsys.readouterr().err
+    assert f"convert_lora_to_gguf.py fails: {said}" in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["scripts"]
+
+
+@pytest.mark.parametrize(("runtime", "name", "said"), [("vllm", "", "does not read"), ("llama.cpp", "no", "no file")])
+def test_a_wrong_converter_is_refused(runtime, name, said, converter, save, tmp_path):
+    saved = save(target_modules=ALL)
+    with pytest.raises(OptionError, match=said):
+        export_adapter(saved.folder, runtime, tmp_path / "out", converter=f"{converter}{name}")
+    assert not (tmp_path / "out").exists()
 
 
 # -- the commands ----------------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.serving import READERS, reader_of
     from weightlora.serving.adapter import read_files
-    from weightlora.serving.base_model import is_here, linear_layers
-    from weightlora.serving.check import find_problems, needed_option
+    from weightlora.serving.base_model import is_here, read_base
+    from weightlora.serving.check import find_problems, most_gpus, needed_option
 
     readers = READERS if arguments.reader == "all" else (reader_of(arguments.reader),)
     adapter = read_files(arguments.adapter)
@@ -41,13 +41,16 @@ def run(arguments: argparse.Namespace) -> int:
     base = None
     if arguments.base or is_here(name):
         with quiet_libraries():
-            base = linear_layers(name, adapter.config.get("task_type"))
+            base = read_base(name, adapter.config.get("task_type"))
     console, right = PlainConsole(), True
     for reader in readers:
         found = find_problems(adapter, reader, base)
         right = right and not found
         option = needed_option(adapter, reader)
-        verdict = "no" if found else f"yes, with {option}" if option else "yes"
+        gpus = most_gpus(adapter, reader)
+        needs = [f"with {option}"] if option else []
+        needs += [f"on at most {gpus} GPU{'s' if gpus > 1 else ''}"] if gpus else []
+        verdict = "no" if found else ", ".join(["yes", *needs])
         console.print(f"{reader.name:<11} {verdict}", highlight=False, soft_wrap=True)
         for problem in found:
             console.print(f"{'':<11} - {problem.text}", highlight=False, soft_wrap=True)

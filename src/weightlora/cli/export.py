@@ -20,6 +20,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--for", dest="reader", required=True, help="a runtime such as vllm or sglang, or everywhere")
     parser.add_argument("--output", type=Path, required=True, help="the new directory; an old one is replaced")
     parser.add_argument("--base", help="folder or hub name of the base model; default: the one that the adapter names")
+    parser.add_argument(
+        "--converter",
+        type=Path,
+        help="llama.cpp's convert_lora_to_gguf.py, to write adapter.gguf, too, for llama.cpp and ollama",
+    )
     parser.set_defaults(run=run)
 
 
@@ -33,7 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.serving.export import export_adapter
 
     with quiet_libraries():
-        output = export_adapter(arguments.adapter, arguments.reader, arguments.output, base=arguments.base)
-    option = needed_option(read_files(arguments.adapter), reader_of(arguments.reader))
+        output = export_adapter(
+            arguments.adapter, arguments.reader, arguments.output, base=arguments.base, converter=arguments.converter
+        )
+    reader = reader_of(arguments.reader)
+    option = needed_option(read_files(output), reader) if reader.peft_folder else None
     needed = f"; start the server with {option}" if option else ""
     PlainConsole().print(f"wrote {output}{needed}", highlight=False, soft_wrap=True)

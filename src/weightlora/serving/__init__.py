@@ -47,27 +47,38 @@ class Reader:
     """The only projections that are read; empty where all linear layers are."""
     heads: tuple[str, ...] = ()
     """Modules trained whole (``modules_to_save``) that are read."""
-    most_rank: int | None = None
     ranks: tuple[int, ...] = ()
     """The limits that a server can be started with; an adapter needs the first one that is no smaller than its rank."""
     default_rank: int | None = None
     """The limit of a server that is started without one."""
     rank_option: str = ""
     """How a limit is given."""
+    padded: bool = False
+    """Whether ranks are padded while loading (to 8, or a multiple of 16), and each projection but the first is scaled
+    with the padded rank."""
+    embeddings: bool = False
+    """Whether adapters of embeddings are read."""
+    tied: bool = False
+    """Whether an adapter of the output head or the embeddings is read right where these share their weights."""
+    plain_bias: bool = False
+    """Whether ``bias`` must be ``"none"``, even where no bias was trained."""
+    misread: tuple[str, ...] = ()
+    """Projections whose rows are read in another order than PEFT writes them."""
     tall_b: bool = False
     """Whether B must have at least as many rows as columns."""
+    gguf: bool = False
+    """Whether it reads the GGUF file that llama.cpp's converter makes."""
     peft_folder: bool = True
     """Whether it reads PEFT's own files; others are exported to a format of their own."""
 
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_TGI = ("qkv_proj", *_LLAMA, "c_fc", "c_proj", "lm_head")
 _FUSED = (
     Group(("q_proj", "k_proj", "v_proj"), needed=("q_proj", "v_proj")),
     Group(("gate_proj", "up_proj"), needed=("gate_proj",)),
 )
 
-#: Every runtime that ``check`` and ``export`` know, and ``everywhere``: the layout that all of them read.
+#: Every runtime that ``check`` and ``export`` know, and ``everywhere``: the layout that most of them read.
 READERS = (
     Reader(
         "vllm",
@@ -77,6 +88,9 @@ READERS = (
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
         default_rank=16,
         rank_option="--max-lora-rank",
+        embeddings=True,
+        tied=True,
+        plain_bias=True,
     ),
     Reader(
         "sglang",
@@ -85,27 +99,69 @@ READERS = (
         one_rank=True,
         groups=_FUSED,
         named_list=True,
+        embeddings=True,
+        tied=True,
     ),
-    Reader("tgi", "TGI 3.3", scale="config", rslora=True, one_rank=True, every_layer=True, projections=_TGI),
-    Reader("lorax", "LoRAX 0.12", scale="config", rslora=True, one_rank=True, every_layer=True, projections=_TGI),
-    Reader("llama.cpp", "llama.cpp's convert_lora_to_gguf.py", scale="rank"),
-    Reader("ollama", "Ollama", scale="rank", whole_alpha=True, tall_b=True, projections=_LLAMA),
-    Reader("mlx", "MLX LM 0.32", scale="config", one_rank=True, peft_folder=False),
+    Reader(
+        "tgi",
+        "TGI 3.3",
+        scale="config",
+        rslora=True,
+        one_rank=True,
+        padded=True,
+        every_layer=True,
+        projections=(*_LLAMA, "qkv_proj", "c_proj", "c_fc"),
+    ),
+    Reader(
+        "lorax",
+        "LoRAX 0.12",
+        scale="config",
+        rslora=True,
+        one_rank=True,
+        padded=True,
+        every_layer=True,
+        projections=(*_LLAMA, "c_attn", "c_proj", "c_fc", "lm_head"),
+        tied=True,
+    ),
+    Reader("llama.cpp", "llama.cpp's convert_lora_to_gguf.py", scale="rank", embeddings=True, gguf=True),
+    Reader(
+        "ollama",
+        "Ollama's own conversion",
+        scale="rank",
+        whole_alpha=True,
+        tall_b=True,
+        projections=_LLAMA,
+        misread=("q_proj", "k_proj"),
+        gguf=True,
+    ),
+    Reader("mlx", "MLX LM 0.32", scale="config", one_rank=True, embeddings=True, peft_folder=False),
     Reader(
         "everywhere",
-        "all of them but MLX",
+        "all of them but MLX and Ollama's own conversion",
         scale="config",
         one_rank=True,
+        padded=True,
         every_layer=True,
         groups=_FUSED,
         named_list=True,
-        whole_alpha=True,
-        tall_b=True,
+        plain_bias=True,
+        gguf=True,
+        projections=_LLAMA,
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
         default_rank=16,
         rank_option="vLLM's --max-lora-rank",
     ),
 )
+
+
+def padded_rank(r: int) -> int:
+    """Return what TGI and LoRAX pad a rank to on one GPU.
+
+    Example:
+        >>> [padded_rank(r) for r in (4, 8, 9, 32)]
+        [8, 8, 16, 32]
+    """
+    return 8 if r <= 8 else -(-r // 16) * 16
 
 
 def reader_of(name: str) -> Reader:

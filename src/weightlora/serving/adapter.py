@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -13,7 +13,7 @@ from weightlora.errors import PlanError
 from weightlora.model.sites import Site
 from weightlora.plan.from_adapter import adapter_config, tensor_shapes
 
-_MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Adapted:
     r: int
     scale: float
     """What PEFT multiplies B·A by."""
+    embedding: bool = False
+    """Whether it is an embedding; A then has a column for each word."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,29 @@ class Adapter:
     sites: tuple[Adapted, ...]
     """Sorted by name."""
     others: tuple[str, ...]
-    """Names of all tensors that are neither A nor B of a linear layer."""
+    """Names of all tensors that are neither A nor B of a linear layer or an embedding."""
 
     @property
     def rank(self) -> int:
         """The largest rank."""
         return max(own.r for own in self.sites)
 
+    @property
+    def asked_rank(self) -> int:
+        """The largest rank in the configuration, whether or not a site has it."""
+        return max(self.config["r"], *(self.config.get("rank_pattern") or {}).values(), self.rank)
 
-def matrix_name(site: str, matrix: str) -> str:
+
+def matrix_name(site: str, matrix: str, *, embedding: bool = False) -> str:
     """Return PEFT's name of A or B in an adapter's file.
 
     Example:
         >>> matrix_name("model.layers.0.mlp.up_proj", "A")
         'base_model.model.model.layers.0.mlp.up_proj.lora_A.weight'
+        >>> matrix_name("model.embed_tokens", "A", embedding=True)
+        'base_model.model.model.embed_tokens.lora_embedding_A'
     """
-    return f"base_model.model.{site}.lora_{matrix}.weight"
+    return f"base_model.model.{site}.lora_" + (f"embedding_{matrix}" if embedding else f"{matrix}.weight")
 
 
 def read_files(folder: str | Path) -> Adapter:
@@ -74,15 +83,20 @@ def read_files(folder: str | Path) -> Adapter:
     shapes = tensor_shapes(folder)
     matrices: dict[str, dict[str, tuple[int, ...]]] = {}
     others: list[str] = []
+    embeddings: set[str] = set()
     for key, shape in shapes.items():
         match = _MATRIX.fullmatch(key)
         if match is None or len(shape) != 2:
             others.append(key)
         else:
-            matrices.setdefault(match[1], {})[match[2]] = shape
+            matrices.setdefault(match[1], {})[match[3]] = shape
+            embeddings |= {match[1]} if match[2] else set()
     if not matrices:
         raise PlanError(f"{folder} holds no LoRA matrices; its tensors are named {', '.join(list(shapes)[:3])}")
-    sites = tuple(_adapted(folder, config, name, matrices[name]) for name in sorted(matrices))
+    sites = tuple(
+        replace(_adapted(folder, config, name, matrices[name]), embedding=name in embeddings)
+        for name in sorted(matrices)
+    )
     return Adapter(folder, config, sites, tuple(others))
 
 

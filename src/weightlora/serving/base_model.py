@@ -1,17 +1,26 @@
-"""The linear layers of an adapter's base model, from its configuration alone."""
+"""The layers of an adapter's base model that can have an adapter, from its configuration alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from weightlora.errors import DataError
-from weightlora.model.sites import find_sites
+from weightlora.model.sites import Site, find_sites
 from weightlora.tasks.embedded import embedded_model
 
-if TYPE_CHECKING:
-    from weightlora.model.sites import Site
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What is known of a base model without its weights."""
+
+    layers: Mapping[str, Site] = field(default_factory=dict[str, Site])
+    """Linear layers, output head and embeddings by name."""
+    tied: frozenset[str] = frozenset()
+    """Output head and embeddings, where they share their weights."""
+
 
 #: transformers' loader by PEFT's task type.
 _LOADERS = {
@@ -33,8 +42,8 @@ def is_here(name: str) -> bool:
     return name.startswith("embedded/") or (Path(name) / "config.json").is_file()
 
 
-def linear_layers(name: str, task_type: str | None) -> dict[str, Site]:
-    """Return the linear layers of a base model by name; its weights are neither read nor made.
+def read_base(name: str, task_type: str | None) -> BaseModel:
+    """Return the layers of a base model; its weights are neither read nor made.
 
     Args:
         name: A folder with ``config.json``, a hub name, or ``embedded/smollm2``.
@@ -44,8 +53,37 @@ def linear_layers(name: str, task_type: str | None) -> dict[str, Site]:
         DataError: There is no such configuration, or no such model can be made of it.
     """
     import torch
-    import transformers
     from peft import LoraConfig
+
+    model = _empty_model(name, task_type)
+    layers = {site.name: site for site in find_sites(model, LoraConfig(target_modules="all-linear")).sites}
+    ends: set[str] = set()
+    for part, module in model.named_modules():
+        if module is model.get_input_embeddings() and isinstance(module, torch.nn.Embedding):
+            layers[part] = Site(part, module.num_embeddings, module.embedding_dim)
+            ends |= {part}
+        elif module is model.get_output_embeddings() and isinstance(module, torch.nn.Linear):
+            layers[part] = Site(part, module.in_features, module.out_features)
+            ends |= {part}
+    return BaseModel(layers, frozenset(ends if model.config.tie_word_embeddings else ()))
+
+
+def write_config(name: str, task_type: str | None, folder: str | Path) -> Path:
+    """Write ``config.json`` of a base model, with the class of the model, and return ``folder``.
+
+    Raises:
+        DataError: There is no such base model.
+    """
+    model = _empty_model(name, task_type)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    return Path(folder)
+
+
+def _empty_model(name: str, task_type: str | None) -> Any:
+    """A base model without numbers."""
+    import torch
+    import transformers
 
     folder, gguf = embedded_model(name) or (name, None)
     loader: Any = getattr(transformers, _LOADERS.get(str(task_type), "AutoModelForCausalLM"))
@@ -53,7 +91,6 @@ def linear_layers(name: str, task_type: str | None) -> dict[str, Site]:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **extra)
         with torch.device("meta"):
-            model = loader.from_config(config)
+            return loader.from_config(config)
     except (ImportError, OSError, ValueError, KeyError) as error:
         raise DataError(f"cannot read the base model {name}: {str(error).splitlines()[0]}; give --base") from error
-    return {site.name: site for site in find_sites(model, LoraConfig(target_modules="all-linear")).sites}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightlora.serving import padded_rank
 from weightlora.serving._coverage import last_name, layer_number, missing_layers, split_groups
+from weightlora.serving.base_model import BaseModel
 
 if TYPE_CHECKING:
-    from weightlora.model.sites import Site
     from weightlora.serving import Reader
     from weightlora.serving.adapter import Adapted, Adapter
 
@@ -29,15 +30,15 @@ class Problem:
     """Whether an export mends it."""
 
 
-def find_problems(adapter: Adapter, reader: Reader, base: Mapping[str, Site] | None = None) -> tuple[Problem, ...]:
+def find_problems(adapter: Adapter, reader: Reader, base: BaseModel | None = None) -> tuple[Problem, ...]:
     """Return every reason why ``reader`` does not compute what PEFT computes; none where it does.
 
     Args:
         adapter: The files of an adapter.
         reader: The runtime.
-        base: The base model's linear layers; without them, the layers are those that the adapter names.
+        base: The base model; without it, the layers are those that the adapter names.
     """
-    case = _Case(adapter, reader, base or {})
+    case = _Case(adapter, reader, base or BaseModel())
     finders = (case.unread, case.unknown, case.format, case.ranks, case.scales, case.groups, case.layers)
     return tuple(problem for find in finders for problem in find())
 
@@ -50,14 +51,22 @@ def needed_option(adapter: Adapter, reader: Reader) -> str | None:
         >>> from weightlora.model.sites import Site
         >>> from weightlora.serving import reader_of
         >>> from weightlora.serving.adapter import Adapted, Adapter
-        >>> adapter = Adapter(Path("."), {}, (Adapted(Site("q_proj", 64, 64), 40, 2.0),), ())
+        >>> adapter = Adapter(Path("."), {"r": 40}, (Adapted(Site("q_proj", 64, 64), 40, 2.0),), ())
         >>> needed_option(adapter, reader_of("vllm"))
         '--max-lora-rank 64'
     """
-    limit = next((limit for limit in reader.ranks if limit >= adapter.rank), None)
+    limit = next((limit for limit in reader.ranks if limit >= adapter.asked_rank), None)
     if limit is None or reader.default_rank is None or limit <= reader.default_rank:
         return None
     return f"{reader.rank_option} {limit}"
+
+
+def most_gpus(adapter: Adapter, reader: Reader) -> int | None:
+    """Return on how many GPUs an adapter that ``reader`` reads right is still read right; None where that is no matter.
+
+    TGI and LoRAX pad a rank to 8 for each GPU, and scale with the padded rank.
+    """
+    return max(1, adapter.rank // 8) if reader.padded else None
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class _Case:
 
     adapter: Adapter
     reader: Reader
-    base: Mapping[str, Site]
+    base: BaseModel
 
     def unread(self) -> Iterator[Problem]:
         """What no layout can express."""
@@ -82,10 +91,10 @@ class _Case:
                 "path_initial_model_for_weight_conversion",
                 mended=False,
             )
-        for name in ("alora_invocation_tokens", "layer_replication", "target_parameters"):
+        for name in ("alora_invocation_tokens", "layer_replication", "target_parameters", "use_bdlora", "use_qalora"):
             if config.get(name):
                 yield Problem(f"{name} is not read; {_MERGE}", mended=False)
-        known = ("lora_magnitude_vector", "lora_B.bias")
+        known = ("lora_magnitude_vector", "lora_B.bias", ".base_layer.weight")  # the last is a copy of the base model's
         lost = [name for name in others if not any(word in name for word in known) and not self._is_head(name)]
         if lost:
             yield Problem(
@@ -101,11 +110,28 @@ class _Case:
     def unknown(self) -> Iterator[Problem]:
         """Sites that the runtime or the base model does not have."""
         names = [own.site.name for own in self.adapter.sites]
-        strange = [name for name in names if self.base and name not in self.base]
+        strange = [name for name in names if self.base.layers and name not in self.base.layers]
         if strange:
             yield Problem(f"the base model has no {_listed(strange)}; give the right one with --base", mended=False)
+        words = [own.site.name for own in self.adapter.sites if own.embedding and not self.reader.embeddings]
+        if words:
+            yield Problem(f"{_listed(words)}: adapters of embeddings are not read; {_MERGE}", mended=False)
+        tied = [name for name in names if name in self.base.tied and not self.reader.tied]
+        if tied:
+            yield Problem(
+                f"{_listed(tied)}: output head and embeddings share their weights in this base model, and an "
+                f"adapter of one is not read right; {_MERGE}",
+                mended=False,
+            )
+        misread = [name for name in names if last_name(name) in self.reader.misread]
+        if misread:
+            yield Problem(
+                f"{_listed(misread)}: for Llama's architecture, the rows of the heads are not reordered as the base "
+                "model's are; export with --converter, and serve adapter.gguf",
+                mended=False,
+            )
         unread = [name for name in names if last_name(name) not in self.reader.projections]
-        if self.reader.projections and unread:
+        if self.reader.projections and unread and not words:
             known = ", ".join(self.reader.projections)
             yield Problem(f"{_listed(unread)} would not be read, only {known}; {_MERGE}", mended=False)
         ranks = {own.site: self.adapter.rank if self.reader.one_rank else own.r for own in self.adapter.sites}
@@ -127,9 +153,16 @@ class _Case:
             yield Problem("target_modules is no list, and only a list is read", mended=True)
         if self.reader.whole_alpha and not isinstance(config["lora_alpha"], int):
             yield Problem(f"lora_alpha={config['lora_alpha']!r} is no whole number", mended=True)
+        if self.reader.plain_bias and config.get("bias", "none") != "none":
+            yield Problem(f"bias={config['bias']!r:.40} is refused", mended=True)
+        if self.reader.ranks and self.adapter.asked_rank > self.reader.ranks[-1] >= self.adapter.rank:
+            yield Problem(f"the configuration has a rank of {self.adapter.asked_rank}, which no site has", mended=True)
 
     def ranks(self) -> Iterator[Problem]:
         """Ranks that differ."""
+        if self.reader.padded:
+            yield from self._padded_ranks()
+            return
         ranks = sorted({own.r for own in self.adapter.sites})
         if self.reader.one_rank and len(ranks) > 1:
             yield Problem(f"ranks from {ranks[0]} to {ranks[-1]}; one rank for all sites is read", mended=True)
@@ -138,11 +171,17 @@ class _Case:
 
     def scales(self) -> Iterator[Problem]:
         """Sites whose B·A would be multiplied by another number."""
-        wrong = [own for own in self.adapter.sites if abs(self._read_scale(own) / own.scale - 1) > 1e-9]
+        scales = self._padded_scales() if self.reader.padded else [self._read_scale(own) for own in self.adapter.sites]
+        wrong = [
+            (own, scale)
+            for own, scale in zip(self.adapter.sites, scales, strict=True)
+            if abs(scale / own.scale - 1) > 1e-9
+        ]
         if wrong:
+            own, scale = wrong[0]
             yield Problem(
-                f"the scale of {len(wrong)} of {len(self.adapter.sites)} sites is read wrong: {wrong[0].site.name} was "
-                f"trained with {wrong[0].scale:g} and would get {self._read_scale(wrong[0]):g}",
+                f"the scale of {len(wrong)} of {len(self.adapter.sites)} sites is read wrong: {own.site.name} was "
+                f"trained with {own.scale:g} and would get {scale:g}",
                 mended=True,
             )
 
@@ -150,7 +189,7 @@ class _Case:
         """Parts of fused matrices."""
         names = [own.site.name for own in self.adapter.sites]
         for group in self.reader.groups:
-            split = list(split_groups(names, group, self.base))
+            split = list(split_groups(names, group, self.base.layers))
             if split:
                 part, lacking = split[0]
                 yield Problem(
@@ -162,7 +201,7 @@ class _Case:
     def layers(self) -> Iterator[Problem]:
         """Projections that some layer lacks."""
         if self.reader.every_layer:
-            for projection, holes in missing_layers([own.site for own in self.adapter.sites], self.base).items():
+            for projection, holes in missing_layers([own.site for own in self.adapter.sites], self.base.layers).items():
                 yield Problem(
                     f"{projection} is missing in {_layers(holes)} and would be dropped everywhere", mended=True
                 )
@@ -174,9 +213,38 @@ class _Case:
         """What the runtime multiplies B·A of a site by."""
         if self.reader.scale == "site":
             return own.scale
+        return self._scale(self.adapter.config["r"] if self.reader.scale == "config" else own.r)
+
+    def _scale(self, r: float) -> float:
+        """lora_alpha ÷ r, as the runtime reads it."""
         config = self.adapter.config
-        r: float = config["r"] if self.reader.scale == "config" else own.r
         return config["lora_alpha"] / (r**0.5 if self.reader.rslora and config.get("use_rslora") else r)
+
+    def _padded_ranks(self) -> Iterator[Problem]:
+        """Ranks of a projection that differ after padding: TGI and LoRAX stack its matrices of all layers."""
+        for projection, sites in self._by_projection().items():
+            ranks = sorted({padded_rank(own.r) for own in sites})
+            if len(ranks) > 1:
+                yield Problem(f"{projection} has ranks from {ranks[0]} to {ranks[-1]}; one is read", mended=True)
+
+    def _padded_scales(self) -> list[float]:
+        """The scale of each site where loading a projection overwrites r with its padded rank, for the next ones."""
+        r: int = self.adapter.config["r"]
+        scales: dict[str, float] = {}
+        dropped = missing_layers([own.site for own in self.adapter.sites], self.base.layers)
+        for projection, sites in self._by_projection().items():
+            scales |= {own.site.name: self._scale(r) for own in sites}
+            if sites[0].site.projection not in dropped and projection in self.reader.projections:
+                r = padded_rank(sites[0].r)
+        return [scales[own.site.name] for own in self.adapter.sites]
+
+    def _by_projection(self) -> dict[str, list[Adapted]]:
+        """The sites of each projection in the order that the runtime loads them; others come last."""
+        order = self.reader.projections
+        found: dict[str, list[Adapted]] = {name: [] for name in order}
+        for own in self.adapter.sites:
+            found.setdefault(last_name(own.site.name), []).append(own)
+        return {name: sites for name, sites in found.items() if sites}
 
 
 def _layers(names: Iterable[str]) -> str:

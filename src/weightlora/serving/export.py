@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from weightlora.errors import ServingError
+from weightlora.errors import OptionError, ServingError
 from weightlora.files import whole_folder, write_json
 from weightlora.model.sites import Site
 from weightlora.plan.from_adapter import ADAPTER_FILES
-from weightlora.serving import Reader, reader_of
+from weightlora.serving import READERS, Reader, padded_rank, reader_of
 from weightlora.serving._coverage import last_name, missing_layers
+from weightlora.serving._gguf import write_gguf
 from weightlora.serving._stream import Planned, write_tensors
 from weightlora.serving.adapter import Adapter, matrix_name, read_files
-from weightlora.serving.base_model import is_here, linear_layers
+from weightlora.serving.base_model import BaseModel, is_here, read_base
 from weightlora.serving.check import find_problems
 
 if TYPE_CHECKING:
@@ -42,9 +43,17 @@ class _Piece:
     """Its rank in the export."""
     factor: float
     """What B is multiplied by; 0 for an adapter of zeros that is added."""
+    embedding: bool = False
 
 
-def export_adapter(folder: str | Path, reader: str, output: str | Path, *, base: str | None = None) -> Path:
+def export_adapter(
+    folder: str | Path,
+    reader: str,
+    output: str | Path,
+    *,
+    base: str | None = None,
+    converter: str | Path | None = None,
+) -> Path:
     """Write the adapter in ``folder`` so that ``reader`` computes what PEFT computes, and return ``output``.
 
     The adapter is read and written one matrix at a time. ``output`` is replaced if it exists, and stays as it was if
@@ -53,31 +62,33 @@ def export_adapter(folder: str | Path, reader: str, output: str | Path, *, base:
     Args:
         folder: A directory that PEFT saved a LoRA adapter into.
         reader: ``"vllm"``, ``"sglang"``, ``"tgi"``, ``"lorax"``, ``"llama.cpp"``, ``"ollama"``, ``"mlx"``, or
-            ``"everywhere"`` for the layout that all but MLX read.
+            ``"everywhere"`` for the layout that all but MLX and Ollama's own conversion read.
         output: The new directory.
         base: Folder or hub name of the base model, whose configuration tells the shapes of adapters that are added.
             None takes the name in the adapter's configuration.
+        converter: llama.cpp's convert_lora_to_gguf.py, which then writes ``adapter.gguf`` beside PEFT's files, for
+            llama.cpp and Ollama. It runs with this Python, which needs its packages, such as gguf.
 
     Raises:
-        OptionError: There is no such runtime.
+        OptionError: There is no such runtime, or no such converter.
         PlanError: The folder holds no LoRA adapter.
-        ServingError: The runtime cannot read this adapter in any layout, such as one of DoRA.
+        ServingError: The runtime cannot read this adapter in any layout, such as one of DoRA; or the converter fails.
         DataError: The base model's configuration is needed and cannot be read.
         OutputError: The folder cannot be written.
     """
-    target = reader_of(reader)
+    target = _target(reader, converter)
     adapter = read_files(folder)
     known: str = base or adapter.config.get("base_model_name_or_path") or ""
-    layers = _layers_of(adapter, known) if base or is_here(known) else {}
+    layers = _base_of(adapter, known) if base or is_here(known) else BaseModel()
     problems = find_problems(adapter, target, layers)
     for problem in problems:
         if not problem.mended:
             raise ServingError(f"{folder} cannot be exported for {target.name}: {problem.text}")
     with whole_folder(output) as draft:
         if problems:
-            if not layers and _has_holes(adapter, target):
-                layers = _layers_of(adapter, known)
-            _write(draft, adapter, target, _pieces(adapter, target, layers))
+            if not layers.layers and _has_holes(adapter, target):
+                layers = _base_of(adapter, known)
+            _write(draft, adapter, target, _pieces(adapter, target, layers.layers))
         else:
             for name in ADAPTER_FILES:
                 shutil.copyfile(adapter.folder / name, draft / name)
@@ -87,13 +98,30 @@ def export_adapter(folder: str | Path, reader: str, output: str | Path, *, base:
         if target.peft_folder:
             left = find_problems(read_files(draft), target, layers)
             assert not left, f"the export itself cannot be read: {left}"
+        if converter is not None:
+            write_gguf(converter, draft, _named(adapter, known), adapter.config.get("task_type"))
     return Path(output)
 
 
-def _layers_of(adapter: Adapter, base: str) -> dict[str, Site]:
+def _target(reader: str, converter: str | Path | None) -> Reader:
+    """The runtime; what reads the converter's file reads what llama.cpp reads."""
+    target = reader_of(reader)
+    if converter is None:
+        return target
+    if not target.gguf:
+        names = ", ".join(own.name for own in READERS if own.gguf)
+        raise OptionError(f"converter makes a GGUF file, which {reader} does not read; export for one of {names}")
+    return reader_of("llama.cpp") if reader == "ollama" else target
+
+
+def _named(adapter: Adapter, base: str) -> str:
     if not base:
         raise ServingError(f"{adapter.folder} names no base model, whose layers are needed; give --base")
-    return linear_layers(base, adapter.config.get("task_type"))
+    return base
+
+
+def _base_of(adapter: Adapter, base: str) -> BaseModel:
+    return read_base(_named(adapter, base), adapter.config.get("task_type"))
 
 
 def _has_holes(adapter: Adapter, reader: Reader) -> bool:
@@ -105,11 +133,12 @@ def _has_holes(adapter: Adapter, reader: Reader) -> bool:
 
 def _pieces(adapter: Adapter, reader: Reader, base: Mapping[str, Site]) -> list[_Piece]:
     """The sites of the adapter, and those that ``reader`` needs in addition, sorted by name."""
-    most = adapter.rank
+    most = _most(adapter, reader)
     pieces: dict[str, _Piece] = {}
     for own in adapter.sites:
         r = most if reader.one_rank else own.r
-        pieces[own.site.name] = _Piece(own.site, r, own.scale * r / most)  # the configuration's scale is most / r
+        # The configuration's scale is most / r.
+        pieces[own.site.name] = _Piece(own.site, r, own.scale * r / most, own.embedding)
     for group in reader.groups:
         for name in list(pieces):
             stem = name.removesuffix(last_name(name))
@@ -123,35 +152,49 @@ def _pieces(adapter: Adapter, reader: Reader, base: Mapping[str, Site]) -> list[
     return [pieces[name] for name in sorted(pieces)]
 
 
+def _most(adapter: Adapter, reader: Reader) -> int:
+    """The export's largest rank."""
+    return padded_rank(adapter.rank) if reader.padded else adapter.rank
+
+
 def _write(draft: Path, adapter: Adapter, reader: Reader, pieces: Sequence[_Piece]) -> None:
     """Write configuration and weights of ``pieces``."""
     with safe_open(adapter.folder / ADAPTER_FILES[1], framework="pt") as tensors:
         if reader.peft_folder:
-            write_json(draft / ADAPTER_FILES[0], _config(adapter, pieces))
-            planned = _planned(adapter, pieces, tensors, matrix_name, transposed=False)
+            write_json(draft / ADAPTER_FILES[0], _config(adapter, pieces, _most(adapter, reader)))
+            planned = _planned(adapter, pieces, tensors, _peft_name, transposed=False)
             write_tensors(draft / ADAPTER_FILES[1], planned)
         else:
             write_json(draft / ADAPTER_FILES[0], _mlx_config(adapter, pieces))
-            planned = _planned(adapter, pieces, tensors, lambda site, m: f"{site}.lora_{m.lower()}", transposed=True)
+            planned = _planned(adapter, pieces, tensors, _mlx_name, transposed=True)
             write_tensors(draft / "adapters.safetensors", planned)
 
 
 def _planned(
-    adapter: Adapter, pieces: Sequence[_Piece], tensors: Any, named: Callable[[str, str], str], *, transposed: bool
+    adapter: Adapter, pieces: Sequence[_Piece], tensors: Any, named: Callable[[_Piece, str], str], *, transposed: bool
 ) -> dict[str, Planned]:
     """A and B of each piece under their new names, to be read when it is their turn."""
-    usual = tensors.get_slice(matrix_name(adapter.sites[0].site.name, "A")).get_dtype()
+    first = adapter.sites[0]
+    usual = tensors.get_slice(matrix_name(first.site.name, "A", embedding=first.embedding)).get_dtype()
     planned: dict[str, Planned] = {}
     for piece in pieces:
         for matrix, factor, shape in (
             ("A", 1.0 if piece.factor else 0.0, (piece.r, piece.site.in_features)),
             ("B", piece.factor, (piece.site.out_features, piece.r)),
         ):
-            source = matrix_name(piece.site.name, matrix)
+            source = _peft_name(piece, matrix)
             dtype = _exact(tensors.get_slice(source).get_dtype(), factor) if factor else usual
             make = partial(_padded, tensors, source, factor, shape, transposed)
-            planned[named(piece.site.name, matrix)] = Planned(dtype, shape[::-1] if transposed else shape, make)
+            planned[named(piece, matrix)] = Planned(dtype, shape[::-1] if transposed else shape, make)
     return planned
+
+
+def _peft_name(piece: _Piece, matrix: str) -> str:
+    return matrix_name(piece.site.name, matrix, embedding=piece.embedding)
+
+
+def _mlx_name(piece: _Piece, matrix: str) -> str:
+    return f"{piece.site.name}.lora_{matrix.lower()}"
 
 
 def _padded(tensors: Any, name: str, factor: float, shape: tuple[int, int], transposed: bool) -> Tensor:
@@ -173,14 +216,15 @@ def _exact(dtype: str, factor: float) -> str:
     return dtype if factor == 1 or (power_of_two and dtype != "F16") else "F32"
 
 
-def _config(adapter: Adapter, pieces: Sequence[_Piece]) -> dict[str, Any]:
+def _config(adapter: Adapter, pieces: Sequence[_Piece], r: int) -> dict[str, Any]:
     """PEFT's configuration of the exported adapter; patterns are regular expressions, so that dots are escaped."""
     return {
         **adapter.config,
-        "r": adapter.rank,
-        "lora_alpha": adapter.rank,
-        "rank_pattern": {f"^{re.escape(p.site.name)}": p.r for p in pieces if p.r != adapter.rank},
+        "r": r,
+        "lora_alpha": r,
+        "rank_pattern": {f"^{re.escape(p.site.name)}": p.r for p in pieces if p.r != r},
         "alpha_pattern": {},
+        "bias": "none",
         "use_rslora": False,
         "init_lora_weights": True,
         "inference_mode": True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from weightlora.serving.base_model import is_here, linear_layers
+from weightlora.serving.base_model import is_here, read_base
 
 if TYPE_CHECKING:
     from weightlora.plan.plan import AdapterPlan
@@ -56,5 +56,5 @@ def _projections(plan: AdapterPlan) -> dict[str, str]:
     """Projection of each site of the plan, and of the base model where that is on this machine, by name."""
     sites = [entry.site for entry in plan.entries]
     if plan.base_model and is_here(plan.base_model):
-        sites += linear_layers(plan.base_model, plan.lora.get("task_type")).values()
+        sites += read_base(plan.base_model, plan.lora.get("task_type")).layers.values()
     return {site.name: site.projection for site in sites}
