@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from weightlora.errors import DataError, OptionError
-from weightlora.files import read_json, read_mapping, require_folder, write_text
+from weightlora.files import read_json, read_mapping, remove_drafts, require_folder, write_text
 from weightlora.plan.from_adapter import ADAPTER_FILES, tensor_shapes
 from weightlora.plan.plan import AdapterPlan
 from weightlora.trainer.batch_size import Batch
@@ -43,6 +43,12 @@ def checkpoints(output: Path) -> list[Path]:
     """
     folders = [path for path in output.glob("checkpoint-*") if step_of(path) is not None and path.is_dir()]
     return sorted(folders, key=lambda folder: step_of(folder) or 0)
+
+
+def remove_drafts_of_checkpoints(output: Path) -> None:
+    """Remove what a killed start of the run had not finished writing in its checkpoints."""
+    for folder in checkpoints(output):
+        remove_drafts(folder)
 
 
 def step_of(folder: Path) -> int | None:
