@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DOCS   := $(VENV)/.docs
 
-.PHONY: setup demo test check fresh zero3 bench docs clean
+.PHONY: setup demo test check fuzz fresh zero3 bench docs clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ check: setup   ## format, lint, types, import order
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/pyright
 	$(BIN)/python -m pytest tests/test_imports.py
+
+fuzz: export WEIGHTLORA_FUZZ ?= 1
+fuzz: setup    ## the generators of cases at full size, about an hour on two cores; WEIGHTLORA_FUZZ=10 for ten times more
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fuzz
 
 zero3: setup    ## the guide's DeepSpeed commands in two processes, about two minutes
 	.ci/zero3

@@ -17,6 +17,8 @@ from typing import Any
 
 from weightlora.errors import DataError, OptionError, OutputError, WeightLoraError, WeightLoraWarning
 
+#: How the names begin of files and folders that are being written.
+_DRAFT = ".weightlora-draft-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: How safetensors, and torch where it saves, say that they cannot write; neither raises an OSError.
 _UNWRITTEN = re.compile(
@@ -83,7 +85,7 @@ def whole_file(path: str | Path) -> Generator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Keep the suffix: savers such as matplotlib choose the format by it.
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_DRAFT, suffix=path.suffix)
         os.close(descriptor)
         draft = Path(name)
         draft.chmod(0o666 & ~_umask())  # mkstemp creates private files
@@ -110,7 +112,7 @@ def whole_folder(path: str | Path) -> Generator[Path]:
     draft: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=_DRAFT))
         draft.chmod(0o777 & ~_umask())
         yield draft
         if path.is_symlink():
@@ -132,6 +134,30 @@ def whole_folder(path: str | Path) -> Generator[Path]:
             shutil.rmtree(draft, ignore_errors=True)
 
 
+@contextmanager
+def scratch_folder(parent: Path) -> Generator[Path]:
+    """Yield a temporary folder in ``parent`` that is removed when the block ends.
+
+    Raises:
+        OutputError: ``parent`` cannot be written.
+    """
+    try:
+        scratch = tempfile.TemporaryDirectory(dir=parent, prefix=_DRAFT)
+    except OSError as error:
+        raise _cannot_write(parent, error) from error
+    with scratch as name:
+        yield Path(name)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove the unfinished files and folders that a killed process left in ``folder``; nobody may be writing there."""
+    for draft in folder.glob(f"{_DRAFT}*"):
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
+
+
 def require_folder(path: Path) -> None:
     """Raise where a folder cannot be written at ``path`` because a file is there.
 
@@ -146,7 +172,8 @@ def require_folder(path: Path) -> None:
 def only_writer(folder: Path) -> Generator[None]:
     """Keep other processes out of ``folder`` for the block; a process that is killed leaves it free.
 
-    The folder is created if missing, and removed if the block leaves it empty.
+    The folder is created if missing, and removed if the block leaves it empty. What a killed process had not finished
+    writing there is removed.
 
     Raises:
         OptionError: Another process works there.
@@ -168,6 +195,7 @@ def only_writer(folder: Path) -> Generator[None]:
         mine = _lock(descriptor, folder) and file.exists() and os.path.samestat(os.fstat(descriptor), file.stat())
         if not mine:
             raise OptionError(f"another process works in {folder}; wait for it, or choose another output_dir")
+        remove_drafts(folder)
         yield
     finally:
         if mine:

@@ -1,14 +1,13 @@
 """What the processes of tests/bench/test_bench.py run; a spawned one can import nothing of a test."""
 
 import os
-import sys
 import time
-from pathlib import Path
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 
 import torch
 
-from weightlora.bench.engine import run_grid
-from weightlora.bench.grid import read_grid
+from weightlora.cli import main
 
 
 def die_at_seed_one(job):
@@ -25,11 +24,10 @@ def sleep_at_seed_one(job):
     return {"options": dict(job.options), "status": "ok"}
 
 
-def run(config, output_dir):
-    """The whole benchmark, as the command runs it."""
+def run(config, output_dir, answer):
+    """The command; answers its code and what it said."""
     torch.set_num_threads(1)  # as tests/conftest.py does
-    run_grid(read_grid(config, Path(output_dir)), report=lambda *_: None)
-
-
-if __name__ == "__main__":
-    run(*sys.argv[1:])
+    said = StringIO()
+    with redirect_stderr(said), redirect_stdout(StringIO()):
+        code = main(["bench", "--config", config, "--output_dir", output_dir])
+    answer.send((code, said.getvalue()))

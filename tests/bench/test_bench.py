@@ -2,16 +2,20 @@
 
 import json
 import multiprocessing
-import random
+import re
+import resource
 import signal
 import statistics
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from bench_worker import die_at_seed_one, sleep_at_seed_one
 from bench_worker import run as run_bench
+from fuzz import cases, generator, tell
 from safetensors.torch import load_file
 
 from weightlora.bench._job import Job, run_job
@@ -284,7 +288,7 @@ def test_who_stops_waits_for_nobody(tmp_path):
 def unbroken(tmp_path_factory):
     """The records of a benchmark that nothing disturbed."""
     folder = tmp_path_factory.mktemp("unbroken")
-    grid = grid_of(folder, methods=["lora", "random"])
+    grid = grid_of(folder, methods=["lora", "random"], keep_adapters=True)
     reports = []
     run_grid(grid, workers=2, report=lambda _, *counts: reports.append(counts))
     # Two rows: two rates with seed 0, then the better one with seed 1.
@@ -298,33 +302,82 @@ def lasting(records):
     return {key_of(r["options"]): {k: v for k, v in r.items() if k not in passing} for r in records}
 
 
-def test_killed_at_five_moments_it_ends_with_the_same_records(unbroken, tmp_path):
-    """None is lost and none is there twice."""
-    config, out = unbroken.output_dir.parent / "b.yaml", tmp_path / "out"
+def left(out):
+    """Everything in a benchmark's folder: records as above, bytes of adapters; tables, which tell times, by name."""
+    files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    records = [json.loads(line) for line in files.pop("records.jsonl").splitlines()]
+    assert len(records) == 6
+    return {**files, "table.md": b"", "table.tex": b"", "records": lasting(records)}
+
+
+def kill(process, _):
+    process.kill()
+
+
+def fill_disk(process, rng):
+    """From now on no file of the processes grows beyond a few bytes."""
+    limit = rng.choice([0, rng.randrange(6000)])
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for one in (process.pid, *map(int, children)):
+        with suppress(ProcessLookupError):
+            resource.prlimit(one, resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def struck(rng, config, out, strike, number):
+    """Strike the command until ``number`` hits; each start is hit after its first new record at the latest.
+
+    Yields the code, None where it was killed, and what was said, of each start.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["weightlora.bench.engine", "weightlora.runs.train"])
-    lot, counts = random.Random(0), []
-    for moment in range(6):
-        process = context.Process(target=run_bench, args=(str(config), str(out)))
+    hits = 0
+    while True:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=run_bench, args=(str(config), str(out), sender))
         process.start()
-        seen = (out / "records.jsonl").read_bytes().count(b"\n") if (out / "records.jsonl").exists() else 0
-        if moment < 5:  # after its first new record at the latest, so that each start comes somewhere
-            deadline = time.monotonic() + lot.uniform(2, 9)
-            while time.monotonic() < deadline and process.is_alive():
-                there = (out / "records.jsonl").read_bytes().count(b"\n") if (out / "records.jsonl").exists() else 0
-                if there > seen:
-                    time.sleep(lot.uniform(0, 0.5))
-                    break
-                time.sleep(0.02)
-            process.kill()
+        sender.close()
+        if hits < number:
+            before, deadline = count(out), time.monotonic() + rng.uniform(2, 12)
+            while time.monotonic() < deadline and process.is_alive() and count(out) == before:
+                time.sleep(0.01)
+            time.sleep(rng.choice([0, rng.uniform(0, 0.5)]))
+            strike(process, rng)
+        try:
+            code, said = receiver.recv()
+        except EOFError:
+            code, said = None, ""
         process.join()
-        counts.append(len(recorded(read_grid(config, out))))
-    assert process.exitcode == 0
-    assert counts[0] < counts[-1], "the last start had something left to do"
-    records = recorded(read_grid(config, out))
-    assert len(records) == len(lasting(records)) == 6
-    assert lasting(records) == lasting(recorded(unbroken))
-    assert sorted(path.name for path in out.iterdir()) == ["records.jsonl"]
+        hits += code != 0
+        yield code, said
+        if code == 0:
+            return
+
+
+def count(out):
+    """How many records there are."""
+    return (out / "records.jsonl").read_bytes().count(b"\n") if (out / "records.jsonl").exists() else 0
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize(
+    ("strike", "code", "number", "what"),
+    [(kill, None, cases(5, 30), "SIGKILLs"), (fill_disk, 2, cases(2, 10), "full disks")],
+    ids=["killed", "full disk"],
+)
+def test_struck_at_random_moments_it_ends_with_the_same_records(unbroken, tmp_path, capsys, strike, code, number, what):
+    """None is lost and none is there twice."""
+    config, rng, hits, ends = unbroken.output_dir.parent / "b.yaml", generator(), 0, 0
+    while hits < number:
+        out = tmp_path / str(ends)
+        for found, said in struck(rng, config, out, strike, min(number - hits, 5)):
+            assert found in (code, 0), said
+            assert "Traceback" not in said
+            if found == 2:
+                assert re.search(r"(?m)^weightlora: error: cannot write [^\n]+\n\Z", said), said
+            hits += found == code
+        assert left(out) == left(unbroken.output_dir)
+        ends += 1
+    tell(capsys, f"{hits} {what} of bench in {ends} benchmarks; nothing lost, the same records and adapters in the end")
 
 
 def test_ray_gives_the_same_records(unbroken, tmp_path, capsys):

@@ -1,24 +1,22 @@
 """Files of ``weightlora bench``, changed at random: a table is printed, or one line says what is wrong.
 
-``FUZZ_CASES=1000`` runs more of them than the suite does.
+`make fuzz` tries more of them than the suite does.
 """
 
 import math
-import os
-import random
 import re
 from collections import Counter
 from copy import deepcopy
 
 import pytest
 import yaml
+from fuzz import cases, generator, tell
 
 from weightlora.bench.engine import run_grid
 from weightlora.bench.grid import read_grid
 from weightlora.cli import main
 from weightlora.errors import OptionError
 
-CASES = int(os.environ.get("FUZZ_CASES", "80"))
 BASE = {"max_train_samples": 16, "held_out_samples": 8, "max_seq_length": 12, "max_steps": 2, "use_cpu": True}
 FILE = {
     "base": BASE,
@@ -114,10 +112,11 @@ def test_nonsense_in_an_entry_is_one_line_that_names_it(path, tmp_path, capsys):
         assert not (tmp_path / "out").exists(), value
 
 
+@pytest.mark.fuzz
 def test_files_at_random_are_a_table_or_one_line(tmp_path, capsys):
-    rng = random.Random(int(os.environ.get("FUZZ_SEED", "0")))
+    rng, count = generator(), cases(80, 1_000)
     outcomes = Counter()
-    for _ in range(CASES):
+    for _ in range(count):
         right, path = rng.random() < 0.4, rng.choice(list(RIGHT))
         content = (
             changed(path, rng.choice(RIGHT[path])) if right else changed(rng.choice(list(WRONG)), rng.choice(KINDS))
@@ -133,7 +132,7 @@ def test_files_at_random_are_a_table_or_one_line(tmp_path, capsys):
             assert_sensible(read_grid(tmp_path / "b.yaml"), content)
     assert outcomes[0]
     assert outcomes[2]
-    print(f"a table: {outcomes[0]}, one line: {outcomes[2]}")  # noqa: T201
+    tell(capsys, f"{count} files of bench: {outcomes[0]} are a table, {outcomes[2]} one line; 0 raw tracebacks")
 
 
 def assert_sensible(grid, content):

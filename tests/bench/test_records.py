@@ -1,5 +1,6 @@
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,20 @@ def test_a_line_that_was_cut_off_inside_a_letter_is_passed_over(tmp_path):
     with path.open("ab") as file:
         file.write('{"note": "ω'.encode()[:-1])
     assert stored(path) == [{"seed": 0}]
+
+
+@pytest.mark.parametrize("room", [0, 1, 20])
+def test_a_line_that_the_disk_has_no_room_for_leaves_nothing(tmp_path, room):
+    path = tmp_path / "records.jsonl"
+    append_record(path, {"seed": 0})
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + room, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            append_record(path, {"seed": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
 
 
 def test_provenance_tells_versions_hardware_time_and_revision():

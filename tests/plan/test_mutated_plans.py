@@ -1,20 +1,15 @@
-"""Damaged plans and adapter directories: refused in one line, or read as something that can be attached.
-
-``WEIGHTLORA_FUZZ=10000 pytest tests/plan/test_mutated_plans.py -s`` tries as many of each and prints the counts.
-"""
+"""Damaged plans and adapter directories: refused in one line, or read as something that can be attached."""
 
 import dataclasses
 import json
-import os
-import random
 import re
-import sys
 from collections import Counter
 from copy import deepcopy
 from hashlib import sha256
 
 import pytest
 import torch
+from fuzz import cases, generator, tell
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
@@ -29,7 +24,7 @@ from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 
 #: Files of each kind; each takes some 5 ms.
-COUNT = int(os.environ.get("WEIGHTLORA_FUZZ", "500"))
+COUNT = cases(500, 10_000)
 SHOWN = 10
 """One in so many is also given to ``weightlora show``."""
 
@@ -176,9 +171,10 @@ def show(path, capsys):
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f]", output.out.replace("\x1b[", "") + output.err)
 
 
+@pytest.mark.fuzz
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_plans(tmp_path, capsys):
-    rng, counts, path = random.Random(0), Counter(), tmp_path / "plan.json"
+    rng, counts, path = generator(), Counter(), tmp_path / "plan.json"
     plans = []
     for lora in LORAS:
         plan_of(**lora).save(path)
@@ -196,16 +192,16 @@ def test_mutated_plans(tmp_path, capsys):
             raise AssertionError(f"mutation {i}: {text[:3000]}") from error
         if i % SHOWN == 0:
             show(path, capsys)
-    with capsys.disabled():
-        sys.stdout.write(f"\n{COUNT} mutated plans: {dict(counts)}; 0 raw tracebacks, 0 accepted nonsense\n")
+    tell(capsys, f"{COUNT} mutated plans: {dict(counts)}; 0 raw tracebacks, 0 accepted nonsense")
     assert counts["refused"] > COUNT / 3  # the generator does damage
     assert counts["attached"] > COUNT / 50  # and what it leaves whole is accepted
     assert sum(counts.values()) == COUNT
 
 
+@pytest.mark.fuzz
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_adapter_directories(tmp_path, capsys):
-    rng, counts, folder = random.Random(1), Counter(), tmp_path / "adapter"
+    rng, counts, folder = generator(1), Counter(), tmp_path / "adapter"
     from weightlora.plan.from_adapter import read_adapter
 
     get_peft_model(net(), LoraConfig(r=2, target_modules=["0", "2"])).save_pretrained(folder)
@@ -234,8 +230,7 @@ def test_mutated_adapter_directories(tmp_path, capsys):
             raise AssertionError(f"mutation {i}: {kind} {config.read_bytes()[:2000]}") from error
         if i % SHOWN == 0:
             show(folder, capsys)
-    with capsys.disabled():
-        sys.stdout.write(f"\n{COUNT} mutated adapters: {dict(counts)}; 0 raw tracebacks, 0 accepted nonsense\n")
+    tell(capsys, f"{COUNT} mutated adapters: {dict(counts)}; 0 raw tracebacks, 0 accepted nonsense")
     assert min(counts["read"], counts["refused"]) > COUNT / 5
     assert sum(counts.values()) == COUNT
 

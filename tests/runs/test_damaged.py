@@ -1,21 +1,16 @@
-"""Damaged and foreign files in a run folder: the same adapter in the end, or one line that names the file.
-
-DAMAGED_FOLDERS says how many folders are tried; ``-rP`` prints what became of them.
-"""
+"""Damaged and foreign files in a run folder: the same adapter in the end, or one line that names the file."""
 
 import json
-import os
-import random
 import shutil
-import sys
 from collections import Counter
 
 import pytest
+from fuzz import cases, generator, tell
 from small_run import adapter, same, words
 
 from weightlora.cli import main
 
-CASES = int(os.environ.get("DAMAGED_FOLDERS", "12"))
+CASES = cases(12, 200)
 MORE = {"gradient_accumulation_steps": 2, "eval_on_start": True, "grow_batch": True}
 #: A file of another run is found out where its shapes or sites differ; another run's random state is as good as ours.
 TELLING = ("adapter_model.safetensors", "optimizer.pt", "plan.json", "batch.json", "config.yaml")
@@ -165,18 +160,19 @@ def outcome(base, whole, run, capsys):
     return "named"
 
 
+@pytest.mark.fuzz
 def test_damaged_run_folders_end_as_whole_ones_or_in_one_line(base, whole, other, tmp_path, capsys):
     found = Counter()
     for case in range(CASES):
         run = tmp_path / str(case) / "run"
         run.parent.mkdir()
-        what = damaged(random.Random(case), whole, other, run)
+        what = damaged(generator(case), whole, other, run)
         try:
             found[outcome(base, whole, run, capsys)] += 1
         except BaseException as error:
             raise AssertionError(f"case {case}: {what}: {type(error).__name__}: {error}") from error
         shutil.rmtree(run.parent)
-    sys.stdout.write(f"{CASES} damaged run folders: {dict(found)}\n")
+    tell(capsys, f"{CASES} damaged run folders: {dict(found)}; 0 raw tracebacks")
     assert found["named"] > 0
     assert found["warned and resumed"] > 0 or CASES < 12
 

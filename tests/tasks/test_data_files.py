@@ -1,13 +1,8 @@
-"""Data files of every format, changed at random: read as they are written, or refused in one line with file and row.
-
-``FUZZ_CASES=500`` runs more of them than the suite does.
-"""
+"""Data files of every format, changed at random: read as they are written, or refused in one line with file and row."""
 
 import csv
 import io
 import json
-import os
-import random
 import re
 import warnings
 from collections import Counter
@@ -16,6 +11,7 @@ from copy import deepcopy
 import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
+from fuzz import cases, generator, tell
 from pyarrow import parquet
 
 from weightlora.cli import main
@@ -27,7 +23,7 @@ from weightlora.tasks.base import RowOptions
 from weightlora.tasks.classification import label_names
 from weightlora.tasks.rows import HELD_OUT, Source, load_rows
 
-CASES = int(os.environ.get("FUZZ_CASES", "160"))
+CASES = cases(160, 500)
 TASK = find_task("text_classification")
 WORDS = [
     "plot",
@@ -197,8 +193,15 @@ def read(path, task=TASK):
             return error, said
 
 
-def test_a_changed_file_is_read_as_it_is_written_or_refused_in_one_line(tmp_path):
-    rng = random.Random(int(os.environ.get("FUZZ_SEED", "0")))
+def counted(outcomes):
+    """The counts in a line."""
+    texts = (f"{' '.join(key)}: {count}" for key, count in sorted(outcomes.items()))
+    return f"{outcomes.total()} data files: {', '.join(texts)}; 0 raw tracebacks"
+
+
+@pytest.mark.fuzz
+def test_a_changed_file_is_read_as_it_is_written_or_refused_in_one_line(tmp_path, capsys):
+    rng = generator()
     outcomes = Counter()
     for number in range(CASES):
         form, kind = FORMATS[number % 4], ("harmless", "refused", "refused", "random")[number // 4 % 4]
@@ -224,7 +227,7 @@ def test_a_changed_file_is_read_as_it_is_written_or_refused_in_one_line(tmp_path
     assert {(form, kind) for form, kind, _ in outcomes} == {
         (f, k) for f in FORMATS for k in ("harmless", "refused", "random")
     }
-    print(*(f"{' '.join(key)}: {count}" for key, count in sorted(outcomes.items())), sep="\n")  # noqa: T201  # with -s
+    tell(capsys, counted(outcomes))
 
 
 #: A row of each of the user's own tasks.
@@ -248,11 +251,12 @@ ODD += [{"text": [""], "answer_start": [0]}, {"text": ["Paris"], "answer_start":
 ODD += [[{"role": "user", "content": None}, {"role": "assistant", "content": None}], [{"role": None, "content": "a"}]]
 
 
-def test_what_the_reader_lets_pass_can_be_prepared(tmp_path, tokenizer):
+@pytest.mark.fuzz
+def test_what_the_reader_lets_pass_can_be_prepared(tmp_path, tokenizer, capsys):
     """An odd value in one of three rows, or in all; nothing but our own errors comes out of reader and tokenizer."""
     tokenizer = deepcopy(tokenizer)
     tokenizer.chat_template = "{% for message in messages %}{{ message.role + ': ' + message.content }}{% endfor %}"
-    rng = random.Random(int(os.environ.get("FUZZ_SEED", "0")))
+    rng = generator()
     outcomes = Counter()
     for number in range(CASES // 2):
         task = find_task(list(OWN)[number % len(OWN)])
@@ -271,7 +275,7 @@ def test_what_the_reader_lets_pass_can_be_prepared(tmp_path, tokenizer):
             kind_of(task).prepare(task, found, tokenizer, RowOptions(max_length=32, doc_stride=4))
         outcomes[task.name, "refused" if isinstance(found, DataError) else "read"] += 1
     assert len({name for name, outcome in outcomes if outcome == "refused"}) == len(OWN)
-    print(*(f"{' '.join(key)}: {count}" for key, count in sorted(outcomes.items())), sep="\n")  # noqa: T201  # with -s
+    tell(capsys, counted(outcomes))
 
 
 # -- single faults ---------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from weightlora.bench.records import provenance
+from weightlora.errors import OutputError
 from weightlora.fast.allocator import keep_freed_memory
 
 COST_FILE = "cost.json"
@@ -34,7 +35,11 @@ class Job:
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """Return the record of a run; a run that fails is a record with ``status: failed`` and the reason."""
+    """Return the record of a run; a run that fails is a record with ``status: failed`` and the reason.
+
+    Raises:
+        OutputError: The disk is full, or the run's folder cannot be written: nothing that the run itself did.
+    """
     import torch
 
     torch.set_num_threads(job.threads)
@@ -43,6 +48,8 @@ def run_job(job: Job) -> dict[str, Any]:
     try:
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # a trainer without bars prints its logs
             outcome = {"status": "ok", **_results(job)}
+    except OutputError:
+        raise
     except Exception as error:  # a broken run must not stop the others
         outcome = failure(f"{type(error).__name__}: {' '.join(str(error).split())}")
     return {"options": dict(job.options), **outcome, "provenance": provenance()}

@@ -9,7 +9,7 @@ from multiprocessing import active_children, get_context
 from typing import Any
 
 from weightlora.bench._job import Job, die_with_parent, failure, run_job
-from weightlora.errors import OptionError
+from weightlora.errors import OptionError, OutputError
 
 Run = Callable[[Job], dict[str, Any]]
 _DIED = "the worker died, as one does that is killed for want of memory"
@@ -22,6 +22,9 @@ def run_here(jobs: Sequence[Job], workers: int, run: Run = run_job) -> Iterator[
         jobs: They are begun in this order.
         workers: Processes.
         run: What each is given to.
+
+    Raises:
+        OutputError: See :func:`run_job`; the others are ended, and go on when they are begun again.
     """
     left, crowd = list(jobs), workers
     while left:
@@ -50,6 +53,7 @@ def run_on_ray(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
 
     Raises:
         OptionError: Ray is not installed.
+        OutputError: See :func:`run_job`.
     """
     try:
         import ray
@@ -64,6 +68,9 @@ def run_on_ray(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
         job = pending.pop(done)
         try:
             yield ray.get(done)
+        except OutputError as error:  # Ray's own subclass, with the remote traceback as its text
+            cause: Any = error
+            raise cause.cause from None
         except RayError as error:
             reason = next(iter(str(error).splitlines()), _DIED)
             yield {"options": dict(job.options), **failure(f"{type(error).__name__}: {reason}")}

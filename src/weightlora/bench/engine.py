@@ -15,11 +15,11 @@ from weightlora.bench._workers import run_here, run_on_ray
 from weightlora.bench.grid import Grid, Point, Record, by_key, key_of
 from weightlora.bench.records import append_record, read_records
 from weightlora.errors import OptionError
-from weightlora.files import only_writer, replace_folder, written
+from weightlora.files import only_writer, remove_drafts, replace_folder, written
 from weightlora.runs.files import ADAPTER
 
 RECORDS_FILE = "records.jsonl"
-_RUNS = "runs"
+_RUNS, _ADAPTERS = "runs", "adapters"
 
 Report = Callable[["Record | None", int, int], None]
 """``report(record, done, wanted)``: called before the first run, with None, and after each."""
@@ -39,11 +39,13 @@ def run_grid(
 
     Raises:
         OptionError: Another process works on the same benchmark, or ``workers`` is out of its range.
+        OutputError: The disk is full, or a file cannot be written; the same call goes on.
     """
     if workers < 1:
         raise OptionError(f"workers={workers} is not allowed: give at least 1")
     folder = grid.output_dir
     with only_writer(folder), written(folder):
+        remove_drafts(folder / _ADAPTERS)
         _run_missing(grid, grid.tuning, workers, on_ray, retry, report)
         _run_missing(grid, grid.tested(by_key(recorded(grid))), workers, on_ray, retry, report)
         shutil.rmtree(folder / _RUNS, ignore_errors=True)
@@ -60,7 +62,7 @@ def adapter_folder(grid: Grid, point: Point) -> Path:
     several = [f"lr{point.learning_rate:g}"] if len(grid.learning_rates) > 1 else []
     several += [f"seed{point.seed}"] if len({*grid.seeds, *grid.tuning_seeds}) > 1 else []
     name = re.sub(r"[^\w.]+", "_", "-".join([point.row.label, *several]))
-    return grid.output_dir / "adapters" / name
+    return grid.output_dir / _ADAPTERS / name
 
 
 def _run_missing(grid: Grid, points: Sequence[Point], workers: int, on_ray: bool, retry: bool, report: Report) -> None:

@@ -27,17 +27,27 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Append ``record`` as one line, on disk before this returns; one without provenance is given this moment's."""
+    """Append ``record`` as one line, on disk before this returns; one without provenance is given this moment's.
+
+    Raises:
+        OSError: The disk is full; nothing of the line stays.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if "provenance" not in record:
         record = {**record, "provenance": provenance()}
     line = json.dumps(record, ensure_ascii=False) + "\n"
     cut_off = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * cut_off + line)
-        file.flush()
-        os.fsync(file.fileno())
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n" * cut_off + line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)
+        raise
 
 
 def provenance() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from weightlora.cli import (
     show,
     train,
 )
+from weightlora.cli._output import CheckedOutput, say
 from weightlora.cli._quiet import quiet_imports
 from weightlora.errors import OptionError, WeightLoraError
 from weightlora.fast.allocator import keep_freed_memory
@@ -39,7 +40,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: its own, 0 or 1; 2 after a user's mistake, 130 after Ctrl-C."""
+    """Run one command and return its exit code: its own, 0 or 1; 2 after a user's mistake, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: After ``--help``, or where the reader of the output has closed the pipe.
+    """
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser = _Parser(
         prog="weightlora", description="LoRA that spends its budget where it counts.", epilog="example: weightlora demo"
@@ -50,16 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in _COMMANDS:
         command.add_parser(commands)
     try:
-        chosen, rest = parser.parse_known_args(words)
-        if rest and not chosen.takes_recipe:  # its options are checked when the recipe is read
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        chosen.rest = rest
-        quiet_imports()
-        keep_freed_memory()
-        return chosen.run(chosen) or 0
+        with CheckedOutput():
+            chosen, rest = parser.parse_known_args(words)
+            if rest and not chosen.takes_recipe:  # its options are checked when the recipe is read
+                parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            chosen.rest = rest
+            quiet_imports()
+            keep_freed_memory()
+            return chosen.run(chosen) or 0
     except WeightLoraError as error:
-        print(f"weightlora: error: {printable(' '.join(str(error).splitlines()))}", file=sys.stderr)
+        say(f"weightlora: error: {printable(' '.join(str(error).splitlines()))}")
         return 2
     except KeyboardInterrupt:
-        print("weightlora: stopped", file=sys.stderr)
+        say("weightlora: stopped")
         return 130

@@ -7,6 +7,7 @@ silently begins anew; damaged files make it fail with errors that do not name th
 from __future__ import annotations
 
 import random
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Generator
@@ -92,6 +93,56 @@ def resume(trainer: Trainer, checkpoint: Path, method: Method) -> None:
     else:
         trainer.add_callback(_BestBeside(checkpoint))
         trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+@contextmanager
+def whole_checkpoints(trainer: Trainer) -> Generator[None]:
+    """Let the training of the block write each checkpoint anew, and delete an old one only when the new one is whole.
+
+    The Trainer deletes it before the callbacks write the plan and a method's state. A run that is killed in between
+    would have no checkpoint to resume from.
+    """
+    limit = trainer.args.save_total_limit
+    trainer.args.save_total_limit = None
+    callback = _WholeCheckpoints(limit)
+    trainer.add_callback(callback)
+    try:
+        yield
+        callback.delete(trainer.args, trainer.state)  # also where the training was over already
+        if limit == 1 and trainer.state.best_global_step is not None:  # as the Trainer does
+            callback.delete(trainer.args, trainer.state, keep=(trainer.state.best_global_step,))
+    finally:
+        trainer.args.save_total_limit = limit
+
+
+class _WholeCheckpoints(TrainerCallback):
+    """Deletes the checkpoints that the Trainer would; added last, it acts when the others have written."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remove the card of a checkpoint that a killed start began: PEFT would keep what is there of it."""
+        if args.should_save:
+            (_folder(args, state.global_step) / "README.md").unlink(missing_ok=True)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Delete the oldest; the last and the best stay."""
+        self.delete(args, state)
+
+    def delete(self, args: TrainingArguments, state: TrainerState, keep: tuple[int | None, ...] = ()) -> None:
+        """Delete the oldest checkpoints up to this step's. Those to ``keep`` stay, by default the last and the best."""
+        if self._limit is None or not args.should_save:
+            return
+        steps = [step_of(folder) or 0 for folder in checkpoints(Path(str(args.output_dir)))]
+        steps = [step for step in steps if step <= state.global_step]
+        old = [step for step in steps if step not in (keep or (*steps[-1:], state.best_global_step))]
+        for step in old[: max(0, len(steps) - max(self._limit, len(steps) - len(old)))]:
+            shutil.rmtree(_folder(args, step), ignore_errors=True)
+
+
+def _folder(args: TrainingArguments, step: int) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{step}"
 
 
 class _BestBeside(TrainerCallback):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from weightlora.errors import DataError, OptionError
-from weightlora.files import read_json, read_mapping, require_folder, write_text
+from weightlora.files import read_json, read_mapping, remove_drafts, require_folder, write_text
 from weightlora.plan.from_adapter import ADAPTER_FILES, tensor_shapes
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs.files import ADAPTER, BATCH_FILE, BEFORE_FILE, CONFIG_FILE, RESULTS_FILE, checkpoints
@@ -28,6 +28,12 @@ _RESULTS = (
     "lora_parameters",
     "steps",
 )
+
+
+def remove_drafts_of_checkpoints(output: Path) -> None:
+    """Remove what a killed start of the run had not finished writing in its checkpoints."""
+    for folder in checkpoints(output):
+        remove_drafts(folder)
 
 
 def require_same_run(output: Path, settings: Mapping[str, Any]) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from weightlora.errors import OptionError
-from weightlora.files import only_writer, written
+from weightlora.files import only_writer, scratch_folder, written
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs.recipe import Recipe
 from weightlora.runs.train import plan, prepare
@@ -36,9 +34,9 @@ def select_plan(recipe: Recipe) -> AdapterPlan:
             "torchrun or accelerate, or let `weightlora train` select with all of them (docs/guides/distributed.md)"
         )
     with only_writer(recipe.output_dir), written(recipe.output_dir):
-        with TemporaryDirectory() as scratch:  # a trainer reuses the plan that it finds in its own folder
+        with scratch_folder(recipe.output_dir) as scratch:  # a trainer reuses the plan that it finds in its own folder
             training = copy(recipe.training)
-            training.output_dir = str(Path(scratch) / "run")
+            training.output_dir = str(scratch / "run")
             made = plan(prepare(replace(recipe, training=training), measured=False)).plan
         made.save(recipe.output_dir / PLAN_FILE)
     return made

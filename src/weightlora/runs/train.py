@@ -25,8 +25,15 @@ from weightlora.methods import Method, entry_of
 from weightlora.model.distributed import from_first, is_first
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs._adapter import save_adapter
-from weightlora.runs._checkpoint import resume, resume_point
-from weightlora.runs._folder import require_same_run, stored_batch, stored_before, stored_results, write_config
+from weightlora.runs._checkpoint import resume, resume_point, whole_checkpoints
+from weightlora.runs._folder import (
+    remove_drafts_of_checkpoints,
+    require_same_run,
+    stored_batch,
+    stored_before,
+    stored_results,
+    write_config,
+)
 from weightlora.runs._hub import push_adapter, require_hub
 from weightlora.runs._load import make_trainer
 from weightlora.runs._trainable import check_arguments, require_trainable
@@ -73,6 +80,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
     settings = recipe.settings  # before there is a trainer: making training arguments resets accelerate's state
     with ExitStack() as stack, written(output):
         from_first(lambda: stack.enter_context(only_writer(output)))
+        from_first(partial(remove_drafts_of_checkpoints, output))
         from_first(partial(require_same_run, output, settings))
         return from_first(partial(stored_results, output)) or _train(recipe, callbacks)
 
@@ -150,10 +158,11 @@ def fit(run: Run, method: Method) -> None:
     trainer, recipe = run.trainer, run.recipe
     asked = recipe.training.resume_from_checkpoint
     checkpoint = from_first(partial(resume_point, recipe.output_dir, asked, trainer, method))
-    if checkpoint is None:
-        trainer.train()
-    else:
-        resume(trainer, checkpoint, method)
+    with whole_checkpoints(trainer):
+        if checkpoint is None:
+            trainer.train()
+        else:
+            resume(trainer, checkpoint, method)
 
 
 def export(run: Run, method: Method, *, before: dict[str, Any] | None, **seconds: float) -> dict[str, Any]:

@@ -33,7 +33,16 @@ from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import peeked
 from weightlora.selection.rules import rule_of, settings_of
 from weightlora.trainer._start import START_FILE, read_start, write_start
-from weightlora.trainer.guard import PLAN_FILE, PlanGuard, guarded, keep_plan, lora_of, require_fresh, stored_plan
+from weightlora.trainer.guard import (
+    PLAN_FILE,
+    PlanGuard,
+    PlanSaver,
+    guarded,
+    keep_plan,
+    lora_of,
+    require_fresh,
+    stored_plan,
+)
 from weightlora.trainer.loader import (
     losses,
     micro_batches,
@@ -224,7 +233,7 @@ def _attach(
     if start is not None:  # before the plan: whoever finds a plan finds its weights
         from_first(partial(write_start, trainer.model, start))  # pyright: ignore[reportArgumentType]
     from_first(partial(keep_plan, method.plan, _plan_path(trainer)))
-    for callback in method.callbacks():
+    for callback in (*method.callbacks(), PlanSaver(method.plan)):
         trainer.add_callback(callback)
     require_heads(trainer)
     guard.plan = method.plan

@@ -24,7 +24,7 @@ PLAN_FILE = "plan.json"
 
 
 class PlanGuard(TrainerCallback):
-    """Refuses to train without the plan, tells trackers of it, and saves it into every checkpoint."""
+    """Refuses to train without the plan, and tells trackers of it."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.plan: AdapterPlan | None = None
@@ -49,12 +49,19 @@ class PlanGuard(TrainerCallback):
 
     on_substep_end = on_step_begin
 
+
+class PlanSaver(TrainerCallback):
+    """Saves the plan into every checkpoint, after all that a method's callbacks write: with its plan it is whole."""
+
+    def __init__(self, plan: AdapterPlan) -> None:
+        self._plan = plan
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the plan into the checkpoint that was just written."""
-        if state.is_world_process_zero and self.plan is not None:
+        if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             write_base_model_name(folder, kwargs["model"])
-            self.plan.save(folder / PLAN_FILE)  # last: a checkpoint with its plan is a whole one
+            self._plan.save(folder / PLAN_FILE)
 
 
 def guarded(trainer: Trainer) -> PlanGuard:
