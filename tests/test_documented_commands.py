@@ -114,7 +114,16 @@ def test_a_recipe_of_the_repository(tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(ROOT)
     changed = ["--model_name_or_path", str(tmp_path / "model"), "--keep", "5", "--steps", "2", *SHORT]
-    words = [*own(only("recipes/smollm2-reasoning.yaml")), *changed, "--max_seq_length", "128", "--max_steps", "2"]
+    words = [
+        *own(only("recipes/smollm2-reasoning.yaml")),
+        *changed,
+        "--max_seq_length",
+        "128",
+        "--max_steps",
+        "2",
+        "--warmup_steps",
+        "0",
+    ]
     assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
 
 

@@ -28,6 +28,7 @@ RUN_BY = {
     "make setup": ("Makefile", "check: setup"),
     "make check": (".ci/run", "make check"),
     "make test": (".ci/run", "make test"),
+    "make fuzz": ("Makefile", "pytest -m fuzz"),
     "make docs": ("Makefile", "mkdocs build --strict"),
     "make demo": ("Makefile", "weightlora demo"),
     "pip install": ("Makefile", "-m pip install"),

@@ -122,10 +122,9 @@ def content(path):
 
 
 def everything(folder):
-    """Each file and folder, hidden ones as well."""
-    return {
-        str(path.relative_to(folder)): content(path) if path.is_file() else None for path in sorted(folder.rglob("*"))
-    }
+    """Each file and folder, hidden ones as well; W&B makes empty folders where it is imported, and is killed, too."""
+    paths = [path for path in sorted(folder.rglob("*")) if not re.search(r"wandb-(artifacts|media)$", path.name)]
+    return {str(path.relative_to(folder)): content(path) if path.is_file() else None for path in paths}
 
 
 @dataclass(frozen=True)

@@ -271,7 +271,8 @@ def test_the_command_compiles_what_it_planned(small_folder, tmp_path, review_bat
     stock, compiled_sites = torch.compile, []
 
     def remember(model, **options):
-        compiled_sites.append(set(lora_layers(model)))
+        if not isinstance(model, torch.nn.Identity):  # with which the options are tried
+            compiled_sites.append(set(lora_layers(model)))
         return stock(model, **options)
 
     monkeypatch.setattr(torch, "compile", remember)

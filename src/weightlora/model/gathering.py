@@ -64,7 +64,7 @@ def loaded(module: nn.Module) -> Generator[None]:
 
     Example:
         >>> from accelerate import cpu_offload
-        >>> layer = cpu_offload(nn.Linear(2, 2), execution_device="cpu")
+        >>> (layer,) = cpu_offload(nn.Sequential(nn.Linear(2, 2)), execution_device=torch.device("cpu"))
         >>> with loaded(layer):
         ...     layer.weight.device
         device(type='cpu')

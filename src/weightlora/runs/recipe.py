@@ -215,6 +215,8 @@ def read_recipe(
     lists = {action.dest for parser in (ours, theirs) for action in _actions(parser) if action.nargs in ("*", "+")}
     own = {action.dest for action in _actions(ours)}
     for key, value in content.items():
+        if key == "report_to" and value == []:  # what transformers makes of "none", as in a run's config.yaml
+            continue
         if key not in known:
             raise OptionError(f"{where}unknown option {key!r}{closest(str(key), known)}")
         words_only = isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value)
