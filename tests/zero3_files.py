@@ -6,6 +6,7 @@
 import sys
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from weightlora.tasks.embedded import minilm
@@ -14,6 +15,7 @@ folder = Path(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(str(minilm()))
 sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
 sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # masks differ with the number of processes
+torch.manual_seed(0)  # the same weights each time
 BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "model")
 tokenizer.save_pretrained(folder / "model")
 guide = (Path(__file__).parent.parent / "docs" / "guides" / "distributed.md").read_text(encoding="utf-8")
