@@ -234,6 +234,7 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path):
 
     write_tensors(tmp_path / "a", {name: Planned("F32", (3, 5), make) for name in "abc"})
     assert len(alive) == 3
+    assert int.from_bytes((tmp_path / "a").read_bytes()[:8], "little") % 8 == 0  # readers map the numbers into memory
     assert {name: t.shape for name, t in load_file(tmp_path / "a").items()} == dict.fromkeys("abc", torch.Size([3, 5]))
 
 

@@ -72,6 +72,7 @@ class Reader:
     """Whether it reads PEFT's own files; others are exported to a format of their own."""
 
 
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _FUSED = (
     Group(("q_proj", "k_proj", "v_proj"), needed=("q_proj", "v_proj")),
@@ -85,7 +86,7 @@ READERS = (
         "vLLM 0.33.0",
         rslora=True,
         heads=("classifier", "score"),
-        ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
+        ranks=_VLLM_RANKS,
         default_rank=16,
         rank_option="--max-lora-rank",
         embeddings=True,
@@ -147,7 +148,7 @@ READERS = (
         plain_bias=True,
         gguf=True,
         projections=_LLAMA,
-        ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
+        ranks=_VLLM_RANKS,
         default_rank=16,
         rank_option="vLLM's --max-lora-rank",
     ),
