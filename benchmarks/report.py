@@ -88,9 +88,7 @@ def write_run(folder: Path, seed: int) -> Path:
     )
     options = {"keep": len(kept), "steps": STEPS, "lr": 1e-4, "agreement": 0.87}
     folder.mkdir()
-    plan = AdapterPlan(
-        entries, rule="first_order", options=options, seed=seed, history=history, base_model="a 70 B model"
-    )
+    plan = AdapterPlan(entries, rule="first_order", options=options, seed=seed, history=history)
     plan.save(folder / "plan.json")
     losses = [[step, 1.2 + 1.5 / step**0.5 + lot.gauss(0, 0.05)] for step in range(1, LOSSES + 1)]
     metrics = {"validation_loss": 1.25, "validation_exact_match": 0.41}
