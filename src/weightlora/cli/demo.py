@@ -37,8 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.cli.bench import print_table, run_with_progress
+    from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.plan.plan import AdapterPlan
-    from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
 
     console = PlainConsole()
     with quiet_libraries():

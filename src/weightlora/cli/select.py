@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.errors import require_extra
-    from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
+    from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.report.knee import draw_knee, has_gain, knee_text, make_knee
     from weightlora.runs.recipe import read_recipe
     from weightlora.runs.select import select_plan

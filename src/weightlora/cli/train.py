@@ -27,8 +27,8 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.errors import require_extra
     from weightlora.model.distributed import is_first
+    from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.plan.plan import AdapterPlan
-    from weightlora.report.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.runs.files import ADAPTER
     from weightlora.runs.recipe import read_recipe
     from weightlora.runs.train import HEATMAP_FILE, train

@@ -310,11 +310,16 @@ class AdapterPlan:
     def save_adapter(self, model: PeftModel, path: str | Path) -> None:
         """Write ``model``'s adapter as a stock PEFT directory with ``plan.json``; a failed write leaves no directory.
 
+        The model card shows the plan, as a picture too where matplotlib is installed (``plan.png``). The directory can
+        be uploaded as it is: ``HfApi().upload_folder(repo_id=..., folder_path=path)``.
+
         Raises:
             PlanMismatchError: The model does not carry the plan.
             OutputError: The folder cannot be written.
         """
         from safetensors import SafetensorError
+
+        from weightlora.plan.card import write_card
 
         self.check(model)
         with whole_folder(path) as draft:
@@ -324,6 +329,7 @@ class AdapterPlan:
                 raise OSError(str(error)) from error
             write_base_model_name(draft, model)
             self.save(draft / "plan.json")
+            write_card(draft, self)
 
 
 def _fingerprint(sites: Sequence[Site]) -> str:

@@ -55,7 +55,7 @@ def history_plot(plan: AdapterPlan) -> Figure:
             }
         ],
         x={"title": {"text": "warm-up step"}},
-        y={"title": {"text": "site, the best at the top"}, "showticklabels": False},
+        y={"title": {"text": "site, the best at the top"}, "showticklabels": False, "ticks": ""},
     )
 
 

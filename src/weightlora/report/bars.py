@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from weightlora.errors import require_extra
 from weightlora.files import whole_file
+from weightlora.plan.heatmap import natural, short_blocks
 from weightlora.plan.projection_order import projection_key
-from weightlora.report.heatmap import natural, short_blocks
 from weightlora.runs.gradient_study import DotProducts
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from weightlora import __version__
 from weightlora.errors import DataError, PlanError, require_extra
 from weightlora.files import read_json, read_mapping, write_text
 from weightlora.plan.from_adapter import read_adapter
+from weightlora.plan.heatmap import natural, short_blocks
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.projection_order import ordered_projections
 from weightlora.report._plots import Figure, curves_plot, history_plot, knee_plot
-from weightlora.report.heatmap import natural, short_blocks
 from weightlora.report.knee import has_gain, knee_text, make_knee
 from weightlora.runs.files import CONFIG_FILE, RESULTS_FILE, checkpoints
 from weightlora.text import printable
@@ -47,7 +48,7 @@ class _Cell:
 
     r: int
     level: int
-    """Its score from the lowest (0) to the highest (100) of the plan."""
+    """How deep its colour is, by its score: from the lowest (0) to the highest (100) of the plan."""
     text: str
     """All that is known of it."""
 
@@ -171,7 +172,7 @@ def _cells(plan: AdapterPlan) -> dict[tuple[str, str], _Cell]:
     span = max(entry.score for entry in plan.entries) - low
 
     def cell(entry: PlannedSite) -> _Cell:
-        level = round(100 * (entry.score - low) / span) if span else 0
+        level = round(100 * math.sqrt((entry.score - low) / span)) if span else 0  # else one high score hides the rest
         error = "" if entry.score_error is None else f" ± {entry.score_error:.2g}"
         kept = f"rank {entry.r}" if entry.r else "no adapter"
         return _Cell(entry.r, level, f"{entry.site.name}: {kept}, score {entry.score:.4g}{error}")
@@ -199,7 +200,8 @@ def _differences(named: Mapping[str, StoredRun]) -> Iterator[dict[str, Any]]:
         if run.plan.fingerprint != first.plan.fingerprint:
             yield {"names": (first_name, name), "comparable": False, "rows": []}
             continue
-        ranks = [(site, first.plan.ranks[site], r) for site, r in run.plan.ranks.items()]
+        sites = sorted(run.plan.ranks, key=natural)
+        ranks = [(site, first.plan.ranks[site], run.plan.ranks[site]) for site in sites]
         yield {"names": (first_name, name), "comparable": True, "rows": [row for row in ranks if row[1] != row[2]]}
 
 

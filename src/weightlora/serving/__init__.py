@@ -30,6 +30,8 @@ class Reader:
     """What users type."""
     title: str
     """Its own name, and the version that these facts are from."""
+    tasks: tuple[str, ...] = ("CAUSAL_LM",)
+    """PEFT's task types whose adapters are known to be read; of others nothing is known."""
     scale: Scale = "site"
     rslora: bool = False
     """Whether ``use_rslora`` is read."""
@@ -84,6 +86,7 @@ READERS = (
     Reader(
         "vllm",
         "vLLM 0.33.0",
+        tasks=("CAUSAL_LM", "SEQ_CLS"),
         rslora=True,
         heads=("classifier", "score"),
         ranks=_VLLM_RANKS,

@@ -39,6 +39,8 @@ def find_problems(adapter: Adapter, reader: Reader, base: BaseModel | None = Non
         base: The base model; without it, the layers are those that the adapter names.
     """
     case = _Case(adapter, reader, base or BaseModel())
+    if unknown := case.task():
+        return (unknown,)
     finders = (case.unread, case.unknown, case.format, case.ranks, case.scales, case.groups, case.layers)
     return tuple(problem for find in finders for problem in find())
 
@@ -76,6 +78,18 @@ class _Case:
     adapter: Adapter
     reader: Reader
     base: BaseModel
+
+    def task(self) -> Problem | None:
+        """A task whose adapters nobody saw this runtime read; what else is known of it does not hold there."""
+        task = self.adapter.config.get("task_type")
+        if task is None or task in self.reader.tasks:
+            return None
+        return Problem(
+            f"it is only known to read adapters of {' and '.join(self.reader.tasks)}, and this one has "
+            f"task_type={task!r:.40}; use it with PEFT, or merge it into the base model "
+            "(PeftModel.merge_and_unload)",
+            mended=False,
+        )
 
     def unread(self) -> Iterator[Problem]:
         """What no layout can express."""

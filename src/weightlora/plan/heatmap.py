@@ -14,12 +14,15 @@ from weightlora.errors import require_extra
 from weightlora.files import whole_file
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.projection_order import ordered_projections
+from weightlora.text import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
 _SHADES = " ░▒▓█"
+#: Characters of a name in the picture; the end of a longer one is shown.
+_LONGEST = 40
 
 
 @dataclass(frozen=True)
@@ -116,20 +119,25 @@ def draw_heatmap(plan: AdapterPlan, path: str | Path) -> None:
     axes = figure.subplots()
     levels = [[math.nan if cell is None else cell.level for cell in row] for row in grid.cells]
     image = axes.imshow(levels, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    for y, row in enumerate(grid.cells):
-        for x, cell in enumerate(row):
-            if cell is not None and cell.r > 0:
-                axes.plot(x, y, "o", markersize=9, markerfacecolor="white", markeredgecolor="black")
-                axes.annotate(str(cell.r), (x, y), ha="center", va="center_baseline", fontsize=6)
-    axes.set_xticks(range(width), grid.columns, rotation=35, ha="right", fontsize=8)
-    axes.set_yticks(range(height), grid.rows, fontsize=8)
+    kept = [(x, y, cell.r) for y, row in enumerate(grid.cells) for x, cell in enumerate(row) if cell and cell.r > 0]
+    across, down = [x for x, _, _ in kept], [y for _, y, _ in kept]
+    axes.plot(across, down, "o", markersize=9, markerfacecolor="white", markeredgecolor="black")
+    for x, y, r in kept:
+        axes.text(x, y, str(r), ha="center", va="center_baseline", fontsize=6)
+    columns, rows = ([_label(name) for name in names] for names in (grid.columns, grid.rows))
+    axes.set_xticks(range(width), columns, rotation=35, ha="right", fontsize=8, parse_math=False)  # $ is no formula
+    axes.set_yticks(range(height), rows, fontsize=8, parse_math=False)
     axes.set_ylabel("layer")
-    axes.set_title(f"{plan.rule}: {len(plan.names)} of {len(plan.entries)} sites kept\n(circle: rank)", size=9)
+    rule = _label(plan.rule)
+    title = f"{rule}: {len(plan.names)} of {len(plan.entries)} sites kept\n(circle: rank)"
+    axes.set_title(title, size=9, parse_math=False)
     low, high = min(plan.scores.values()), max(plan.scores.values())
-    bar = figure.colorbar(image, ax=axes, label=f"score: {plan.rule}", shrink=0.8)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    bar.set_label(f"score: {rule}", parse_math=False)
     bar.set_ticks([0, 1], labels=[f"{low:.3g}", f"{high:.3g}"])
     with whole_file(path) as draft:
-        figure.savefig(draft)
+        # The same plan gives the same bytes: matplotlib's version is not written into a PNG.
+        figure.savefig(draft, metadata={"Software": None} if draft.suffix.lower() == ".png" else None)
 
 
 _CAPTION = "shade: score from low to high; ● kept, · no adapter"
@@ -142,6 +150,12 @@ def _cell_text(cell: Cell | None) -> str | Text:
         return ""
     shade = _SHADES[round(cell.level * (len(_SHADES) - 1))]
     return Text(f"{shade}●", style="bold green") if cell.r > 0 else Text(f"{shade}·", style="dim")
+
+
+def _label(name: str) -> str:
+    """A name short enough for the picture."""
+    shown = " ".join(printable(name).splitlines())
+    return shown if len(shown) <= _LONGEST else f"…{shown[1 - _LONGEST :]}"
 
 
 def natural(text: str) -> list[Any]:

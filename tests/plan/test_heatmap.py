@@ -1,8 +1,12 @@
 """The picture's numbers; pixels are only looked at."""
 
+from dataclasses import replace
+
+import pytest
+
 from weightlora.model.sites import Site
+from weightlora.plan.heatmap import draw_heatmap, make_grid
 from weightlora.plan.plan import AdapterPlan, PlannedSite
-from weightlora.report.heatmap import draw_heatmap, make_grid
 
 
 def plan_of(*rows):
@@ -40,3 +44,23 @@ def test_projections_stand_in_the_order_of_the_forward_pass():
     order = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
     assert grid.columns == order
     assert [cell.level for cell in grid.cells[0]] == [1.0, 0.25, 0.75, 0.5, 0.0]
+
+
+def test_the_same_plan_gives_the_same_bytes_and_no_version_or_time(tmp_path):
+    """The folder of a run is compared byte by byte; matplotlib writes its version unless it is told not to."""
+    plan = plan_of(("a.0.q", 8, 1.0), ("a.1.q", 0, 2.0))
+    draw_heatmap(plan, tmp_path / "one.png")
+    draw_heatmap(plan, tmp_path / "two.png")
+    picture = (tmp_path / "one.png").read_bytes()
+    assert picture == (tmp_path / "two.png").read_bytes()
+    assert b"tEXt" not in picture
+    draw_heatmap(plan_of(("a.0.q", 8, 1.0), ("a.1.q", 8, 2.0)), tmp_path / "two.png")
+    assert picture != (tmp_path / "two.png").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["$\\frac$", "q" * 5000, "a\nb\x1b[2J", "$"])
+def test_any_name_can_be_drawn(name, tmp_path):
+    """A picture that fails at the end of a training would lose the adapter."""
+    plan = replace(plan_of((f"a.0.{name}", 8, 1.0), (f"a.1.{name}", 0, 2.0)), rule=name)
+    draw_heatmap(plan, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 5000
