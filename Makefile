@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DOCS   := $(VENV)/.docs
 
-.PHONY: setup demo test check fuzz fresh zero3 bench docs clean
+.PHONY: setup demo test check fuzz fresh examples zero3 bench docs clean
 
 setup: $(STAMP)
 
@@ -27,8 +27,8 @@ test: setup    ## all tests, eight to fifteen minutes on two cores
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: setup   ## format, lint, types, import order
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/pyright
 	$(BIN)/python -m pytest tests/test_imports.py
 
@@ -41,6 +41,9 @@ zero3: setup    ## the guide's DeepSpeed commands in two processes, about two mi
 
 fresh:         ## the built wheel without extras in two new environments, about four minutes
 	PYTHON=$(PYTHON) .ci/fresh
+
+examples:      ## the built wheel in a new environment runs each example, about five minutes
+	PYTHON=$(PYTHON) .ci/examples
 
 # The allocator keeps what is freed (docs/lab/fast-step.md), in the Python scripts too.
 bench: export MALLOC_MMAP_THRESHOLD_ := 33554432
