@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from weightlora.bench._job import Job, run_job
 from weightlora.bench._workers import run_here
-from weightlora.bench.engine import recorded, run_grid
+from weightlora.bench.engine import Where, recorded, run_grid
 from weightlora.bench.grid import Point, by_key, key_of, read_grid
 from weightlora.bench.step_cost import Peak, StepCost
 from weightlora.bench.table import make_table, to_latex, to_markdown
@@ -290,7 +290,7 @@ def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     grid = grid_of(folder, methods=["lora", "random"], keep_adapters=True)
     reports = []
-    run_grid(grid, workers=2, report=lambda _, *counts: reports.append(counts))
+    run_grid(grid, where=Where(workers=2), report=lambda progress: reports.append((progress.done, progress.wanted)))
     # Two rows: two rates with seed 0, then the better one with seed 1.
     assert reports == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4), (0, 2), (1, 2), (2, 2)]
     return grid
@@ -298,7 +298,7 @@ def unbroken(tmp_path_factory):
 
 def lasting(records):
     """What of the records must not depend on how they came about."""
-    passing = {"selection_seconds", "training_seconds", "step_ratio", "provenance"}
+    passing = {"selection_seconds", "training_seconds", "run_seconds", "step_ratio", "provenance"}
     return {key_of(r["options"]): {k: v for k, v in r.items() if k not in passing} for r in records}
 
 
@@ -396,9 +396,9 @@ def test_what_is_recorded_is_not_run_again_but_for_failures_on_demand(unbroken, 
     broken = {**json.loads(lines[-1]), "status": "failed", "error": "x"}
     (tmp_path / "records.jsonl").write_text("\n".join([*lines[:-1], json.dumps(broken)]) + "\n")
     reports = []
-    run_grid(grid, report=lambda *report: reports.append(report))
+    run_grid(grid, report=reports.append)
     assert reports == []
-    run_grid(grid, retry=True, report=lambda record, *_: reports.append(record and record["options"]))
+    run_grid(grid, retry=True, report=lambda it: reports.append(it.record and it.record["options"]))
     assert reports == [None, broken["options"]]
     assert lasting(recorded(grid)) == lasting(recorded(unbroken))
 
@@ -423,6 +423,6 @@ def test_two_cannot_work_on_one_benchmark(tmp_path):
         run_grid(grid, report=lambda *_: None)
 
 
-def test_no_workers_are_refused(tmp_path):
+def test_no_workers_are_refused():
     with pytest.raises(OptionError, match="workers=0"):
-        run_grid(grid_of(tmp_path), workers=0, report=lambda *_: None)
+        Where(workers=0)
