@@ -12,10 +12,8 @@ import pytest
 import yaml
 from fuzz import cases, generator, tell
 
-from weightlora.bench.engine import run_grid
 from weightlora.bench.grid import read_grid
 from weightlora.cli import main
-from weightlora.errors import OptionError
 
 BASE = {"max_train_samples": 16, "held_out_samples": 8, "max_seq_length": 12, "max_steps": 2, "use_cpu": True}
 FILE = {

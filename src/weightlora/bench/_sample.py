@@ -88,6 +88,7 @@ def _loaded(job: Job, folder: Path, *, few: bool) -> tuple[Run, Any]:
 
 def _parts(run: Run, watch: Any) -> _Parts:
     from weightlora.cost.saved_bytes import now
+    from weightlora.methods import entry_of
     from weightlora.runs.train import export, fit, plan
 
     start = now()
@@ -96,7 +97,10 @@ def _parts(run: Run, watch: Any) -> _Parts:
     fit(run, method)
     fitted = now()
     measure = _Measure(run.task)
-    export(replace(run, task=replace(run.task, measure=measure)), method, before=None)
+    if entry_of(run.recipe.method.method).trains == "ranks":  # what changes ranks refuses to be saved before its end
+        measure(run.trainer)
+    else:
+        export(replace(run, task=replace(run.task, measure=measure)), method, before=None)
     saving = now() - fitted - measure.spent
     evaluations = 2 if run.recipe.training.eval_on_start else 1
     evaluation = evaluations * measure.seconds * _times_more(run)

@@ -88,7 +88,8 @@ def provenance() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },
-        "git": _git("rev-parse", "--short", "HEAD"),
+        # Of one length in every checkout; git's own default depends on how many objects there are.
+        "git": _git("rev-parse", "--short=12", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", ":/src")),
     }
 

@@ -126,7 +126,8 @@ def print_table(grid: Grid, records: list[Record], console: Console) -> None:
     write_text(grid.output_dir / "table.tex", to_latex(table))
     console.print(to_terminal(table))
     failed = [record for record in by_key(records).values() if record["status"] == "failed"]
-    console.print(f"{len(records)} records in {grid.output_dir}" + (f", {len(failed)} failures" if failed else ""))
+    count = f"{len(records)} records in {grid.output_dir}" + (f", {len(failed)} of them failures" if failed else "")
+    console.print(count, soft_wrap=True)
     for record in failed:
         log = log_file(grid, record)
         where = f"; log: {log}" if log.exists() else ""
