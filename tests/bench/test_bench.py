@@ -32,7 +32,7 @@ from weightlora.bench.records import append_record
 from weightlora.bench.step_cost import Peak, StepCost
 from weightlora.bench.table import make_table, to_latex, to_markdown
 from weightlora.cli import main
-from weightlora.cli._bench_progress import progress_table
+from weightlora.cli._bench_progress import progress_table, shown_progress
 from weightlora.errors import DataError, OptionError
 from weightlora.files import only_writer
 from weightlora.runs.recipe import option_words, read_recipe
@@ -495,6 +495,22 @@ def test_the_live_table_counts_and_names_what_is_running():
     assert "  and 2 more" in lines
     console.print(progress_table(Progress(None, 0, 40, 0, running[:1], None), passed=100.0))
     assert ["0", "1", "0", "39", "–"] in [line.split() for line in console.export_text().splitlines()]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_the_live_table_and_a_file_lines_alone(terminal):
+    options = {"task": "rte", "method": "lora", "learning_rate": 1e-3, "seed": 0}
+    done = {"options": options, "status": "ok", "metrics": {"loss": 1.0}, "selection_seconds": 1, "training_seconds": 2}
+    console = Console(width=80, force_terminal=terminal, file=io.StringIO())
+    with shown_progress(console, lambda _: Path("log.txt")) as report:
+        report(Progress(None, 0, 2, 0, (options,), None))
+        report(Progress(done, 1, 2, 0, (options,), 60.0))
+        report(Progress({**done, "status": "failed", "error": "E"}, 2, 2, 1, (), 0.0))
+    said = console.file.getvalue()
+    assert "1/2 rte, lora, rate 0.001, seed 0: loss 1.0000, 3 s\n" in said
+    assert "2/2 rte, lora, rate 0.001, seed 0: failed: E; log: log.txt\n" in said
+    assert ("time left" in said) == terminal
+    assert terminal or said.count("\n") == 2
 
 
 def test_ray_gives_the_same_records(unbroken, tmp_path, capsys):

@@ -101,10 +101,12 @@ def test_a_training_is_stopped_after_twelve_steps_and_knows_the_planned_ones(tmp
     assert not (tmp_path / "unused").exists()
 
 
-def test_the_mean_step_leaves_out_the_first_two():
+def test_the_mean_step_leaves_out_the_first_two_and_unusual_ones():
     few = FewSteps()
     few._begin, few._ends = 0.0, [10.0, 11.0, 12.0, 14.0]
     assert few.step_seconds == pytest.approx(1.5)
+    few._ends = [10.0, 11.0, 12.0, 14.0, 54.0, 56.0]  # of 1, 2, 40 and 2 seconds; the median is 2
+    assert few.step_seconds == pytest.approx(5 / 3)
     few._ends = [10.0]
     assert few.step_seconds == 10.0
 

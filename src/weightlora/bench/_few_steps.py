@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from itertools import pairwise
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -12,10 +14,11 @@ from weightlora.cost.saved_bytes import now
 class FewSteps(TrainerCallback):
     """Stops a training after twelve steps, or after four where they are slow, and knows how long one takes.
 
-    The first two count as part of the start: memory is allocated and kernels are chosen then.
+    The first two count as part of the start: memory is allocated and kernels are chosen then. A step that takes more
+    than three times the median, such as one with a round of ALoRA's, is not multiplied.
     """
 
-    _STEPS, _UNTIMED, _FEWEST, _SLOW = 12, 2, 4, 30.0
+    _STEPS, _UNTIMED, _FEWEST, _SLOW, _UNUSUAL = 12, 2, 4, 30.0, 3
 
     def __init__(self) -> None:
         self.planned = 0
@@ -30,10 +33,11 @@ class FewSteps(TrainerCallback):
 
     @property
     def step_seconds(self) -> float:
-        """Mean time of a step, with its batch and what a method does between steps."""
-        if self.taken > self._UNTIMED:
-            return (self._ends[-1] - self._ends[self._UNTIMED - 1]) / (self.taken - self._UNTIMED)
-        return (self._ends[-1] - self._begin) / self.taken
+        """Mean time of a step with its batch, without the steps in which a method does what it seldom does."""
+        lengths = [end - begin for begin, end in pairwise([self._begin, *self._ends])]
+        lengths = lengths[self._UNTIMED :] or lengths
+        most = self._UNUSUAL * statistics.median(lengths)
+        return statistics.mean(length for length in lengths if length <= most)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

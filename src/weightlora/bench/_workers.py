@@ -89,7 +89,7 @@ def ray_slots(threads: int, gpus: float) -> int:
         gpus: GPUs of each run.
 
     Raises:
-        OptionError: Ray is not installed, or no node has room for a run.
+        OptionError: Ray is not installed, or no node has the resources of a run.
     """
     try:
         import ray

@@ -87,7 +87,7 @@ def dry_run(
         report: ``report(point, done, wanted)`` is called after each short run.
 
     Raises:
-        OptionError: Ray is not installed, or the cluster has no room for a run.
+        OptionError: Ray is not installed, or the cluster lacks the resources of a run.
     """
     known = final(recorded(grid), retry=retry)
     phases = grid.left(known)

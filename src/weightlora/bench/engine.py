@@ -53,7 +53,7 @@ class Where:
         """Return how many runs there are at once; a Ray cluster is asked.
 
         Raises:
-            OptionError: Ray is not installed, or the cluster has no room for a run.
+            OptionError: Ray is not installed, or the cluster lacks the resources of a run.
         """
         return ray_slots(self.threads, self.gpus_per_run) if self.on_ray else self.workers
 
@@ -112,7 +112,7 @@ def run_grid(grid: Grid, *, where: Where = HERE, retry: bool = False, report: Re
         report: Told of each run.
 
     Raises:
-        OptionError: Another process works on the same benchmark, or Ray has no room for a run.
+        OptionError: Another process works on the same benchmark, or Ray lacks the resources of a run.
         OutputError: The disk is full, or a file cannot be written; the same call goes on.
     """
     folder = grid.output_dir

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,19 +32,21 @@ def shown_progress(console: Console, log_of: Callable[[Record], Path]) -> Genera
     """
     from rich.live import Live
 
-    last = _Last()
-    table = Live(get_renderable=last.shown, console=console, refresh_per_second=2, transient=True)
+    last: list[tuple[Progress, float]] = []
+
+    def shown() -> Group | str:
+        return progress_table(last[-1][0], time.monotonic() - last[-1][1]) if last else ""
 
     def report(progress: Progress) -> None:
-        last.take(progress)
+        last[:] = [(progress, time.monotonic())]
         if progress.record is not None:
             line = f"{progress.done}/{progress.wanted} {_line(progress.record, log_of)}"
             console.print(line, soft_wrap=True, highlight=False)
 
-    if not console.is_terminal:
-        yield report
-        return
-    with table:
+    if console.is_terminal:
+        with Live(get_renderable=shown, console=console, refresh_per_second=2, transient=True):
+            yield report
+    else:
         yield report
 
 
@@ -52,26 +55,6 @@ def describe(options: Mapping[str, Any]) -> str:
     budget = f" keep {options['keep']}" if "keep" in options else ""
     rate = f"rate {options['learning_rate']:g}"
     return f"{options['task']}, {options['method']}{budget}, {rate}, seed {options['seed']}"
-
-
-class _Last:
-    """The last report, and when it came."""
-
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-        self._time = 0.0
-
-    def take(self, progress: Progress) -> None:
-        import time
-
-        self._progress, self._time = progress, time.monotonic()
-
-    def shown(self) -> Group | str:
-        import time
-
-        if self._progress is None:
-            return ""
-        return progress_table(self._progress, time.monotonic() - self._time)
 
 
 def progress_table(progress: Progress, passed: float) -> Group:

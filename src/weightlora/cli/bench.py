@@ -7,13 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlora.cli._option_help import paragraph
+from weightlora.cli._option_help import example, paragraph
 from weightlora.cli._options import recipe_epilog
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from weightlora.bench.grid import Grid, Point, Record
+
+_EXAMPLE = "weightlora bench --config benchmarks/table1.yaml --workers 2"
 
 
 def add_parser(commands: Any) -> None:
@@ -23,9 +25,11 @@ def add_parser(commands: Any) -> None:
         help="compare methods: records and a table",
         description=paragraph(
             "Run every method, task, budget, learning rate and seed of a YAML file. Each run is a line of "
-            "records.jsonl; the same command resumes where it was stopped."
+            "records.jsonl; the same command resumes where it was stopped. --dry_run tells first what it will cost."
         ),
-        epilog=recipe_epilog("weightlora bench --config benchmarks/table1.yaml --workers 2"),
+        epilog="\n".join(
+            [recipe_epilog(f"{_EXAMPLE} --dry_run"), example(_EXAMPLE), example("weightlora bench merge --help")]
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
