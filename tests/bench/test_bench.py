@@ -1,6 +1,5 @@
 """``weightlora bench``: what is run, how a rate is chosen, what the table says, and that nothing stops it for good."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -21,18 +20,16 @@ import yaml
 from bench_worker import die_at_seed_one, sleep_at_seed_one
 from bench_worker import run as run_bench
 from fuzz import cases, generator, tell
-from rich.console import Console
 from safetensors.torch import load_file
 
 from weightlora.bench._job import Job, run_job
 from weightlora.bench._workers import run_here
-from weightlora.bench.engine import Progress, Where, _keep_log, log_file, recorded, run_grid
+from weightlora.bench.engine import Where, _keep_log, log_file, recorded, run_grid
 from weightlora.bench.grid import Point, by_key, key_of, read_grid
 from weightlora.bench.records import append_record
 from weightlora.bench.step_cost import Peak, StepCost
 from weightlora.bench.table import make_table, to_latex, to_markdown
 from weightlora.cli import main
-from weightlora.cli._bench_progress import progress_table, shown_progress
 from weightlora.errors import DataError, OptionError
 from weightlora.files import only_writer
 from weightlora.runs.recipe import option_words, read_recipe
@@ -482,35 +479,6 @@ def test_a_failed_run_leaves_its_log_and_a_later_success_removes_it(tmp_path, ca
     assert f"failed: rotten_tomatoes, lora, rate 0.001, seed 0; log: {log}\n" in capsys.readouterr().out
     _keep_log(log, {**found, "status": "ok"})
     assert not log.exists()
-
-
-def test_the_live_table_counts_and_names_what_is_running():
-    running = tuple({"task": "rte", "method": "lora", "learning_rate": 1e-3, "seed": seed} for seed in range(10))
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(progress_table(Progress(None, 12, 40, 1, running, 1000.0), passed=100.0))
-    lines = console.export_text().splitlines()
-    assert max(map(len, lines)) <= 80
-    assert ["12", "10", "1", "18", "15", "min"] in [line.split() for line in lines]
-    assert sum("rte, lora" in line for line in lines) == 8
-    assert "  and 2 more" in lines
-    console.print(progress_table(Progress(None, 0, 40, 0, running[:1], None), passed=100.0))
-    assert ["0", "1", "0", "39", "–"] in [line.split() for line in console.export_text().splitlines()]
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_terminal_shows_the_live_table_and_a_file_lines_alone(terminal):
-    options = {"task": "rte", "method": "lora", "learning_rate": 1e-3, "seed": 0}
-    done = {"options": options, "status": "ok", "metrics": {"loss": 1.0}, "selection_seconds": 1, "training_seconds": 2}
-    console = Console(width=80, force_terminal=terminal, file=io.StringIO())
-    with shown_progress(console, lambda _: Path("log.txt")) as report:
-        report(Progress(None, 0, 2, 0, (options,), None))
-        report(Progress(done, 1, 2, 0, (options,), 60.0))
-        report(Progress({**done, "status": "failed", "error": "E"}, 2, 2, 1, (), 0.0))
-    said = console.file.getvalue()
-    assert "1/2 rte, lora, rate 0.001, seed 0: loss 1.0000, 3 s\n" in said
-    assert "2/2 rte, lora, rate 0.001, seed 0: failed: E; log: log.txt\n" in said
-    assert ("time left" in said) == terminal
-    assert terminal or said.count("\n") == 2
 
 
 def test_ray_gives_the_same_records(unbroken, tmp_path, capsys):

@@ -9,13 +9,12 @@ from test_bench import BASE
 from weightlora.bench._few_steps import FewSteps
 from weightlora.bench._job import Job
 from weightlora.bench._sample import sample_job
-from weightlora.bench.dry_run import DryRun, Kind, dry_run
+from weightlora.bench._schedule import makespan, seconds_left
+from weightlora.bench.dry_run import dry_run
 from weightlora.bench.engine import HERE, Where
 from weightlora.bench.grid import by_key, read_grid
 from weightlora.bench.records import append_record
-from weightlora.bench.schedule import makespan, seconds_left
 from weightlora.cli import main
-from weightlora.cli._bench_cost import cost_text
 
 FILE = {
     "base": BASE,
@@ -150,17 +149,6 @@ def test_where_nothing_is_left_nothing_is_timed(few, capsys):
     config = str(few.output_dir.parent / "b.yaml")
     assert main(["bench", "--config", config, "--output_dir", str(few.output_dir), "--dry_run"]) == 0
     assert capsys.readouterr().out == "4 of 4 runs have records.\n"
-
-
-def test_the_text_adds_up():
-    kinds = (Kind("lora", "rte", 3, 80, 600.0, 2_000_000_000), Kind("full", "rte", 1, 0, 0.0, 0, error="OutOfMemory"))
-    found = DryRun(kinds, recorded=12, slots=2, seconds=1200.0)
-    said = cost_text(found, on_ray=False)
-    assert "12 of 16 runs have records" in said
-    assert "0.33 hours (20 min)" in said
-    assert "Peak memory of 2 runs at once: 4.00 GB" in said
-    assert "full, rte failed and is not counted: OutOfMemory" in said
-    assert found.steps == 240
 
 
 # -- Ray -------------------------------------------------------------------------------------------------------------
