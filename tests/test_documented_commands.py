@@ -1,6 +1,7 @@
 """Commands of README and guides are run as they are written, on small files and a small model in their place."""
 
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_a_recipe_of_the_repository(tmp_path, monkeypatch):
     assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
 
 
-def test_a_benchmark_of_the_guide(here, small_model):
+def test_a_benchmark_of_the_guide(here, small_model, capsys):
     guide = (ROOT / "docs" / "guides" / "benchmarks.md").read_text()
     (here / "b.yaml").write_text(guide.partition("```yaml\n")[2].partition("```")[0])
     changed = ["--model_name_or_path", str(small_model), *SHORT, "--max_steps", "2", "--held_out_samples", "4"]
@@ -136,6 +137,14 @@ def test_a_benchmark_of_the_guide(here, small_model):
         assert main([*own(only("weightlora bench", flag)), *changed]) == 0
     records = read_records(here / "runs" / "b" / "records.jsonl")
     assert [record["status"] for record in records] == ["ok"] * 5
+    capsys.readouterr()
+    assert main([*own(only("weightlora bench", "--dry_run")), *changed]) == 0
+    assert capsys.readouterr().out == "5 of 5 runs have records.\n"
+    for name in ("here", "there"):
+        shutil.copytree("runs/b", f"runs/{name}")
+    assert main(own(only("bench merge"))) == 0
+    assert main([*own(only("weightlora bench", "--output_dir runs/both")), *changed]) == 0
+    assert read_records(here / "runs" / "both" / "records.jsonl") == records
 
 
 @pytest.mark.parametrize("launcher", ["torchrun --nproc_per_node 2", "accelerate launch --config_file fsdp2.yaml"])

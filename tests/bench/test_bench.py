@@ -2,10 +2,14 @@
 
 import json
 import multiprocessing
+import os
 import re
 import resource
+import shutil
 import signal
 import statistics
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +24,9 @@ from safetensors.torch import load_file
 
 from weightlora.bench._job import Job, run_job
 from weightlora.bench._workers import run_here
-from weightlora.bench.engine import recorded, run_grid
+from weightlora.bench.engine import Where, _keep_log, log_file, recorded, run_grid
 from weightlora.bench.grid import Point, by_key, key_of, read_grid
+from weightlora.bench.records import append_record
 from weightlora.bench.step_cost import Peak, StepCost
 from weightlora.bench.table import make_table, to_latex, to_markdown
 from weightlora.cli import main
@@ -30,6 +35,7 @@ from weightlora.files import only_writer
 from weightlora.runs.recipe import option_words, read_recipe
 from weightlora.runs.train import train
 
+ROOT = Path(__file__).parents[2]
 BASE = {
     "max_train_samples": 16,
     "held_out_samples": 8,
@@ -290,15 +296,20 @@ def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     grid = grid_of(folder, methods=["lora", "random"], keep_adapters=True)
     reports = []
-    run_grid(grid, workers=2, report=lambda _, *counts: reports.append(counts))
-    # Two rows: two rates with seed 0, then the better one with seed 1.
-    assert reports == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4), (0, 2), (1, 2), (2, 2)]
+    run_grid(grid, where=Where(workers=2), report=reports.append)
+    # Two rows: two rates with seed 0, then the better one with seed 1; two at a time.
+    counts = [(it.done, it.wanted, len(it.running), it.failed) for it in reports]
+    first = [(0, 4, 2, 0), (1, 4, 2, 0), (2, 4, 2, 0), (3, 4, 1, 0), (4, 4, 0, 0)]
+    assert counts == [*first, (0, 2, 2, 0), (1, 2, 1, 0), (2, 2, 0, 0)]
+    assert reports[0].seconds_left is None
+    assert all(it.seconds_left > 0 for it in reports[1:-1])
+    assert reports[-1].seconds_left == 0
     return grid
 
 
 def lasting(records):
     """What of the records must not depend on how they came about."""
-    passing = {"selection_seconds", "training_seconds", "step_ratio", "provenance"}
+    passing = {"selection_seconds", "training_seconds", "run_seconds", "step_ratio", "provenance"}
     return {key_of(r["options"]): {k: v for k, v in r.items() if k not in passing} for r in records}
 
 
@@ -323,19 +334,25 @@ def fill_disk(process, rng):
             resource.prlimit(one, resource.RLIMIT_FSIZE, (limit, limit))
 
 
+def started(config, out):
+    """The command in a process, and where it answers."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["weightlora.bench.engine", "weightlora.runs.train"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=run_bench, args=(str(config), str(out), sender))
+    process.start()
+    sender.close()
+    return process, receiver
+
+
 def struck(rng, config, out, strike, number):
     """Strike the command until ``number`` hits; each start is hit after its first new record at the latest.
 
     Yields the code, None where it was killed, and what was said, of each start.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["weightlora.bench.engine", "weightlora.runs.train"])
     hits = 0
     while True:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=run_bench, args=(str(config), str(out), sender))
-        process.start()
-        sender.close()
+        process, receiver = started(config, out)
         if hits < number:
             before, deadline = count(out), time.monotonic() + rng.uniform(2, 12)
             while time.monotonic() < deadline and process.is_alive() and count(out) == before:
@@ -380,6 +397,90 @@ def test_struck_at_random_moments_it_ends_with_the_same_records(unbroken, tmp_pa
     tell(capsys, f"{hits} {what} of bench in {ends} benchmarks; nothing lost, the same records and adapters in the end")
 
 
+def killed_at(records, config, out, rng):
+    """Kill the command soon after it has written so many records."""
+    process, _ = started(config, out)
+    while count(out) < records and process.is_alive():
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.5))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.fixture
+def other_checkout(tmp_path):
+    """A clone of the repository, with the sources as they are here."""
+    clone = tmp_path / "checkout"
+    subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(clone)], check=True)
+    shutil.rmtree(clone / "src")
+    shutil.copytree(ROOT / "src", clone / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    return clone
+
+
+def without_times(grid, records):
+    """The table but for its last two columns."""
+    return [[(cell.text, cell.place) for cell in row[:-2]] for row in make_table(grid, records).rows]
+
+
+@pytest.mark.fuzz
+def test_killed_five_times_continued_on_another_checkout_and_merged_it_is_the_same_table(
+    unbroken, tmp_path, other_checkout
+):
+    config, rng = unbroken.output_dir.parent / "b.yaml", generator()
+    here, there, both = (tmp_path / name for name in ("here", "there", "both"))
+    killed_at(1, config, here, rng)
+    killed_at(2, config, here, rng)
+    shutil.copytree(here, there)
+    killed_at(3, config, here, rng)  # a run that is done in both folders
+    killed_at(3, config, there, rng)
+    killed_at(4, config, there, rng)
+    assert 3 <= count(here) < 6
+    code = "import torch; torch.set_num_threads(1); from weightlora.cli import main; raise SystemExit(main())"
+    words = [sys.executable, "-c", code, "bench", "--config", str(config), "--output_dir", str(there)]
+    environment = {**os.environ, "PYTHONPATH": str(other_checkout / "src")}
+    subprocess.run(words, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert count(there) == 6
+    assert main(["bench", "merge", str(here), str(there), "--output", str(both)]) == 0
+    grid = read_grid(config, both)
+    assert lasting(recorded(grid)) == lasting(recorded(unbroken))
+    table = make_table(grid, recorded(grid))
+    assert table.caption == ""
+    assert without_times(grid, recorded(grid)) == without_times(unbroken, recorded(unbroken))
+    # A record that is not the same is not overlooked, and neither is one of another revision.
+    first, *others = recorded(grid)
+    (both / "records.jsonl").write_text("")
+    for record in ({**first, "metrics": {"validation_accuracy": -1.0}}, *others):
+        append_record(both / "records.jsonl", record)
+    assert main(["bench", "merge", str(here), str(both), "--output", str(tmp_path / "none")]) == 2
+    other = {**first, "provenance": {**first["provenance"], "git": "0" * 12}}
+    assert make_table(grid, [other, *others]).caption.startswith("Records of different sources: git ")
+
+
+def test_a_failed_run_leaves_its_log_and_a_later_success_removes_it(tmp_path, capsys):
+    grid = grid_of(
+        tmp_path,
+        methods={"lora": {"lora_target_modules": ["none_such"]}},
+        learning_rates=[1e-3],
+        seeds=[0],
+    )
+    config = ["bench", "--config", str(tmp_path / "b.yaml"), "--output_dir", str(grid.output_dir)]
+    assert main(config) == 0
+    [found] = recorded(grid)
+    log = log_file(grid, found)
+    text = log.read_text()
+    assert "Traceback (most recent call last)" in text
+    assert text.startswith("".join(f"{name}: {value}\n" for name, value in found["options"].items()))
+    assert "Traceback" not in (grid.output_dir / "records.jsonl").read_text()
+    said = capsys.readouterr().out
+    assert f"1/1 rotten_tomatoes, lora, rate 0.001, seed 0: failed: {found['error']}; log: {log}\n" in said
+    assert f"1 records in {grid.output_dir}, 1 of them failures\n" in said
+    assert main([*config, "--table"]) == 0
+    assert f"failed: rotten_tomatoes, lora, rate 0.001, seed 0; log: {log}\n" in capsys.readouterr().out
+    _keep_log(log, {**found, "status": "ok"})
+    assert not log.exists()
+
+
 def test_ray_gives_the_same_records(unbroken, tmp_path, capsys):
     config = unbroken.output_dir.parent / "b.yaml"
     assert main(["bench", "--config", str(config), "--output_dir", str(tmp_path / "out"), "--ray"]) == 0
@@ -396,9 +497,9 @@ def test_what_is_recorded_is_not_run_again_but_for_failures_on_demand(unbroken, 
     broken = {**json.loads(lines[-1]), "status": "failed", "error": "x"}
     (tmp_path / "records.jsonl").write_text("\n".join([*lines[:-1], json.dumps(broken)]) + "\n")
     reports = []
-    run_grid(grid, report=lambda *report: reports.append(report))
+    run_grid(grid, report=reports.append)
     assert reports == []
-    run_grid(grid, retry=True, report=lambda record, *_: reports.append(record and record["options"]))
+    run_grid(grid, retry=True, report=lambda it: reports.append(it.record and it.record["options"]))
     assert reports == [None, broken["options"]]
     assert lasting(recorded(grid)) == lasting(recorded(unbroken))
 
@@ -423,6 +524,6 @@ def test_two_cannot_work_on_one_benchmark(tmp_path):
         run_grid(grid, report=lambda *_: None)
 
 
-def test_no_workers_are_refused(tmp_path):
+def test_no_workers_are_refused():
     with pytest.raises(OptionError, match="workers=0"):
-        run_grid(grid_of(tmp_path), workers=0, report=lambda *_: None)
+        Where(workers=0)

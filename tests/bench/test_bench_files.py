@@ -12,10 +12,8 @@ import pytest
 import yaml
 from fuzz import cases, generator, tell
 
-from weightlora.bench.engine import run_grid
 from weightlora.bench.grid import read_grid
 from weightlora.cli import main
-from weightlora.errors import OptionError
 
 BASE = {"max_train_samples": 16, "held_out_samples": 8, "max_seq_length": 12, "max_steps": 2, "use_cpu": True}
 FILE = {
@@ -180,6 +178,10 @@ def test_words_of_the_command_are_checked_too(tmp_path, capsys):
     for workers in (0, -1):
         assert main(["bench", "--config", str(tmp_path / "b.yaml"), f"--workers={workers}"]) == 2
         assert f"workers={workers} is not allowed" in capsys.readouterr().err
-        with pytest.raises(OptionError, match=f"workers={workers}"):
-            run_grid(read_grid(tmp_path / "b.yaml", tmp_path / "out"), workers=workers, report=print)
+    for gpus in ("-1", "1.5", "nan", "inf"):
+        assert main(["bench", "--config", str(tmp_path / "b.yaml"), "--ray", f"--gpus_per_run={gpus}"]) == 2
+        assert f"gpus_per_run={gpus} is not allowed" in capsys.readouterr().err
+    assert main(["bench", "--config", str(tmp_path / "b.yaml"), "--gpus_per_run=0.5"]) == 2
+    assert one_line(said := capsys.readouterr().err)
+    assert "add --ray" in said
     assert not (tmp_path / "out").exists()

@@ -103,7 +103,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_provenance_has_the_revision_of_the_source():
-    assert provenance()["git"] == git(Path(weightlora.__file__).parent, "rev-parse", "--short", "HEAD")
+    assert provenance()["git"] == git(Path(weightlora.__file__).parent, "rev-parse", "HEAD")[:12]
 
 
 DIRTY = """

@@ -47,7 +47,18 @@ def screen(capsys, *words):
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "select", "train", "show", "estimate", "analyse", "analyse dot-product", "bench", "methods"],
+    [
+        "demo",
+        "select",
+        "train",
+        "show",
+        "estimate",
+        "analyse",
+        "analyse dot-product",
+        "bench",
+        "bench merge",
+        "methods",
+    ],
 )
 def test_help_fits_and_has_an_example(command, capsys):
     with pytest.raises(SystemExit):

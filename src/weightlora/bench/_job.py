@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import threading
+import time
+import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import parent_process
@@ -20,6 +23,9 @@ from weightlora.errors import OutputError
 from weightlora.fast.allocator import keep_freed_memory
 
 COST_FILE = "cost.json"
+#: Entry of a failed run's record: what it printed, and the traceback.
+LOG = "log"
+_LOG_SIZE = 100_000
 
 
 @dataclass(frozen=True)
@@ -35,23 +41,32 @@ class Job:
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """Return the record of a run; a run that fails is a record with ``status: failed`` and the reason.
+    """Return the record of a run; a run that fails is a record with ``status: failed``, the reason and the log.
 
     Raises:
         OutputError: The disk is full, or the run's folder cannot be written: nothing that the run itself did.
     """
+    return guarded(job, _results)
+
+
+def guarded(job: Job, work: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
+    """Return what ``work`` returns as a record; see :func:`run_job`."""
     import torch
 
+    start = time.perf_counter()
     torch.set_num_threads(job.threads)
     keep_freed_memory()
     _quiet()
+    said = io.StringIO()  # a trainer without bars prints its logs
     try:
-        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # a trainer without bars prints its logs
-            outcome = {"status": "ok", **_results(job)}
+        with redirect_stdout(said):
+            outcome = {"status": "ok", **work(job)}
+        outcome["run_seconds"] = round(time.perf_counter() - start, 2)
     except OutputError:
         raise
     except Exception as error:  # a broken run must not stop the others
-        outcome = failure(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        outcome = {**failure(reason), LOG: said.getvalue()[-_LOG_SIZE:] + traceback.format_exc()}
     return {"options": dict(job.options), **outcome, "provenance": provenance()}
 
 

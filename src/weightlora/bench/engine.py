@@ -4,50 +4,122 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from weightlora.bench._job import Job
-from weightlora.bench._workers import run_here, run_on_ray
-from weightlora.bench.grid import Grid, Point, Record, by_key, key_of
+from weightlora.bench._job import LOG, Job, run_job
+from weightlora.bench._schedule import seconds_left
+from weightlora.bench._workers import Run, ray_slots, run_here, run_on_ray
+from weightlora.bench.grid import Grid, Point, Record, by_key, key_of, unrecorded
 from weightlora.bench.records import append_record, read_records
 from weightlora.errors import OptionError
-from weightlora.files import only_writer, remove_drafts, replace_folder, written
+from weightlora.files import only_writer, remove_drafts, replace_folder, write_text, written
 from weightlora.runs.files import ADAPTER
 
 RECORDS_FILE = "records.jsonl"
-_RUNS, _ADAPTERS = "runs", "adapters"
-
-Report = Callable[["Record | None", int, int], None]
-"""``report(record, done, wanted)``: called before the first run, with None, and after each."""
+_RUNS, _ADAPTERS, _LOGS = "runs", "adapters", "logs"
 
 
-def run_grid(
-    grid: Grid, *, workers: int = 1, on_ray: bool = False, retry: bool = False, report: Report
-) -> list[Record]:
+@dataclass(frozen=True)
+class Where:
+    """Where the runs of a benchmark run, and how many at once."""
+
+    workers: int = 1
+    """Processes of this machine; torch's threads, which OMP_NUM_THREADS limits, are shared among them."""
+    on_ray: bool = False
+    """Run on a Ray cluster instead."""
+    gpus_per_run: float = 0
+    """GPUs that Ray gives a run; two runs of 0.5 share one."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise OptionError(f"workers={self.workers} is not allowed: give at least 1")
+        gpus = self.gpus_per_run
+        if not (0 <= gpus <= 1 or (1 < gpus < float("inf") and gpus == int(gpus))):
+            raise OptionError(f"gpus_per_run={gpus:g} is not allowed: give 0 to 1, or a whole number")
+        if gpus and not self.on_ray:
+            raise OptionError(f"gpus_per_run={gpus:g} needs Ray; add --ray, or leave it out")
+
+    @property
+    def threads(self) -> int:
+        """Torch's threads of a run."""
+        return max(1, torch.get_num_threads() // self.workers)
+
+    def slots(self) -> int:
+        """Return how many runs there are at once; a Ray cluster is asked.
+
+        Raises:
+            OptionError: Ray is not installed, or the cluster lacks the resources of a run.
+        """
+        return ray_slots(self.threads, self.gpus_per_run) if self.on_ray else self.workers
+
+    @property
+    def new_process_per_run(self) -> bool:
+        """Whether each run has a process of its own: on Ray's GPUs, whose memory a process keeps until its end."""
+        return self.on_ray and self.gpus_per_run > 0
+
+    def finished(
+        self, jobs: Sequence[Job], run: Run = run_job, *, new_processes: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """Run ``jobs`` and yield their records as they end.
+
+        Args:
+            jobs: At least one; they are begun in this order.
+            run: What each is given to.
+            new_processes: Each of at most ``slots()`` jobs has a process of its own.
+        """
+        if not self.on_ray:
+            return run_here(jobs, min(self.workers, len(jobs)), run)
+        new = new_processes or self.new_process_per_run
+        return run_on_ray(jobs, gpus=self.gpus_per_run, new_processes=new, run=run)
+
+
+#: One run at a time on this machine.
+HERE = Where()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a benchmark is: before the first run, and after each."""
+
+    record: Record | None
+    """Of the run that has just finished; None before the first."""
+    done: int
+    wanted: int
+    """Runs of this call: first those that the learning rates are chosen with, then, from 0 again, the others."""
+    failed: int
+    """How many of ``done``."""
+    running: tuple[Mapping[str, Any], ...]
+    """Options of the runs that are running."""
+    seconds_left: float | None
+    """Of all runs without a record; None before any run has finished."""
+
+
+Report = Callable[[Progress], None]
+
+
+def run_grid(grid: Grid, *, where: Where = HERE, retry: bool = False, report: Report) -> list[Record]:
     """Run what has no record yet, first what the learning rates are chosen with, and return all records.
 
     Args:
         grid: The benchmark.
-        workers: Runs at once; torch's threads, which OMP_NUM_THREADS limits, are shared among them.
-        on_ray: Run on a Ray cluster instead.
+        where: Processes of this machine, or Ray.
         retry: Run again what failed.
         report: Told of each run.
 
     Raises:
-        OptionError: Another process works on the same benchmark, or ``workers`` is out of its range.
+        OptionError: Another process works on the same benchmark, or Ray lacks the resources of a run.
         OutputError: The disk is full, or a file cannot be written; the same call goes on.
     """
-    if workers < 1:
-        raise OptionError(f"workers={workers} is not allowed: give at least 1")
     folder = grid.output_dir
     with only_writer(folder), written(folder):
         remove_drafts(folder / _ADAPTERS)
-        _run_missing(grid, grid.tuning, workers, on_ray, retry, report)
-        _run_missing(grid, grid.tested(by_key(recorded(grid))), workers, on_ray, retry, report)
+        _run_missing(grid, grid.tuning, where, retry, report)
+        _run_missing(grid, grid.tested(by_key(recorded(grid))), where, retry, report)
         shutil.rmtree(folder / _RUNS, ignore_errors=True)
     return recorded(grid)
 
@@ -65,26 +137,47 @@ def adapter_folder(grid: Grid, point: Point) -> Path:
     return grid.output_dir / _ADAPTERS / name
 
 
-def _run_missing(grid: Grid, points: Sequence[Point], workers: int, on_ray: bool, retry: bool, report: Report) -> None:
-    records = by_key(recorded(grid))
-    good = {key for key, record in records.items() if not (retry and record["status"] == "failed")}
-    missing = list({point.key: point for point in points if point.key not in good}.values())
-    threads = max(1, torch.get_num_threads() // workers)
+def log_file(grid: Grid, record: Record) -> Path:
+    """Return the file with what a failed run printed, and its traceback."""
+    return grid.output_dir / _LOGS / f"{key_of(record['options'])}.txt"
+
+
+def final(records: Sequence[Record], *, retry: bool) -> dict[str, Record]:
+    """Return the records of runs that are not run again, by their key."""
+    return {key: record for key, record in by_key(records).items() if not (retry and record["status"] == "failed")}
+
+
+def _run_missing(grid: Grid, wanted: Sequence[Point], where: Where, retry: bool, report: Report) -> None:
+    points = unrecorded(wanted, final(recorded(grid), retry=retry))
+    if not points:
+        return
     folder = (grid.output_dir / _RUNS).absolute()
-    jobs = [Job(point.options, folder / point.key, grid.timing_rounds, threads) for point in missing]
-    points_by_key = {point.key: point for point in missing}
-    if jobs:
-        report(None, 0, len(jobs))
-    for done, record in enumerate(_finished(jobs, workers, on_ray), 1):
-        key = key_of(record["options"])
+    jobs = [Job(point.options, folder / point.key, grid.timing_rounds, where.threads) for point in points]
+    left = {point.key: point for point in points}
+    slots, failed = where.slots(), 0
+
+    def tell(record: Record | None) -> None:
+        running = tuple(point.options for point in list(left.values())[:slots])  # they are begun in this order
+        others = [known for known in recorded(grid) if key_of(known["options"]) not in left]  # those may be repeated
+        seconds = seconds_left(grid, others, slots)
+        report(Progress(record, len(points) - len(left), len(points), failed, running, seconds))
+
+    tell(None)
+    for record in where.finished(jobs):
+        point = left.pop(key_of(record["options"]))
         if grid.keep_adapters and record["status"] == "ok":
-            replace_folder(folder / key / ADAPTER, adapter_folder(grid, points_by_key[key]))
-        append_record(grid.output_dir / RECORDS_FILE, record)
-        shutil.rmtree(folder / key, ignore_errors=True)
-        report(record, done, len(jobs))
+            replace_folder(folder / point.key / ADAPTER, adapter_folder(grid, point))
+        _keep_log(log_file(grid, record), record)
+        append_record(grid.output_dir / RECORDS_FILE, {k: v for k, v in record.items() if k != LOG})
+        shutil.rmtree(folder / point.key, ignore_errors=True)
+        failed += record["status"] == "failed"
+        tell(record)
 
 
-def _finished(jobs: Sequence[Job], workers: int, on_ray: bool) -> Iterator[dict[str, Any]]:
-    if not jobs:
-        return iter(())
-    return run_on_ray(jobs) if on_ray else run_here(jobs, min(workers, len(jobs)))
+def _keep_log(path: Path, record: Record) -> None:
+    """Write the log of a run that failed; one that did not has none."""
+    if record["status"] == "failed":
+        options = "".join(f"{name}: {value}\n" for name, value in record["options"].items())
+        write_text(path, f"{options}\n{record['error']}\n\n{record.get(LOG, '')}")
+    else:
+        path.unlink(missing_ok=True)

@@ -114,6 +114,22 @@ class Grid:
         pairs = [(row, self.rate(row, records)) for row in self.rows]
         return [Point(row, rate, seed) for seed in self.seeds for row, rate in pairs if rate is not None]
 
+    def left(self, records: Mapping[str, Record]) -> tuple[list[Point], list[Point]]:
+        """The runs without a record: those that the learning rates are chosen with, and those after them.
+
+        A row whose rate is not chosen yet has its further seeds at the first rate: how many there are, and what they
+        cost, does not depend on the rate.
+
+        Args:
+            records: By the key of their run.
+        """
+        tuning = unrecorded(self.tuning, records)
+        unchosen = [row for row in self.rows if any(point.row is row for point in tuning)]
+        further = [seed for seed in self.seeds if seed not in self.tuning_seeds]
+        later = [point for point in self.tested(records) if not any(point.row is row for row in unchosen)]
+        later += [Point(row, self.learning_rates[0], seed) for seed in further for row in unchosen]
+        return tuning, unrecorded(later, records)
+
     def rate(self, row: Row, records: Mapping[str, Record]) -> float | None:
         """The learning rate with the best metric on the rows held out; the lower one where two are equal.
 
@@ -200,6 +216,11 @@ def _rows(given: Mapping[str, Any]) -> Iterator[Row]:
 def _budget(keep: Any) -> str:
     """``K = 5`` for a count, the text itself for a share or any other budget."""
     return f"K = {keep}" if isinstance(keep, int) else f"keep {keep}"
+
+
+def unrecorded(points: Iterable[Point], records: Mapping[str, Record]) -> list[Point]:
+    """Return the points whose key has no record, each once."""
+    return list({point.key: point for point in points if point.key not in records}.values())
 
 
 def by_key(records: Iterable[Record]) -> dict[str, Record]:

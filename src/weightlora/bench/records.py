@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,29 @@ def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
         raise
 
 
+def differing(records: Iterable[Mapping[str, Any]]) -> dict[str, Counter[str]]:
+    """Return what the records do not have in common of git revision and versions: how many have which.
+
+    Example:
+        >>> old, new = ({"provenance": {"git": git, "dirty": False}} for git in ("1a2b3c4", "5d6e7f8"))
+        >>> differing([old, new, new])
+        {'git': Counter({'5d6e7f8': 2, '1a2b3c4': 1})}
+    """
+    sources = [_source(record.get("provenance") or {}) for record in records]
+    names = list(dict.fromkeys(name for source in sources for name in source))
+    counts = {name: Counter(source.get(name, "unknown") for source in sources) for name in names}
+    return {name: count for name, count in counts.items() if len(count) > 1}
+
+
+def mixed(differences: Mapping[str, Counter[str]]) -> str:
+    """Return what :func:`differing` found as text, such as ``git 5d6e7f8 (2), 1a2b3c4 (1)``."""
+    shown: list[str] = []
+    for name, count in differences.items():
+        values = [f"{value} ({number})" for value, number in count.most_common()]
+        shown.append(f"{name} {', '.join(values)}")
+    return "; ".join(shown)
+
+
 def provenance() -> dict[str, Any]:
     """Versions, hardware, time and git revision of this moment."""
     import torch
@@ -64,9 +88,16 @@ def provenance() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },
-        "git": _git("rev-parse", "--short", "HEAD"),
+        # Of one length in every checkout; git's own default depends on how many objects there are.
+        "git": _git("rev-parse", "--short=12", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", ":/src")),
     }
+
+
+def _source(made: Mapping[str, Any]) -> dict[str, str]:
+    """Git revision and versions of a record; sources that were changed are another revision."""
+    git = {"git": f"{made['git']}{' with changes' if made.get('dirty') else ''}"} if made.get("git") else {}
+    return {**git, **made.get("versions", {})}
 
 
 def _processor() -> str:

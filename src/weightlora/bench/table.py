@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightlora.bench.grid import Grid, Point, Record, Row, by_key
+from weightlora.bench.records import differing, mixed
 from weightlora.text import printable
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class Table:
 
     header: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    caption: str = ""
+    """What must be known of where the numbers come from."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def make_table(grid: Grid, records: Sequence[Record]) -> Table:
         cells = [Cell(text) for text in (label, rates, *counts)]
         cells += [scores[task][i] for task in tasks] + averages[i : i + 1] + [Cell(text) for text in times]
         body.append(tuple(cells))
-    return Table((*header, "step", "whole"), tuple(body))
+    return Table((*header, "step", "whole"), tuple(body), _caption(lines.values()))
 
 
 _TIMES = (("step_ratio",), ("selection_seconds", "training_seconds"))
@@ -93,7 +96,8 @@ def to_markdown(table: Table) -> str:
     marks = ("{}", "**{}**", "<u>{}</u>")
     rows = [[marks[cell.place].format(cell.text) for cell in row] for row in table.rows]
     rules = ["---", *("---:" for _ in table.header[1:])]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (table.header, rules, *rows))
+    caption = f"\n{table.caption}\n" if table.caption else ""
+    return "".join(f"| {' | '.join(row)} |\n" for row in (table.header, rules, *rows)) + caption
 
 
 def to_latex(table: Table) -> str:
@@ -116,6 +120,7 @@ def to_latex(table: Table) -> str:
     body = [" & ".join(row) + r" \\" for row in rows]
     columns = "l" + "r" * (len(table.header) - 1)
     lines = [
+        *([f"% {table.caption}"] if table.caption else []),
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
         head,
@@ -133,13 +138,19 @@ def to_terminal(table: Table) -> RichTable:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = RichTable(box=SIMPLE, padding=(0, 1, 0, 0))
+    shown = RichTable(box=SIMPLE, padding=(0, 1, 0, 0), caption=table.caption or None)
     for i, name in enumerate(table.header):
         shown.add_column(name, justify="right" if i else "left")
     styles = ("", "bold", "underline")
     for row in table.rows:
         shown.add_row(*(Text(printable(cell.text), style=styles[cell.place]) for cell in row))
     return shown
+
+
+def _caption(lines: Iterable[_Line]) -> str:
+    """Say so where the numbers come from different revisions or versions."""
+    differences = differing(record for line in lines for record in line.records)
+    return f"Records of different sources: {mixed(differences)}." if differences else ""
 
 
 def _line(grid: Grid, row: Row, known: Mapping[str, Record]) -> _Line:

@@ -11,6 +11,7 @@ from weightlora import __version__
 from weightlora.cli import (
     analyse,
     bench,
+    bench_merge,
     check,
     demo,
     doctor,
@@ -29,7 +30,22 @@ from weightlora.errors import OptionError, WeightLoraError
 from weightlora.fast.allocator import keep_freed_memory
 from weightlora.text import printable
 
-_COMMANDS = (demo, select, train, show, report, emit, check, export, estimate, analyse, bench, methods, doctor)
+_COMMANDS = (
+    demo,
+    select,
+    train,
+    show,
+    report,
+    emit,
+    check,
+    export,
+    estimate,
+    analyse,
+    bench,
+    bench_merge,
+    methods,
+    doctor,
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command in _COMMANDS:
         command.add_parser(commands)
+    if " ".join(words[:2]) in commands.choices:  # a command of two words
+        words[:2] = [" ".join(words[:2])]
     try:
         with CheckedOutput():
             chosen, rest = parser.parse_known_args(words)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlora.cli._option_help import paragraph
+from weightlora.cli._option_help import example, paragraph
 from weightlora.cli._options import recipe_epilog
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from weightlora.bench.grid import Grid, Record
+    from weightlora.bench.grid import Grid, Point, Record
+
+_EXAMPLE = "weightlora bench --config benchmarks/table1.yaml --workers 2"
 
 
 def add_parser(commands: Any) -> None:
@@ -22,9 +25,11 @@ def add_parser(commands: Any) -> None:
         help="compare methods: records and a table",
         description=paragraph(
             "Run every method, task, budget, learning rate and seed of a YAML file. Each run is a line of "
-            "records.jsonl; the same command resumes where it was stopped."
+            "records.jsonl; the same command resumes where it was stopped. --dry_run tells first what it will cost."
         ),
-        epilog=recipe_epilog("weightlora bench --config benchmarks/table1.yaml --workers 2"),
+        epilog="\n".join(
+            [recipe_epilog(f"{_EXAMPLE} --dry_run"), example(_EXAMPLE), example("weightlora bench merge --help")]
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -39,6 +44,18 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output_dir", type=Path, help="instead of the file's")
     parser.add_argument("--workers", type=int, default=1, help="runs at once on this machine; default: %(default)s")
     parser.add_argument("--ray", action="store_true", help="run on a Ray cluster")
+    parser.add_argument(
+        "--gpus_per_run",
+        type=float,
+        default=0,
+        metavar="N",
+        help="GPUs that Ray gives each run; two runs of 0.5 share one; default: %(default)s",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="time a few steps of each kind of run, print runs, steps, hours and memory, and record nothing",
+    )
     parser.add_argument("--retry", action="store_true", help="run again what failed")
     parser.add_argument("--table", action="store_true", help="only write and print the table of what is recorded")
     parser.add_argument(
@@ -52,9 +69,9 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run what is missing; write and print the table."""
+    """Run what is missing; write and print the table. With ``--dry_run`` only print what it would cost."""
     from weightlora.bench.differences import make_differences, require_rows
-    from weightlora.bench.engine import recorded
+    from weightlora.bench.engine import Where, recorded
     from weightlora.bench.grid import read_grid
     from weightlora.bench.table import to_terminal
     from weightlora.cli._console import PlainConsole
@@ -64,54 +81,58 @@ def run(arguments: argparse.Namespace) -> None:
     with quiet_libraries():
         grid = read_grid(arguments.config, arguments.output_dir, arguments.rest)
         require_rows(grid, arguments.against)  # before hours of runs
-        if arguments.table:
-            records = recorded(grid)
-        else:
-            flags = {"workers": arguments.workers, "on_ray": arguments.ray, "retry": arguments.retry}
-            records = run_with_progress(grid, console, **flags)
+        flags: dict[str, Any] = {
+            "where": Where(arguments.workers, arguments.ray, arguments.gpus_per_run),
+            "retry": arguments.retry,
+        }
+        if arguments.dry_run:
+            _print_cost(grid, console, **flags)
+            return
+        records = recorded(grid) if arguments.table else run_with_progress(grid, console, **flags)
     print_table(grid, records, console)
     if arguments.against:
         console.print(to_terminal(make_differences(grid, records, arguments.against)))
 
 
 def run_with_progress(grid: Grid, console: Console, **flags: Any) -> list[Record]:
-    """Run what is missing and print a line for each run; a terminal also shows a bar."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    """Run what is missing and print a line for each run; a terminal also shows a live table."""
+    from weightlora.bench.engine import log_file, run_grid
+    from weightlora.cli._bench_progress import shown_progress
 
-    from weightlora.bench.engine import run_grid
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("runs", total=None)
-
-        def report(record: Record | None, done: int, wanted: int) -> None:
-            progress.update(bar, completed=done, total=wanted)
-            if record is not None:
-                console.print(f"{done}/{wanted} {_line(record)}", soft_wrap=True, highlight=False)
-
+    with shown_progress(console, partial(log_file, grid)) as report:
         return run_grid(grid, report=report, **flags)
+
+
+def _print_cost(grid: Grid, console: Console, **flags: Any) -> None:
+    """Time a few steps of each kind of run and print what all of them will cost."""
+    from weightlora.bench.dry_run import dry_run
+    from weightlora.cli._bench_cost import cost_table, cost_text
+
+    def report(point: Point, done: int, wanted: int) -> None:
+        console.print(f"{done}/{wanted} timed: {point.row.label}, {point.row.task}", soft_wrap=True, highlight=False)
+
+    found = dry_run(grid, report=report, **flags)
+    if found.kinds:
+        console.print(cost_table(found))
+    console.print(cost_text(found, on_ray=flags["where"].on_ray), highlight=False)
 
 
 def print_table(grid: Grid, records: list[Record], console: Console) -> None:
     """Write table.md and table.tex, and print the table."""
+    from weightlora.bench.engine import log_file
+    from weightlora.bench.grid import by_key
     from weightlora.bench.table import make_table, to_latex, to_markdown, to_terminal
+    from weightlora.cli._bench_progress import describe
     from weightlora.files import write_text
 
     table = make_table(grid, records)
     write_text(grid.output_dir / "table.md", to_markdown(table))
     write_text(grid.output_dir / "table.tex", to_latex(table))
     console.print(to_terminal(table))
-    failed = sum(record["status"] == "failed" for record in records)
-    console.print(f"{len(records)} records in {grid.output_dir}" + (f", {failed} of them failures" if failed else ""))
-
-
-def _line(record: Record) -> str:
-    options = record["options"]
-    budget = f" keep {options['keep']}" if "keep" in options else ""
-    if record["status"] == "ok":
-        numbers = ", ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
-        end = f"{numbers}, {record['selection_seconds'] + record['training_seconds']:.0f} s"
-    else:
-        end = f"failed: {record['error']}"
-    run = f"{options['task']}, {options['method']}{budget}, rate {options['learning_rate']:g}, seed {options['seed']}"
-    return f"{run}: {end}"
+    failed = [record for record in by_key(records).values() if record["status"] == "failed"]
+    count = f"{len(records)} records in {grid.output_dir}" + (f", {len(failed)} of them failures" if failed else "")
+    console.print(count, soft_wrap=True)
+    for record in failed:
+        log = log_file(grid, record)
+        where = f"; log: {log}" if log.exists() else ""
+        console.print(f"failed: {describe(record['options'])}{where}", soft_wrap=True, highlight=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,20 @@ from weightlora.tasks.rows import Source, load_rows, with_columns
 from weightlora.text import closest
 
 if TYPE_CHECKING:
+    from datasets import DatasetDict
     from transformers import Trainer, TrainerCallback
 
 
 def make_trainer(
-    recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), *, measured: bool = True
-) -> tuple[Prepared, Trainer]:
-    """Return the recipe's trainer, on the base model with plain LoRA on all candidates, and what measures it.
+    recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), *, measured: bool = True, few: int | None = None
+) -> tuple[Prepared, Trainer, Mapping[str, int]]:
+    """Return what measures a recipe, its trainer on the base model with plain LoRA on all candidates, and its rows.
+
+    Args:
+        recipe: What to run.
+        callbacks: Further callbacks of the trainer.
+        measured: False loads the training rows only.
+        few: Measure only so many rows of each split; the rows that are counted are all of them.
 
     Raises:
         DataError: Rows or model are missing or malformed.
@@ -35,19 +42,29 @@ def make_trainer(
     task = _task(recipe.task)
     kind = kind_of(task)
     rows = load_rows(task, _source(recipe.task), seed=recipe.training.data_seed or 0, measured=measured)
+    counts = {str(split): len(some) for split, some in rows.items()}
+    if few is not None:
+        task, rows = _with_few(task, rows, few)
     path, loading = _pretrained(recipe, kind.TASK_TYPE)
     tokenizer = load_tokenizer(path, **{k: v for k, v in loading.items() if k in ("gguf_file", "revision")})
     prepared = kind.prepare(task, rows, tokenizer, _row_options(recipe.task))
     base = kind.load_model(path, task, rows, seed=recipe.training.seed, **loading)
     model = _with_lora(base, recipe, kind.TASK_TYPE)
     try:
-        return prepared, prepared.make_trainer(model, recipe.training, callbacks)
+        return prepared, prepared.make_trainer(model, recipe.training, callbacks), counts
     except WeightLoraError:
         raise
     except ImportError as error:  # of an optimizer, or of a tracker in report_to; the text says what to install
         raise MissingPackageError(" ".join(str(error).split())) from error
     except ValueError as error:  # training arguments that the trainer refuses
         raise OptionError(" ".join(str(error).split())) from error
+
+
+def _with_few(task: Task, rows: DatasetDict, few: int) -> tuple[Task, DatasetDict]:
+    """Only the first rows of the splits that are measured; the harness loads its own."""
+    cut: Any = type(rows)()
+    cut.update({s: some if s == "train" else some.select(range(min(few, len(some)))) for s, some in rows.items()})
+    return replace(task, options={**task.options, "limit": few}) if "harness" in task.options else task, cut
 
 
 def _task(options: TaskOptions) -> Task:

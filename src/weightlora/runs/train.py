@@ -13,7 +13,7 @@ output_dir/results.json  metrics, parameters and seconds, written last
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -58,6 +58,8 @@ class Run:
     recipe: Recipe
     task: Prepared
     trainer: Trainer
+    rows: Mapping[str, int]
+    """How many each split has."""
 
 
 def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
@@ -98,13 +100,16 @@ def _train(recipe: Recipe, callbacks: Sequence[TrainerCallback]) -> dict[str, An
     return export(run, method, before=before, **{name: round(value, 2) for name, value in seconds.items()})
 
 
-def prepare(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), *, measured: bool = True) -> Run:
+def prepare(
+    recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), *, measured: bool = True, few: int | None = None
+) -> Run:
     """Return the run with model, rows and trainer loaded, and all options checked against them.
 
     Args:
         recipe: What to run.
         callbacks: Further callbacks of the trainer.
         measured: False loads the training rows only, for a run that is planned and not trained.
+        few: Measure only so many rows of each split, for a run whose time is estimated.
 
     Raises:
         DataError: Rows or model are missing or malformed.
@@ -118,13 +123,13 @@ def prepare(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), *, measur
             f"grow_batch: {recipe.method.method} does not train stock LoRA from beginning to end, whose memory is "
             "measured; leave grow_batch out"
         )
-    task, trainer = make_trainer(recipe, callbacks, measured=measured)
+    task, trainer, rows = make_trainer(recipe, callbacks, measured=measured, few=few)
     require_trainable(trainer, find_task(recipe.task.task).metrics)
     if recipe.training.eval_on_start:
         require_measurable(trainer)
     if recipe.method.grow_batch:
         require_growable(trainer)
-    return Run(recipe, task, trainer)
+    return Run(recipe, task, trainer, rows)
 
 
 def plan(run: Run) -> Method:
