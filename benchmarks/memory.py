@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from weightlora.cost.memory import Setting, count_step
-from weightlora.cost.quantised import quantise_4bit
+from weightlora.cost.quantised import quantise
 from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.sites import find_sites
 from weightlora.plan.make import make_plan
@@ -109,7 +109,7 @@ def estimated(configuration: Configuration) -> int:
     with torch.device("meta"):
         base = LOADERS[task].from_config(make_config(), dtype=configuration.dtype)
     if configuration.bits:
-        quantise_4bit(base, ["lm_head"], double=configuration.bits == "4+")
+        quantise(base, 4, ["lm_head"], double=configuration.bits == "4+")
     with torch.device("meta"):
         model = _with_adapters(base, configuration)
     return count_step(model, partial(_loss, task), configuration.setting).memory().peak

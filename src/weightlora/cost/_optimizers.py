@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor
 
-from weightlora.cost._allocations import Device
+from weightlora.cost._kernels import Device
 
 #: bitsandbytes keeps smaller parameters in 32 bits, and a scale for each block of the others.
 _LEAST_8BIT, _BLOCK_8BIT = 4096, 256
@@ -61,15 +61,15 @@ def _adamw_fused(trained: Sequence[Tensor], device: Device) -> OptimizerBytes:
     return OptimizerBytes(_adamw(trained, device).state, 0)
 
 
-def _adamw_8bit(trained: Sequence[Tensor], device: Device) -> OptimizerBytes:
+def _adamw_8bit(trained: Sequence[Tensor], _device: Device) -> OptimizerBytes:
     state = _LEVELS_8BIT
     for n in (p.numel() for p in trained):
         state += 2 * (n + 4 * -(-n // _BLOCK_8BIT)) if n >= _LEAST_8BIT else 2 * 4 * n
     return OptimizerBytes(state, 0)
 
 
-def _adafactor(trained: Sequence[Tensor], device: Device) -> OptimizerBytes:
-    """transformers' Adafactor without a first moment; a matrix has a number for each row and for each column."""
+def _adafactor(trained: Sequence[Tensor], _device: Device) -> OptimizerBytes:
+    """Transformers' Adafactor without a first moment; a matrix has a number for each row and for each column."""
     state, working = 0, 0
     for p in trained:
         shape = tuple(p.shape)
@@ -80,7 +80,7 @@ def _adafactor(trained: Sequence[Tensor], device: Device) -> OptimizerBytes:
     return OptimizerBytes(state, working)
 
 
-def _sgd(trained: Sequence[Tensor], device: Device) -> OptimizerBytes:
+def _sgd(_trained: Sequence[Tensor], _device: Device) -> OptimizerBytes:
     return OptimizerBytes(0, 0)
 
 

@@ -15,7 +15,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from weightlora.cost._allocations import PARTS, Allocations, Device, Part, checkpoint, record_step
+from weightlora.cost._allocations import PARTS, Allocations, Known, Part, record_step
+from weightlora.cost._kernels import Device, checkpoint
 from weightlora.cost._optimizers import OPTIMIZERS, OptimizerBytes, optimizer_bytes
 from weightlora.cost.estimate import MakeLoss
 from weightlora.cost.quantised import quantisation_tensors
@@ -100,9 +101,7 @@ class StepBytes:
         state, working = (n // self.shards for n in (self.optimizer.state, self.optimizer.working))
         gradients = most("gradients")
         step = max(int(changes.cumsum(0).max()), gradients + working)
-        return Memory(
-            self.trained, always, gradients, state, most("saved"), most("logits"), peak=always + state + step
-        )
+        return Memory(self.trained, always, gradients, state, most("saved"), most("logits"), peak=always + state + step)
 
     def largest_batch(self, limit: int) -> int:
         """The most rows whose peak is at most ``limit`` bytes; 0 where not even one row fits.
@@ -132,15 +131,18 @@ class StepBytes:
         return (sizes + self.grain - 1) // self.grain * self.grain
 
 
-def count_step(model: nn.Module, make_loss: MakeLoss, setting: Setting, *, any_rows: bool = False) -> StepBytes:
+def count_step(
+    model: nn.Module, make_loss: MakeLoss, setting: Setting, *, any_rows: bool = False, known: Known | None = None
+) -> StepBytes:
     """Return what a training step of ``model`` takes; nothing is computed.
 
     Args:
-        model: On the meta device, with its adapters. Gradient checkpointing is switched on in it if ``setting`` says so.
+        model: On the meta device, with its adapters. Where ``setting`` says so, gradient checkpointing is switched on.
         make_loss: Makes a batch of so many rows and returns its loss.
         setting: How the model is trained.
         any_rows: Count a second batch, which has one row more, so that the memory of any batch is known. The bytes of
             each storage are a fixed number and a number for each row.
+        known: See :data:`Known`; one for several similar models saves time.
 
     Raises:
         OptionError: The optimizer is unknown, the model has no gradient checkpointing, or it asks for numbers.
@@ -155,8 +157,8 @@ def count_step(model: nn.Module, make_loss: MakeLoss, setting: Setting, *, any_r
         (500, 499)
     """
     if setting.optim not in OPTIMIZERS:
-        known = ", ".join(OPTIMIZERS)
-        raise OptionError(f"optim={setting.optim!r} is unknown{closest(setting.optim, OPTIMIZERS)}; there are {known}")
+        names = ", ".join(OPTIMIZERS)
+        raise OptionError(f"optim={setting.optim!r} is unknown{closest(setting.optim, OPTIMIZERS)}; there are {names}")
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     is_transformer = isinstance(base, PreTrainedModel)
     if setting.gradient_checkpointing:
@@ -165,8 +167,9 @@ def count_step(model: nn.Module, make_loss: MakeLoss, setting: Setting, *, any_r
         checkpoint(base, setting.device)
     head = base.get_output_embeddings() if is_transformer else None
     model.train()
+    weights, gathered = sum(_sizes_by_block(model).values()), _gathered(model) if setting.shards > 1 else 0
     counted, *more = (
-        record_step(model, partial(make_loss, model, rows), head, setting.device)
+        record_step(model, partial(make_loss, model, rows), head, setting.device, known)
         for rows in (setting.rows, *([setting.rows + 1] if any_rows else []))
     )
     growth = _growth(counted, more[0]) if more else None
@@ -174,8 +177,8 @@ def count_step(model: nn.Module, make_loss: MakeLoss, setting: Setting, *, any_r
     return StepBytes(
         sum(p.numel() for p in trained),
         setting.rows,
-        sum(_sizes_by_block(model).values()),
-        _gathered(model) if setting.shards > 1 else 0,
+        weights,
+        gathered,
         optimizer_bytes(setting.optim, trained, setting.device),
         setting.shards,
         _GRAIN[setting.device],

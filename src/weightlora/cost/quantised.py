@@ -1,9 +1,9 @@
-"""4-bit weights of a model on the meta device, as bitsandbytes stores them."""
+"""Quantised weights of a model on the meta device, as bitsandbytes stores them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from weightlora.errors import require_extra
 
 
-def quantise_4bit(model: nn.Module, skip: Collection[str], *, double: bool = False) -> None:
-    """Replace linear layers by bitsandbytes' NF4 layers, in place; transformers' rule finds the layers.
+def quantise(model: nn.Module, bits: Literal[4, 8], skip: Collection[str], *, double: bool = False) -> None:
+    """Replace linear layers by those of bitsandbytes, in place; transformers finds them.
 
-    A block of 64 weights has a scale in float32; ``double`` stores the scales in 8 bits, with a scale for each 256.
+    In 4 bit (NF4) each 64 weights have a scale in float32; ``double`` stores the scales in 8 bit, and a scale for each
+    256 of them. In 8 bit each output has a scale, and no input counts as an outlier.
 
     Args:
         model: On the meta device.
+        bits: Of a weight.
         skip: Names, or their ends, of layers that stay whole, such as the output head.
         double: Double quantisation, ``bnb_4bit_use_double_quant`` in transformers.
 
@@ -25,28 +27,47 @@ def quantise_4bit(model: nn.Module, skip: Collection[str], *, double: bool = Fal
         MissingPackageError: bitsandbytes is not installed.
     """
     require_extra("bitsandbytes", "quantised")
-    import bitsandbytes
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers import BitsAndBytesConfig
     from transformers.integrations import replace_with_bnb_linear
 
-    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    if bits == 4:
+        options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    else:
+        options = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)  # outliers depend on the inputs' values
     replace_with_bnb_linear(model, list(skip), options)
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            packed, state = bitsandbytes.functional.quantize_4bit(
-                torch.empty(module.out_features, module.in_features, dtype=torch.float16, device="meta"),
-                blocksize=64,
-                compress_statistics=double,
-                quant_type="nf4",
-            )
-            module.weight = bitsandbytes.nn.Params4bit(
-                packed, quant_state=state, blocksize=64, quant_type="nf4", bnb_quantized=True, module=module
-            )
+    with torch.device("meta"):
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.weight = _weight_4bit(module, double=double)
+            elif isinstance(module, Linear8bitLt):
+                module.weight = _weight_8bit(module)
+
+
+def _weight_4bit(layer: Any, *, double: bool) -> Any:
+    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.nn import Params4bit
+
+    make: Any = Params4bit
+    whole = torch.empty(layer.out_features, layer.in_features, dtype=torch.float16)
+    packed, state = quantize_4bit(whole, blocksize=64, compress_statistics=double, quant_type="nf4")
+    return make(packed, quant_state=state, blocksize=64, quant_type="nf4", bnb_quantized=True, module=layer)
+
+
+def _weight_8bit(layer: Any) -> Any:
+    from bitsandbytes.nn import Int8Params
+
+    make: Any = Int8Params
+    weights = torch.empty(layer.out_features, layer.in_features, dtype=torch.int8)
+    return make(weights, requires_grad=False, CB=weights, SCB=torch.empty(layer.out_features))
 
 
 def quantisation_tensors(parameter: Tensor) -> Iterator[Tensor]:
-    """The tensors that belong to a 4-bit parameter: scales and levels. Others have none."""
-    state: Any = vars(parameter).get("quant_state")
+    """The scales and levels that belong to a quantised parameter; others have none. Read them before a forward pass."""
+    attributes = vars(parameter)
+    state: Any = attributes.get("quant_state")
     while state is not None:
         yield from (value for value in (state.absmax, state.code, state.offset) if isinstance(value, Tensor))
         state = state.state2
+    if isinstance(attributes.get("SCB"), Tensor):
+        yield attributes["SCB"]

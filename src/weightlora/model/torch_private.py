@@ -84,7 +84,7 @@ READ_VALUE = torch.ops.aten._local_scalar_dense.default
 
 def is_grouped_product(function: Any) -> bool:
     """Whether ``function`` multiplies groups of rows by one matrix each, as fused experts do."""
-    return function is torch._grouped_mm
+    return function is torch._grouped_mm  # pyright: ignore[reportPrivateUsage]
 
 
 # -- autograd's graph --------------------------------------------------------------------------------------------------
