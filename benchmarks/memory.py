@@ -29,7 +29,6 @@ from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.sites import find_sites
 from weightlora.plan.make import make_plan
 
-LENGTH = 128
 _SIZES = {"vocab_size": 8000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
 _SIZES |= {"num_attention_heads": 8}
 _BART = {"vocab_size": 8000, "d_model": 256, "encoder_layers": 3, "decoder_layers": 3, "encoder_ffn_dim": 768}
@@ -63,20 +62,27 @@ class Configuration:
     dtype: torch.dtype = torch.float32
     bits: str = ""
     """``4``, or ``4+`` with double quantisation."""
+    length: int = 128
+    """Tokens of a row."""
 
     def __str__(self) -> str:
-        words = [self.method, self.setting.optim, str(self.dtype).removeprefix("torch.")]
+        words = [
+            self.method,
+            f"{self.setting.rows}x{self.length}",
+            self.setting.optim,
+            str(self.dtype).removeprefix("torch."),
+        ]
         words += [f"{self.bits} bit"] if self.bits else []
         return ", ".join([*words, *(["checkpointing"] if self.setting.gradient_checkpointing else [])])
 
 
-def _trained(optim: str = "adamw_torch", *, checkpointing: bool = False) -> Setting:
-    return Setting(rows=8, optim=optim, gradient_checkpointing=checkpointing, device="cpu")
+def _trained(optim: str = "adamw_torch", *, rows: int = 8, checkpointing: bool = False) -> Setting:
+    return Setting(rows=rows, optim=optim, gradient_checkpointing=checkpointing, device="cpu")
 
 
 TEN = (
     Configuration("DeBERTaV3"),
-    Configuration("DeBERTaV3", "full"),
+    Configuration("DeBERTaV3", "full", _trained(rows=1), length=16),  # the optimizer's step is the peak
     Configuration("DeBERTaV3", "1/4 bottom", _trained("adamw_torch_fused", checkpointing=True)),
     Configuration("BART", "LoRA", _trained("adafactor")),
     Configuration("BART", "full", _trained("sgd", checkpointing=True)),
@@ -112,12 +118,11 @@ def estimated(configuration: Configuration) -> int:
         quantise(base, 4, ["lm_head"], double=configuration.bits == "4+")
     with torch.device("meta"):
         model = _with_adapters(base, configuration)
-    return count_step(model, partial(_loss, task), configuration.setting).memory().peak
+    return count_step(model, partial(_loss, configuration), configuration.setting).memory().peak
 
 
 def counted(configuration: Configuration) -> int:
     """The peak in bytes of the CPU's allocator in the third step of a real model."""
-    task, _ = MODELS[configuration.model]
     loaded, setting = _loaded(configuration), configuration.setting
     activities = [ProfilerActivity.CPU]
     with profile(activities=activities, profile_memory=True) as profiler:
@@ -128,9 +133,9 @@ def counted(configuration: Configuration) -> int:
             remove_input_hooks(model)
         optimizer = _optimizer(setting.optim, [p for p in model.parameters() if p.requires_grad])
         for _ in range(2):
-            _step(model, task, setting.rows, optimizer)
+            _step(model, configuration, optimizer)
         with record_function("third step"):
-            _step(model, task, setting.rows, optimizer)
+            _step(model, configuration, optimizer)
     events: list[Any] = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     start = next(event.start_ns() for event in events if event.name() == "third step")
     changes = [event for event in events if event.name() == "[memory]"]
@@ -170,13 +175,14 @@ def _with_adapters(base: Any, configuration: Configuration) -> nn.Module:
     return get_peft_model(base, (plan.expand() if where.endswith("+") else plan).to_lora_config())
 
 
-def _loss(task: str, model: Any, rows: int) -> Tensor:
-    tokens = torch.ones((rows, LENGTH), dtype=torch.long)
-    return model(input_ids=tokens, labels=tokens[:, 0] if task == "SEQ_CLS" else tokens).loss
+def _loss(configuration: Configuration, model: Any, rows: int) -> Tensor:
+    tokens = torch.ones((rows, configuration.length), dtype=torch.long)
+    labels = tokens[:, 0] if MODELS[configuration.model][0] == "SEQ_CLS" else tokens
+    return model(input_ids=tokens, labels=labels).loss
 
 
-def _step(model: Any, task: str, rows: int, optimizer: torch.optim.Optimizer) -> None:
-    _loss(task, model, rows).backward()
+def _step(model: Any, configuration: Configuration, optimizer: torch.optim.Optimizer) -> None:
+    _loss(configuration, model, configuration.setting.rows).backward()
     optimizer.step()
     optimizer.zero_grad()
 

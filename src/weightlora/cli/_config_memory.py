@@ -42,7 +42,12 @@ def add_options(group: Any) -> None:
     def add(name: str, text: str, **options: Any) -> None:
         group.add_argument(f"--{name}", default=_DEFAULTS[name], help=text, **options)
 
-    add("keep", "budgets: numbers of adapters or fractions of the parameters; default: n/2 n/4 n/10", nargs="+")
+    add(
+        "keep",
+        "budgets: numbers of adapters or fractions of the parameters; default: n/2 n/4 n/10",
+        nargs="+",
+        metavar="K",
+    )
     add("memory", "memory of a device, such as 24GB or 24GiB: also print the largest batch that fits")
     add("optim", "adamw_torch, adamw_torch_fused, adamw_8bit, adafactor or sgd; default: %(default)s")
     add("gradient_checkpointing", "with gradient checkpointing", action="store_true")
@@ -51,11 +56,11 @@ def add_options(group: Any) -> None:
     add("load_in_8bit", "linear layers in 8 bit, as bitsandbytes stores them", action="store_true")
     add("double_quant", "with --load_in_4bit: scales in 8 bit", action="store_true")
     add("dtype", "of the weights; default: the config's", choices=_DTYPES)
-    add("task_type", "PEFT's task type; default: what the config is for", choices=tuple(LOADERS))
+    add("task_type", f"{', '.join(LOADERS)}; default: what the config is for", choices=tuple(LOADERS), metavar="TYPE")
     add("device", "whose kernels: cuda (default) or cpu", choices=("cuda", "cpu"))
-    add("lora_r", "rank of plain LoRA; default: %(default)s", type=int)
-    add("lora_dropout", "dropout of the adapters; default: %(default)s", type=float)
-    add("lora_target_modules", "default: every linear layer but head and pooler", nargs="+")
+    add("lora_r", "rank of plain LoRA; default: %(default)s", type=int, metavar="R")
+    add("lora_dropout", "dropout of the adapters; default: %(default)s", type=float, metavar="P")
+    add("lora_target_modules", "default: every linear layer but head and pooler", nargs="+", metavar="NAME")
 
 
 def require_defaults(arguments: argparse.Namespace) -> None:

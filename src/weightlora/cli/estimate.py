@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
         description="With a plan: print parameters, memory and step time of LoRA, of the plan and of WeightLoRA+. "
         "Without a plan: print the memory of full fine-tuning, LoRA, WeightLoRA and WeightLoRA+ on one device. That "
         "needs only the model's config.json; nothing is loaded or trained.",
-        epilog="example: weightlora estimate runs/demo/plan.json --batch 32x512; "
+        epilog="example: weightlora estimate runs/demo/plan.json --batch 32x512, or without a plan "
         "weightlora estimate --model_name_or_path Qwen/Qwen3-8B --batch 8x512 --memory 24GB",
     )
     parser.add_argument("path", type=Path, nargs="?", help="plan.json; without it, see the options without a plan")

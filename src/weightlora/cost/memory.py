@@ -20,7 +20,7 @@ from weightlora.cost._kernels import Device, checkpoint
 from weightlora.cost._optimizers import OPTIMIZERS, OptimizerBytes, optimizer_bytes
 from weightlora.cost.estimate import MakeLoss
 from weightlora.cost.quantised import quantisation_tensors
-from weightlora.errors import OptionError
+from weightlora.errors import OptionError, SelectionError
 from weightlora.model.sites import Site
 from weightlora.model.torch_private import storage_id
 from weightlora.text import closest
@@ -145,7 +145,8 @@ def count_step(
         known: See :data:`Known`; one for several similar models saves time.
 
     Raises:
-        OptionError: The optimizer is unknown, the model has no gradient checkpointing, or it asks for numbers.
+        OptionError: The optimizer is unknown, or the model has no gradient checkpointing.
+        SelectionError: The model's operations depend on numbers that only weights and a real batch have.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8, device="meta"), nn.ReLU(), nn.Linear(8, 1, device="meta"))
@@ -168,10 +169,14 @@ def count_step(
     head = base.get_output_embeddings() if is_transformer else None
     model.train()
     weights, gathered = sum(_sizes_by_block(model).values()), _gathered(model) if setting.shards > 1 else 0
-    counted, *more = (
-        record_step(model, partial(make_loss, model, rows), head, setting.device, known)
-        for rows in (setting.rows, *([setting.rows + 1] if any_rows else []))
-    )
+    all_rows = (setting.rows, setting.rows + 1) if any_rows else (setting.rows,)
+    try:
+        counted, *more = (
+            record_step(model, partial(make_loss, model, rows), head, setting.device, known) for rows in all_rows
+        )
+    except (NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise SelectionError(f"{type(base).__name__} cannot be counted without numbers: {reason}") from error
     growth = _growth(counted, more[0]) if more else None
     trained = [p for p in model.parameters() if p.requires_grad]
     return StepBytes(

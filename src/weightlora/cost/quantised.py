@@ -36,21 +36,38 @@ def quantise(model: nn.Module, bits: Literal[4, 8], skip: Collection[str], *, do
     else:
         options = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)  # outliers depend on the inputs' values
     replace_with_bnb_linear(model, list(skip), options)
-    with torch.device("meta"):
-        for module in model.modules():
-            if isinstance(module, Linear4bit):
-                module.weight = _weight_4bit(module, double=double)
-            elif isinstance(module, Linear8bitLt):
-                module.weight = _weight_8bit(module)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.weight = _weight_4bit(module, double=double)
+        elif isinstance(module, Linear8bitLt):
+            module.weight = _weight_8bit(module)
 
 
 def _weight_4bit(layer: Any, *, double: bool) -> Any:
-    from bitsandbytes.functional import quantize_4bit
+    """The packed weight with its scales; made by hand, because bitsandbytes would keep levels on the meta device."""
+    from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Params4bit
 
+    make_state: Any = QuantState
     make: Any = Params4bit
-    whole = torch.empty(layer.out_features, layer.in_features, dtype=torch.float16)
-    packed, state = quantize_4bit(whole, blocksize=64, compress_statistics=double, quant_type="nf4")
+    numbers = layer.out_features * layer.in_features
+    with torch.device("meta"):
+        scales = torch.empty(-(-numbers // 64), dtype=torch.uint8 if double else torch.float32)
+        outer: dict[str, Any] = {}
+        if double:
+            of_scales = torch.empty(-(-scales.numel() // 256))
+            outer["offset"] = torch.empty(())
+            outer["state2"] = make_state(of_scales, code=torch.empty(256), blocksize=256, dtype=torch.float32)
+        state = make_state(
+            scales,
+            shape=torch.Size((layer.out_features, layer.in_features)),
+            code=torch.empty(16),
+            blocksize=64,
+            quant_type="nf4",
+            dtype=torch.float16,
+            **outer,
+        )
+        packed = torch.empty((-(-numbers // 2), 1), dtype=torch.uint8)
     return make(packed, quant_state=state, blocksize=64, quant_type="nf4", bnb_quantized=True, module=layer)
 
 
@@ -58,8 +75,8 @@ def _weight_8bit(layer: Any) -> Any:
     from bitsandbytes.nn import Int8Params
 
     make: Any = Int8Params
-    weights = torch.empty(layer.out_features, layer.in_features, dtype=torch.int8)
-    return make(weights, requires_grad=False, CB=weights, SCB=torch.empty(layer.out_features))
+    weights = torch.empty(layer.out_features, layer.in_features, dtype=torch.int8, device="meta")
+    return make(weights, requires_grad=False, CB=weights, SCB=torch.empty(layer.out_features, device="meta"))
 
 
 def quantisation_tensors(parameter: Tensor) -> Iterator[Tensor]:
