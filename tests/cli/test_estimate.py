@@ -85,3 +85,14 @@ def test_a_mistake_is_one_line(words, says, config_file, capsys):
     assert captured.out == ""
     assert says in captured.err
     assert len(captured.err.splitlines()) == 1
+
+
+def test_a_model_of_another_kind_is_one_line(tmp_path, capsys):
+    """ViT reads no tokens; this T5 does not say with which token its decoder starts."""
+    for config, says in (({"model_type": "vit"}, "ViTConfig"), ({"model_type": "t5", "num_layers": 1}, "does not run")):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config))
+        assert main(["estimate", "--model_name_or_path", str(path), "--batch", "1x8"]) == 2
+        captured = capsys.readouterr()
+        assert says in captured.err
+        assert len(captured.err.splitlines()) == 1

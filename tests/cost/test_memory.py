@@ -205,7 +205,7 @@ def test_a_model_that_asks_for_numbers_is_refused():
         def forward(self, x):
             return self.layer(x)[: int(x.sum().item())].sum()
 
-    with pytest.raises(SelectionError, match="Asks cannot be counted without numbers"):
+    with pytest.raises(SelectionError, match=r"Asks does not run without numbers: .*meta"):
         count_step(Asks(), lambda model, rows: model(torch.ones(rows, 4, device="meta")), Setting(rows=2))
 
 

@@ -178,12 +178,12 @@ def _make_model(config: Any, task: str, dtype: str, arguments: argparse.Namespac
     from weightlora.cost.quantised import quantise
     from weightlora.model.sites import TASK_HEADS
 
-    if task == "SEQ_CLS" and config.pad_token_id is None:  # a decoder looks for the last token of a row
-        config.pad_token_id = 0
     try:
+        if task == "SEQ_CLS" and config.pad_token_id is None:  # a decoder looks for the last token of a row
+            config.pad_token_id = 0
         with torch.device("meta"):
             model: Any = getattr(transformers, LOADERS[task]).from_config(config, dtype=getattr(torch, dtype))
-    except (ImportError, ValueError) as error:
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
         raise DataError(f"cannot make {LOADERS[task]} from the config: {str(error).splitlines()[0]}") from error
     if not (arguments.load_in_4bit or arguments.load_in_8bit):
         return model

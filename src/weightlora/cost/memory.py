@@ -174,9 +174,15 @@ def count_step(
         counted, *more = (
             record_step(model, partial(make_loss, model, rows), head, setting.device, known) for rows in all_rows
         )
-    except (NotImplementedError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise SelectionError(f"{type(base).__name__} cannot be counted without numbers: {reason}") from error
+    except (
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # by the model
+        reason = " ".join(str(error).split())[:200]
+        raise SelectionError(f"{type(base).__name__} does not run without numbers: {reason}") from error
     growth = _growth(counted, more[0]) if more else None
     trained = [p for p in model.parameters() if p.requires_grad]
     return StepBytes(
