@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import weightlora
 from weightlora.model import torch_private
@@ -18,6 +19,7 @@ from weightlora.model.torch_private import (
     has_global_hooks,
     hooks_of,
     is_fake,
+    is_grouped_product,
     is_hooked,
     is_view,
     next_node_number,
@@ -38,8 +40,11 @@ NAMES = {
     "_forward_hooks",
     "_forward_pre_hooks",
     "_get_sequence_nr",
+    "_grouped_mm",
     "_has_any_global_hook",
+    "_local_scalar_dense",
     "_parameters",
+    "_python_dispatch",
     "_raw_saved_",
     "_saved_",
     "_sequence_nr",
@@ -124,6 +129,9 @@ def test_this_torch_has_every_name():
     found |= {name for name in ("_has_any_global_hook",) if name in dir(import_module("torch.nn.modules.module"))}
     found |= {name for name in ("_sequence_nr",) if name in dir(product)}
     found |= {name for name in ("_saved_", "_raw_saved_") if f"{name}self" in dir(product)}
+    found |= {name for name in ("_grouped_mm",) if name in dir(torch)}
+    found |= {name for name in ("_local_scalar_dense",) if name in dir(torch.ops.aten)}
+    found |= {name for name in ("_python_dispatch",) if import_module(f"torch.utils.{name}").TorchDispatchMode}
     found |= {name for name in ("_subclasses",) if import_module(f"torch.{name}.fake_tensor")}
     assert found == NAMES
 
@@ -198,6 +206,22 @@ def test_saved_tensors_are_named_and_those_of_python_nodes_are_not():
     }
     assert [(name, tensor.tolist()) for name, tensor in saved_tensors(Cube.apply(y).grad_fn)] == [("", [2.0, 2.0])]
     assert list(saved_tensors((x + y).grad_fn)) == []
+
+
+def test_the_product_of_groups_is_known_by_the_function_that_a_mode_sees():
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(is_grouped_product(func))
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    rows, matrices = torch.ones(4, 8, dtype=torch.bfloat16), torch.ones(2, 8, 8, dtype=torch.bfloat16)
+    ends = torch.tensor([2, 4], dtype=torch.int32)
+    with Mode():
+        nn.functional.grouped_mm(rows, matrices, offs=ends)
+        torch.mm(rows, matrices[0])
+    assert True in seen
+    assert seen[-1] is False
 
 
 def test_every_function_of_the_file_is_tested_here():

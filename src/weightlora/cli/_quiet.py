@@ -20,6 +20,11 @@ def quiet_imports() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_says_no_kernel)
 
 
+def quiet_casts() -> None:
+    """Drop the line that bitsandbytes logs for each 8-bit layer and step, about the type of its input."""
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_says_no_cast)
+
+
 @contextmanager
 def quiet_libraries() -> Generator[None]:
     """Silence transformers' reports and bars for the block; our own warnings are printed as one line each."""
@@ -51,6 +56,10 @@ def one_line_warnings() -> Generator[None]:
 
 def _says_no_kernel(record: logging.LogRecord) -> bool:
     return "gemm_4bit_forward" not in record.getMessage()
+
+
+def _says_no_cast(record: logging.LogRecord) -> bool:
+    return "inputs will be cast" not in record.getMessage()
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> None:

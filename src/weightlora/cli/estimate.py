@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightlora.cli._config_memory import add_options, print_memory, require_defaults
+from weightlora.cli._made_up_batch import LOADERS, make_loss_of, require_length
 from weightlora.errors import OptionError
 
 if TYPE_CHECKING:
@@ -16,28 +18,24 @@ if TYPE_CHECKING:
     from weightlora.cost.estimate import Estimate
     from weightlora.plan.plan import AdapterPlan
 
-#: transformers' loader and the labels, by PEFT's task type: one for each row, one for each token, or a span.
-_LOADERS = {
-    "SEQ_CLS": ("AutoModelForSequenceClassification", "row"),
-    "TOKEN_CLS": ("AutoModelForTokenClassification", "token"),
-    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "span"),
-    "CAUSAL_LM": ("AutoModelForCausalLM", "token"),
-    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", "token"),
-}
-
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "estimate",
-        help="memory and step time of a plan, next to plain LoRA",
-        description="Print parameters, memory and step time of plain LoRA, of the plan and of WeightLoRA+. Memory is "
-        "counted for the whole batch without running it; steps are timed on a smaller batch.",
-        epilog="example: weightlora estimate runs/demo/plan.json --batch 32x512",
+        help="memory and step time of a plan, or memory from a config alone",
+        description="With a plan: print parameters, memory and step time of LoRA, of the plan and of WeightLoRA+. "
+        "Without a plan: print the memory of full fine-tuning, LoRA, WeightLoRA and WeightLoRA+ on one device. That "
+        "needs only the model's config.json; nothing is loaded or trained.",
+        epilog="example: weightlora estimate runs/demo/plan.json --batch 32x512, or without a plan "
+        "weightlora estimate --model_name_or_path Qwen/Qwen3-8B --batch 8x512 --memory 24GB",
     )
-    parser.add_argument("path", type=Path, help="plan.json")
+    parser.add_argument("path", type=Path, nargs="?", help="plan.json; without it, see the options without a plan")
     parser.add_argument("--batch", required=True, help="rows x tokens, such as 32x512")
-    parser.add_argument("--model_name_or_path", help="hub name or folder; default: the base model that the plan names")
+    parser.add_argument(
+        "--model_name_or_path",
+        help="hub name or folder; default: the base model that the plan names. Without a plan also a config.json",
+    )
     parser.add_argument(
         "--fast",
         nargs="?",
@@ -46,16 +44,19 @@ def add_parser(commands: Any) -> None:
         help="three more lines, with the fast LoRA step; its dropout drops elements of the adapter's input (default), "
         "or of the rank-sized activation",
     )
+    add_options(parser.add_argument_group("options without a plan"))
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the table."""
-    match = re.fullmatch(r"([1-9][0-9]{0,6})[x×]([1-9][0-9]{0,6})", arguments.batch)
-    if match is None:
-        raise OptionError(
-            f"--batch {arguments.batch!r} is not allowed: give rows x tokens, such as 32x512, each below 10,000,000"
-        )
+    rows, length = _read_batch(arguments.batch)
+    if arguments.path is None:
+        if arguments.fast:
+            raise OptionError("--fast needs a plan; leave it out")
+        print_memory(arguments, rows, length)
+        return
+    require_defaults(arguments)
 
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
@@ -63,13 +64,20 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.plan.plan import AdapterPlan
 
     plan = AdapterPlan.load(arguments.path)
-    rows, length = int(match[1]), int(match[2])
     with quiet_libraries():
         model, make_loss = _model_and_loss(plan, arguments.model_name_or_path or plan.base_model, length)
         lines = estimate(plan, model, make_loss, rows=rows, length=length, fast=arguments.fast)
     console = PlainConsole()
     console.print(_table(lines, f"one training step, {rows} rows of {length} tokens"))
     console.print(_LEGEND, highlight=False)
+
+
+def _read_batch(text: str) -> tuple[int, int]:
+    """Rows and tokens of a row."""
+    match = re.fullmatch(r"([1-9][0-9]{0,6})[x×]([1-9][0-9]{0,6})", text)
+    if match is None:
+        raise OptionError(f"--batch {text!r} is not allowed: give rows x tokens, such as 32x512, each below 10,000,000")
+    return int(match[1]), int(match[2])
 
 
 #: What the rows and columns are.
@@ -112,26 +120,13 @@ def _model_and_loss(plan: AdapterPlan, path: str | None, length: int) -> tuple[A
     if path is None:
         raise OptionError("the plan names no base model; give --model_name_or_path")
 
-    import torch
-
     from weightlora.tasks.embedded import embedded_model
     from weightlora.tasks.pretrained import load_pretrained
 
     task = str(plan.lora.get("task_type"))
-    if task not in _LOADERS:
-        raise OptionError(f"a plan of task_type={task} has no loss to estimate; there are {', '.join(_LOADERS)}")
-    loader, kind = _LOADERS[task]
+    if task not in LOADERS:
+        raise OptionError(f"a plan of task_type={task} has no loss to estimate; there are {', '.join(LOADERS)}")
     folder, gguf = embedded_model(path) or (path, None)
-    model: Any = load_pretrained(loader, folder, seed=0, **({} if gguf is None else {"gguf_file": gguf}))
-    most = getattr(model.config, "max_position_embeddings", length)
-    if length > most:
-        raise OptionError(f"--batch has rows of {length} tokens, but the model reads {most} at most")
-
-    def make_loss(called: Any, rows: int) -> Any:
-        tokens = torch.ones((rows, length), dtype=torch.long, device=model.device)
-        labels = {"start_positions": tokens[:, 0], "end_positions": tokens[:, 0]}
-        if kind != "span":
-            labels = {"labels": tokens if kind == "token" else tokens[:, 0]}
-        return called(input_ids=tokens, **labels).loss
-
-    return model, make_loss
+    model: Any = load_pretrained(LOADERS[task], folder, seed=0, **({} if gguf is None else {"gguf_file": gguf}))
+    require_length(model.config, length)
+    return model, make_loss_of(task, length, model.device)

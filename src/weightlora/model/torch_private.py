@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.nn.modules.module import _has_any_global_hook  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 # -- hooks: read from a module's dictionary, because the fast step asks several times per layer and step ---------------
 
@@ -73,6 +74,17 @@ def fake_tensors() -> FakeTensorMode:
 def is_fake(tensor: Tensor) -> bool:
     """Whether ``tensor`` has a shape and a type but no numbers."""
     return isinstance(tensor, FakeTensor)
+
+
+# -- operations --------------------------------------------------------------------------------------------------------
+
+#: The operation behind ``tensor.item()`` and ``if tensor:``.
+READ_VALUE = torch.ops.aten._local_scalar_dense.default
+
+
+def is_grouped_product(function: Any) -> bool:
+    """Whether ``function`` multiplies groups of rows by one matrix each, as fused experts do."""
+    return function is torch._grouped_mm  # pyright: ignore[reportPrivateUsage]
 
 
 # -- autograd's graph --------------------------------------------------------------------------------------------------

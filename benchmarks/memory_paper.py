@@ -1,0 +1,182 @@
+"""Memory at the paper's own sizes, computed from configs: no weights, no GPU.
+
+    python benchmarks/memory_paper.py six        # six models: every method, and the seconds it took
+    python benchmarks/memory_paper.py figure6    # DeBERTaV3-base: memory over the number of adapters
+    python benchmarks/memory_paper.py figure7    # Qwen3-8B on GSM8K: LoRA, WeightLoRA and WeightLoRA+
+    python benchmarks/memory_paper.py recipes    # sites, parameters and bytes of the paper's recipes
+
+The batches are those of ``recipes/paper``. Everything is computed for a GPU's kernels; nothing was measured on one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from peft import LoraConfig, prepare_model_for_kbit_training
+from torch import Tensor
+
+from weightlora.cost.comparison import MemoryLine, compare_memory
+from weightlora.cost.memory import Setting
+from weightlora.cost.quantised import quantise
+
+PAPER = Path(__file__).parents[1] / "recipes" / "paper"
+CONFIGS = PAPER / "configs"
+LOADERS = {
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+}
+#: Task type and batch of each model: rows x tokens.
+SIX = {
+    "deberta-v3-base": ("SEQ_CLS", 32, 256),
+    "bart-large": ("SEQ_2_SEQ_LM", 8, 512),
+    "llama-3-8b": ("CAUSAL_LM", 8, 512),
+    "qwen3-8b": ("CAUSAL_LM", 8, 512),
+    "llama-3.1-70b": ("CAUSAL_LM", 8, 512),
+    "qwen3-30b-a3b": ("CAUSAL_LM", 8, 512),
+}
+#: Config of each of the paper's models.
+HUB = {
+    "microsoft/deberta-v3-base": "deberta-v3-base",
+    "facebook/bart-large": "bart-large",
+    "meta-llama/Meta-Llama-3-8B": "llama-3-8b",
+    "Qwen/Qwen3-8B": "qwen3-8b",
+}
+TASKS = {"table1": "SEQ_CLS", "table2": "SEQ_CLS", "table3": "SEQ_CLS", "table4": "CAUSAL_LM"}
+TASKS |= {"table5": "QUESTION_ANS", "table6": "SEQ_2_SEQ_LM"}
+RECIPES = ("table1-rte", "table2-rte", "table3-rte", "table4-gsm8k", "table5-squad", "table6-xsum")
+
+
+def main() -> None:
+    """Print one table as Markdown."""
+    tables = {"six": six, "figure6": figure6, "figure7": figure7, "recipes": recipes}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=tuple(tables))
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    for line in tables[parser.parse_args().table]():
+        print(line, flush=True)
+
+
+def six() -> Iterator[str]:
+    """Every method for each model."""
+    yield "| model, batch | method | sites | trained | weights | grads | AdamW | saved | logits | peak GB |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    seconds: list[str] = []
+    for name, (task, rows, length) in SIX.items():
+        start = time.process_time()
+        for line in _compare(name, task, LoraConfig(r=8, task_type=task), Setting(rows), length):
+            m = line.memory
+            parts = " | ".join(_gb(n) for n in (m.weights, m.gradients, m.optimizer, m.saved, m.logits, m.peak))
+            yield f"| {name}, {rows}x{length} | {line.name} | {line.sites or ''} | {m.trained:,} | {parts} |"
+        seconds.append(f"{name} {time.process_time() - start:.1f}")
+    yield f"\nSeconds of one CPU core: {', '.join(seconds)}."
+
+
+def figure6() -> Iterator[str]:
+    """Peak over the number of adapters, r = 1 and 8; the recipe of Table 2 on MNLI gives the batch."""
+    recipe = _recipe("table2-mnli")
+    rows, length = recipe["per_device_train_batch_size"], recipe["max_seq_length"]
+    yield f"DeBERTaV3-base, {rows} rows of {length} tokens, computed.\n"
+    yield "| adapters | r = 1, lower GB | r = 1, upper GB | r = 8, lower GB | r = 8, upper GB |"
+    yield "| ---: | ---: | ---: | ---: | ---: |"
+    counts = (1, 5, 10, 20, 36, 54, 72)
+    columns: list[list[str]] = []
+    for r in (1, 8):
+        lora = LoraConfig(r=r, lora_dropout=recipe["lora_dropout"], task_type="SEQ_CLS")
+        lines = _compare("deberta-v3-base", "SEQ_CLS", lora, Setting(rows), length, keep=counts)
+        for end in ("lower", "upper"):
+            columns.append([_gb(line.memory.peak) for line in lines if line.name == f"WeightLoRA {end}"])
+    for count, *peaks in zip(counts, *columns, strict=True):
+        yield f"| {count} | {' | '.join(peaks)} |"
+
+
+def figure7() -> Iterator[str]:
+    """Peak of each method; the recipe of Table 4 on GSM8K gives batch and options."""
+    recipe = _recipe("table4-gsm8k")
+    rows, length = recipe["per_device_train_batch_size"], recipe["max_seq_length"]
+    yield f"Qwen3-8B, {rows} rows of {length} tokens, r = {recipe['lora_r']}, computed.\n"
+    yield "| method | adapters | bfloat16 GB | 8 bit GB | 4 bit GB |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    lora = _lora(recipe, "CAUSAL_LM")
+    columns = [
+        [line for line in _compare("qwen3-8b", "CAUSAL_LM", lora, Setting(rows), length, bits=bits) if line.sites]
+        for bits in (None, 8, 4)
+    ]
+    for lines in zip(*columns, strict=True):
+        peaks = " | ".join(_gb(line.memory.peak) for line in lines)
+        yield f"| {lines[0].name} | {lines[0].sites} | {peaks} |"
+
+
+def recipes() -> Iterator[str]:
+    """Sites, trained parameters and peak of LoRA and WeightLoRA under a recipe of each table."""
+    yield "| recipe | model | batch | n | K | LoRA trained | LoRA GB | WeightLoRA GB (upper to lower) |"
+    yield "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    for name in RECIPES:
+        recipe, task = _recipe(name), TASKS[name.partition("-")[0]]
+        rows, length = recipe["per_device_train_batch_size"], recipe["max_seq_length"]
+        model, keep = HUB[recipe["model_name_or_path"]], recipe["keep"]
+        bits = 8 if recipe.get("load_in_8bit") else None
+        lines = _compare(model, task, _lora(recipe, task), Setting(rows), length, keep=[keep], bits=bits)
+        lora, upper, lower = (next(line for line in lines if line.name == name) for name in NAMES)
+        kind = f"{model}, 8 bit" if bits else model
+        memory = f"{_gb(lora.memory.peak)} | {_gb(upper.memory.peak)} to {_gb(lower.memory.peak)}"
+        yield f"| {name} | {kind} | {rows}x{length} | {lora.sites} | {keep} | {lora.memory.trained:,} | {memory} |"
+
+
+NAMES = ("LoRA", "WeightLoRA upper", "WeightLoRA lower")
+
+
+def _compare(
+    name: str, task: str, lora: LoraConfig, setting: Setting, length: int, *, keep: Any = (), bits: Any = None
+) -> list[MemoryLine]:
+    return compare_memory(partial(_model, name, task, bits), partial(_loss, task, length), lora, setting, keep=keep)
+
+
+def _model(name: str, task: str, bits: Any) -> Any:
+    config = transformers.AutoConfig.from_pretrained(str(CONFIGS / f"{name}.json"))
+    if config.pad_token_id is None:
+        config.pad_token_id = 0
+    with torch.device("meta"):
+        model = LOADERS[task].from_config(config, dtype=config.dtype or torch.float32)
+    if bits is None:
+        return model
+    quantise(model, bits, ["classifier", "score", "lm_head"])
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def _loss(task: str, length: int, model: Any, rows: int) -> Tensor:
+    tokens = torch.ones((rows, length), dtype=torch.long)
+    if task == "QUESTION_ANS":
+        return model(input_ids=tokens, start_positions=tokens[:, 0], end_positions=tokens[:, 0]).loss
+    return model(input_ids=tokens, labels=tokens[:, 0] if task == "SEQ_CLS" else tokens).loss
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    return yaml.safe_load((PAPER / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def _lora(recipe: dict[str, Any], task: str) -> LoraConfig:
+    return LoraConfig(
+        r=recipe["lora_r"],
+        lora_dropout=recipe["lora_dropout"],
+        target_modules=recipe.get("lora_target_modules"),
+        task_type=task,
+    )
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:,.2f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""The loss of a batch of made-up tokens, for each of PEFT's task types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from weightlora.errors import OptionError
+
+#: transformers' loader of each task type.
+LOADERS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+
+
+def make_loss_of(task: str, length: int, device: Any) -> Callable[[Any, int], Any]:
+    """``make_loss(model, rows)`` for full rows of ``length`` tokens: labels are one a row, one a token, or a span."""
+
+    def make_loss(model: Any, rows: int) -> Any:
+        import torch
+
+        tokens = torch.ones((rows, length), dtype=torch.long, device=device)
+        labels = {"start_positions": tokens[:, 0], "end_positions": tokens[:, 0]}
+        if task != "QUESTION_ANS":
+            labels = {"labels": tokens[:, 0] if task == "SEQ_CLS" else tokens}
+        return model(input_ids=tokens, **labels).loss
+
+    return make_loss
+
+
+def require_length(config: Any, length: int) -> None:
+    """Raise if rows are longer than the model reads.
+
+    Raises:
+        OptionError: They are.
+    """
+    most = getattr(config, "max_position_embeddings", length)
+    if length > most:
+        raise OptionError(f"--batch has rows of {length} tokens, but the model reads {most} at most")
