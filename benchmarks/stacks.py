@@ -180,7 +180,7 @@ def read_swift(file: Path) -> dict[str, tuple[int, float]]:
 
 
 def read_unsloth(file: Path) -> dict[str, tuple[int, float]]:
-    """The signature of ``get_peft_model`` as it stands in the source: importing Unsloth needs a GPU."""
+    """The signature of the GPU's ``get_peft_model``, read from its source: without a GPU, Unsloth runs other code."""
     from peft import LoraConfig, get_peft_model
 
     spec = find_spec("unsloth")
