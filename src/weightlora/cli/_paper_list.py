@@ -58,8 +58,8 @@ def listing(folder: Path, output_dir: Path) -> Table:
     from weightlora.paper.study import read_study, study_names
 
     caption = (
-        "Cost: one run at a time, from the records or from one measured run on a CPU core. "
-        "Where it is not known, --dry_run measures it."
+        "Cost: one run at a time, from the records, or on a CPU core as the study says. Where it is not known, "
+        "--dry_run measures it."
     )
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), caption=caption)
     for name in ("study", "size", "runs", "recorded", "cost of the rest"):
@@ -72,16 +72,16 @@ def listing(folder: Path, output_dir: Path) -> Table:
 
 
 def _lines(study: Study, output_dir: Path) -> Iterator[tuple[str, ...]]:
-    for size in study.setups:
+    for number, size in enumerate(study.setups):
         kind = study.kind_of(size)
         if kind == "memory":
-            cells = ("–", "–", "computed: seconds")
+            cells = ("–", "–", "computed: a minute")
         elif kind == "dot_product":
             found = (output_dir / size / study.name / "dot_product.json").exists()
             cells = ("1", str(int(found)), "–" if found else _cost(1, study.setup(size).seconds_a_run))
         else:
             cells = _grid_cells(study, size, output_dir)
-        yield (study.name, size, *cells, study.title)
+        yield ("" if number else study.name, size, *cells, "" if number else study.title)
 
 
 def _grid_cells(study: Study, size: str, output_dir: Path) -> tuple[str, str, str]:

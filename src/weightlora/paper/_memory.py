@@ -24,6 +24,8 @@ _LOADERS = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
 }
 
+_PEAK = "peak of a training step, GB"
+
 
 def computed_memory(study: Study, size: str) -> tuple[Table, Picture]:
     """Return the peak of a training step over K: a panel for each entry of ``memory``.
@@ -37,9 +39,10 @@ def computed_memory(study: Study, size: str) -> tuple[Table, Picture]:
         for curve in panel.curves:
             found = dict(zip(curve.x, curve.y, strict=True)) if curve.x else dict.fromkeys(places, curve.y[0])
             texts = (f"{found[place]:.2f}" if place in found else "" for place in places)
-            body.append((Cell(f"{curve.label}, {panel.title}"), *map(Cell, texts)))
+            label = curve.label if len(panels) == 1 else f"{curve.label}, {panel.title}"
+            body.append((Cell(label), *map(Cell, texts)))
     header = ("method", *(f"K = {place:g}" for place in places))
-    table = Table(header, tuple(body), f"{study.axes['y_label']}, computed from the config; nothing was measured")
+    table = Table(header, tuple(body), f"{_PEAK}, computed from the config; nothing was measured")
     return table, Picture(f"{study.title} ({study.place})", tuple(panels))
 
 
@@ -62,7 +65,7 @@ def _panel(study: Study, entry: Mapping[str, Any]) -> Lines:
     curves = [_curve(label, found) for label, found in peaks.items()]
     if "limit_gb" in entry:
         curves.append(Curve(f"{entry['limit_gb']:g} GB", (), (entry["limit_gb"],), (0.0,)))
-    return Lines(entry["title"], study.axes["x_label"], study.axes["y_label"], tuple(curves))
+    return Lines(entry["title"], study.axes["x_label"], _PEAK, tuple(curves))
 
 
 def _curve(label: str, peaks: Mapping[float, float]) -> Curve:

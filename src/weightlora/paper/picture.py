@@ -106,7 +106,14 @@ def _draw_lines(axes: Any, curves: Sequence[Curve]) -> None:
             continue
         style = {"linestyle": "none", "markersize": 10, "fillstyle": "none"} if curve.published else {"markersize": 4}
         axes.errorbar(
-            curve.x, curve.y, yerr=curve.error, color=colour, marker=marker, capsize=3, label=curve.label, **style
+            curve.x,
+            curve.y,
+            yerr=curve.error if any(curve.error) else None,
+            color=colour,
+            marker=marker,
+            capsize=3,
+            label=curve.label,
+            **style,
         )
     values = sorted({x for curve in curves for x in curve.x})
     if 0 < len(values) <= 12:
