@@ -1,6 +1,7 @@
 """``weightlora paper``: studies are data, a recorded run is not run again, and what is drawn is what was recorded."""
 
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,16 @@ from weightlora.bench.records import append_record, read_records
 from weightlora.bench.table import Cell, Table
 from weightlora.cli import main
 from weightlora.errors import DataError, OptionError
+from weightlora.paper import study
 from weightlora.paper._comparison import with_published
 from weightlora.paper.results import results_of
 from weightlora.paper.study import Published, read_study, recipes_folder, study_names
 from weightlora.runs.recipe import read_recipe
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "paper"
@@ -220,8 +227,19 @@ SIZES = [(name, size) for name in NAMES for size in read_study(name, FOLDER).set
 GRIDS = [(name, size) for name, size in SIZES if read_study(name, FOLDER).setup(size).configs]
 
 
-def test_the_studies_of_the_package_are_those_of_the_checkout():
+def test_a_checkout_reads_the_studies_that_a_wheel_contains():
+    """The wheel has them where ``recipes_folder`` looks first: beside the module, in ``recipes``."""
     assert recipes_folder() == FOLDER
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    copied = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    beside = Path(study.__file__).with_name("recipes").relative_to(ROOT / "src")
+    assert copied == {FOLDER.relative_to(ROOT).as_posix(): beside.as_posix()}
+
+
+def test_all_tables_and_figures_of_the_paper_are_there():
+    assert [*(f"table{i}" for i in range(1, 8)), *(f"figure{i}" for i in range(2, 9))] == NAMES
+    assert [name for name in NAMES if "embedded" not in read_study(name, FOLDER).setups] == ["table5", "table6"]
+    assert all("full" in read_study(name, FOLDER).setups for name in NAMES)
 
 
 @pytest.mark.parametrize(("name", "size"), GRIDS)
@@ -244,6 +262,35 @@ def test_every_run_is_a_recipe_that_can_be_read(name, size, tmp_path):
     for row in {key_of({**row.options, "task": "", "keep": ""}): row for row in grid.rows}.values():
         read_recipe({**Point(row, grid.learning_rates[0], 0).options, **words})
     assert len(grid.learning_rates) == 1 or all(row.options["held_out_samples"] for row in grid.rows)
+
+
+@pytest.mark.parametrize("path", ["figure2/embedded.yaml", "figure2/full.yaml", "figure3/fsdp2-gsm8k.yaml"])
+def test_every_recipe_of_a_single_run_can_be_read(path):
+    recipe = read_recipe(FOLDER / path, ["--use_cpu", "true"])
+    assert recipe.method.rule == "paper"
+    training = recipe.training
+    if path.startswith("figure3"):  # 32 rows a step, as in Table 11
+        launched = yaml.safe_load((FOLDER / "figure3" / "fsdp2.yaml").read_text())
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        assert rows * launched["num_processes"] == 32
+        assert (launched["distributed_type"], launched["fsdp_config"]["fsdp_version"]) == ("FSDP", 2)
+
+
+def test_figure_2_comes_through_the_same_command(base, tmp_path, capsys):
+    recipes = write_study(tmp_path / "recipes", "bars", {}, kind="dot_product", embedded={"recipe": "run.yaml"})
+    options = {"task": "text_classification", "keep": 3, "learning_rate": 1e-2, "rule_options": ["head_steps=0"]}
+    (recipes / "bars" / "run.yaml").write_text(yaml.safe_dump({**base, **options}))
+    words = ["--recipes", str(recipes), "--output_dir", str(tmp_path / "out")]
+    assert main(["paper", "bars", *words, "--draw"]) == 2
+    assert main(["paper", *words]) == 0
+    assert "bars embedded 1 0 not known" in " ".join(capsys.readouterr().out.split())
+    assert main(["paper", "bars", *words]) == 0
+    assert "What differs: all is small." in capsys.readouterr().out
+    folder = tmp_path / "out" / "embedded" / "bars"
+    for ending, start in {"png": b"\x89PNG", "pdf": b"%PDF-"}.items():
+        assert (folder / f"dot_product.{ending}").read_bytes().startswith(start)
+    assert main(["paper", *words]) == 0
+    assert "bars embedded 1 1 –" in " ".join(capsys.readouterr().out.split())
 
 
 #: Of a grid of the paper's size: the recipes whose options it has.
