@@ -138,6 +138,7 @@ def test_the_matrix_is_that_of_the_kept_sites(tmp_path):
     third = 1 / 3
     assert heat.values == ((1, 1, third), (1, 1, third), (third, third, 1))
     assert heat.columns == ("0", "1", "2")
+    assert heat.limits == (0, 1)  # a scale of its own would make any two matrices look alike
     random, lora = results.table.rows
     # Two of four at random share 0, 1, 2 of 2 in 1, 4, 1 of 6 cases: Jaccard (0 + 4/3 + 1) / 6.
     sets = [jaccard(one, "ab") for one in combinations("abcd", 2)]

@@ -45,6 +45,6 @@ def stability(study: Study, grid: Grid, records: Sequence[Record]) -> tuple[Tabl
         body.append(tuple(map(Cell, (row.label, str(size), str(len(kept)), *numbers))))
         seeds = tuple(str(record["options"]["seed"]) for record in found)
         matrix = tuple(tuple(jaccard(one, other) for other in kept) for one in kept)
-        heats.append(Heat(row.label, "seed", "seed", "Jaccard similarity", seeds, seeds, matrix))
+        heats.append(Heat(row.label, "seed", "seed", "Jaccard similarity", seeds, seeds, matrix, (0, 1)))
     picture = Picture(f"{study.title} ({study.place})", tuple(heats)) if heats else None
     return Table(header, tuple(body), "Jaccard similarity of the kept adapters of two seeds"), picture

@@ -105,8 +105,8 @@ def heat_maps(study: Study, grid: Grid, records: Sequence[Record]) -> tuple[Tabl
                 values=tuple(tuple(found[y, x].mean if (y, x) in found else None for x in columns) for y in rows),
             )
         )
-    any_value = any(mean.values for mean in means)
-    return _table(means, axes), Picture(_title(study), tuple(heats)) if any_value else None
+    drawn = any(heat.known for heat in heats)
+    return _table(means, axes), Picture(_title(study), tuple(heats)) if drawn else None
 
 
 def _means(grid: Grid, records: Sequence[Record], measure: Measure) -> list[_Mean]:

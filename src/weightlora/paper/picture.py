@@ -51,6 +51,13 @@ class Heat:
     columns: tuple[str, ...]
     rows: tuple[str, ...]
     values: tuple[tuple[float | None, ...], ...]
+    limits: tuple[float, float] | None = None
+    """Ends of the colour scale; None are the least and the largest value of all panels."""
+
+    @property
+    def known(self) -> list[float]:
+        """All values that there are."""
+        return [value for row in self.values for value in row if value is not None]
 
 
 Panel = Lines | Heat
@@ -68,7 +75,7 @@ def draw(picture: Picture, path: str | Path) -> None:
     """Write the picture as a PNG, PDF or SVG, by the path's ending, or nothing at all.
 
     Args:
-        picture: At least one panel.
+        picture: At least one panel, and in heat maps at least one value.
         path: The file.
 
     Raises:
@@ -83,13 +90,14 @@ def draw(picture: Picture, path: str | Path) -> None:
     rows = math.ceil(len(picture.panels) / columns)
     figure = Figure(figsize=(5.0 * columns, 0.4 + 3.6 * rows), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
+    known = [value for panel in picture.panels if isinstance(panel, Heat) for value in panel.known]
     for place, panel in enumerate(picture.panels, start=1):
         axes = figure.add_subplot(rows, columns, place)
         axes.set_title(panel.title, size=10)
         axes.set_xlabel(panel.x_label)
         axes.set_ylabel(panel.y_label)
         if isinstance(panel, Heat):
-            _draw_heat(figure, axes, panel)
+            _draw_heat(figure, axes, panel, panel.limits or (min(known), max(known)))
         else:
             _draw_lines(axes, panel.curves)
     figure.suptitle(picture.title, size=11)
@@ -121,9 +129,8 @@ def _draw_lines(axes: Any, curves: Sequence[Curve]) -> None:
     axes.legend(fontsize=8)
 
 
-def _draw_heat(figure: Any, axes: Any, heat: Heat) -> None:
-    known = [value for row in heat.values for value in row if value is not None]
-    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+def _draw_heat(figure: Any, axes: Any, heat: Heat, limits: tuple[float, float]) -> None:
+    low, high = limits
     numbers = [[math.nan if value is None else value for value in row] for row in heat.values]
     image = axes.imshow(numbers, cmap="viridis", aspect="auto", vmin=low, vmax=high)
     figure.colorbar(image, ax=axes, label=heat.value_label)
@@ -132,5 +139,5 @@ def _draw_heat(figure: Any, axes: Any, heat: Heat) -> None:
     for r, row in enumerate(heat.values):
         for c, value in enumerate(row):
             dark = value is not None and value < (low + high) / 2
-            text = "–" if value is None else f"{value:.4g}"
+            text = "–" if value is None else f"{value:.3g}"
             axes.text(c, r, text, ha="center", va="center", size=8, color="white" if dark else "black")
