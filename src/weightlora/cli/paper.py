@@ -93,6 +93,8 @@ def _run_grid(study: Study, arguments: argparse.Namespace, console: Console) -> 
     size, flags = arguments.size, {"where": Where(arguments.workers), "retry": arguments.retry}
     if study.kind != "table":
         require_extra("matplotlib", "report")  # before hours of runs
+    if not arguments.draw:
+        require_extra("datasets", "bench")  # or each run would be recorded as a failure
     with quiet_libraries():
         grid = study.grid(size, arguments.output_dir / size, arguments.rest, checked=not arguments.draw)
         if arguments.dry_run:
