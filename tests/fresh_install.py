@@ -59,10 +59,11 @@ def public_names_load(_: Path) -> str:
 
 def help_of_each_command(_: Path) -> str:
     assert "usage: weightlora" in run("--help")
-    for command in ("methods", "select", "train", "demo", "show", "estimate", "analyse", "bench"):
+    for command in ("methods", "select", "train", "demo", "show", "estimate", "analyse", "bench", "paper"):
         assert f"usage: weightlora {command}" in run(command, "--help")
     assert "weightlora_plus" in run("methods")
     assert "rotten_tomatoes" in run("methods", "--tasks")
+    assert "table7" in run("paper")  # its studies are in the wheel
     return "usage lines are there"
 
 

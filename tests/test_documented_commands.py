@@ -21,8 +21,8 @@ from weightlora.tasks.embedded import smollm2
 # Few batches, and layers so small that the fast step does not pay.
 pytestmark = pytest.mark.filterwarnings("ignore::weightlora.errors.WeightLoraWarning")
 ROOT = Path(__file__).parent.parent
-#: Of a command: tests/cli/test_demo.py and tests/test_documents.py run these.
-ELSEWHERE = ("demo", "show", "methods", "doctor")
+#: Of a command: tests/cli/test_demo.py, tests/test_documents.py and tests/paper run these.
+ELSEWHERE = ("demo", "show", "methods", "doctor", "paper")
 #: Of a command: it is run below, with more in the place of what it names.
 BELOW = ("rte", "recipes/", "bench")
 ROWS = [f"a {word} film number {i},{word}" for i in range(16) for word in ("good", "bad")]

@@ -49,6 +49,7 @@ RUN_BY = {
     "weightlora report": ("tests/report/test_page.py", '"report"'),
     "weightlora bench merge": ("tests/bench/test_merge.py", '"bench", "merge"'),
     "weightlora bench": ("tests/bench/test_bench.py", '"bench"'),
+    "weightlora paper": ("tests/paper/test_paper.py", '"paper"'),
     "weightlora analyse": ("tests/runs/test_gradient_study.py", '"analyse"'),
     "torchrun": ("tests/test_distributed.py", "select_for"),
     "accelerate launch": ("tests/test_distributed.py", "select_for"),

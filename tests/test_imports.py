@@ -32,6 +32,7 @@ ROOMS = (
         "runs",
         "report",
         "bench",
+        "paper",
         "cli",
     ),
 )

@@ -9,11 +9,11 @@ from test_bench import BASE
 from weightlora.bench._few_steps import FewSteps
 from weightlora.bench._job import Job
 from weightlora.bench._sample import sample_job
-from weightlora.bench._schedule import makespan, seconds_left
 from weightlora.bench.dry_run import dry_run
 from weightlora.bench.engine import HERE, Where
 from weightlora.bench.grid import by_key, read_grid
 from weightlora.bench.records import append_record
+from weightlora.bench.schedule import makespan, seconds_left
 from weightlora.cli import main
 
 FILE = {

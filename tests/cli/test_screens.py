@@ -57,6 +57,7 @@ def screen(capsys, *words):
         "analyse dot-product",
         "bench",
         "bench merge",
+        "paper",
         "methods",
     ],
 )

@@ -158,6 +158,8 @@ def _merged(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _overridden(given: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """The files' content with the options of the command line in the place of its own."""
     base: dict[str, Any] = given["base"]
+    if not words:
+        return {**given}
     named = named_options({**base, "task": next(iter(given["tasks"]))}, words)
     if "method" in named:
         raise OptionError("--method is not allowed: the file's methods are compared; use weightlora train for one")

@@ -14,9 +14,9 @@ from typing import Any
 
 from weightlora.bench._job import Job
 from weightlora.bench._sample import sample_job
-from weightlora.bench._schedule import makespan
 from weightlora.bench.engine import HERE, Where, final, recorded
 from weightlora.bench.grid import Grid, Point, key_of
+from weightlora.bench.schedule import makespan
 
 Sample = Mapping[str, Any]
 

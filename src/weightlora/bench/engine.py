@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from weightlora.bench._job import LOG, Job, run_job
-from weightlora.bench._schedule import seconds_left
 from weightlora.bench._workers import Run, ray_slots, run_here, run_on_ray
 from weightlora.bench.grid import Grid, Point, Record, by_key, key_of, unrecorded
 from weightlora.bench.records import append_record, read_records
+from weightlora.bench.schedule import seconds_left
 from weightlora.errors import OptionError
 from weightlora.files import only_writer, remove_drafts, replace_folder, write_text, written
 from weightlora.runs.files import ADAPTER

@@ -150,7 +150,11 @@ class Grid:
 
 
 def read_grid(
-    path: str | Path | Sequence[str | Path], output_dir: Path | None = None, words: Sequence[str] = ()
+    path: str | Path | Sequence[str | Path],
+    output_dir: Path | None = None,
+    words: Sequence[str] = (),
+    *,
+    checked: bool = True,
 ) -> Grid:
     """Return the benchmark of a YAML file, each of its recipes checked.
 
@@ -160,6 +164,8 @@ def read_grid(
         output_dir: Wins over the file's.
         words: Options of a recipe from the command line; they win over the file's ``base``, and ``--keep``,
             ``--learning_rate`` and ``--seed`` over its lists.
+        checked: Whether each recipe is checked as it would run here; False counts and draws what only another machine
+            can run.
 
     Raises:
         DataError: The file is not readable.
@@ -184,7 +190,7 @@ def read_grid(
         raise OptionError(
             f"{paths[-1]}: reference={grid.reference!r} is no row; there are {', '.join(dict.fromkeys(labels))}"
         )
-    for row in rows:
+    for row in rows if checked else ():
         recipe = read_recipe(Point(row, 1e-3, 0).options)
         if len(grid.learning_rates) > 1 and not recipe.task.held_out_samples:
             raise OptionError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from weightlora.bench.grid import Grid, Point, Record, Row, by_key
@@ -145,6 +145,27 @@ def to_terminal(table: Table) -> RichTable:
     for row in table.rows:
         shown.add_row(*(Text(printable(cell.text), style=styles[cell.place]) for cell in row))
     return shown
+
+
+def parts_that_fit(table: Table, width: int) -> list[Table]:
+    """Return the table as one or more that fit into ``width`` characters: columns side by side, the first in each.
+
+    Example:
+        >>> wide = Table(("method", "rte", "mrpc"), ((Cell("lora"), Cell("70.1 ± 0.2"), Cell("88.0 ± 0.1")),))
+        >>> [part.header for part in parts_that_fit(wide, 24)]
+        [('method', 'rte'), ('method', 'mrpc')]
+    """
+    sizes = [max(len(name), *(len(row[i].text) for row in table.rows)) + 2 for i, name in enumerate(table.header)]
+    groups: list[list[int]] = [[0]]
+    for column in range(1, len(sizes)):
+        if len(groups[-1]) > 1 and sum(sizes[i] for i in groups[-1]) + sizes[column] > width:
+            groups.append([0])
+        groups[-1].append(column)
+    parts = [
+        Table(tuple(table.header[i] for i in group), tuple(tuple(row[i] for i in group) for row in table.rows))
+        for group in groups
+    ]
+    return [*parts[:-1], replace(parts[-1], caption=table.caption)]
 
 
 def _caption(lines: Iterable[_Line]) -> str:

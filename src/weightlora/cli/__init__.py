@@ -19,6 +19,7 @@ from weightlora.cli import (
     estimate,
     export,
     methods,
+    paper,
     report,
     select,
     show,
@@ -43,6 +44,7 @@ _COMMANDS = (
     analyse,
     bench,
     bench_merge,
+    paper,
     methods,
     doctor,
 )

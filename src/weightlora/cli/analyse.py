@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightlora.cli._option_help import paragraph
 from weightlora.cli._options import recipe_epilog
+
+if TYPE_CHECKING:
+    from weightlora.runs.recipe import Recipe
 
 
 def add_parser(commands: Any) -> None:
@@ -38,22 +42,28 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Look, write numbers and picture, then print both."""
+    from weightlora.runs.recipe import read_recipe
+
+    look(read_recipe(arguments.config, arguments.rest, output_dir="runs/dot_product"), ("png",))
+
+
+def look(recipe: Recipe, formats: Sequence[str]) -> None:
+    """Run the study of a recipe; write its numbers and a picture of each format, then print both."""
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.files import only_writer, write_json, written
     from weightlora.report.bars import draw_bars, overlap_text, terminal_bars
     from weightlora.runs.gradient_study import dot_product_study
-    from weightlora.runs.recipe import read_recipe
 
-    recipe = read_recipe(arguments.config, arguments.rest, output_dir="runs/dot_product")
     output = recipe.output_dir
-    files = output / "dot_product.json", output / "dot_product.png"
+    numbers, *pictures = (output / f"dot_product.{ending}" for ending in ("json", *formats))
     with only_writer(output), written(output):
         with quiet_libraries():
             found = dot_product_study(recipe)
-        write_json(files[0], {**found.to_json(), "settings": dict(recipe.settings)})
-        draw_bars(found, files[1])
+        write_json(numbers, {**found.to_json(), "settings": dict(recipe.settings)})
+        for picture in pictures:
+            draw_bars(found, picture)
     console = PlainConsole()
     console.print(terminal_bars(found))
     console.print(overlap_text(found), soft_wrap=True)
-    console.print(f"wrote {files[0]} and {files[1]}", soft_wrap=True)
+    console.print(f"wrote {numbers} and {' and '.join(map(str, pictures))}", soft_wrap=True)

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
             "retry": arguments.retry,
         }
         if arguments.dry_run:
-            _print_cost(grid, console, **flags)
+            print_cost(grid, console, **flags)
             return
         records = recorded(grid) if arguments.table else run_with_progress(grid, console, **flags)
     print_table(grid, records, console)
@@ -103,7 +103,7 @@ def run_with_progress(grid: Grid, console: Console, **flags: Any) -> list[Record
         return run_grid(grid, report=report, **flags)
 
 
-def _print_cost(grid: Grid, console: Console, **flags: Any) -> None:
+def print_cost(grid: Grid, console: Console, **flags: Any) -> None:
     """Time a few steps of each kind of run and print what all of them will cost."""
     from weightlora.bench.dry_run import dry_run
     from weightlora.cli._bench_cost import cost_table, cost_text

@@ -1,0 +1,170 @@
+"""``weightlora paper``: the tables and figures of the WeightLoRA paper, run and drawn."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightlora.cli._option_help import example, paragraph
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from weightlora.bench.grid import Grid
+    from weightlora.paper.results import Results
+    from weightlora.paper.study import Study
+
+_EXAMPLE = "weightlora paper table7 --workers 2"
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command; options of a recipe win over those of the study."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "paper",
+        help="the paper's tables and figures: run what has no record, then draw",
+        description=paragraph(
+            "Run a table or a figure of the paper and draw it with the paper's values. Without a name, list all of "
+            "them with runs, state and cost. The same command resumes. Options of `weightlora train` win over its own."
+        ),
+        epilog="\n".join(
+            [example("weightlora paper"), example(_EXAMPLE), example("weightlora paper figure6 --size full")]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "study", nargs="?", metavar="NAME", help="table1 to table7, figure2 to figure8; default: list them"
+    )
+    parser.add_argument(
+        "--size",
+        default="embedded",
+        help="embedded: a small model and data from package wheels; full: the paper's; default: %(default)s",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("runs/paper"),
+        help="a folder for each size: records.jsonl, which all studies share, and the drawings; default: %(default)s",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="runs at once on this machine; default: %(default)s")
+    parser.add_argument("--dry_run", action="store_true", help="time a few steps of each kind of run; record nothing")
+    parser.add_argument("--draw", action="store_true", help="run nothing; draw what is recorded")
+    parser.add_argument("--retry", action="store_true", help="run again what failed")
+    parser.add_argument("--recipes", type=Path, metavar="DIR", help="folder of studies; default: those of the package")
+    parser.set_defaults(run=run, takes_recipe=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """List the studies, or run and draw one."""
+    from weightlora.cli._console import PlainConsole
+    from weightlora.cli._quiet import quiet_libraries
+    from weightlora.errors import OptionError
+    from weightlora.paper.study import read_study, recipes_folder
+
+    console = PlainConsole()
+    folder = recipes_folder() if arguments.recipes is None else arguments.recipes
+    if arguments.study is None:
+        if arguments.rest:
+            raise OptionError(f"unrecognized arguments: {' '.join(arguments.rest)} (see weightlora paper --help)")
+        from weightlora.cli._paper_list import listing
+
+        with quiet_libraries():
+            console.print(listing(folder, arguments.output_dir))
+        return
+    study = read_study(arguments.study, folder)
+    kind = study.kind_of(arguments.size)
+    if kind == "dot_product":
+        _run_dot_product(study, arguments)
+    elif kind == "memory":
+        _compute(study, arguments, console)
+    else:
+        _run_grid(study, arguments, console)
+
+
+def _run_grid(study: Study, arguments: argparse.Namespace, console: Console) -> None:
+    """Run what has no record, and draw."""
+    from weightlora.bench.engine import Where, recorded
+    from weightlora.cli._quiet import quiet_libraries
+    from weightlora.cli.bench import print_cost, run_with_progress
+    from weightlora.errors import require_extra
+    from weightlora.paper.results import results_of
+
+    size, flags = arguments.size, {"where": Where(arguments.workers), "retry": arguments.retry}
+    if study.kind != "table":
+        require_extra("matplotlib", "report")  # before hours of runs
+    if not arguments.draw:
+        require_extra("datasets", "bench")  # or each run would be recorded as a failure
+    with quiet_libraries():
+        grid = study.grid(size, arguments.output_dir / size, arguments.rest, checked=not arguments.draw)
+        if arguments.dry_run:
+            print_cost(grid, console, **flags)
+            return
+        records = recorded(grid) if arguments.draw else run_with_progress(grid, console, **flags)
+    _show(study, results_of(study, size, grid, records), arguments, console)
+    _print_state(grid, console)
+
+
+def _compute(study: Study, arguments: argparse.Namespace, console: Console) -> None:
+    """Compute and draw; there are no runs and no records."""
+    from weightlora.cli._quiet import quiet_casts, quiet_libraries
+    from weightlora.errors import OptionError, require_extra
+    from weightlora.paper.results import computed_results
+
+    if arguments.rest:
+        raise OptionError(
+            f"{study.name} is computed at this size and takes no options of a run; leave out {arguments.rest[0]}"
+        )
+    require_extra("matplotlib", "report")
+    quiet_casts()
+    with quiet_libraries():
+        results = computed_results(study, arguments.size)
+    _show(study, results, arguments, console)
+
+
+def _run_dot_product(study: Study, arguments: argparse.Namespace) -> None:
+    """Run ``weightlora analyse dot-product`` with the study's recipe."""
+    from weightlora.cli._console import PlainConsole
+    from weightlora.cli.analyse import look
+    from weightlora.errors import OptionError
+    from weightlora.paper.results import notes_of
+    from weightlora.runs.recipe import read_recipe
+
+    for flag in ("dry_run", "draw"):
+        if getattr(arguments, flag):
+            raise OptionError(f"--{flag} is for studies with records; {study.name} has none: leave it out")
+    output = arguments.output_dir / arguments.size / study.name
+    look(
+        read_recipe(study.setup(arguments.size).recipe, [*arguments.rest, "--output_dir", str(output)]), ("png", "pdf")
+    )
+    console = PlainConsole()
+    for note in notes_of(study, arguments.size):
+        console.print(note, highlight=False)
+
+
+def _show(study: Study, results: Results, arguments: argparse.Namespace, console: Console) -> None:
+    """Write table and figure, and print the table."""
+    from weightlora.bench.table import parts_that_fit, to_latex, to_markdown, to_terminal
+    from weightlora.files import write_text
+    from weightlora.paper.picture import draw
+
+    folder = arguments.output_dir / arguments.size
+    files = [folder / f"{study.name}.{ending}" for ending in ("md", "tex")]
+    write_text(files[0], to_markdown(results.captioned))
+    write_text(files[1], to_latex(results.captioned))
+    if results.picture is not None:
+        for ending in ("png", "pdf"):
+            files.append(folder / f"{study.name}.{ending}")
+            draw(results.picture, files[-1])
+    for part in parts_that_fit(results.table, console.width):
+        console.print(to_terminal(part))
+    for note in results.notes:
+        console.print(note, highlight=False)
+    console.print(f"wrote {' '.join(map(str, files))}", soft_wrap=True, highlight=False)
+
+
+def _print_state(grid: Grid, console: Console) -> None:
+    """Say how many runs of the study have a record, and which failed."""
+    from weightlora.cli._paper_list import state_of
+
+    console.print(state_of(grid).text, highlight=False)

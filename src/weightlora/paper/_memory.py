@@ -1,0 +1,97 @@
+"""Memory over the number of adapters at the paper's own sizes, computed from a model's config: Figures 6 and 7."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, prepare_model_for_kbit_training
+from torch import Tensor
+
+from weightlora.bench.table import Cell, Table
+from weightlora.cost.comparison import MemoryLine, compare_memory
+from weightlora.cost.memory import Setting
+from weightlora.cost.quantised import quantise
+from weightlora.model.sites import TASK_HEADS
+from weightlora.paper.picture import Curve, Lines, Picture
+from weightlora.paper.study import Study
+
+_LOADERS = {
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+}
+
+_PEAK = "peak of a training step, GB"
+
+
+def computed_memory(study: Study, size: str) -> tuple[Table, Picture]:
+    """Return the peak of a training step over K: a panel for each entry of ``memory``.
+
+    WeightLoRA has two curves, the uppermost K sites and the lowest: the backward pass ends at the lowest adapter.
+    """
+    panels = [_panel(study, entry) for entry in study.setup(size).memory]
+    places = sorted({x for panel in panels for curve in panel.curves for x in curve.x})
+    body: list[tuple[Cell, ...]] = []
+    for panel in panels:
+        for curve in panel.curves:
+            found = dict(zip(curve.x, curve.y, strict=True)) if curve.x else dict.fromkeys(places, curve.y[0])
+            texts = (f"{found[place]:.2f}" if place in found else "" for place in places)
+            label = curve.label if len(panels) == 1 else f"{curve.label}, {panel.title}"
+            body.append((Cell(label), *map(Cell, texts)))
+    header = ("method", *(f"K = {place:g}" for place in places))
+    table = Table(header, tuple(body), f"{_PEAK}, computed from the config; nothing was measured")
+    return table, Picture(f"{study.title} ({study.place})", tuple(panels))
+
+
+def _panel(study: Study, entry: Mapping[str, Any]) -> Lines:
+    """The curves of one model, batch and precision; one call for each K, so that WeightLoRA+ has every K too."""
+    setting = Setting(entry["rows"])
+    peaks: dict[str, dict[float, float]] = {}
+    for rank in entry["ranks"]:
+        lora = LoraConfig(
+            r=rank,
+            lora_dropout=entry["lora_dropout"],
+            target_modules=entry.get("lora_target_modules"),
+            task_type=entry["task_type"],
+        )
+        for keep in entry["keep"]:
+            for line in _compare(entry, lora, setting, keep):
+                if line.sites is not None and line.name in entry["methods"]:
+                    label = line.name if len(entry["ranks"]) == 1 else f"{line.name}, r = {rank}"
+                    peaks.setdefault(label, {})[keep] = line.memory.peak / 1e9
+    curves = [_curve(label, found) for label, found in peaks.items()]
+    if "limit_gb" in entry:
+        curves.append(Curve(f"{entry['limit_gb']:g} GB", (), (entry["limit_gb"],), (0.0,)))
+    return Lines(entry["title"], study.axes["x_label"], _PEAK, tuple(curves))
+
+
+def _curve(label: str, peaks: Mapping[float, float]) -> Curve:
+    """Plain LoRA does not depend on K."""
+    if label.split(",")[0] == "LoRA":
+        return Curve(label, (), (next(iter(peaks.values())),), (0.0,))
+    return Curve(label, tuple(peaks), tuple(peaks.values()), (0.0,) * len(peaks))
+
+
+def _compare(entry: Mapping[str, Any], lora: LoraConfig, setting: Setting, keep: int) -> Sequence[MemoryLine]:
+    return compare_memory(partial(_model, entry), partial(_loss, entry), lora, setting, keep=[keep])
+
+
+def _model(entry: Mapping[str, Any]) -> Any:
+    """The model on the meta device, as ``weightlora train`` would prepare it."""
+    config = transformers.AutoConfig.from_pretrained(str(entry["config"]))
+    if config.pad_token_id is None:
+        config.pad_token_id = 0
+    with torch.device("meta"):
+        model = _LOADERS[entry["task_type"]].from_config(config, dtype=config.dtype or torch.float32)
+    if entry.get("bits") is None:
+        return model
+    quantise(model, entry["bits"], [*TASK_HEADS.get(entry["task_type"], ()), "lm_head"])
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def _loss(entry: Mapping[str, Any], model: Any, rows: int) -> Tensor:
+    tokens = torch.ones((rows, entry["length"]), dtype=torch.long)
+    return model(input_ids=tokens, labels=tokens[:, 0] if entry["task_type"] == "SEQ_CLS" else tokens).loss
