@@ -1,11 +1,9 @@
 """Memory at the paper's own sizes, computed from configs: no weights, no GPU.
 
     python benchmarks/memory_paper.py six        # six models: every method, and the seconds it took
-    python benchmarks/memory_paper.py figure6    # DeBERTaV3-base: memory over the number of adapters
-    python benchmarks/memory_paper.py figure7    # Qwen3-8B on GSM8K: LoRA, WeightLoRA and WeightLoRA+
     python benchmarks/memory_paper.py recipes    # sites, parameters and bytes of the paper's recipes
 
-The batches are those of ``recipes/paper``. Everything is computed for a GPU's kernels; nothing was measured on one.
+Figures 6 and 7 are drawn by ``weightlora paper figure6 --size full``. The batches are those of ``recipes/paper``. Everything is computed for a GPU's kernels; nothing was measured on one.
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ RECIPES = ("table1-rte", "table2-rte", "table3-rte", "table4-gsm8k", "table5-squ
 
 def main() -> None:
     """Print one table as Markdown."""
-    tables = {"six": six, "figure6": figure6, "figure7": figure7, "recipes": recipes}
+    tables = {"six": six, "recipes": recipes}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=tuple(tables))
     torch.set_num_threads(1)
@@ -80,41 +78,6 @@ def six() -> Iterator[str]:
             yield f"| {name}, {rows}x{length} | {line.name} | {line.sites or ''} | {m.trained:,} | {parts} |"
         seconds.append(f"{name} {time.process_time() - start:.1f}")
     yield f"\nSeconds of one CPU core: {', '.join(seconds)}."
-
-
-def figure6() -> Iterator[str]:
-    """Peak over the number of adapters, r = 1 and 8; the recipe of Table 2 on MNLI gives the batch."""
-    recipe = _recipe("table2-mnli")
-    rows, length = recipe["per_device_train_batch_size"], recipe["max_seq_length"]
-    yield f"DeBERTaV3-base, {rows} rows of {length} tokens, computed.\n"
-    yield "| adapters | r = 1, lower GB | r = 1, upper GB | r = 8, lower GB | r = 8, upper GB |"
-    yield "| ---: | ---: | ---: | ---: | ---: |"
-    counts = (1, 5, 10, 20, 36, 54, 72)
-    columns: list[list[str]] = []
-    for r in (1, 8):
-        lora = LoraConfig(r=r, lora_dropout=recipe["lora_dropout"], task_type="SEQ_CLS")
-        lines = _compare("deberta-v3-base", "SEQ_CLS", lora, Setting(rows), length, keep=counts)
-        for end in ("lower", "upper"):
-            columns.append([_gb(line.memory.peak) for line in lines if line.name == f"WeightLoRA {end}"])
-    for count, *peaks in zip(counts, *columns, strict=True):
-        yield f"| {count} | {' | '.join(peaks)} |"
-
-
-def figure7() -> Iterator[str]:
-    """Peak of each method; the recipe of Table 4 on GSM8K gives batch and options."""
-    recipe = _recipe("table4-gsm8k")
-    rows, length = recipe["per_device_train_batch_size"], recipe["max_seq_length"]
-    yield f"Qwen3-8B, {rows} rows of {length} tokens, r = {recipe['lora_r']}, computed.\n"
-    yield "| method | adapters | bfloat16 GB | 8 bit GB | 4 bit GB |"
-    yield "| --- | ---: | ---: | ---: | ---: |"
-    lora = _lora(recipe, "CAUSAL_LM")
-    columns = [
-        [line for line in _compare("qwen3-8b", "CAUSAL_LM", lora, Setting(rows), length, bits=bits) if line.sites]
-        for bits in (None, 8, 4)
-    ]
-    for lines in zip(*columns, strict=True):
-        peaks = " | ".join(_gb(line.memory.peak) for line in lines)
-        yield f"| {lines[0].name} | {lines[0].sites} | {peaks} |"
 
 
 def recipes() -> Iterator[str]:
