@@ -3,7 +3,8 @@
     python benchmarks/memory_paper.py six        # six models: every method, and the seconds it took
     python benchmarks/memory_paper.py recipes    # sites, parameters and bytes of the paper's recipes
 
-Figures 6 and 7 are drawn by ``weightlora paper figure6 --size full``. The batches are those of ``recipes/paper``. Everything is computed for a GPU's kernels; nothing was measured on one.
+``weightlora paper figure6 --size full`` and ``figure7`` draw the paper's figures. The batches are those of
+``recipes/paper``. Everything is computed for a GPU's kernels; nothing was measured on one.
 """
 
 from __future__ import annotations
