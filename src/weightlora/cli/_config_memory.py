@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from weightlora.cli._made_up_batch import LOADERS, make_loss_of, require_length
+from weightlora.cli._made_up_batch import make_loss_of, require_length
 from weightlora.errors import DataError, OptionError
+from weightlora.model.loaders import LOADERS
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,15 +7,6 @@ from typing import Any
 
 from weightlora.errors import OptionError
 
-#: transformers' loader of each task type.
-LOADERS = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
-
 
 def make_loss_of(task: str, length: int, device: Any) -> Callable[[Any, int], Any]:
     """``make_loss(model, rows)`` for full rows of ``length`` tokens: labels are one a row, one a token, or a span."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlora.cli._config_memory import add_options, print_memory, require_defaults
-from weightlora.cli._made_up_batch import LOADERS, make_loss_of, require_length
+from weightlora.cli._made_up_batch import make_loss_of, require_length
 from weightlora.errors import OptionError
+from weightlora.model.loaders import LOADERS
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,14 +15,10 @@ from weightlora.bench.table import Cell, Table
 from weightlora.cost.comparison import MemoryLine, compare_memory
 from weightlora.cost.memory import Setting
 from weightlora.cost.quantised import quantise
+from weightlora.model.loaders import LOADERS
 from weightlora.model.sites import TASK_HEADS
 from weightlora.paper.picture import Curve, Lines, Picture
 from weightlora.paper.study import Study
-
-_LOADERS = {
-    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    "CAUSAL_LM": transformers.AutoModelForCausalLM,
-}
 
 _PEAK = "peak of a training step, GB"
 
@@ -85,7 +81,9 @@ def _model(entry: Mapping[str, Any]) -> Any:
     if config.pad_token_id is None:
         config.pad_token_id = 0
     with torch.device("meta"):
-        model = _LOADERS[entry["task_type"]].from_config(config, dtype=config.dtype or torch.float32)
+        model = getattr(transformers, LOADERS[entry["task_type"]]).from_config(
+            config, dtype=config.dtype or torch.float32
+        )
     if entry.get("bits") is None:
         return model
     quantise(model, entry["bits"], [*TASK_HEADS.get(entry["task_type"], ()), "lm_head"])

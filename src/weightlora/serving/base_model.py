@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weightlora.errors import DataError
+from weightlora.model.loaders import LOADERS
 from weightlora.model.sites import Site, find_sites
 from weightlora.tasks.embedded import embedded_model
 
@@ -20,16 +21,6 @@ class BaseModel:
     """Linear layers, output head and embeddings by name."""
     tied: frozenset[str] = frozenset()
     """Output head and embeddings, where they share their weights."""
-
-
-#: transformers' loader by PEFT's task type.
-_LOADERS = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
 
 
 def is_here(name: str) -> bool:
@@ -86,7 +77,7 @@ def _empty_model(name: str, task_type: str | None) -> Any:
     import transformers
 
     folder, gguf = embedded_model(name) or (name, None)
-    loader: Any = getattr(transformers, _LOADERS.get(str(task_type), "AutoModelForCausalLM"))
+    loader: Any = getattr(transformers, LOADERS.get(str(task_type), "AutoModelForCausalLM"))
     extra: Mapping[str, Any] = {} if gguf is None else {"gguf_file": gguf}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **extra)
