@@ -412,7 +412,9 @@ def killed_at(records, config, out, rng):
 def other_checkout(tmp_path):
     """A clone of the repository, with the sources as they are here."""
     clone = tmp_path / "checkout"
-    subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(clone)], check=True)
+    cloned = subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(clone)], check=False)
+    if cloned.returncode != 0:
+        pytest.skip("git cannot clone what these tests are in")
     shutil.rmtree(clone / "src")
     shutil.copytree(ROOT / "src", clone / "src", ignore=shutil.ignore_patterns("__pycache__"))
     return clone
