@@ -19,21 +19,15 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from peft import LoraConfig, prepare_model_for_kbit_training
-from torch import Tensor
+from peft import LoraConfig
 
 from weightlora.cost.comparison import MemoryLine, compare_memory
+from weightlora.cost.empty_model import make_empty_model
+from weightlora.cost.made_up_batch import make_loss_of
 from weightlora.cost.memory import Setting
-from weightlora.cost.quantised import quantise
 
 PAPER = Path(__file__).parents[1] / "recipes" / "paper"
 CONFIGS = PAPER / "configs"
-LOADERS = {
-    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
-    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-    "CAUSAL_LM": transformers.AutoModelForCausalLM,
-}
 #: Task type and batch of each model: rows x tokens.
 SIX = {
     "deberta-v3-base": ("SEQ_CLS", 32, 256),
@@ -103,26 +97,9 @@ NAMES = ("LoRA", "WeightLoRA upper", "WeightLoRA lower")
 def _compare(
     name: str, task: str, lora: LoraConfig, setting: Setting, length: int, *, keep: Any = (), bits: Any = None
 ) -> list[MemoryLine]:
-    return compare_memory(partial(_model, name, task, bits), partial(_loss, task, length), lora, setting, keep=keep)
-
-
-def _model(name: str, task: str, bits: Any) -> Any:
     config = transformers.AutoConfig.from_pretrained(str(CONFIGS / f"{name}.json"))
-    if config.pad_token_id is None:
-        config.pad_token_id = 0
-    with torch.device("meta"):
-        model = LOADERS[task].from_config(config, dtype=config.dtype or torch.float32)
-    if bits is None:
-        return model
-    quantise(model, bits, ["classifier", "score", "lm_head"])
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-
-
-def _loss(task: str, length: int, model: Any, rows: int) -> Tensor:
-    tokens = torch.ones((rows, length), dtype=torch.long)
-    if task == "QUESTION_ANS":
-        return model(input_ids=tokens, start_positions=tokens[:, 0], end_positions=tokens[:, 0]).loss
-    return model(input_ids=tokens, labels=tokens[:, 0] if task == "SEQ_CLS" else tokens).loss
+    make_model = partial(make_empty_model, config, task, bits=bits)
+    return compare_memory(make_model, make_loss_of(task, length, "meta"), lora, setting, keep=keep)
 
 
 def _recipe(name: str) -> dict[str, Any]:

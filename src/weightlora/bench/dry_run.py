@@ -15,8 +15,8 @@ from typing import Any
 from weightlora.bench._job import Job
 from weightlora.bench._sample import sample_job
 from weightlora.bench.engine import HERE, Where, final, recorded
-from weightlora.bench.grid import Grid, Point, key_of
-from weightlora.bench.schedule import makespan
+from weightlora.bench.grid import Grid, Point
+from weightlora.bench.schedule import makespan, row_key
 
 Sample = Mapping[str, Any]
 
@@ -100,7 +100,7 @@ def dry_run(
     jobs = _filled([Job(p.options, Path(), grid.timing_rounds, where.threads) for p in points.values()], slots)
     samples: dict[str, list[Sample]] = {kind: [] for kind in points}
     for number, sample in enumerate(_samples(jobs, slots, where), 1):
-        kind = key_of({k: v for k, v in sample["options"].items() if k not in _FREE})
+        kind = row_key(sample["options"])
         samples[kind].append(sample)
         report(points[kind], number, len(jobs))
     kinds = {kind: _cost(points[kind], runs[kind], samples[kind]) for kind in points}
@@ -115,12 +115,8 @@ def dry_run(
     return DryRun(tuple(kinds.values()), len(done), slots, seconds)
 
 
-#: Options that change nothing of what a run costs.
-_FREE = ("learning_rate", "seed")
-
-
 def _kind(point: Point) -> str:
-    return key_of(point.row.options)
+    return row_key(point.options)
 
 
 def _filled(jobs: Sequence[Job], slots: int) -> list[Job]:

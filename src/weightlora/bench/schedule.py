@@ -40,13 +40,13 @@ def seconds_left(grid: Grid, records: Sequence[Record], slots: int) -> float | N
     times = {key: _seconds(record) for key, record in known.items() if record["status"] == "ok"}
     if not times:
         return None
-    of_row = {_row_key(record["options"]): list[float]() for record in records}
+    of_row = {row_key(record["options"]): list[float]() for record in records}
     for key, seconds in times.items():
-        of_row[_row_key(known[key]["options"])].append(seconds)
+        of_row[row_key(known[key]["options"])].append(seconds)
     every = statistics.mean(times.values())
 
     def expected(point: Point) -> float:
-        own = of_row.get(_row_key(point.options))
+        own = of_row.get(row_key(point.options))
         return statistics.mean(own) if own else every
 
     return sum(makespan(map(expected, points), slots) for points in grid.left(known))
@@ -56,5 +56,6 @@ def _seconds(record: Record) -> float:
     return record.get("run_seconds") or record["selection_seconds"] + record["training_seconds"]
 
 
-def _row_key(options: Record) -> str:
+def row_key(options: Record) -> str:
+    """Return what runs have in common that differ only in seed and learning rate, and so cost the same."""
     return key_of({k: v for k, v in options.items() if k not in ("learning_rate", "seed")})

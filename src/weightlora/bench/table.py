@@ -155,7 +155,10 @@ def parts_that_fit(table: Table, width: int) -> list[Table]:
         >>> [part.header for part in parts_that_fit(wide, 24)]
         [('method', 'rte'), ('method', 'mrpc')]
     """
-    sizes = [max(len(name), *(len(row[i].text) for row in table.rows)) + 2 for i, name in enumerate(table.header)]
+    sizes = [
+        2 + max(len(text) for text in (name, *(row[i].text for row in table.rows)))
+        for i, name in enumerate(table.header)
+    ]
     groups: list[list[int]] = [[0]]
     for column in range(1, len(sizes)):
         if len(groups[-1]) > 1 and sum(sizes[i] for i in groups[-1]) + sizes[column] > width:

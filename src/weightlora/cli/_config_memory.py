@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from weightlora.cli._made_up_batch import make_loss_of, require_length
 from weightlora.errors import DataError, OptionError
 from weightlora.model.loaders import LOADERS
 
@@ -95,6 +94,7 @@ def print_memory(arguments: argparse.Namespace, rows: int, length: int) -> None:
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_casts, quiet_libraries
     from weightlora.cost.comparison import compare_memory
+    from weightlora.cost.made_up_batch import make_loss_of, require_length
     from weightlora.cost.memory import Setting
     from weightlora.plan.budget import check_keep
 
@@ -171,27 +171,12 @@ def _dtype_of(config: Any) -> str:
 
 
 def _make_model(config: Any, task: str, dtype: str, arguments: argparse.Namespace) -> Any:
-    """The model on the meta device, as ``weightlora train`` would prepare it."""
     import torch
-    import transformers
-    from peft import prepare_model_for_kbit_training
 
-    from weightlora.cost.quantised import quantise
-    from weightlora.model.sites import TASK_HEADS
+    from weightlora.cost.empty_model import make_empty_model
 
-    try:
-        if task == "SEQ_CLS" and config.pad_token_id is None:  # a decoder looks for the last token of a row
-            config.pad_token_id = 0
-        with torch.device("meta"):
-            model: Any = getattr(transformers, LOADERS[task]).from_config(config, dtype=getattr(torch, dtype))
-    except (AttributeError, ImportError, TypeError, ValueError) as error:
-        raise DataError(f"cannot make {LOADERS[task]} from the config: {str(error).splitlines()[0]}") from error
-    if not (arguments.load_in_4bit or arguments.load_in_8bit):
-        return model
-    quantise(
-        model, 4 if arguments.load_in_4bit else 8, [*TASK_HEADS.get(task, ()), "lm_head"], double=arguments.double_quant
-    )
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    bits = 4 if arguments.load_in_4bit else 8 if arguments.load_in_8bit else None
+    return make_empty_model(config, task, dtype=getattr(torch, dtype), bits=bits, double=arguments.double_quant)
 
 
 #: What the rows and columns are.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlora.cli._config_memory import add_options, print_memory, require_defaults
-from weightlora.cli._made_up_batch import make_loss_of, require_length
 from weightlora.errors import OptionError
 from weightlora.model.loaders import LOADERS
 
@@ -121,6 +120,7 @@ def _model_and_loss(plan: AdapterPlan, path: str | None, length: int) -> tuple[A
     if path is None:
         raise OptionError("the plan names no base model; give --model_name_or_path")
 
+    from weightlora.cost.made_up_batch import make_loss_of, require_length
     from weightlora.tasks.embedded import embedded_model
     from weightlora.tasks.pretrained import load_pretrained
 

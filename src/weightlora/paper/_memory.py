@@ -6,17 +6,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-import transformers
-from peft import LoraConfig, prepare_model_for_kbit_training
-from torch import Tensor
+from peft import LoraConfig
+from transformers import AutoConfig
 
 from weightlora.bench.table import Cell, Table
 from weightlora.cost.comparison import MemoryLine, compare_memory
+from weightlora.cost.empty_model import make_empty_model
+from weightlora.cost.made_up_batch import make_loss_of
 from weightlora.cost.memory import Setting
-from weightlora.cost.quantised import quantise
-from weightlora.model.loaders import LOADERS
-from weightlora.model.sites import TASK_HEADS
 from weightlora.paper.picture import Curve, Lines, Picture
 from weightlora.paper.study import Study
 
@@ -72,24 +69,7 @@ def _curve(label: str, peaks: Mapping[float, float]) -> Curve:
 
 
 def _compare(entry: Mapping[str, Any], lora: LoraConfig, setting: Setting, keep: int) -> Sequence[MemoryLine]:
-    return compare_memory(partial(_model, entry), partial(_loss, entry), lora, setting, keep=[keep])
-
-
-def _model(entry: Mapping[str, Any]) -> Any:
-    """The model on the meta device, as ``weightlora train`` would prepare it."""
-    config = transformers.AutoConfig.from_pretrained(str(entry["config"]))
-    if config.pad_token_id is None:
-        config.pad_token_id = 0
-    with torch.device("meta"):
-        model = getattr(transformers, LOADERS[entry["task_type"]]).from_config(
-            config, dtype=config.dtype or torch.float32
-        )
-    if entry.get("bits") is None:
-        return model
-    quantise(model, entry["bits"], [*TASK_HEADS.get(entry["task_type"], ()), "lm_head"])
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-
-
-def _loss(entry: Mapping[str, Any], model: Any, rows: int) -> Tensor:
-    tokens = torch.ones((rows, entry["length"]), dtype=torch.long)
-    return model(input_ids=tokens, labels=tokens[:, 0] if entry["task_type"] == "SEQ_CLS" else tokens).loss
+    config = AutoConfig.from_pretrained(str(entry["config"]))
+    make_model = partial(make_empty_model, config, entry["task_type"], bits=entry.get("bits"))
+    make_loss = make_loss_of(entry["task_type"], entry["length"], "meta")
+    return compare_memory(make_model, make_loss, lora, setting, keep=[keep])

@@ -80,7 +80,7 @@ class _Case:
     base: BaseModel
 
     def task(self) -> Problem | None:
-        """A task whose adapters nobody saw this runtime read; what else is known of it does not hold there."""
+        """A task whose adapters this runtime was not seen to read: its other facts are of other tasks."""
         task = self.adapter.config.get("task_type")
         if task is None or task in self.reader.tasks:
             return None

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from weightlora.cost.estimate import MakeLoss
 from weightlora.errors import OptionError
 
 
-def make_loss_of(task: str, length: int, device: Any) -> Callable[[Any, int], Any]:
-    """``make_loss(model, rows)`` for full rows of ``length`` tokens: labels are one a row, one a token, or a span."""
+def make_loss_of(task: str, length: int, device: Any) -> MakeLoss:
+    """Return ``make_loss(model, rows)`` for full rows of ``length`` tokens.
+
+    Args:
+        task: PEFT's task type, which decides the labels: one for each row, one for each token, or a span.
+        length: Tokens of a row.
+        device: Of the batch.
+    """
 
     def make_loss(model: Any, rows: int) -> Any:
-        import torch
-
+        """The loss of so many rows."""
         tokens = torch.ones((rows, length), dtype=torch.long, device=device)
         labels = {"start_positions": tokens[:, 0], "end_positions": tokens[:, 0]}
         if task != "QUESTION_ANS":
