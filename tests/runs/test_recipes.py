@@ -3,16 +3,16 @@
 from functools import cache
 from pathlib import Path
 
-import lm_eval.tasks
 import pytest
 import torch
 import transformers
 import yaml
+from byte_tokenizer import of_bytes
 from datasets import ClassLabel, Dataset, DatasetDict, Value
+from judges import JUDGED, write_judge
 from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from safetensors import safe_open
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast, TrainerCallback
+from transformers import BitsAndBytesConfig, TrainerCallback
 
 from weightlora.errors import OptionError
 from weightlora.model.sites import adapter_parameters, find_sites
@@ -249,18 +249,6 @@ def test_they_tell_the_readings_apart():
 TEXTS = ("Rain fell all night.", "The mayor won again.", "Two trains stopped near Lyon.", "Penguins were counted.")
 ANSWERS = ({"text": ["mayor"], "answer_start": [4]}, {"text": ["won"], "answer_start": [10]})
 NO_ANSWER = {"text": [], "answer_start": []}
-CHOICES = {"text": ["wood", "iron"], "label": ["A", "B"]}
-#: A row of each benchmark of Table 4, and the file of lm-evaluation-harness that reads it.
-JUDGED = {
-    "mathqa": {"Problem": "1 + 1 ?", "options": "a ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5", "correct": "b"},
-    "gsm8k": {"question": "What is 1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"},
-    "hellaswag": {"activity_label": "Baking", "ctx_a": "Knead it.", "ctx_b": "the baker", "label": "1"}
-    | {"endings": ["eats it.", "waits.", "sings.", "sleeps."]},
-    "boolq": {"passage": "Snow is white.", "question": "is snow black", "answer": False, "label": 0},
-    "arc_challenge": {"question": "Which is a metal?", "choices": CHOICES, "answerKey": "B"},
-}
-JUDGES = {name: f"{name}/{name}.yaml" for name in ("mathqa", "gsm8k", "hellaswag")}
-JUDGES |= {"boolq": "super_glue/boolq/default.yaml", "arc_challenge": "arc/arc_easy.yaml"}
 #: Qwen's template in short.
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -290,30 +278,6 @@ def rows_of(task) -> DatasetDict:
     else:
         made = Dataset.from_list([JUDGED[task.name]] * 4)
     return DatasetDict(dict.fromkeys(("train", *task.eval_splits), made))
-
-
-def write_judge(task, folder: Path) -> str:
-    """The harness's own task file, reading our row instead of the hub's."""
-    folder.mkdir()
-    Dataset.from_list([JUDGED[task.name]]).to_json(folder / "row.json")
-    files = dict.fromkeys(("train", "validation", "test"), str(folder / "row.json"))
-    own = Path(lm_eval.tasks.__file__).parent / JUDGES[task.name]
-    local = {"include": str(own), "task": task.name, "tag": None, "dataset_path": "json", "dataset_name": None}
-    local |= {"dataset_kwargs": {"data_files": files}}
-    if task.name == "gsm8k":  # its answers may have hundreds of tokens
-        local |= {"generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 2}}
-    (folder / f"{task.name}.yaml").write_text(yaml.safe_dump(local))
-    return str(folder)
-
-
-def of_bytes(chat: str | None) -> PreTrainedTokenizerFast:
-    """Like Llama's, without a token for padding; with a template, like Qwen's."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    found = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)} | {"<end>": len(letters)}, []))
-    found.pre_tokenizer, found.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=found, eos_token="<end>")
-    made.chat_template = chat
-    return made
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from byte_tokenizer import of_bytes
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from weightlora.errors import DataError
@@ -38,11 +38,8 @@ LOCAL = {
 @pytest.fixture(params=["plain", "chat"])
 def tokenizer(request) -> PreTrainedTokenizerFast:
     """Of bytes, so that it is made in no time."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    found = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)} | {"<end>": len(letters)}, []))
-    found.pre_tokenizer, found.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=found, eos_token="<end>", pad_token="<end>", bos_token="<end>")
-    made.chat_template = CHAT if request.param == "chat" else None
+    made = of_bytes(CHAT if request.param == "chat" else None)
+    made.pad_token = made.bos_token = "<end>"
     return made
 
 
