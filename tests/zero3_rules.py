@@ -21,6 +21,7 @@ RULES = (
     "integrated_ranks",
     "fisher",
     "relative_gradient",
+    "aletheia",
     "gora",
     "cross_fitted",
     "stoiht",

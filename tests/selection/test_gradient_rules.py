@@ -18,7 +18,8 @@ from weightlora.model.layers import lora_layers
 from weightlora.selection._weight_gradients import full_weight, weight_gradients
 from weightlora.selection.rules import RULES, rule_of
 
-NAMES = ["fisher", "relative_gradient", "gora", "cross_fitted"]
+NAMES = ["fisher", "relative_gradient", "aletheia", "gora", "cross_fitted"]
+WITHOUT_A = ("relative_gradient", "aletheia", "gora")
 LORA = LoraConfig(r=2, lora_alpha=6)
 SCALE = 6 / 2
 
@@ -123,6 +124,8 @@ def reference(rule, a, data, chosen=None, damping=0.01):
             scores[name] = (SCALE * g @ a[name].t()).pow(2).mean(0).sum()
         elif rule == "relative_gradient":
             scores[name] = g.pow(2).sum((1, 2)).sqrt().mean() / weight.pow(2).sum().sqrt()
+        elif rule == "aletheia":  # no site of this net is in a block
+            scores[name] = g.pow(2).sum((1, 2)).sqrt().mean()
         elif rule == "gora":
             scores[name] = (weight * g.mean(0)).abs().mean() / sum(weight.shape) ** 0.5
         else:
@@ -152,7 +155,7 @@ def test_scores_follow_the_formula(rule):
     assert plan.history[-1] == tuple(plan.scores.values())
     for name, other in a.items():  # negative control: another A, another score, where the rule reads A
         changed = reference(rule, {**a, name: other.flip(1)}, data)
-        assert torch.allclose(changed, reference(rule, a, data), rtol=1e-3) == (rule in ("relative_gradient", "gora"))
+        assert torch.allclose(changed, reference(rule, a, data), rtol=1e-3) == (rule in WITHOUT_A)
 
 
 @pytest.mark.parametrize("rule", NAMES)
@@ -369,6 +372,27 @@ def test_gora_takes_its_error_from_a_sample_of_a_large_weight():
     assert 3 * noise < exact / 2
 
 
+def test_aletheia_keeps_whole_blocks():
+    torch.manual_seed(7)
+    sizes = ((6, 4, 6), (6, 4, 6), (6, 4, 5))
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.Tanh(), nn.Linear(b, c)) for a, b, c in sizes)).double()
+    data = batches(3)
+    norms = {name: 0.0 for name, module in net.named_modules() if isinstance(module, nn.Linear)}
+    for batch in data:
+        net.zero_grad()
+        squared(net, batch).backward()
+        for name in norms:
+            norms[name] += net.get_submodule(name).weight.grad.norm().item() / len(data)
+    net.zero_grad()
+    blocks = [norms[f"{i}.0"] + norms[f"{i}.2"] for i in range(3)]
+    plan, _ = selected("aletheia", data, net=net, keep=2)
+    assert plan.scores == pytest.approx({name: blocks[int(name[0])] for name in norms}, rel=1e-6)
+    best = max(range(3), key=lambda i: blocks[i])
+    assert set(plan.names) == {f"{best}.0", f"{best}.2"}
+    alone = sorted(norms, key=lambda name: -norms[name])[:2]
+    assert set(alone) != set(plan.names)  # negative control: the sites by their own norms
+
+
 def test_relative_gradient_of_a_zero_weight_is_an_error():
     net = Mixed()
     net.conv.weight.data.zero_()
@@ -446,7 +470,7 @@ def test_quantised_layers(quantised_net, rule):
     before = fingerprint(quantised_net)
     plan, _ = selected(rule, data, net=quantised_net)
     assert fingerprint(quantised_net) == before
-    if rule in ("relative_gradient", "gora"):
+    if rule in WITHOUT_A:
         plain = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
         for i in (0, 2):
             plain[i].weight.data = dequantize_module_weight(quantised_net[i]).detach().float()

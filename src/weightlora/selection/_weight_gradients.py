@@ -6,9 +6,9 @@ adapter adds nothing, so the gradient of the LoRA layer's output y is that of th
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -19,6 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from weightlora.model.distributed import process_count
 from weightlora.model.gathering import loaded
 from weightlora.selection._backward import in_backward
+from weightlora.selection.stage import let_train
+
+if TYPE_CHECKING:
+    from weightlora.selection.stage import Stage
 
 
 @contextmanager
@@ -58,6 +62,28 @@ def weight_gradients(layers: Mapping[str, LoraLayer]) -> Generator[list[Tensor]]
 
     with in_backward(layers, lambda _, x: x, add):
         yield list(holders.values())
+
+
+def gradient_norms(stage: Stage, steps: Sequence[int]) -> Generator[tuple[int, Tensor]]:
+    """Yield T and ‖∂L/∂W‖_F of the first T batches, for each T of ``steps`` in ascending order.
+
+    Only B requires gradients, so that the backward pass reaches every site.
+
+    Yields:
+        T, and the norms in fp64: one row for each batch, one column for each site, 0 where there was no gradient.
+    """
+    matrices = stage.parameters("lora_B")
+    let_train(stage, matrices)
+    seen: list[Tensor] = []
+    with weight_gradients(stage.layers) as weights:
+        for step in range(1, steps[-1] + 1):
+            stage.backward("scoring", step, [*matrices, *weights])
+            norms = [torch.zeros(()) if w.grad is None else w.grad.norm().cpu() for w in weights]
+            seen.append(torch.stack([norm.double() for norm in norms]))
+            for tensor in (*matrices, *weights):
+                tensor.grad = None
+            if step in steps:
+                yield step, torch.stack(seen)
 
 
 def full_weight(layer: LoraLayer) -> Tensor:

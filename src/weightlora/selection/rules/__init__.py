@@ -48,6 +48,7 @@ RULES = (
         "relative_gradient",
         "RelativeGradient",
     ),
+    RuleEntry("aletheia", "whole blocks, by the gradients of their weights", "aletheia", "Aletheia"),
     RuleEntry("gora", "weight times the mean gradient of the full weight", "gora", "GoRA"),
     RuleEntry("cross_fitted", "whitened gain along directions that other batches chose", "cross_fitted", "CrossFitted"),
     RuleEntry("stoiht", "gates under a hard threshold, after a new head was trained", "stoiht", "StoIHT"),

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from weightlora.errors import SelectionError
 from weightlora.selection._batch_means import batch_means
-from weightlora.selection._weight_gradients import full_weight, weight_gradients
+from weightlora.selection._weight_gradients import full_weight, gradient_norms
 from weightlora.selection.rules.base import GradientRule, Scores
-from weightlora.selection.stage import let_train
 
 if TYPE_CHECKING:
     from weightlora.plan.budget import Chooser
@@ -48,19 +47,9 @@ class RelativeGradient(GradientRule):
         Raises:
             SelectionError: A site's weight is zero.
         """
-        matrices = stage.parameters("lora_B")
-        let_train(stage, matrices)
         sizes = _sizes(stage)
-        seen: list[Tensor] = []
-        with weight_gradients(stage.layers) as weights:
-            for step in range(1, steps[-1] + 1):
-                stage.backward("scoring", step, [*matrices, *weights])
-                norms = [torch.zeros(()) if w.grad is None else w.grad.norm().cpu() for w in weights]
-                seen.append(torch.stack([norm.double() for norm in norms]) / sizes)
-                for tensor in (*matrices, *weights):
-                    tensor.grad = None
-                if step in steps:
-                    yield step, batch_means(torch.stack(seen))
+        for step, norms in gradient_norms(stage, steps):
+            yield step, batch_means(norms / sizes)
 
 
 def _sizes(stage: Stage) -> Tensor:
