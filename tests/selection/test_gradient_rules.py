@@ -393,6 +393,14 @@ def test_aletheia_keeps_whole_blocks():
     assert set(alone) != set(plan.names)  # negative control: the sites by their own norms
 
 
+def test_aletheia_names_a_site_without_a_gradient_in_a_block_that_has_one():
+    net = nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 5))).double()
+    net[0].add_module("dead", nn.Linear(5, 5).double())
+    net[0].forward = lambda x: net[0][1](net[0][0](x))
+    with pytest.warns(WeightLoraWarning, match=r"1 of 3 sites had no gradient in the warm-up, 0\.dead among them"):
+        selected("aletheia", batches(2), net=net)
+
+
 def test_relative_gradient_of_a_zero_weight_is_an_error():
     net = Mixed()
     net.conv.weight.data.zero_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 class Aletheia(GradientRule):
     """Give each site the score of its block: the mean over T batches of Σ ‖∂L/∂W‖_F over the block's sites.
 
-    Aletheia (arXiv:2604.15351) keeps the best half of the blocks, which are also faster to train where they are the
-    last ones. All sites of a block have the same score, so a budget is spent on whole blocks as far as it goes. A site
-    outside all blocks is a block of its own.
+    Aletheia (arXiv:2604.15351) keeps the best half of the blocks. All sites of a block have the same score, so a budget
+    is spent on whole blocks as far as it goes. A site outside all blocks is a block of its own.
 
     Its code (aletheia-lora 0.1.2) differs: it reads five single rows, adds the norms of a block's biases and
     normalisations, and takes the loss over all tokens.
@@ -47,6 +46,9 @@ class Aletheia(GradientRule):
     def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
         """Yield the scores; only B requires gradients, so that the backward pass reaches every site."""
         blocks = [Site(name, 0, 0).block or name for name in stage.layers]
-        same = torch.tensor([[one == other for other in blocks] for one in blocks], dtype=torch.float64)
+        places = {block: place for place, block in enumerate(dict.fromkeys(blocks))}
+        own = torch.tensor([places[block] for block in blocks])
         for step, norms in gradient_norms(stage, steps):
-            yield step, batch_means(norms @ same)
+            sums = norms.new_zeros(len(norms), len(places)).index_add(1, own, norms)
+            # Of a block that has a gradient, a site may have none.
+            yield step, replace(batch_means(sums[:, own]), has_gradient=tuple((norms != 0).any(0).tolist()))
