@@ -126,7 +126,7 @@ def _write_predicted(grid: Grid, worth: dict[str, float]) -> None:
         make_plan(sites, lora, names, rule="predicted").save(path)
         rows[label] = {"method": "weightlora", "plan": str(path), "keep": row.options["keep"]}
         print(f"{label}: {', '.join(names)}")
-    content = {"methods": rows, "learning_rates": list(grid.learning_rates), "seeds": list(grid.seeds)}
+    content = {"methods": rows, "learning_rates": list(row.learning_rates), "seeds": list(grid.seeds)}
     write_text(grid.output_dir / "predicted.yaml", yaml.safe_dump(content, sort_keys=False))
 
 

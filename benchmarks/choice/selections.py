@@ -54,7 +54,7 @@ def main() -> None:
         _print_table(read_records(path))
     elif asked.one is not None:
         label, seed = json.loads(asked.one)
-        rate = grid.learning_rates[0]
+        rate = rows[label].learning_rates[0]
         append_record(path, _selected(rows[label], seed, rate, grid.output_dir / "plans", shuffled=asked.shuffled))
     else:
         known = {(r["rule"], r["seed"], r["shuffled"]) for r in read_records(path)}

@@ -76,9 +76,21 @@ def test_methods_times_budgets_times_tasks_are_the_rows(tmp_path):
         ("random, keep 0.8x", "sst2", "0.8x"),
     ]
     assert [row.options["max_seq_length"] for row in grid.rows[:2]] == [12, 64]
-    assert grid.learning_rates == (5e-4, 5e-3)
-    assert len(grid.tuning) == len(grid.rows) * len(grid.learning_rates)  # one tuning seed
+    assert grid.rows[0].learning_rates == (5e-4, 5e-3)
+    assert len(grid.tuning) == len(grid.rows) * len(grid.rows[0].learning_rates)  # one tuning seed
     assert {point.seed for point in grid.tuning} == {0}
+
+
+def test_a_row_may_have_rates_of_its_own(tmp_path):
+    methods = {"lora": None, "full": {"learning_rates": ["1e-5", 5e-5, 1e-4]}, "random": {"learning_rates": [1e-2]}}
+    grid = grid_of(tmp_path, methods=methods)
+    lora, full, random = grid.rows
+    assert [row.learning_rates for row in grid.rows] == [(5e-4, 5e-3), (1e-5, 5e-5, 1e-4), (1e-2,)]
+    assert [point.row for point in grid.tuning] == [lora] * 2 + [full] * 3  # one rate needs no tuning
+    assert grid.rate(random, {}) == 1e-2
+    assert "learning_rates" not in full.options
+    given = read_grid(tmp_path / "b.yaml", tmp_path / "out", ["--learning_rate", "1e-3"])
+    assert {row.learning_rates for row in given.rows} == {(1e-3,)}  # the command line wins over both
 
 
 def test_one_rate_needs_no_tuning(tmp_path):
@@ -98,6 +110,8 @@ def test_one_rate_needs_no_tuning(tmp_path):
         ({"tasks": ["rte2"]}, "'rte'"),
         ({"learning_rates": 1e-3}, "learning_rates=0.001"),
         ({"learning_rates": ...}, "learning_rates=None"),
+        ({"methods": {"lora": {"learning_rates": []}}}, "lora: learning_rates=[]"),
+        ({"tuning_metric": "mcc"}, "tuning_metric='mcc'"),
         ({"seeds": []}, "seeds=[]"),
         ({"reference": "full"}, "reference='full'"),
         ({"base": {}}, "held_out_samples"),
@@ -132,7 +146,7 @@ def record(point, tested, held_out, **more):
 def test_a_rate_is_chosen_on_the_rows_held_out_and_on_no_others(tmp_path):
     grid = grid_of(tmp_path)
     row = grid.rows[0]
-    low, high = (Point(row, rate, 0) for rate in grid.learning_rates)
+    low, high = (Point(row, rate, 0) for rate in grid.rows[0].learning_rates)
 
     def rate(*records):
         return grid.rate(row, by_key(records))
@@ -144,8 +158,26 @@ def test_a_rate_is_chosen_on_the_rows_held_out_and_on_no_others(tmp_path):
     assert rate() is None
     assert grid.tested({}) == []
     # A seed that no rate is tuned with changes nothing.
-    other = record(Point(row, grid.learning_rates[1], 1), 1.0, 1.0)
+    other = record(Point(row, grid.rows[0].learning_rates[1], 1), 1.0, 1.0)
     assert rate(record(low, 0.1, 0.9), record(high, 0.9, 0.1), other) == low.learning_rate
+
+
+def test_a_rate_may_be_chosen_by_the_loss_and_the_table_shows_both(tmp_path):
+    grid = grid_of(tmp_path, methods=["lora"], tuning_metric="loss", seeds=[0])
+    low, high = (Point(grid.rows[0], rate, 0) for rate in grid.rows[0].learning_rates)
+
+    def found(point, *, accuracy, loss):
+        splits = ("validation", "held_out")
+        metrics = {f"{split}_{name}": v for split in splits for name, v in (("accuracy", accuracy), ("loss", loss))}
+        return record(point, 0, 0, metrics=metrics)
+
+    records = [found(low, accuracy=0.7, loss=0.6), found(high, accuracy=0.8, loss=0.9)]
+    assert grid.rate(grid.rows[0], by_key(records)) == low.learning_rate
+    by_accuracy = grid_of(tmp_path, methods=["lora"], seeds=[0])
+    assert by_accuracy.rate(by_accuracy.rows[0], by_key(records)) == high.learning_rate
+    table = make_table(grid, records)
+    assert table.header[4:6] == ("rotten_tomatoes accuracy", "rotten_tomatoes loss")
+    assert [cell.text for cell in table.rows[0][4:6]] == ["70.0", "0.600"]
 
 
 def test_what_is_reported_is_the_mean_over_the_tasks_own_splits(tmp_path):

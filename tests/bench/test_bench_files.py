@@ -48,6 +48,7 @@ WRONG = {
     ("methods",): [None, 1, "x", [], {}, [None], [1], ["nonsense"], ["lora", "lora"], {"lora": 3}, {1: None}],
     ("methods", "lora"): [1, "x", [1], {"nonsense": 1}, {"keep": 5}, {"seed": 1}, {"method": None}, {"method": ["x"]}],
     ("methods", "random"): [{"keep": k} for k in (None, True, [], [0], [1, 1], {}, -1, 1.5, "a", [[1]], NAN, INF)],
+    ("methods", "full"): [{"learning_rates": rates} for rates in (None, [], 1e-3, [-1], ["a"], [0.1, "1e-1"], {})],
     ("budgets",): [None, True, [], [0], [-1], ["a"], [0.5, "0.5"], {}, {"a": 1}, 1.5, NAN, [INF], "", [None], [[1]]],
     ("learning_rates",): [None, True, [], 1e-3, [-1], ["a"], [NAN], ["inf"], [0.1, "1e-1"], [[1]], [None], [MANY], {}],
     ("seeds",): [None, True, [], 1, ["x"], ["1"], [-1], [1.5], [True], [0, 0], [MANY], [None], [[1]], {"a": 1}, "12"],
@@ -55,6 +56,7 @@ WRONG = {
     ("timing_rounds",): [None, -3, -1, True, False, 1.5, NAN, INF, "x", "1", [1], MANY],
     ("reference",): [None, "nonsense", "", 1, ["lora"], {}],
     ("metric",): [None, "nonsense", "", 1, ["accuracy"]],
+    ("tuning_metric",): [None, "nonsense", "", 1, ["accuracy"]],
     ("keep_adapters",): [None, 0, 1, "yes", [], {}, NAN],
     ("output_dir",): [None, "", " ", 1, ["x"], {}, True],
     ("nonsense",): [1, None],
@@ -74,6 +76,8 @@ RIGHT = {
     ("timing_rounds",): [0],
     ("reference",): ["half"],
     ("metric",): ["loss"],
+    ("tuning_metric",): ["loss"],
+    ("methods", "full"): [{"learning_rates": [1e-5, "1e-4"]}],
     ("keep_adapters",): [True],
 }
 
@@ -135,8 +139,8 @@ def test_files_at_random_are_a_table_or_one_line(tmp_path, capsys):
 
 def assert_sensible(grid, content):
     """What is run is what the file says, and nothing in it is ignored."""
-    assert [*map(float, content["learning_rates"])] == [*grid.learning_rates]
-    assert all(math.isfinite(rate) and rate >= 0 for rate in grid.learning_rates)
+    assert [*map(float, content["learning_rates"])] == [*grid.rows[0].learning_rates]
+    assert all(math.isfinite(rate) and rate >= 0 for rate in grid.rows[0].learning_rates)
     assert [*grid.seeds] == content.get("seeds", [0])
     assert [*grid.tuning_seeds] == content.get("tuning_seeds", [grid.seeds[0]])
     assert grid.timing_rounds == content.get("timing_rounds", 5) >= 0

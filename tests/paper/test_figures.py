@@ -85,7 +85,7 @@ def test_the_papers_points_are_drawn_only_where_the_set_up_is_the_papers(tmp_pat
     assert [curve.label for curve in curves] == ["lora"]
     full = read_study("figure3", FOLDER)
     grid = full.grid("full", tmp_path, checked=False)
-    point = Point(grid.rows[0], grid.learning_rates[0], 0)
+    point = Point(grid.rows[0], grid.rows[0].learning_rates[0], 0)
     found = results_of(full, "full", grid, [record(point, metrics={"gsm8k_exact_match_strict_match": 0.4})])
     plain, *published = found.picture.panels[0].curves
     assert (plain.label, plain.x, plain.y) == ("lora", (2.0,), (40.0,))

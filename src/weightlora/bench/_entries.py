@@ -16,9 +16,13 @@ from weightlora.text import closest
 
 _KEYS = (
     *("output_dir", "base", "tasks", "methods", "budgets", "learning_rates", "seeds", "tuning_seeds"),
-    *("metric", "reference", "timing_rounds", "keep_adapters"),
+    *("metric", "tuning_metric", "reference", "timing_rounds", "keep_adapters"),
 )
-_TYPES = {"output_dir": "str", "metric": "str", "reference": "str", "timing_rounds": "int", "keep_adapters": "bool"}
+_TYPES = {
+    **dict.fromkeys(("output_dir", "metric", "tuning_metric", "reference"), "str"),
+    "timing_rounds": "int",
+    "keep_adapters": "bool",
+}
 #: Options of a run that entries of their own decide, so that ``base`` and the options of a row would be ignored.
 _ENTRY_OF = {
     "output_dir": "output_dir",
@@ -48,7 +52,7 @@ def read_entries(paths: Sequence[str | Path], words: Sequence[str]) -> dict[str,
         raise OptionError(f"base: task={task!r:.80} is none of the tasks ({', '.join(given['tasks'])}); add it there")
     given = _overridden(given, words)
     for name in ("methods", "learning_rates"):
-        if name not in given:
+        if not given.get(name):
             raise OptionError(f"{name}=None is not allowed: give at least one")
     return given
 
@@ -129,6 +133,8 @@ def _check_names(name: str, value: Any, but: Sequence[str]) -> None:
     for label, own in cast("dict[str, Any]", value).items() if isinstance(value, dict) else ():
         if own is not None:
             _check_options(f"{name}: {label}", own, but=but)
+            if "learning_rates" in own and name == "methods":
+                _check_numbers(f"{name}: {label}: learning_rates", own["learning_rates"], *_NUMBERS["learning_rates"])
             if "keep" in own:
                 budgets(f"{name}: {label}: keep", own["keep"])
 
@@ -164,7 +170,11 @@ def _overridden(given: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
     if "method" in named:
         raise OptionError("--method is not allowed: the file's methods are compared; use weightlora train for one")
     single = {entry: [named.pop(option)] for option, entry in _ENTRY_OF.items() if option in named}
-    return {**given, **single, "base": {**base, **named}}
+    if "learning_rates" not in single:
+        return {**given, **single, "base": {**base, **named}}
+    rows = names(given.get("methods", []))
+    own = {label: {k: v for k, v in row.items() if k != "learning_rates"} for label, row in rows.items()}
+    return {**given, **single, "methods": own, "base": {**base, **named}}
 
 
 def _require(fits: bool, name: str, value: Any, allowed: str) -> None:

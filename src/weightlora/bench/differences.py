@@ -35,7 +35,7 @@ def make_differences(grid: Grid, records: Sequence[Record], against: Sequence[st
         cells = [Cell(label)]
         for task in tasks:
             found = differences(values[label, task], [values[other, task] for other in against])
-            lower = rows[label, task].lower_is_better
+            lower = rows[label, task].lower_is_better(rows[label, task].metric)
             text = mean_and_error(found, lower=lower, sign=True) if found else "–"
             missing = f" ({len(found)} of {len(grid.seeds)} seeds)" if 0 < len(found) < len(grid.seeds) else ""
             cells.append(Cell(text + missing))

@@ -131,7 +131,7 @@ def recorded(grid: Grid) -> list[Record]:
 
 def adapter_folder(grid: Grid, point: Point) -> Path:
     """Return the folder in which ``keep_adapters`` leaves the adapter of a run."""
-    several = [f"lr{point.learning_rate:g}"] if len(grid.learning_rates) > 1 else []
+    several = [f"lr{point.learning_rate:g}"] if len(point.row.learning_rates) > 1 else []
     several += [f"seed{point.seed}"] if len({*grid.seeds, *grid.tuning_seeds}) > 1 else []
     name = re.sub(r"[^\w.]+", "_", "-".join([point.row.label, *several]))
     return grid.output_dir / _ADAPTERS / name

@@ -38,23 +38,35 @@ class Row:
     options: Mapping[str, Any]
     """Of ``weightlora train``, but for the learning rate and the seed."""
     metric: str
-    """What rates are chosen by and tables show."""
+    """What figures and differences show."""
+    tuning_metric: str
+    """What rates are chosen by."""
+    learning_rates: tuple[float, ...]
 
     @property
-    def lower_is_better(self) -> bool:
-        """Whether smaller values of the metric are better, as of a loss."""
-        return self.metric == "loss" or find_task(self.task).lower_is_better
+    def metrics(self) -> tuple[str, ...]:
+        """What a table shows: the metric, and what rates are chosen by."""
+        return tuple(dict.fromkeys((self.metric, self.tuning_metric)))
+
+    def lower_is_better(self, metric: str) -> bool:
+        """Whether smaller values of a metric are better, as of a loss."""
+        return metric == "loss" or find_task(self.task).lower_is_better
 
     def held_out(self, record: Record) -> float | None:
         """What the learning rate is chosen by; None after a failure or where nothing is held out."""
-        return record["metrics"].get(f"{HELD_OUT}_{self.metric}") if record["status"] == "ok" else None
+        return record["metrics"].get(f"{HELD_OUT}_{self.tuning_metric}") if record["status"] == "ok" else None
 
-    def tested(self, record: Record) -> float | None:
-        """What is reported: the mean over the task's evaluation splits; None after a failure."""
+    def tested(self, record: Record, metric: str | None = None) -> float | None:
+        """What is reported: the mean of a metric over the task's evaluation splits; None after a failure.
+
+        Args:
+            record: Of a run of this row.
+            metric: One of ``metrics``; None: the first.
+        """
         if record["status"] != "ok":
             return None
         metrics: dict[str, float] = record["metrics"]
-        ending = f"_{self.metric}"
+        ending = f"_{metric or self.metric}"
         return statistics.mean(v for k, v in metrics.items() if k.endswith(ending) and k != HELD_OUT + ending)
 
 
@@ -93,7 +105,6 @@ class Grid:
 
     output_dir: Path
     rows: tuple[Row, ...]
-    learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     tuning_seeds: tuple[int, ...]
     reference: str
@@ -106,8 +117,8 @@ class Grid:
     @property
     def tuning(self) -> list[Point]:
         """What the learning rates are chosen with; empty where there is one rate."""
-        rates = self.learning_rates if len(self.learning_rates) > 1 else ()
-        return [Point(row, rate, seed) for seed in self.tuning_seeds for row in self.rows for rate in rates]
+        rows = [row for row in self.rows if len(row.learning_rates) > 1]
+        return [Point(row, rate, seed) for seed in self.tuning_seeds for row in rows for rate in row.learning_rates]
 
     def tested(self, records: Mapping[str, Record]) -> list[Point]:
         """The runs that the table shows, one seed after the other; rows whose tuning failed have none."""
@@ -127,7 +138,7 @@ class Grid:
         unchosen = [row for row in self.rows if any(point.row is row for point in tuning)]
         further = [seed for seed in self.seeds if seed not in self.tuning_seeds]
         later = [point for point in self.tested(records) if not any(point.row is row for row in unchosen)]
-        later += [Point(row, self.learning_rates[0], seed) for seed in further for row in unchosen]
+        later += [Point(row, row.learning_rates[0], seed) for seed in further for row in unchosen]
         return tuning, unrecorded(later, records)
 
     def rate(self, row: Row, records: Mapping[str, Record]) -> float | None:
@@ -137,15 +148,15 @@ class Grid:
             row: A row.
             records: By the key of their run.
         """
-        if len(self.learning_rates) == 1:
-            return self.learning_rates[0]
+        if len(row.learning_rates) == 1:
+            return row.learning_rates[0]
         scores: dict[float, float] = {}
-        for rate in sorted(self.learning_rates):
+        for rate in sorted(row.learning_rates):
             found = [records.get(Point(row, rate, seed).key) for seed in self.tuning_seeds]
             values = [row.held_out(record) for record in found if record is not None]
             if values and None not in values:
                 scores[rate] = statistics.mean(value for value in values if value is not None)
-        best = min if row.lower_is_better else max
+        best = min if row.lower_is_better(row.tuning_metric) else max
         return best(scores, key=scores.__getitem__) if scores else None
 
 
@@ -179,7 +190,6 @@ def read_grid(
     grid = Grid(
         output_dir=Path(given["output_dir"]) if output_dir is None else output_dir,
         rows=rows,
-        learning_rates=tuple(float(rate) for rate in given["learning_rates"]),
         seeds=tuple(given["seeds"]),
         tuning_seeds=tuple(given.get("tuning_seeds", given["seeds"][:1])),
         reference=given.get("reference", [*plain, *labels][0]),
@@ -192,9 +202,9 @@ def read_grid(
         )
     for row in rows if checked else ():
         recipe = read_recipe(Point(row, 1e-3, 0).options)
-        if len(grid.learning_rates) > 1 and not recipe.task.held_out_samples:
+        if len(row.learning_rates) > 1 and not recipe.task.held_out_samples:
             raise OptionError(
-                f"{paths[-1]}: {len(grid.learning_rates)} learning_rates are compared on rows that are not reported "
+                f"{paths[-1]}: {len(row.learning_rates)} learning_rates are compared on rows that are not reported "
                 "on; give held_out_samples in base, or one rate"
             )
     return grid
@@ -208,15 +218,19 @@ def _rows(given: Mapping[str, Any]) -> Iterator[Row]:
         takes_budget = "keep" in options_of(own["method"])
         if "keep" in own and not takes_budget:
             raise OptionError(f"methods: {label}: {own['method']} takes no budget; leave keep out")
+        rates = tuple(float(rate) for rate in own.pop("learning_rates", given["learning_rates"]))
         keeps = budgets(label, own.pop("keep", given.get("budgets", "0.5"))) if takes_budget else [None]
         for task, keep in ((task, keep) for keep in keeps for task in tasks):
             name = label if len(keeps) == 1 else f"{label}, {_budget(keep)}"
             spent = {} if keep is None else {"keep": str(keep)}
             measured = (*find_task(task).metrics, "loss")
             metric = given.get("metric", measured[0])
-            if metric not in measured:
-                raise OptionError(f"metric={metric!r} is not measured on {task}; give one of {', '.join(measured)}")
-            yield Row(name, task, {**base, "task": task, **tasks[task], **own, **spent}, metric)
+            tuning_metric = given.get("tuning_metric", metric)
+            for entry, value in {"metric": metric, "tuning_metric": tuning_metric}.items():
+                if value not in measured:
+                    raise OptionError(f"{entry}={value!r} is not measured on {task}; give one of {', '.join(measured)}")
+            options = {**base, "task": task, **tasks[task], **own, **spent}
+            yield Row(name, task, options, metric, tuning_metric, rates)
 
 
 def _budget(keep: Any) -> str:

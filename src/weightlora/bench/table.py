@@ -46,9 +46,8 @@ class _Line:
     def good(self) -> list[Record]:
         return [record for record in self.records if record["status"] == "ok"]
 
-    @property
-    def values(self) -> list[float]:
-        return [value for record in self.records if (value := self.row.tested(record)) is not None]
+    def values(self, metric: str) -> list[float]:
+        return [value for record in self.records if (value := self.row.tested(record, metric)) is not None]
 
     def sums(self, *names: str) -> list[float]:
         """The sum of these entries of each run that has them."""
@@ -58,7 +57,8 @@ class _Line:
 def make_table(grid: Grid, records: Sequence[Record]) -> Table:
     """Return the table of a benchmark, whatever part of it has been run.
 
-    Metrics are those of the runs at the chosen learning rate: shares in per cent, losses as they are. Parameters are
+    Metrics are those of the runs at the chosen learning rate: shares in per cent, losses as they are. The average over
+    tasks is that of the metric, without what only chooses the rate. Parameters are
     those of the adapters, at their peak, the selection included, and as exported, means over the runs. Times are
     medians over the runs, relative to ``grid.reference``: the time of a step, interleaved with plain LoRA's, and of
     selection and training together.
@@ -67,10 +67,10 @@ def make_table(grid: Grid, records: Sequence[Record]) -> Table:
     tasks = list(dict.fromkeys(row.task for row in grid.rows))
     labels = list(dict.fromkeys(row.label for row in grid.rows))
     lines = {(row.label, row.task): _line(grid, row, known) for row in grid.rows}
-    metrics = {task: next(row.metric for row in grid.rows if row.task == task) for task in tasks}
-    lower = {row.task: row.lower_is_better for row in grid.rows}
-    scores = {task: _column([lines[label, task] for label in labels], lower=lower[task]) for task in tasks}
-    header = ("method", "rate", "peak", "exported", *(f"{task} {metrics[task]}" for task in tasks))
+    metrics = {row.task: row.metrics for row in grid.rows}
+    columns = [(task, metric) for task in tasks for metric in metrics[task]]
+    scores = [_column([lines[label, task] for label in labels], metric) for task, metric in columns]
+    header = ("method", "rate", "peak", "exported", *(" ".join(column) for column in columns))
     if len(tasks) > 1:
         header = (*header, "average")
         averages = _averages([[lines[label, task] for task in tasks] for label in labels])
@@ -83,7 +83,7 @@ def make_table(grid: Grid, records: Sequence[Record]) -> Table:
         counts = [_count(own, name) for name in ("peak_parameters", "adapter_parameters")]
         times = [_ratio(own, [lines[grid.reference, task] for task in tasks], names) for names in _TIMES]
         cells = [Cell(text) for text in (label, rates, *counts)]
-        cells += [scores[task][i] for task in tasks] + averages[i : i + 1] + [Cell(text) for text in times]
+        cells += [column[i] for column in scores] + averages[i : i + 1] + [Cell(text) for text in times]
         body.append(tuple(cells))
     return Table((*header, "step", "whole"), tuple(body), _caption(lines.values()))
 
@@ -191,19 +191,21 @@ def _any_good(records: Sequence[Record]) -> bool:
     return any(record["status"] == "ok" for record in records)
 
 
-def _column(lines: Sequence[_Line], *, lower: bool) -> list[Cell]:
-    means = [statistics.mean(line.values) if line.values else None for line in lines]
-    return [Cell(_spread(line), place) for line, place in zip(lines, _places(means, lower=lower), strict=True)]
+def _column(lines: Sequence[_Line], metric: str) -> list[Cell]:
+    values = [line.values(metric) for line in lines]
+    lower = lines[0].row.lower_is_better(metric)
+    places = _places([statistics.mean(own) if own else None for own in values], lower=lower)
+    return [Cell(_spread(line, metric), place) for line, place in zip(lines, places, strict=True)]
 
 
-def _spread(line: _Line) -> str:
+def _spread(line: _Line, metric: str) -> str:
     """Mean ± standard error; how many runs it is of, where some are missing."""
-    failed = len(line.records) - len(line.good)
-    if not line.values:
+    failed, values = len(line.records) - len(line.good), line.values(metric)
+    if not values:
         return "failed" if failed else "–"
-    mean = mean_and_error(line.values, lower=line.row.lower_is_better)
-    missing = f"{len(line.values)} of {line.wanted} runs" + (f", {failed} failed" if failed else "")
-    return mean if len(line.values) == line.wanted else f"{mean} ({missing})"
+    mean = mean_and_error(values, lower=line.row.lower_is_better(metric))
+    missing = f"{len(values)} of {line.wanted} runs" + (f", {failed} failed" if failed else "")
+    return mean if len(values) == line.wanted else f"{mean} ({missing})"
 
 
 def mean_and_error(values: Sequence[float], *, lower: bool, sign: bool = False) -> str:
@@ -227,11 +229,9 @@ def mean_and_error(values: Sequence[float], *, lower: bool, sign: bool = False) 
 
 def _averages(groups: Sequence[Sequence[_Line]]) -> list[Cell]:
     """Mean over the tasks, of rows that have numbers on all of them."""
-    means = [
-        statistics.mean(statistics.mean(line.values) for line in group) if all(line.values for line in group) else None
-        for group in groups
-    ]
-    lower = all(line.row.lower_is_better for group in groups for line in group)
+    values = [[line.values(line.row.metric) for line in group] for group in groups]
+    means = [statistics.mean(map(statistics.mean, own)) if all(own) else None for own in values]
+    lower = all(line.row.lower_is_better(line.row.metric) for group in groups for line in group)
     places = _places(means, lower=lower)
     texts = ["–" if mean is None else mean_and_error([mean], lower=lower) for mean in means]
     return [Cell(text, place) for text, place in zip(texts, places, strict=True)]

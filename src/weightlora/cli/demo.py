@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         grid = read_grid(DEMO, arguments.output_dir, arguments.rest)
         records = run_with_progress(grid, console)
     row = next(row for row in grid.rows if row.options["method"] == "weightlora")
-    chosen = adapter_folder(grid, Point(row, grid.learning_rates[0], grid.seeds[0]))
+    chosen = adapter_folder(grid, Point(row, row.learning_rates[0], grid.seeds[0]))
     if chosen.exists():
         plan = AdapterPlan.load(chosen / "plan.json")
         plan.save(grid.output_dir / "plan.json")

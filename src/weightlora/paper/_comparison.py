@@ -19,7 +19,8 @@ def with_published(table: Table, published: Published) -> Table:
         table: Of a benchmark; its first column has the labels of the rows.
         published: The paper's values.
     """
-    names = [header.split()[0] for header in table.header]
+    # A loss is no column of the paper's: it is what the rates are chosen by.
+    names = ["" if header.endswith(" loss") else header.split()[0] for header in table.header]
     shared = [name for name in names if name in published.columns and name != _AVERAGE]
     if not shared:
         return _with_average(table, published)

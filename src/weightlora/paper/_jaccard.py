@@ -31,7 +31,7 @@ def stability(study: Study, grid: Grid, records: Sequence[Record]) -> tuple[Tabl
     body: list[tuple[Cell, ...]] = []
     heats: list[Heat] = []
     for row in grid.rows:
-        points = [Point(row, grid.learning_rates[0], seed) for seed in grid.seeds]
+        points = [Point(row, row.learning_rates[0], seed) for seed in grid.seeds]
         found = [known[point.key] for point in points if point.key in known and "kept" in known[point.key]]
         kept = [record["kept"] for record in found]
         pairs = [jaccard(one, other) for one, other in combinations(kept, 2)]

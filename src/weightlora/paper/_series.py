@@ -17,7 +17,7 @@ Measure = Callable[[Row, Record], float | None]
 
 def _metric(row: Row, record: Record) -> float | None:
     value = row.tested(record)
-    return value if value is None or row.lower_is_better else 100 * value
+    return value if value is None or row.lower_is_better(row.metric) else 100 * value
 
 
 def _megabytes(_: Row, record: Record) -> float | None:
