@@ -213,6 +213,18 @@ def test_a_file_names_axes_curves_and_values(tmp_path):
     assert "<!-- no such word -->" not in text
 
 
+@pytest.mark.parametrize("panels", [1, 2, 5])
+def test_long_titles_stay_inside_the_picture(panels, tmp_path):
+    long = "Memory of three methods over the number of adapters that are kept (Figure 7, appendix D)"
+    one = Lines(f"weightlora_plus ({long})", "K", "MB", (Curve("lora", (1, 5), (50.0, 60.0), (0, 0)),))
+    draw(Picture(f"{long}, {long}", (one,) * panels), tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        grey = image.convert("L")
+        edges = [grey.crop((x, 0, x + 2, grey.height)).getextrema() for x in (0, grey.width - 2)]
+        assert edges == [(255, 255)] * 2  # a title that is cut off reaches the edge
+        assert grey.getextrema()[0] < 50  # control: something is drawn
+
+
 FIGURES = [name for name in NAMES if name.startswith("figure") and name != "figure2"]
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from weightlora.errors import require_extra
@@ -14,6 +15,8 @@ from weightlora.files import whole_file
 #: Colour-blind safe (Okabe and Ito).
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKERS = "osD^vPX"
+#: Letters of a title that a panel has room for.
+_LETTERS = 55
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,14 @@ def draw(picture: Picture, path: str | Path) -> None:
     known = [value for panel in picture.panels if isinstance(panel, Heat) for value in panel.known]
     for place, panel in enumerate(picture.panels, start=1):
         axes = figure.add_subplot(rows, columns, place)
-        axes.set_title(panel.title, size=10)
+        axes.set_title(fill(panel.title, _LETTERS), size=10)
         axes.set_xlabel(panel.x_label)
         axes.set_ylabel(panel.y_label)
         if isinstance(panel, Heat):
             _draw_heat(figure, axes, panel, panel.limits or (min(known), max(known)))
         else:
             _draw_lines(axes, panel.curves)
-    figure.suptitle(picture.title, size=11)
+    figure.suptitle(fill(picture.title, columns * _LETTERS), size=11)
     with whole_file(path) as draft:
         figure.savefig(draft)
 
