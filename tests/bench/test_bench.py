@@ -163,17 +163,20 @@ def test_a_rate_is_chosen_on_the_rows_held_out_and_on_no_others(tmp_path):
 
 
 def test_a_rate_may_be_chosen_by_the_loss_and_the_table_shows_both(tmp_path):
-    grid = grid_of(tmp_path, methods=["lora"], tuning_metric="loss", seeds=[0])
-    low, high = (Point(grid.rows[0], rate, 0) for rate in grid.rows[0].learning_rates)
+    rates = [1e-4, 1e-3, 1e-2]
+    grid = grid_of(tmp_path, methods=["lora"], learning_rates=rates, tuning_metric="loss", seeds=[0])
+    low, middle, high = (Point(grid.rows[0], rate, 0) for rate in rates)
 
     def found(point, *, accuracy, loss):
         splits = ("validation", "held_out")
         metrics = {f"{split}_{name}": v for split in splits for name, v in (("accuracy", accuracy), ("loss", loss))}
         return record(point, 0, 0, metrics=metrics)
 
-    records = [found(low, accuracy=0.7, loss=0.6), found(high, accuracy=0.8, loss=0.9)]
+    # The least loss, the largest and the least accuracy are at three rates.
+    measured = [(low, 0.7, 0.6), (middle, 0.6, 0.7), (high, 0.8, 0.9)]
+    records = [found(point, accuracy=one, loss=two) for point, one, two in measured]
     assert grid.rate(grid.rows[0], by_key(records)) == low.learning_rate
-    by_accuracy = grid_of(tmp_path, methods=["lora"], seeds=[0])
+    by_accuracy = grid_of(tmp_path, methods=["lora"], learning_rates=rates, seeds=[0])
     assert by_accuracy.rate(by_accuracy.rows[0], by_key(records)) == high.learning_rate
     table = make_table(grid, records)
     assert table.header[4:6] == ("rotten_tomatoes accuracy", "rotten_tomatoes loss")

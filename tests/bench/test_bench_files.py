@@ -12,6 +12,7 @@ import pytest
 import yaml
 from fuzz import cases, generator, tell
 
+from weightlora.bench._entries import names
 from weightlora.bench.grid import read_grid
 from weightlora.cli import main
 
@@ -139,8 +140,10 @@ def test_files_at_random_are_a_table_or_one_line(tmp_path, capsys):
 
 def assert_sensible(grid, content):
     """What is run is what the file says, and nothing in it is ignored."""
-    assert [*map(float, content["learning_rates"])] == [*grid.rows[0].learning_rates]
-    assert all(math.isfinite(rate) and rate >= 0 for rate in grid.rows[0].learning_rates)
+    for row in grid.rows:
+        own = names(content["methods"])[row.label.split(",")[0]]
+        assert [*map(float, own.get("learning_rates", content["learning_rates"]))] == [*row.learning_rates]
+        assert all(math.isfinite(rate) and rate >= 0 for rate in row.learning_rates)
     assert [*grid.seeds] == content.get("seeds", [0])
     assert [*grid.tuning_seeds] == content.get("tuning_seeds", [grid.seeds[0]])
     assert grid.timing_rounds == content.get("timing_rounds", 5) >= 0

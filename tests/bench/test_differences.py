@@ -35,6 +35,16 @@ def test_a_difference_is_paired_by_seed(grid):
     assert found == {"lora": "+0.000 ± 0.000", "a": "+0.200 ± 0.100", "b": "–"}
 
 
+def test_the_metric_that_chooses_rates_has_differences_too(tmp_path):
+    grid = grid_of(tmp_path, methods=METHODS, learning_rates=[1e-3], seeds=[0], tuning_metric="loss")
+    metrics = {"lora": (0.5, 0.7), "a": (0.75, 0.6)}  # accuracy, loss
+    made = [(record(Point(row, 1e-3, 0), 0, 0), metrics[row.label]) for row in grid.rows if row.label in metrics]
+    found = [{**r, "metrics": {"validation_accuracy": one, "validation_loss": two}} for r, (one, two) in made]
+    table = make_differences(grid, found, ["lora"])
+    assert table.header == ("minus lora", "rotten_tomatoes accuracy", "rotten_tomatoes loss")
+    assert [cell.text for cell in table.rows[1]] == ["a", "+25.0", "-0.100"]
+
+
 def test_of_several_rows_the_mean_is_taken_seed_by_seed(grid):
     values = {("lora", 0): 1.0, ("a", 0): 1.1, ("b", 0): 1.3, ("lora", 1): 2.0, ("a", 1): 2.0}
     found = cells(make_differences(grid, losses(grid, values), ["a", "b"]))

@@ -11,7 +11,7 @@ from weightlora.errors import OptionError
 
 
 def make_differences(grid: Grid, records: Sequence[Record], against: Sequence[str]) -> Table:
-    """Return the metric of each row minus that of the rows ``against``, as mean ± standard error over the seeds.
+    """Return the metrics of each row minus those of the rows ``against``, as mean ± standard error over the seeds.
 
     Runs of one seed share data, order and head, so their difference has less noise than either run.
 
@@ -27,22 +27,21 @@ def make_differences(grid: Grid, records: Sequence[Record], against: Sequence[st
     require_rows(grid, against)
     labels = list(dict.fromkeys(row.label for row in grid.rows))
     known = by_key(records)
-    tasks = list(dict.fromkeys(row.task for row in grid.rows))
+    columns = list(dict.fromkeys((row.task, metric) for row in grid.rows for metric in row.metrics))
     rows = {(row.label, row.task): row for row in grid.rows}
-    values = {place: by_seed(grid, row, known) for place, row in rows.items()}
+    values = {(row.label, row.task, m): by_seed(grid, row, known, m) for row in grid.rows for m in row.metrics}
     body: list[tuple[Cell, ...]] = []
     for label in labels:
         cells = [Cell(label)]
-        for task in tasks:
-            found = differences(values[label, task], [values[other, task] for other in against])
-            lower = rows[label, task].lower_is_better(rows[label, task].metric)
+        for task, metric in columns:
+            found = differences(values[label, task, metric], [values[other, task, metric] for other in against])
+            lower = rows[label, task].lower_is_better(metric)
             text = mean_and_error(found, lower=lower, sign=True) if found else "–"
             missing = f" ({len(found)} of {len(grid.seeds)} seeds)" if 0 < len(found) < len(grid.seeds) else ""
             cells.append(Cell(text + missing))
         body.append(tuple(cells))
-    metrics = {row.task: row.metric for row in grid.rows}
     name = against[0] if len(against) == 1 else f"mean of {len(against)} rows"
-    return Table((f"minus {name}", *(f"{task} {metrics[task]}" for task in tasks)), tuple(body))
+    return Table((f"minus {name}", *map(" ".join, columns)), tuple(body))
 
 
 def require_rows(grid: Grid, against: Sequence[str]) -> None:
@@ -57,11 +56,18 @@ def require_rows(grid: Grid, against: Sequence[str]) -> None:
             raise OptionError(f"against={label!r} is no row; there are {', '.join(labels)}")
 
 
-def by_seed(grid: Grid, row: Row, records: Mapping[str, Record]) -> dict[int, float]:
-    """Return the metric of a row's runs at its chosen rate, by seed; failed and missing runs have none."""
+def by_seed(grid: Grid, row: Row, records: Mapping[str, Record], metric: str | None = None) -> dict[int, float]:
+    """Return a metric of a row's runs at its chosen rate, by seed; failed and missing runs have none.
+
+    Args:
+        grid: The benchmark.
+        row: One of its rows.
+        records: By the key of their run.
+        metric: One of the row's ``metrics``; None: the first.
+    """
     rate = grid.rate(row, records)
     found = {seed: records.get(Point(row, rate, seed).key) for seed in grid.seeds} if rate is not None else {}
-    values = {seed: row.tested(record) for seed, record in found.items() if record is not None}
+    values = {seed: row.tested(record, metric) for seed, record in found.items() if record is not None}
     return {seed: value for seed, value in values.items() if value is not None}
 
 

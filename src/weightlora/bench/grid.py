@@ -38,14 +38,14 @@ class Row:
     options: Mapping[str, Any]
     """Of ``weightlora train``, but for the learning rate and the seed."""
     metric: str
-    """What figures and differences show."""
+    """What figures show."""
     tuning_metric: str
     """What rates are chosen by."""
     learning_rates: tuple[float, ...]
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What a table shows: the metric, and what rates are chosen by."""
+        """What tables and differences show: the metric, and what rates are chosen by."""
         return tuple(dict.fromkeys((self.metric, self.tuning_metric)))
 
     def lower_is_better(self, metric: str) -> bool:
