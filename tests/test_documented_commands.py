@@ -1,5 +1,6 @@
 """Commands of README and guides are run as they are written, on small files and a small model in their place."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -134,17 +135,31 @@ def test_a_benchmark_of_the_guide(here, small_model, capsys):
     changed = ["--model_name_or_path", str(small_model), *SHORT, "--max_steps", "2", "--held_out_samples", "4"]
     changed += ["--keep", "5", "--learning_rate", "1e-3", "--seed", "0"]  # in the place of its lists
     for flag in ("--workers", "--table", "--retry"):
-        assert main([*own(only("weightlora bench", flag)), *changed]) == 0
+        assert main([*own(only("weightlora bench --config b.yaml", flag)), *changed]) == 0
     records = read_records(here / "runs" / "b" / "records.jsonl")
     assert [record["status"] for record in records] == ["ok"] * 5
     capsys.readouterr()
-    assert main([*own(only("weightlora bench", "--dry_run")), *changed]) == 0
+    assert main([*own(only("weightlora bench --config b.yaml", "--dry_run")), *changed]) == 0
     assert capsys.readouterr().out == "5 of 5 runs have records.\n"
     for name in ("here", "there"):
         shutil.copytree("runs/b", f"runs/{name}")
     assert main(own(only("bench merge"))) == 0
     assert main([*own(only("weightlora bench", "--output_dir runs/both")), *changed]) == 0
     assert read_records(here / "runs" / "both" / "records.jsonl") == records
+
+
+def test_differences_that_a_readme_quotes(tmp_path, monkeypatch, capsys):
+    results = ROOT / "docs" / "results" / "paper"
+    shutil.copy(results / "embedded" / "records.jsonl", tmp_path)
+    monkeypatch.chdir(ROOT / "recipes" / "paper")
+    for row in ("random, K = 1", "random, K = 5", "random, K = 10", "lora"):
+        changed = ["--output_dir", str(tmp_path), "--against", row]
+        assert main([*own(only("weightlora bench", "table7")), *changed]) == 0
+    printed = capsys.readouterr().out
+    table = (results / "README.md").read_text().partition("| ---:")[2].partition("\n\n")[0]
+    quoted = re.findall(r"[+-]\d\.\d+ ± \d\.\d+", table.replace("−", "-"))
+    assert len(quoted) == 12  # three rows of four differences
+    assert not [number for number in quoted if number not in printed]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun --nproc_per_node 2", "accelerate launch --config_file fsdp2.yaml"])
