@@ -11,7 +11,14 @@ from peft import LoraConfig, get_peft_model
 from readers import COMPUTE, FailsError, by_patterns, pairs
 from safetensors.torch import load_file, save_file
 from small_adapters import ALL, LAYERS, everywhere, logits, site
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen3Config,
+)
 
 import weightlora
 from weightlora.cli import main
@@ -220,6 +227,26 @@ def test_who_reads_one_end_of_a_model_that_ties_both(name, base, tmp_path):
     for runtime in {*RUNTIMES} - right:
         with pytest.raises(ServingError, match="merge_and_unload"):
             export_adapter(tmp_path / "adapter", runtime, tmp_path / "out", base=str(tmp_path / "tied"))
+
+
+@pytest.mark.parametrize(
+    ("config", "right"),
+    [
+        (LlamaConfig, {"v_proj"}),
+        (MistralConfig, {"v_proj"}),
+        (Gemma2Config, {"q_proj", "v_proj"}),
+        (Qwen3Config, set()),
+    ],
+)
+def test_ollama_converts_adapters_of_two_architectures(config, right, tmp_path):
+    """convert.go knows llama, whose queries it reorders, and gemma2; of others it says "unsupported architecture"."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    config = config(hidden_size=16, intermediate_size=24, num_hidden_layers=1, vocab_size=32, **heads)
+    config.save_pretrained(tmp_path / "base")
+    for name in ("q_proj", "v_proj"):
+        lora = LoraConfig(r=4, lora_alpha=8, target_modules=[name], task_type="CAUSAL_LM")
+        get_peft_model(AutoModelForCausalLM.from_config(config), lora).save_pretrained(str(tmp_path / name))
+        assert verdict(tmp_path / name, "ollama", str(tmp_path / "base")) == (name in right)
 
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path):

@@ -64,8 +64,12 @@ class Reader:
     """Whether an adapter of the output head or the embeddings is read right where these share their weights."""
     plain_bias: bool = False
     """Whether ``bias`` must be ``"none"``, even where no bias was trained."""
+    models: tuple[str, ...] = ()
+    """The only types of base models (``model_type``) whose adapters are read; empty where all are."""
     misread: tuple[str, ...] = ()
     """Projections whose rows are read in another order than PEFT writes them."""
+    misread_models: tuple[str, ...] = ()
+    """The types of base models of which ``misread`` holds."""
     tall_b: bool = False
     """Whether B must have at least as many rows as columns."""
     gguf: bool = False
@@ -76,6 +80,8 @@ class Reader:
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+#: In GGUF files Mistral and Mixtral are of Llama's architecture.
+_LLAMA_MODELS = ("llama", "mistral", "mixtral")
 _FUSED = (
     Group(("q_proj", "k_proj", "v_proj"), needed=("q_proj", "v_proj")),
     Group(("gate_proj", "up_proj"), needed=("gate_proj",)),
@@ -135,7 +141,9 @@ READERS = (
         whole_alpha=True,
         tall_b=True,
         projections=_LLAMA,
+        models=(*_LLAMA_MODELS, "gemma2"),
         misread=("q_proj", "k_proj"),
+        misread_models=_LLAMA_MODELS,
         gguf=True,
     ),
     Reader("mlx", "MLX LM 0.32", scale="config", one_rank=True, embeddings=True, peft_folder=False),

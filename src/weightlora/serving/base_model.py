@@ -21,6 +21,8 @@ class BaseModel:
     """Linear layers, output head and embeddings by name."""
     tied: frozenset[str] = frozenset()
     """Output head and embeddings, where they share their weights."""
+    model_type: str = ""
+    """As in its configuration; empty where this is not known."""
 
 
 def is_here(name: str) -> bool:
@@ -56,7 +58,8 @@ def read_base(name: str, task_type: str | None) -> BaseModel:
         elif module is model.get_output_embeddings() and isinstance(module, torch.nn.Linear):
             layers[part] = Site(part, module.in_features, module.out_features)
             ends |= {part}
-    return BaseModel(layers, frozenset(ends if model.config.tie_word_embeddings else ()))
+    tied = frozenset(ends if model.config.tie_word_embeddings else ())
+    return BaseModel(layers, tied, model.config.model_type)
 
 
 def write_config(name: str, task_type: str | None, folder: str | Path) -> Path:

@@ -137,8 +137,15 @@ class _Case:
                 f"adapter of one is not read right; {_MERGE}",
                 mended=False,
             )
-        misread = [name for name in names if last_name(name) in self.reader.misread]
-        if misread:
+        kind, reader = self.base.model_type, self.reader
+        if kind and reader.models and kind not in reader.models:
+            yield Problem(
+                f"adapters of base models of type {kind} are not read, only of {', '.join(reader.models)}; export with "
+                "--converter, and serve adapter.gguf",
+                mended=False,
+            )
+        misread = [name for name in names if last_name(name) in reader.misread]
+        if misread and kind in ("", *reader.misread_models):
             yield Problem(
                 f"{_listed(misread)}: for Llama's architecture, the rows of the heads are not reordered as the base "
                 "model's are; export with --converter, and serve adapter.gguf",
