@@ -74,6 +74,7 @@ def test_memory_and_time_come_from_the_records(tmp_path, measure, wanted):
     results = results_of(study, "embedded", grid, [record(point, **costs), failed])
     (curve,) = results.picture.panels[0].curves
     assert (curve.y, curve.error) == ((wanted,), (0.0,))
+    assert results.table.rows[1][1].text == f"{wanted:g} (1 of 3 runs, 1 failed)"
 
 
 def test_the_papers_points_are_drawn_only_where_the_set_up_is_the_papers(tmp_path):
@@ -103,17 +104,18 @@ def test_a_heat_map_has_k_across_and_t_down(tmp_path):
     axes = {**AXES, "rows": "steps", "rows_label": "warm-up steps, T"}
     study = study_of(tmp_path, "heat_map", {**GRID, "methods": {"lora": None, **methods}}, axes=axes)
     grid = study.grid("embedded", tmp_path)
-    values = {("5", "2"): 0.1, ("5", "10"): 0.2, ("20", "10"): 0.4}  # T = 20 with K = 2 was not run
-
-    def value(row):
-        return values.get((str(row.options.get("steps")), row.options.get("keep")), 0.7)
-
-    rows = [row for row in grid.rows if (row.options.get("steps"), row.options.get("keep")) != (20, "2")]
-    results = results_of(study, "embedded", grid, [record(Point(row, 1e-3, 0), **accuracy(value(row))) for row in rows])
+    values = {(None, None): 0.7, (5, "2"): 0.1, (5, "10"): 0.2, (20, "10"): 0.4}  # T = 20 with K = 2 was not run
+    rows = {(row.options.get("steps"), row.options.get("keep")): row for row in grid.rows}
+    points = {cell: [Point(rows[cell], 1e-3, seed) for seed in grid.seeds] for cell in values}
+    records = [record(point, **accuracy(values[cell])) for cell in values for point in points[cell]]
+    for point in points[5, "10"][1:]:
+        records[[found["options"] for found in records].index(point.options)] |= {"status": "failed", "error": "x"}
+    results = results_of(study, "embedded", grid, records)
     ((heat,),) = (results.picture.panels,)
     assert (heat.columns, heat.rows) == (("2", "10"), ("5", "20"))
     assert heat.values == (pytest.approx((10.0, 20.0)), (None, pytest.approx(40.0)))
-    assert heat.title == "weightlora (lora 70)"
+    assert heat.notes == (("± 0", "1 of 3 runs"), ("", "± 0"))
+    assert heat.title == "weightlora (lora 70 ± 0)"
     assert (heat.x_label, heat.y_label, heat.value_label) == ("adapters kept, K", "warm-up steps, T", "accuracy, %")
 
 

@@ -204,8 +204,17 @@ def _spread(line: _Line, metric: str) -> str:
     if not values:
         return "failed" if failed else "–"
     mean = mean_and_error(values, lower=line.row.lower_is_better(metric))
-    missing = f"{len(values)} of {line.wanted} runs" + (f", {failed} failed" if failed else "")
-    return mean if len(values) == line.wanted else f"{mean} ({missing})"
+    return mean if len(values) == line.wanted else f"{mean} ({runs_behind(len(values), line.wanted, failed)})"
+
+
+def runs_behind(count: int, wanted: int, failed: int) -> str:
+    """Return how many runs a mean is of, in words.
+
+    Example:
+        >>> runs_behind(3, 5, 1)
+        '3 of 5 runs, 1 failed'
+    """
+    return f"{count} of {wanted} runs" + (f", {failed} failed" if failed else "")
 
 
 def mean_and_error(values: Sequence[float], *, lower: bool, sign: bool = False) -> str:

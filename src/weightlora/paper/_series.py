@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightlora.bench.grid import Grid, Point, Record, Row, by_key
-from weightlora.bench.table import Cell, Table
+from weightlora.bench.table import Cell, Table, runs_behind
 from weightlora.paper.picture import Curve, Heat, Lines, Picture
 from weightlora.paper.study import Study
 
@@ -41,6 +41,9 @@ class _Mean:
 
     row: Row
     values: tuple[float, ...]
+    wanted: int
+    """How many runs the mean should be of."""
+    failed: int
 
     @property
     def mean(self) -> float:
@@ -54,9 +57,25 @@ class _Mean:
         return self.row.options.get(name)
 
     @property
+    def complete(self) -> bool:
+        return len(self.values) == self.wanted
+
+    @property
     def text(self) -> str:
-        error = f" ± {self.error:.2g}" if len(self.values) > 1 else ""
-        return f"{self.mean:.4g}{error}" if self.values else "–"
+        if not self.values:
+            return "failed" if self.failed else "–"
+        missing = [] if self.complete else [f"({runs_behind(len(self.values), self.wanted, self.failed)})"]
+        return " ".join([f"{self.mean:.4g}", *self._errors, *missing])
+
+    @property
+    def note(self) -> str:
+        """Short lines below the mean in a cell of a heat map."""
+        missing = [] if self.complete else [f"{len(self.values)} of {self.wanted} runs"]
+        return "\n".join([*self._errors, *missing])
+
+    @property
+    def _errors(self) -> list[str]:
+        return [f"± {self.error:.2g}"] if len(self.values) > 1 else []
 
 
 def lines(study: Study, grid: Grid, records: Sequence[Record], *, with_points: bool) -> tuple[Table, Picture | None]:
@@ -103,6 +122,7 @@ def heat_maps(study: Study, grid: Grid, records: Sequence[Record]) -> tuple[Tabl
                 columns=tuple(f"{x:g}" for x in columns),
                 rows=tuple(f"{y:g}" for y in rows),
                 values=tuple(tuple(found[y, x].mean if (y, x) in found else None for x in columns) for y in rows),
+                notes=tuple(tuple(found[y, x].note if (y, x) in found else "" for x in columns) for y in rows),
             )
         )
     drawn = any(heat.known for heat in heats)
@@ -115,8 +135,10 @@ def _means(grid: Grid, records: Sequence[Record], measure: Measure) -> list[_Mea
     for row in grid.rows:
         rate = grid.rate(row, known)
         keys = [] if rate is None else [Point(row, rate, seed).key for seed in grid.seeds]
-        values = [measure(row, known[key]) for key in keys if key in known]
-        found.append(_Mean(row, tuple(value for value in values if value is not None)))
+        records_of = [known[key] for key in keys if key in known]
+        values = [measure(row, record) for record in records_of]
+        failed = sum(record["status"] != "ok" for record in records_of)
+        found.append(_Mean(row, tuple(value for value in values if value is not None), len(grid.seeds), failed))
     return found
 
 

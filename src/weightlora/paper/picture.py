@@ -56,6 +56,8 @@ class Heat:
     values: tuple[tuple[float | None, ...], ...]
     limits: tuple[float, float] | None = None
     """Ends of the colour scale; None are the least and the largest value of all panels."""
+    notes: tuple[tuple[str, ...], ...] = ()
+    """What is written below each value, such as its error."""
 
     @property
     def known(self) -> list[float]:
@@ -143,4 +145,6 @@ def _draw_heat(figure: Any, axes: Any, heat: Heat, limits: tuple[float, float]) 
         for c, value in enumerate(row):
             dark = value is not None and value < (low + high) / 2
             text = "–" if value is None else f"{value:.3g}"
+            if heat.notes and heat.notes[r][c]:
+                text += f"\n{heat.notes[r][c]}"
             axes.text(c, r, text, ha="center", va="center", size=8, color="white" if dark else "black")
