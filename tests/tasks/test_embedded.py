@@ -15,10 +15,12 @@ from weightlora.errors import DataError, MissingPackageError
 from weightlora.model.sites import find_sites
 from weightlora.plan.make import make_plan
 from weightlora.plan.provenance import base_model_name
+from weightlora.tasks import find_task
 from weightlora.tasks.classification import accuracy, encode, load_classifier, shuffled_batches
-from weightlora.tasks.embedded import embedded_model, embedded_name, rotten_tomatoes, smollm2, wheel_file
+from weightlora.tasks.embedded import embedded_model, embedded_name, roget, rotten_tomatoes, smollm2, wheel_file
 from weightlora.tasks.embedded import minilm as minilm_folder
 from weightlora.tasks.pretrained import load_pretrained, load_tokenizer
+from weightlora.tasks.rows import Source, load_rows
 
 # -- wheels ----------------------------------------------------------------------------------------------------------
 
@@ -85,6 +87,37 @@ def test_more_sentences_than_there_are_is_one_line_with_both_numbers():
     with pytest.raises(DataError, match=r"1000001 sentences wanted, there are \d+") as caught:
         rotten_tomatoes(train=10**6, test=1)
     assert "\n" not in str(caught.value)
+
+
+def test_phrases_of_the_thesaurus_are_in_one_split_and_one_category():
+    data = roget(train=8500, validation=500, test=2000)
+    splits = (data.train, data.validation, data.test)
+    assert [len(split) for split in splits] == [8500, 500, 2000]
+    phrases = [phrase for split in splits for phrase, _ in split]
+    assert len(set(phrases)) == 11_000
+    assert all(phrase == phrase.strip() != "" for phrase in phrases)
+    assert [len({category for _, category in split}) for split in splits] == [40, 40, 40]
+    assert roget(train=100, test=2000).test == data.test
+    assert roget(train=100, test=2000, seed=1).test != data.test
+
+
+def test_a_phrase_of_several_categories_of_the_thesaurus_is_left_out():
+    """ "drill" is a tool, a teaching and a march; a "bass clarinet" is an instrument only."""
+    data = roget(train=15_000, test=1000)
+    category = dict((*data.train, *data.test))
+    assert "drill" not in category
+    assert category["bass clarinet"] == "MUSICAL INSTRUMENTS"
+    assert {category for _, category in roget(200, test=100, categories=1).train} == {"ANIMALS INSECTS"}  # the largest
+
+
+def test_the_task_of_the_thesaurus_numbers_its_categories():
+    rows = load_rows(find_task("roget"), Source(max_train_samples=2000, max_eval_samples=500))
+    assert [len(rows[split]) for split in ("train", "validation")] == [2000, 500]
+    names = rows["train"].features["label"].names
+    assert names == sorted(names)
+    assert len(names) == 40
+    wanted = [category for _, category in roget(2000, test=500).test]
+    assert [names[label] for label in rows["validation"]["label"]] == wanted
 
 
 # -- rows and batches ------------------------------------------------------------------------------------------------

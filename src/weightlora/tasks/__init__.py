@@ -54,6 +54,10 @@ TASKS = (
         dataset="embedded/rotten_tomatoes",
         labels=("rotten", "fresh"),
     ),
+    Task(
+        *("roget", "classification", {"text": "text", "label": "label"}, ("accuracy",)),
+        dataset="embedded/roget",
+    ),
     *completion.TASKS,
     _own("text_classification", "classification", ("accuracy",), "text", "label"),
     _own("pair_classification", "classification", ("accuracy",), "text", "pair", "label"),

