@@ -93,6 +93,17 @@ def test_a_row_may_have_rates_of_its_own(tmp_path):
     assert {row.learning_rates for row in given.rows} == {(1e-3,)}  # the command line wins over both
 
 
+def test_rows_names_those_that_run_and_changes_none_of_them(tmp_path):
+    every = grid_of(tmp_path, methods=["lora", "full", "random"], budgets=[1, 5])
+    few = grid_of(tmp_path, methods=["lora", "full", "random"], budgets=[1, 5], rows=["random, K = 5", "lora"])
+    assert [row.label for row in few.rows] == ["lora", "random, K = 5"]  # in the file's order
+    assert {point.key for point in few.tuning} < {point.key for point in every.tuning}  # so that records count for both
+    with pytest.raises(OptionError, match=r"'random, K = 5'.*there are lora, full, random, K = 1, random, K = 5"):
+        grid_of(tmp_path, methods=["lora", "full", "random"], budgets=[1, 5], rows=["random, K = 6"])
+    with pytest.raises(OptionError, match="reference='full'"):
+        grid_of(tmp_path, methods=["lora", "full"], rows=["lora"], reference="full")
+
+
 def test_one_rate_needs_no_tuning(tmp_path):
     grid = grid_of(tmp_path, learning_rates=[1e-3], base={k: v for k, v in BASE.items() if k != "held_out_samples"})
     assert grid.tuning == []

@@ -16,7 +16,7 @@ from weightlora.text import closest
 
 _KEYS = (
     *("output_dir", "base", "tasks", "methods", "budgets", "learning_rates", "seeds", "tuning_seeds"),
-    *("metric", "tuning_metric", "reference", "timing_rounds", "keep_adapters"),
+    *("rows", "metric", "tuning_metric", "reference", "timing_rounds", "keep_adapters"),
 )
 _TYPES = {
     **dict.fromkeys(("output_dir", "metric", "tuning_metric", "reference"), "str"),
@@ -115,6 +115,11 @@ def _check(content: Mapping[str, Any]) -> None:
         budgets("budgets", content["budgets"])
     if content.get("base") is not None:
         _check_options("base", content["base"], but=("task",))
+    if "rows" in content:
+        rows = content["rows"]
+        fits = isinstance(rows, list) and bool(rows) and all(map(_is_text, cast("list[Any]", rows)))
+        _require(fits, "rows", rows, "give a list of at least one row's name")
+        _require_once("rows", rows)
     for name, own in {"tasks": (), "methods": ("method", "keep")}.items():
         if name in content:
             _check_names(name, content[name], but=own)

@@ -21,6 +21,7 @@ from weightlora.methods import options_of
 from weightlora.runs.recipe import read_recipe
 from weightlora.tasks import find_task
 from weightlora.tasks.rows import HELD_OUT
+from weightlora.text import closest
 
 Record = dict[str, Any]
 #: The benchmark that ``weightlora demo`` runs.
@@ -184,7 +185,7 @@ def read_grid(
     """
     paths = [path] if isinstance(path, str | Path) else path
     given = read_entries(paths, words)
-    rows = tuple(_rows(given))
+    rows = _only(given.get("rows"), tuple(_rows(given)), paths[-1])
     labels = [row.label for row in rows]
     plain = [row.label for row in rows if row.options["method"] == "lora"]
     grid = Grid(
@@ -231,6 +232,19 @@ def _rows(given: Mapping[str, Any]) -> Iterator[Row]:
                     raise OptionError(f"{entry}={value!r} is not measured on {task}; give one of {', '.join(measured)}")
             options = {**base, "task": task, **tasks[task], **own, **spent}
             yield Row(name, task, options, metric, tuning_metric, rates)
+
+
+def _only(wanted: Sequence[str] | None, rows: tuple[Row, ...], path: str | Path) -> tuple[Row, ...]:
+    """The rows with these labels, in the file's order; all of them where none is named."""
+    if wanted is None:
+        return rows
+    labels = list(dict.fromkeys(row.label for row in rows))
+    for name in wanted:
+        if name not in labels:
+            raise OptionError(
+                f"{path}: rows: {name!r:.80} is no row{closest(name, labels)}; there are {', '.join(labels)}"
+            )
+    return tuple(row for row in rows if row.label in wanted)
 
 
 def _budget(keep: Any) -> str:
