@@ -29,7 +29,7 @@ _RANGES: Mapping[str, Range] = {
     "warmup_ratio": Range(0, 1),
     **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), Range(0, open_least=True)),
     "num_train_epochs": Range(0, open_least=True),
-    "learning_rate": _FROM_0,
+    **dict.fromkeys(("learning_rate", "head_learning_rate"), _FROM_0),
     "max_steps": Range(1, MOST, but=-1),
     "seed": _SEED,
     "data_seed": _SEED,

@@ -34,6 +34,7 @@ from weightlora.runs._folder import (
     stored_results,
     write_config,
 )
+from weightlora.runs._head_rate import require_head, require_one_piece, use_head_rate
 from weightlora.runs._hub import push_adapter, require_hub
 from weightlora.runs._load import make_trainer
 from weightlora.runs._trainable import check_arguments, require_trainable
@@ -123,7 +124,11 @@ def prepare(
             f"grow_batch: {recipe.method.method} does not train stock LoRA from beginning to end, whose memory is "
             "measured; leave grow_batch out"
         )
+    if recipe.method.head_learning_rate is not None:
+        require_head(recipe)
     task, trainer, rows = make_trainer(recipe, callbacks, measured=measured, few=few)
+    if recipe.method.head_learning_rate is not None:
+        require_one_piece(trainer)
     require_trainable(trainer, find_task(recipe.task.task).metrics)
     if recipe.training.eval_on_start:
         require_measurable(trainer)
@@ -161,6 +166,8 @@ def fit(run: Run, method: Method) -> None:
         DataError: The checkpoint asked for is not whole or belongs to another plan, or no checkpoint is whole.
     """
     trainer, recipe = run.trainer, run.recipe
+    if recipe.method.head_learning_rate is not None:
+        use_head_rate(trainer, recipe.method.head_learning_rate)
     asked = recipe.training.resume_from_checkpoint
     checkpoint = from_first(partial(resume_point, recipe.output_dir, asked, trainer, method))
     with whole_checkpoints(trainer):
