@@ -95,6 +95,11 @@ def test_the_same_rate_is_the_same_training_and_another_is_another(tmp_path):
     assert not any(torch.equal(plain[name], other[name]) for name in plain if is_head(name))
 
 
+def test_the_warm_up_has_it_too(tmp_path):
+    run = prepare(recipe(tmp_path, method="weightlora", head_learning_rate=0.02, steps=2, rule_options="head_steps=2"))
+    assert plan(run).plan.options["head_lr"] == 0.02
+
+
 def test_a_run_that_resumes_ends_as_an_unbroken_one(tmp_path):
     unbroken = trained(tmp_path / "unbroken", head_learning_rate=0.02)
     shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")

@@ -194,6 +194,36 @@ def test_head_is_trained_alone_before_the_sites_are_scored(rule):
     assert losses[30] < losses[0] / 2
 
 
+@pytest.mark.parametrize(("rule", "head_lr"), [("first_order", 0.2), ("stoiht", 0.2), ("stoiht", None)])
+def test_a_head_moves_at_its_own_rate(rule, head_lr):
+    """AdamW's first step is w ← (1 − 0.01·lr)·w − lr·g/(|g| + ε): lr for each weight, but for the decay."""
+    seen = []
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
+
+    def loss(model, batch):
+        seen.append({n: p.detach().clone() for n, p in model.named_parameters() if ".default." in n})
+        return squared(model, batch)
+
+    lora = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
+    rates = {"lr": 0.05, **({} if head_lr is None else {"head_lr": head_lr})}
+    options = {"steps": 2, "head_steps": 2, **rates, "rule": rule, "loss_fn": loss, "progress": False}
+    plan = select(net, batches(1) * 4, lora=lora, keep=1, **ruled(**options))
+    assert {key: plan.options[key] for key in rates} == rates
+    assert ("head_lr" in plan.options) == (head_lr is not None)
+
+    def moved(name, lr, call):
+        before, after = seen[call][name], seen[call + 1][name]
+        assert (after - before * (1 - 0.01 * lr)).abs().flatten().tolist() == pytest.approx(
+            [lr] * before.numel(), rel=1e-3
+        )
+
+    head = "2.modules_to_save.default.weight"
+    moved(head, 0.05 if head_lr is None else 0.2, call=0)
+    if rule == "stoiht":  # its own optimizer begins with the third batch
+        moved(head, 0.05 if head_lr is None else 0.2, call=2)
+        moved("0.lora_B.default.weight", 0.05, call=2)
+
+
 # What it takes and what it refuses
 
 
@@ -201,7 +231,14 @@ def test_head_is_trained_alone_before_the_sites_are_scored(rule):
     ("option", "value"),
     [
         *(("rule", "lora"), ("steps", 1), ("steps", 0), ("head_steps", -1), ("threshold_every", 0)),
-        *(("threshold", "absolute"), ("lr", float("nan")), ("lr", 0.0), ("lr", float("inf")), ("gate_lr", -1.0)),
+        *(
+            ("threshold", "absolute"),
+            ("lr", float("nan")),
+            ("lr", 0.0),
+            ("lr", float("inf")),
+            ("head_lr", 0.0),
+            ("gate_lr", -1.0),
+        ),
     ],
 )
 def test_option_out_of_its_range_is_named_with_its_value(option, value):

@@ -418,6 +418,7 @@ def test_a_second_start_takes_the_stored_plan(make_classifier, monkeypatch):
         ({"expand": True}, "expand=False there, 'scale' now"),
         ({"seed": 9}, "seed=3 there, 9 now"),
         ({"lr": 1.0}, "lr=5e-05 there, 1.0 now"),
+        ({"head_lr": 1.0}, "head_lr=5e-05 there, 1.0 now"),
         ({"steps": 7}, "steps=20 there, 7 now"),
         ({"rule": "integrated", "warm_start": True}, "warm_start=False there, True now"),
     ],

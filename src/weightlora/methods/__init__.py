@@ -169,7 +169,8 @@ _RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("tinit", "tfinal", "orth_reg_weight", "variance_weight", "projection_prng_key"), Range(0)),
     **dict.fromkeys(("beta", "beta1", "beta2"), Range(0, 1, open_most=True)),
     **dict.fromkeys(
-        ("lr", "alpha_lr", "d_initial", "init_logits_std", "init_vector_bank_bound"), Range(0, open_least=True)
+        ("lr", "head_lr", "alpha_lr", "d_initial", "init_logits_std", "init_vector_bank_bound"),
+        Range(0, open_least=True),
     ),
 }
 _WORDS: Mapping[str, Sequence[str | None]] = {"alpha": ("scale", "keep"), "fast": (None, "input", "rank")}

@@ -28,6 +28,7 @@ def build(
     ranking: Ranking = "score",
     steps: Steps | None = None,
     lr: float = 1e-3,
+    head_lr: float | None = None,
     seed: int = 0,
     loss_fn: Loss | None = None,
     fast: Dropout | None = None,
@@ -43,6 +44,7 @@ def build(
         steps: T; None stands for 0.5 % of the training's steps, at least 20; ``"auto"``: until the
             choice is stable.
         lr: The warm-up's learning rate.
+        head_lr: That of a new head in the warm-up; None stands for ``lr``.
         seed: Decides all random numbers of the warm-up.
         loss_fn: The loss of a batch.
         fast: The ``dropout`` of the fast step.
@@ -55,12 +57,12 @@ def build(
     """
     check_keep(keep)
     check_ranking(ranking)
-    require_warmup(steps=steps, lr=lr)
+    require_warmup(steps=steps, lr=lr, head_lr=head_lr)
     require(isinstance(warm_start, bool), f"warm_start={warm_start!r}", "true or false")  # pyright: ignore[reportUnnecessaryIsInstance]
     scored_by = rule_of(rule)
     if warm_start:
         require_training_rule(scored_by)
-    warmup = {"lr": lr, "seed": seed, "loss_fn": loss_fn, "fast": fast, "progress": progress}
+    warmup = {"lr": lr, "head_lr": head_lr, "seed": seed, "loss_fn": loss_fn, "fast": fast, "progress": progress}
     asked: dict[str, Any] = {"keep": keep, "rule": scored_by, "ranking": ranking, "steps": steps, **warmup}
 
     def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> AdapterPlan | Prepared:

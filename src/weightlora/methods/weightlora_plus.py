@@ -29,6 +29,7 @@ def build(
     ranking: Ranking = "score",
     steps: Steps | None = None,
     lr: float = 1e-3,
+    head_lr: float | None = None,
     seed: int = 0,
     alpha: Literal["scale", "keep"] = "scale",
     loss_fn: Loss | None = None,
@@ -44,6 +45,7 @@ def build(
         steps: T; None stands for 0.5 % of the training's steps, at least 20; ``"auto"``: until the
             choice is stable.
         lr: The warm-up's learning rate.
+        head_lr: That of a new head in the warm-up; None stands for ``lr``.
         seed: Decides all random numbers of the warm-up.
         alpha: As in :meth:`weightlora.AdapterPlan.expand`.
         loss_fn: The loss of a batch.
@@ -52,8 +54,8 @@ def build(
     """
     check_keep(keep)
     check_ranking(ranking)
-    require_warmup(steps=steps, lr=lr)
-    warmup = {"lr": lr, "seed": seed, "loss_fn": loss_fn, "fast": fast, "progress": progress}
+    require_warmup(steps=steps, lr=lr, head_lr=head_lr)
+    warmup = {"lr": lr, "head_lr": head_lr, "seed": seed, "loss_fn": loss_fn, "fast": fast, "progress": progress}
     chosen = partial(select, keep=keep, rule=rule_of(rule), ranking=ranking, steps=steps, **warmup)
 
     def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> AdapterPlan:

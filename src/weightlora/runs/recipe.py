@@ -162,6 +162,8 @@ class MethodOptions:
         known = options_of(self.method)
         names = ("keep", "rule", "steps", "ranking") if "rule" in known else ("keep",)
         own = read_pairs("method_options", self.method_options)
+        if self.head_learning_rate is not None and "head_lr" in known:
+            own = {"head_lr": self.head_learning_rate, **own}
         for name in ("fast", "lora", "loss_fn"):  # the recipe's and the task's
             if name in own:
                 raise OptionError(f"method_options: {name} is no setting of a method; leave it out")

@@ -57,6 +57,7 @@ def select(
     steps: Steps | None = None,
     total_steps: int | None = None,
     lr: float = 1e-3,
+    head_lr: float | None = None,
     seed: int = 0,
     ranking: Ranking = "score",
     loss_fn: Loss | None = None,
@@ -88,6 +89,7 @@ def select(
             least 20. ``"auto"`` stops when the choice is stable, and after 30 or 3 % of ``total_steps`` at the latest.
         total_steps: The steps of the training to come, where they are known.
         lr: AdamW's learning rate for what the warm-up trains, constant; best the one of the training.
+        head_lr: That of a new head; None stands for ``lr``.
         seed: Decides A's random start, dropout and a shuffling loader's order, whatever the global generators hold.
         ranking: How sites compete for the budget: ``"score"``, ``"per_parameter"`` (score ÷ parameters) or ``"quota"``
             (each projection type gets at most its share).
@@ -114,7 +116,7 @@ def select(
         >>> plan.names
         ('2',)
     """
-    asked = _Asked(lora, keep, rule_of(rule), steps, total_steps, lr, seed, ranking, loss_fn, fast, progress)
+    asked = _Asked(lora, keep, rule_of(rule), steps, total_steps, lr, head_lr, seed, ranking, loss_fn, fast, progress)
     return _select(model, batches, asked).plan
 
 
@@ -128,6 +130,7 @@ def select_trained(
     steps: Steps | None = None,
     total_steps: int | None = None,
     lr: float = 1e-3,
+    head_lr: float | None = None,
     seed: int = 0,
     ranking: Ranking = "score",
     loss_fn: Loss | None = None,
@@ -148,6 +151,7 @@ def select_trained(
             see again.
         total_steps: As in :func:`select`.
         lr: AdamW's constant learning rate, with which the adapters are trained.
+        head_lr: As in :func:`select`.
         seed: As in :func:`select`.
         ranking: As in :func:`select`.
         loss_fn: As in :func:`select`.
@@ -170,7 +174,7 @@ def select_trained(
         [('2', (8, 8), True)]
     """
     asked = _Asked(
-        lora, keep, rule_of(rule), steps, total_steps, lr, seed, ranking, loss_fn, fast, progress, warm_start=True
+        lora, keep, rule_of(rule), steps, total_steps, lr, head_lr, seed, ranking, loss_fn, fast, progress, True
     )
     return _select(model, batches, asked)
 
@@ -185,6 +189,7 @@ class _Asked:
     steps: Steps | None
     total_steps: int | None
     lr: float
+    head_lr: float | None
     seed: int
     ranking: Ranking
     loss_fn: Loss | None
@@ -196,7 +201,7 @@ class _Asked:
 def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
     """Return the plan; without ``warm_start`` no weights are copied."""
     rule, keep, lr, seed, ranking, fast = asked.rule, asked.keep, asked.lr, asked.seed, asked.ranking, asked.fast
-    require_warmup(steps=asked.steps, lr=lr)
+    require_warmup(steps=asked.steps, lr=lr, head_lr=asked.head_lr)
     steps = warmup_steps(asked.total_steps) if asked.steps is None else asked.steps
     times = reading_times(steps, rule, asked.total_steps)
     lora = deepcopy(_config_of(model) if asked.lora is None else asked.lora)
@@ -224,7 +229,7 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
                 budget = measured_budget(budget, attached, partial(in_parts, model, first, loss_fn), sites, lora)
         total = head_steps + rule.batches(times)
         with tqdm(total=total, disable=None if asked.progress else True, leave=False) as bar:
-            stage = Stage(model, lora_layers(attached), head, cycled(batches, total), loss_fn, bar, lr)
+            stage = Stage(model, lora_layers(attached), head, cycled(batches, total), loss_fn, bar, lr, asked.head_lr)
             stage.train_head(head_steps)
             scored, scores = settled(rule.score(stage, times, budget), partial(choices, budget))
         require_gradients(list(stage.layers), scores)
@@ -261,14 +266,15 @@ def _options(asked: _Asked, steps: Steps, head_steps: int) -> dict[str, Any]:
         "lr": asked.lr,
         **settings_of(asked.rule),
         "head_steps": head_steps,
+        **({} if asked.head_lr is None else {"head_lr": asked.head_lr}),
         **({} if asked.ranking == "score" else {"ranking": asked.ranking}),
         **({} if asked.fast is None else {"fast": asked.fast}),
         **({"warm_start": True} if asked.warm_start else {}),
     }
 
 
-def require_warmup(*, steps: Steps | None, lr: float) -> None:
-    """Raise unless ``steps`` and ``lr`` can be those of a warm-up.
+def require_warmup(*, steps: Steps | None, lr: float, head_lr: float | None = None) -> None:
+    """Raise unless steps and learning rates can be those of a warm-up.
 
     Raises:
         OptionError: One of them is out of its range.
@@ -276,6 +282,7 @@ def require_warmup(*, steps: Steps | None, lr: float) -> None:
     if steps is not None:
         check_steps(steps)
     require(0 < lr < float("inf"), f"lr={lr}", "a positive number")
+    require(head_lr is None or 0 < head_lr < float("inf"), f"head_lr={head_lr}", "a positive number")
 
 
 def _warn_of_attach(model: nn.Module, lora: LoraConfig) -> None:

@@ -39,6 +39,8 @@ class Stage:
     progress: tqdm[Any]
     lr: float = 1e-3
     """AdamW's learning rate for whatever the warm-up trains, constant."""
+    head_lr: float | None = None
+    """That of the head, where it has its own."""
 
     def parameters(self, matrix: Literal["lora_A", "lora_B"]) -> list[nn.Parameter]:
         """A or B of every site, in the order of the sites."""
@@ -93,6 +95,16 @@ class Stage:
         self.progress.set_description(what)
         self.progress.update()
 
+    def optimizer(self, adapters: Sequence[nn.Parameter], lr: float) -> torch.optim.AdamW:
+        """AdamW for these weights of adapters, and for the head at its own rate.
+
+        Args:
+            adapters: What is trained beside the head.
+            lr: Of the adapters, and of a head without a rate of its own.
+        """
+        own = lr if self.head_lr is None else self.head_lr
+        return torch.optim.AdamW([{"params": adapters}, {"params": self.head, "lr": own}], lr=lr)
+
     def train_head(self, steps: int) -> None:
         """Train the head alone: its random weights would otherwise decide the first gradients of the adapters."""
         if steps == 0:
@@ -100,7 +112,7 @@ class Stage:
         for layer in self.layers.values():
             layer.enable_adapters(False)  # with B = 0 they add nothing but time
         let_train(self, self.head)
-        optimizer = torch.optim.AdamW(self.head, lr=self.lr)
+        optimizer = self.optimizer([], self.lr)
         for step in range(1, steps + 1):
             self.backward("head", step, self.head)
             optimizer.step()
@@ -198,9 +210,10 @@ def train_adapters(stage: Stage, *, steps: int, lr: float, names: Sequence[str] 
         lr: AdamW's learning rate.
         names: The sites whose adapters are trained; None stands for all.
     """
-    trained = [*adapter_weights(stage, names), *stage.head]
+    adapters = adapter_weights(stage, names)
+    trained = [*adapters, *stage.head]
     let_train(stage, trained)
-    optimizer = torch.optim.AdamW(trained, lr=lr)
+    optimizer = stage.optimizer(adapters, lr)
     for step in range(1, steps + 1):
         stage.backward("adapters", step, trained)
         optimizer.step()

@@ -135,6 +135,7 @@ def stored_plan(path: Path, lora: LoraConfig, asked: Mapping[str, Any]) -> Adapt
         "expand": False,
         "ranking": "score",
         "warm_start": False,
+        "head_lr": plan.options.get("lr"),
         **plan.options,
         "rule": plan.rule,
         "seed": plan.seed,

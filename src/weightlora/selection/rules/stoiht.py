@@ -73,9 +73,10 @@ class StoIHT(OnePass):
         """
         if isinstance(budget, GainShare):
             raise OptionError("this rule drops sites at every step, so keep has to say how many stay: give a number")
-        trained = [*stage.parameters("lora_A"), *stage.parameters("lora_B"), *stage.head]
+        adapters = [*stage.parameters("lora_A"), *stage.parameters("lora_B")]
+        trained = [*adapters, *stage.head]
         let_train(stage, trained)
-        optimizer = torch.optim.AdamW(trained, lr=stage.lr)
+        optimizer = stage.optimizer(adapters, stage.lr)
         count = steps[-1]
         history: list[tuple[float, ...]] = []
         gradients: list[Tensor] = []
