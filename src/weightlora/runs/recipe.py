@@ -124,9 +124,7 @@ class MethodOptions:
     lora_modules_to_save: list[str] = field(
         default_factory=list[str], metadata={"help": "modules to train whole, in addition to the task's head"}
     )
-    head_learning_rate: float | None = _option(
-        None, "learning rate of what is trained whole, such as a new head; default: learning_rate"
-    )
+    head_learning_rate: float | None = _option(None, "of modules trained whole, such as a head; default: learning_rate")
     use_rslora: bool = _option(False, "scale by alpha/√r")
     use_dora: bool = _option(False, "train DoRA on the chosen sites")
     fast: Literal["input", "rank"] | None = _option(
