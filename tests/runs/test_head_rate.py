@@ -123,6 +123,6 @@ def test_without_a_head_it_is_refused_before_anything_is_written(tmp_path, capsy
     said = capsys.readouterr().err
     assert "head_learning_rate=0.01: reasoning has no new head" in said
     assert said.count("\n") == 1
-    assert not (tmp_path / "out" / "adapter").exists()
+    assert not (tmp_path / "out").exists()
     with pytest.raises(OptionError, match=r"head_learning_rate=-1\.0 is not allowed"):
         recipe(tmp_path, head_learning_rate=-1)

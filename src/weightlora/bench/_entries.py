@@ -111,24 +111,26 @@ def _check(content: Mapping[str, Any]) -> None:
     for name, (allowed, what) in _NUMBERS.items():
         if name in content:
             _check_numbers(name, content[name], allowed, what)
+    if "rows" in content:
+        _check_list("rows", content["rows"], _is_text, "row's name")
+        _require_once("rows", content["rows"])
     if "budgets" in content:
         budgets("budgets", content["budgets"])
     if content.get("base") is not None:
         _check_options("base", content["base"], but=("task",))
-    if "rows" in content:
-        rows = content["rows"]
-        fits = isinstance(rows, list) and bool(rows) and all(map(_is_text, cast("list[Any]", rows)))
-        _require(fits, "rows", rows, "give a list of at least one row's name")
-        _require_once("rows", rows)
     for name, own in {"tasks": (), "methods": ("method", "keep")}.items():
         if name in content:
             _check_names(name, content[name], but=own)
 
 
 def _check_numbers(name: str, value: Any, allowed: Callable[[Any], bool], what: str) -> None:
+    _check_list(name, value, allowed, what)
+    _require_once(name, map(float, value))
+
+
+def _check_list(name: str, value: Any, allowed: Callable[[Any], bool], what: str) -> None:
     fits = isinstance(value, list) and bool(value) and all(map(allowed, cast("list[Any]", value)))
     _require(fits, name, value, f"give a list of at least one {what}")
-    _require_once(name, map(float, value))
 
 
 def _check_names(name: str, value: Any, but: Sequence[str]) -> None:

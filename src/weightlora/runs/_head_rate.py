@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 
     from weightlora.runs.recipe import Recipe
 
-#: What PEFT puts into the name of a parameter of a module that it trains whole.
-_WHOLE = ".modules_to_save."
-
 
 def require_head(recipe: Recipe) -> None:
     """Raise where ``head_learning_rate`` has nothing to act on.
@@ -53,14 +50,11 @@ def use_head_rate(trainer: Trainer, rate: float) -> None:
         trainer: With its adapters attached, before it trains.
         rate: Of the head; the adapters keep ``learning_rate``.
     """
-    head = {id(p) for name, p in _model(trainer).named_parameters() if p.requires_grad and _WHOLE in name}
+    model: Any = trainer.model
+    head = {id(p) for name, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in name}
     optimizer = trainer.create_optimizer()
     for group in list(optimizer.param_groups):
         whole = [p for p in group["params"] if id(p) in head]
         if whole:
             group["params"] = [p for p in group["params"] if id(p) not in head]
             optimizer.add_param_group({**group, "params": whole, "lr": rate})
-
-
-def _model(trainer: Trainer) -> Any:
-    return trainer.model

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -173,10 +173,8 @@ def select_trained(
         >>> [(name, tuple(a.shape), bool(b.any())) for name, (a, b) in trained.adapters.items()]
         [('2', (8, 8), True)]
     """
-    asked = _Asked(
-        lora, keep, rule_of(rule), steps, total_steps, lr, head_lr, seed, ranking, loss_fn, fast, progress, True
-    )
-    return _select(model, batches, asked)
+    asked = _Asked(lora, keep, rule_of(rule), steps, total_steps, lr, head_lr, seed, ranking, loss_fn, fast, progress)
+    return _select(model, batches, replace(asked, warm_start=True))
 
 
 @dataclass(frozen=True)

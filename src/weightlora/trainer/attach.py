@@ -256,16 +256,8 @@ def _defaults(trainer: Trainer, entry: MethodEntry, seed: int, fast: Dropout | N
 def _asked(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options that a stored plan must have been made with."""
     rule = rule_of(options.get("rule", "first_order"))
-    settings = {
-        "keep": 0.5,
-        "steps": None,
-        "alpha": "scale",
-        "ranking": "score",
-        "warm_start": False,
-        "head_lr": None,
-        **options,
-    }
-    settings["head_lr"] = settings["lr"] if settings["head_lr"] is None else settings["head_lr"]
+    settings = {"keep": 0.5, "steps": None, "alpha": "scale", "ranking": "score", "warm_start": False, **options}
+    settings["head_lr"] = settings.get("head_lr") or settings["lr"]
     expand = {"expand": settings["alpha"] if name == "weightlora_plus" else False}
     names = ("keep", "steps", "lr", "head_lr", "seed", "fast", "ranking", "warm_start")
     return {**{key: settings[key] for key in names}, **settings_of(rule), "rule": rule.name, **expand}
