@@ -377,6 +377,30 @@ def test_rows_that_are_held_out_are_not_trained_on():
         plan_of("flexora", **{**FLEXORA, "validation": 4})
 
 
+@pytest.mark.parametrize("name", ["dot_product", "lora_drop", "flexora"])
+@pytest.mark.parametrize("head_lr", [None, 0.2])
+def test_a_new_head_moves_at_its_own_rate(name, head_lr):
+    """AdamW's first step is w ← (1 − 0.01·lr)·w − lr·g/(|g| + ε): lr for each weight, but for the decay."""
+    seen = []
+
+    def watched(model, batch):
+        seen.append({n: p.detach().clone() for n, p in model.named_parameters() if ".default." in n})
+        return loss(model, batch)
+
+    lora = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
+    options = {"lr": 0.05, "head_lr": head_lr, **({"validation": 1} if name == "flexora" else {})}
+    plan = plan_of(name, net().double(), lora, doubled(batches()), steps=2, keep=1, loss_fn=watched, **options)
+    assert plan.options["head_lr"] == head_lr
+    before, after = seen[:2]
+    for weight, rate in (("2.modules_to_save.default.weight", head_lr or 0.05), ("0.lora_B.default.weight", 0.05)):
+        step = (after[weight] - before[weight] * (1 - 0.01 * rate)).abs()
+        assert step.flatten().tolist() == pytest.approx([rate] * step.numel(), rel=1e-3)
+
+
+def doubled(data):
+    return [{name: value.double() for name, value in batch.items()} for batch in data]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [

@@ -22,6 +22,7 @@ _MEANINGS = {
     "threshold_every": "steps between hard thresholds",
     "threshold": "gates kept: largest |ω| (magnitude) or largest ω (signed)",
     "lr": "learning rate of the warm-up",
+    "head_lr": "that of a new head in the warm-up",
     "gate_lr": "step size of the gates",
     "nodes": "points at which the path of the gates is measured",
     "probes": "further batches that the scores are read from",

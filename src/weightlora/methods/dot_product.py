@@ -35,6 +35,7 @@ class _Options:
     alone: bool
     by: Literal["magnitude", "descent"]
     lr: float
+    head_lr: float | None
     seed: int
     loss_fn: Loss | None
 
@@ -46,6 +47,7 @@ def build(
     alone: bool = False,
     by: Literal["magnitude", "descent"] = "magnitude",
     lr: float = 1e-3,
+    head_lr: float | None = None,
     seed: int = 0,
     loss_fn: Loss | None = None,
 ) -> Method:
@@ -58,7 +60,8 @@ def build(
         alone: Train the adapter of each site separately, as the paper does: n trainings of ``steps``. False trains
             all adapters together once.
         by: ``"magnitude"`` is the paper's figure; ``"descent"`` scores by −⟨∂L/∂W, ΔW⟩, where it is positive.
-        lr: AdamW's learning rate for the adapters.
+        lr: AdamW's learning rate.
+        head_lr: That of a new head; None stands for ``lr``.
         seed: Decides A's random start and dropout.
         loss_fn: As in :func:`weightlora.select`.
 
@@ -70,7 +73,7 @@ def build(
     if by not in ("magnitude", "descent"):
         raise OptionError(f"by={by!r} is not allowed: give 'magnitude' or 'descent'")
 
-    return ChoosingMethod(partial(_choose, _Options(keep, steps, alone, by, lr, seed, loss_fn)))
+    return ChoosingMethod(partial(_choose, _Options(keep, steps, alone, by, lr, head_lr, seed, loss_fn)))
 
 
 def _choose(
@@ -80,7 +83,7 @@ def _choose(
     sites = found.sites
     budget = read_budget(options.keep, adapter_parameters(sites, lora))
     names = [site.name for site in sites]
-    training = {name: getattr(options, name) for name in ("steps", "alone", "lr", "seed", "loss_fn")}
+    training = {name: getattr(options, name) for name in ("steps", "alone", "lr", "head_lr", "seed", "loss_fn")}
     products = dot_products(model, lora, sites, batches, **training)
     scores = [abs(products[name]) if options.by == "magnitude" else -products[name] for name in names]
     kept = [i for i in budget.choose(scores) if scores[i] > 0]
@@ -92,7 +95,7 @@ def _choose(
         [names[i] for i in kept],
         scores,
         rule="dot_product",
-        options={name: getattr(options, name) for name in ("keep", "steps", "alone", "by", "lr")},
+        options={name: getattr(options, name) for name in ("keep", "steps", "alone", "by", "lr", "head_lr")},
         seed=options.seed,
         base_model=base_model_name(model),
         target_parameters=found.parameters,
@@ -108,6 +111,7 @@ def dot_products(
     steps: int,
     alone: bool,
     lr: float,
+    head_lr: float | None = None,
     head_steps: int = 0,
     seed: int = 0,
     loss_fn: Loss | None = None,
@@ -122,6 +126,7 @@ def dot_products(
         steps: As in :func:`build`.
         alone: As in :func:`build`.
         lr: As in :func:`build`.
+        head_lr: As in :func:`build`.
         head_steps: Steps in which a new task head is trained before any adapter.
         seed: As in :func:`build`.
         loss_fn: As in :func:`weightlora.select`.
@@ -132,7 +137,8 @@ def dot_products(
     total = head_steps + 2 * steps * len(runs)
     plain = replace(lora, lora_dropout=0.0)  # the products are those of all of ΔW
     products: dict[str, float] = {}
-    with probed(model, plain, sites, batches=shown, steps=total, seed=seed, loss_fn=loss_fn) as stage:
+    given: dict[str, Any] = {"seed": seed, "loss_fn": loss_fn, "head_lr": head_lr}
+    with probed(model, plain, sites, batches=shown, steps=total, **given) as stage:
         if head_steps:
             train_adapters(stage, steps=head_steps, lr=lr, names=())
         begin = [parameter.detach().clone() for parameter in (*adapter_weights(stage), *stage.head)]

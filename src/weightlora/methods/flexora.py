@@ -41,6 +41,7 @@ class _Options:
     alpha_lr: float
     power: int
     lr: float
+    head_lr: float | None
     seed: int
     loss_fn: Loss | None
 
@@ -54,6 +55,7 @@ def build(
     alpha_lr: float = 0.01,
     power: int = 1,
     lr: float = 1e-3,
+    head_lr: float | None = None,
     seed: int = 0,
     loss_fn: Loss | None = None,
 ) -> Method:
@@ -67,6 +69,7 @@ def build(
         alpha_lr: Adam's learning rate for α.
         power: ŵ^power scales the adapters: 1 is the paper, 3 the effect of the authors' code.
         lr: AdamW's learning rate for A, B and a new task head.
+        head_lr: That of the new head, if another.
         seed: Decides A's random start and dropout.
         loss_fn: As in :func:`weightlora.select`.
 
@@ -79,7 +82,9 @@ def build(
     if unit not in ("block", "site"):
         raise OptionError(f"unit={unit!r} is not allowed: give 'block' or 'site'")
 
-    return ChoosingMethod(partial(_choose, _Options(keep, unit, steps, validation, alpha_lr, power, lr, seed, loss_fn)))
+    return ChoosingMethod(
+        partial(_choose, _Options(keep, unit, steps, validation, alpha_lr, power, lr, head_lr, seed, loss_fn))
+    )
 
 
 def _choose(
@@ -93,13 +98,14 @@ def _choose(
     options = replace(options, steps=steps)
     used = _interleaved(batches, steps, options.validation)
     total = steps * (1 + options.validation)
-    with probed(model, lora, sites, batches=used, steps=total, seed=options.seed, loss_fn=options.loss_fn) as stage:
+    given: dict[str, Any] = {"seed": options.seed, "loss_fn": options.loss_fn, "head_lr": options.head_lr}
+    with probed(model, lora, sites, batches=used, steps=total, **given) as stage:
         history = _descend(stage, units, steps, options)
     alpha = history[-1]
     kept = _fill(sites, units, alpha, budget, positive=options.keep is None)
     if not kept:
         raise SelectionError(_nothing_kept(options.keep))
-    recorded = ("keep", "unit", "steps", "validation", "alpha_lr", "power", "lr")
+    recorded = ("keep", "unit", "steps", "validation", "alpha_lr", "power", "lr", "head_lr")
     return make_plan(
         sites,
         lora,
@@ -162,9 +168,10 @@ def _descend(stage: Stage, units: Sequence[str], steps: int, options: _Options) 
     names = list(dict.fromkeys(units))
     place = torch.tensor([names.index(unit) for unit in units])
     alpha = torch.zeros(len(names), requires_grad=True)
-    trained = [*adapter_weights(stage), *stage.head]
+    adapters = adapter_weights(stage)
+    trained = [*adapters, *stage.head]
     let_train(stage, trained)
-    optimizer = torch.optim.AdamW(trained, lr=options.lr)
+    optimizer = stage.optimizer(adapters, options.lr)
     alpha_optimizer = torch.optim.Adam([alpha], lr=options.alpha_lr)
     history: list[list[float]] = []
     with gated(stage.layers) as gates:

@@ -40,6 +40,7 @@ class _Options:
     share: bool
     steps: int | None
     lr: float
+    head_lr: float | None
     seed: int
     loss_fn: Loss | None
 
@@ -51,6 +52,7 @@ def build(
     share: bool = False,
     steps: int | None = None,
     lr: float = 1e-3,
+    head_lr: float | None = None,
     seed: int = 0,
     loss_fn: Loss | None = None,
 ) -> Method:
@@ -63,6 +65,7 @@ def build(
             holds a copy of it for every site.
         steps: Batches to train on and to measure. None: a tenth of the training's steps, at least 20.
         lr: AdamW's learning rate in these steps.
+        head_lr: That of a new head; None stands for ``lr``.
         seed: Decides A's random start and dropout.
         loss_fn: As in :func:`weightlora.select`.
 
@@ -74,7 +77,7 @@ def build(
     if steps is not None and steps < 1:
         raise OptionError(f"steps={steps} is not allowed: give at least 1 batch")
 
-    return ChoosingMethod(partial(_choose, _Options(keep, energy, share, steps, lr, seed, loss_fn)))
+    return ChoosingMethod(partial(_choose, _Options(keep, energy, share, steps, lr, head_lr, seed, loss_fn)))
 
 
 def _choose(
@@ -87,7 +90,8 @@ def _choose(
     steps = max(20, math.ceil(total_steps / 10)) if options.steps is None else options.steps
     options = replace(options, steps=steps)
     rows = itertools.cycle(list(cycled(batches, steps)))  # measured on the training rows
-    with probed(model, lora, sites, batches=rows, steps=2 * steps, seed=options.seed, loss_fn=options.loss_fn) as stage:
+    given: dict[str, Any] = {"seed": options.seed, "loss_fn": options.loss_fn, "head_lr": options.head_lr}
+    with probed(model, lora, sites, batches=rows, steps=2 * steps, **given) as stage:
         train_adapters(stage, steps=steps, lr=options.lr)
         strength = _energies(stage, steps)
     shares = (strength / strength.sum()).tolist()
@@ -101,7 +105,7 @@ def _choose(
         names if options.share else kept,
         shares,
         rule="lora_drop",
-        options={name: getattr(options, name) for name in ("keep", "energy", "share", "steps", "lr")},
+        options={name: getattr(options, name) for name in ("keep", "energy", "share", "steps", "lr", "head_lr")},
         seed=options.seed,
         base_model=base_model_name(model),
         target_parameters=found.parameters,

@@ -157,6 +157,7 @@ def probed(
     steps: int,
     seed: int,
     loss_fn: Loss | None = None,
+    head_lr: float | None = None,
 ) -> Generator[Stage]:
     """Yield a stage with plain LoRA on ``sites``; ``model`` is restored bit for bit when the block ends.
 
@@ -168,6 +169,7 @@ def probed(
         steps: Batches that the block will use.
         seed: Decides A's random start and dropout.
         loss_fn: As in :func:`weightlora.select`.
+        head_lr: As in :func:`weightlora.select`.
 
     Example:
         >>> from weightlora.model.sites import find_sites
@@ -186,7 +188,8 @@ def probed(
         tqdm(total=steps, disable=None, leave=False) as bar,
     ):
         head = head_of(attached)
-        yield Stage(model, lora_layers(attached), head, cycled(batches, steps), loss_fn or model_loss, bar)
+        rows = cycled(batches, steps)
+        yield Stage(model, lora_layers(attached), head, rows, loss_fn or model_loss, bar, head_lr=head_lr)
 
 
 @contextmanager
