@@ -297,9 +297,17 @@ def test_the_command_compiles_what_it_planned(small_folder, tmp_path, review_bat
     torch.testing.assert_close(logits(model, review_batches[0]), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("given", "used"), [({}, "sdpa"), ({"attn_implementation": "eager"}, "eager")])
+def test_the_command_trains_with_the_attention_that_is_asked_for(small_folder, tmp_path, given, used):
+    trained = Trained()
+    train(read_recipe(words=command(small_folder, tmp_path / "run", **given)), callbacks=[trained])
+    assert trained.model.config._attn_implementation == used
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
+        ({"attn_implementation": "fast"}, 'Specified `attn_implementation="fast"` is not supported'),
         ({"load_in_8bit": True, "load_in_4bit": True}, "exclude each other"),
         ({"dtype": "float31"}, "invalid choice: 'float31'"),
         ({"load_in_8bit": True}, "requires bitsandbytes: `pip install"),

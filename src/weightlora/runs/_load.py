@@ -105,6 +105,8 @@ def _pretrained(recipe: Recipe, task_type: str) -> tuple[str, dict[str, Any]]:
         loading["gguf_file"] = gguf
     if options.model_revision != "main":
         loading["revision"] = options.model_revision
+    if options.attn_implementation is not None:
+        loading["attn_implementation"] = options.attn_implementation
     if options.load_in_8bit or options.load_in_4bit:
         require_extra("bitsandbytes", "quantised")
         whole = [*TASK_HEADS.get(task_type, ()), *recipe.method.lora_modules_to_save]

@@ -53,6 +53,9 @@ class ModelOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "auto, float32, bfloat16 or float16: how the base is loaded"
     )
+    attn_implementation: str | None = _option(
+        None, "eager, sdpa, flash_attention_2 or another of transformers; default: the model's own"
+    )
     load_in_8bit: bool = _option(False, "quantise the base to 8 bit with bitsandbytes")
     load_in_4bit: bool = _option(False, "quantise the base to 4 bit (NF4) with bitsandbytes")
     trust_remote_code: bool = _option(False, "run code that comes with the model")
