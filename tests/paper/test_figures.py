@@ -215,6 +215,13 @@ def test_a_file_names_axes_curves_and_values(tmp_path):
     assert "<!-- no such word -->" not in text
 
 
+@pytest.mark.parametrize("few", [True, False])
+def test_a_tick_for_each_value_only_where_values_are_few_by_nature(few, tmp_path):
+    lines = Lines("", "time", "loss", (Curve("lora", (1.03, 7.01), (5.0, 6.0), (0, 0)),), few_ticks=few)
+    draw(Picture("", (lines,)), tmp_path / "a.svg")
+    assert ("<!-- 1.03 -->" in (tmp_path / "a.svg").read_text()) == few
+
+
 @pytest.mark.parametrize("panels", [1, 2, 5])
 def test_long_titles_stay_inside_the_picture(panels, tmp_path):
     long = "Memory of three methods over the number of adapters that are kept (Figure 7, appendix D)"

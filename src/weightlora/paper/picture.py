@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -41,6 +40,8 @@ class Lines:
     x_label: str
     y_label: str
     curves: tuple[Curve, ...]
+    few_ticks: bool = True
+    """Whether up to twelve different values of x have a tick each, and no others."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,14 @@ def draw(picture: Picture, path: str | Path) -> None:
         if isinstance(panel, Heat):
             _draw_heat(figure, axes, panel, panel.limits or (min(known), max(known)))
         else:
-            _draw_lines(axes, panel.curves)
+            _draw_lines(axes, panel)
     figure.suptitle(fill(picture.title, columns * _LETTERS), size=11)
     with whole_file(path) as draft:
         figure.savefig(draft)
 
 
-def _draw_lines(axes: Any, curves: Sequence[Curve]) -> None:
-    for i, curve in enumerate(curves):
+def _draw_lines(axes: Any, panel: Lines) -> None:
+    for i, curve in enumerate(panel.curves):
         colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
         if not curve.x:
             axes.axhline(curve.y[0], color=colour, linestyle="--", label=curve.label)
@@ -128,8 +129,8 @@ def _draw_lines(axes: Any, curves: Sequence[Curve]) -> None:
             label=curve.label,
             **style,
         )
-    values = sorted({x for curve in curves for x in curve.x})
-    if 0 < len(values) <= 12:
+    values = sorted({x for curve in panel.curves for x in curve.x})
+    if panel.few_ticks and 0 < len(values) <= 12:
         axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.legend(fontsize=8)
 
