@@ -16,7 +16,7 @@ from pathlib import Path
 
 from weightlora.bench.differences import differences
 from weightlora.bench.engine import recorded
-from weightlora.bench.grid import Grid, Point, by_key, read_grid
+from weightlora.bench.grid import Grid, Point, Record, by_key, read_grid
 from weightlora.paper.picture import Curve, Lines, Picture, draw
 
 
@@ -48,24 +48,15 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="PNG, PDF or SVG")
     asked = parser.parse_args()
     grid = read_grid(asked.config)
-    rows = measured(grid)
-    reference = next(row for row in rows if row.label == grid.reference)
-    times = {row.label: row.step * row.steps / (reference.step * reference.steps) for row in rows}
-    print("| row | loss | minus LoRA | step | training | with selection | saved, MB | |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
-    for row in rows:
-        gain = _with_error(differences(row.losses, [reference.losses]), "+.3f")
-        time = times[row.label]
-        front = "" if any(other.loss < row.loss and times[other.label] <= time for other in rows) else "front"
-        numbers = f"{row.step:.2f} | {time:.2f} | {time * (1 + row.selection):.2f} | {row.saved:.1f} | {front}"
-        print(f"| {row.label} | {_with_error(list(row.losses.values()), '.3f')} | {gain} | {numbers} |")
+    rows = measured(grid, recorded(grid))
+    print(table(rows, grid.reference))
     if asked.picture is not None:
-        draw(picture(rows, times), asked.picture)
+        draw(picture(rows, grid.reference), asked.picture)
 
 
-def measured(grid: Grid) -> list[Measured]:
+def measured(grid: Grid, records: Sequence[Record]) -> list[Measured]:
     """Return all rows that have been run."""
-    known = by_key(recorded(grid))
+    known = by_key(records)
     found: list[Measured] = []
     for row in grid.rows:
         rate = grid.rate(row, known)
@@ -80,18 +71,39 @@ def measured(grid: Grid) -> list[Measured]:
     return found
 
 
-def picture(rows: Sequence[Measured], times: dict[str, float]) -> Picture:
+def times(rows: Sequence[Measured], reference: str) -> dict[str, tuple[float, float]]:
+    """Return the time of each row's training, and that with the selection; the training of ``reference`` takes 1."""
+    one = next(row.step * row.steps for row in rows if row.label == reference)
+    training = {row.label: row.step * row.steps / one for row in rows}
+    return {row.label: (training[row.label], training[row.label] * (1 + row.selection)) for row in rows}
+
+
+def table(rows: Sequence[Measured], reference: str) -> str:
+    """Return a Markdown table; rows on the front are beaten by no row that takes as little time with its selection."""
+    taken = times(rows, reference)
+    base = next(row.losses for row in rows if row.label == reference)
+    lines = [
+        "| row | loss | minus the reference | step | training | with selection | saved, MB | |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        training, whole = taken[row.label]
+        gain = _with_error(differences(row.losses, [base]), "+.3f")
+        front = "" if any(other.loss < row.loss and taken[other.label][1] <= whole for other in rows) else "front"
+        numbers = f"{row.step:.2f} | {training:.2f} | {whole:.2f} | {row.saved:.1f} | {front}"
+        lines.append(f"| {row.label} | {_with_error(list(row.losses.values()), '.3f')} | {gain} | {numbers} |")
+    return "\n".join(lines)
+
+
+def picture(rows: Sequence[Measured], reference: str) -> Picture:
     """Return loss over time, the selection included: a curve for each method, whose points are its rows."""
+    taken = times(rows, reference)
     curves: list[Curve] = []
     for method in dict.fromkeys(row.label.split(",")[0] for row in rows):
-        points = sorted(
-            (times[row.label] * (1 + row.selection), row.loss, _error(list(row.losses.values())))
-            for row in rows
-            if row.label.split(",")[0] == method
-        )
-        x, y, errors = (tuple(point[i] for point in points) for i in range(3))
-        curves.append(Curve(method, x, y, errors))
-    x_label = "time of selection and training, LoRA of rank 2 on all sites = 1"
+        own = sorted((r for r in rows if r.label.split(",")[0] == method), key=lambda row: taken[row.label][1])
+        errors = tuple(_error(list(row.losses.values())) for row in own)
+        curves.append(Curve(method, tuple(taken[r.label][1] for r in own), tuple(r.loss for r in own), errors))
+    x_label = f"time of selection and training, {reference} = 1"
     return Picture("What whole sites save", (Lines("", x_label, "held-out loss", tuple(curves), few_ticks=False),))
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of benchmarks/choice: a fit on sets of sites, and labels of other rows."""
+"""The arithmetic of benchmarks/choice: a fit on sets of sites, labels of other rows, and loss over time."""
 
 import runpy
 from pathlib import Path
@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
+from test_bench import grid_of, record
+
+from weightlora.bench.grid import Point
 
 CHOICE = Path(__file__).parents[2] / "benchmarks" / "choice"
 
@@ -54,3 +57,33 @@ def test_shuffled_labels_are_those_of_other_rows():
     assert sorted(shuffled["label"]) == list(range(100))
     assert sum(a == b for a, b in zip(shuffled["label"], rows["label"], strict=True)) < 10
     assert shuffle(rows, seed=0)["label"] == shuffled["label"] != shuffle(rows, seed=1)["label"]
+
+
+def test_the_time_of_a_row_is_that_of_its_steps_and_its_selection(tmp_path):
+    methods = {"lora": None, "few": {"method": "random", "keep": 1}, "slow": {"method": "random", "keep": 2}}
+    grid = grid_of(tmp_path, methods=methods, learning_rates=[1e-3], metric="loss", seeds=[0, 1])
+    own = {  # loss of two seeds, step, steps, selection of 10 s of training, bytes
+        "lora": ((1.0, 1.2), 1.0, 100, 0.0, 30e6),
+        "few": ((0.9, 1.0), 0.5, 120, 2.0, 10e6),
+        "slow": ((1.1, 1.1), 0.5, 240, 0.0, 20e6),
+    }
+    records = [
+        record(Point(row, 1e-3, seed), 0.5, 0.5, steps=steps, saved_bytes=saved)
+        | {"metrics": {"validation_loss": losses[seed]}, "step_ratio": step}
+        | {"selection_seconds": selection, "training_seconds": 10.0}
+        for row in grid.rows
+        for losses, step, steps, selection, saved in [own[row.label]]
+        for seed in grid.seeds
+    ]
+    script = runpy.run_path(str(CHOICE / "pareto.py"))
+    rows = script["measured"](grid, records)
+    # 0.5 · 120 / 100 = 0.6 of the time, and 2 / 10 of that for the selection; the standard error of two values is half
+    # of their difference.
+    assert script["table"](rows, "lora").splitlines()[2:] == [
+        "| lora | 1.100 ± 0.100 | +0.000 ± 0.000 | 1.00 | 1.00 | 1.00 | 30.0 |  |",
+        "| few | 0.950 ± 0.050 | -0.150 ± 0.050 | 0.50 | 0.60 | 0.72 | 10.0 | front |",
+        "| slow | 1.100 ± 0.000 | +0.000 ± 0.100 | 0.50 | 1.20 | 1.20 | 20.0 |  |",
+    ]
+    (panel,) = script["picture"](rows, "lora").panels
+    assert [curve.label for curve in panel.curves] == list(own)
+    assert [curve.x for curve in panel.curves] == [pytest.approx((x,)) for x in (1.0, 0.72, 1.2)]
