@@ -3,7 +3,10 @@
     weightlora bench --config benchmarks/choice/roget.yaml benchmarks/choice/pareto.yaml
     python benchmarks/choice/pareto.py benchmarks/choice/roget.yaml benchmarks/choice/pareto.yaml --picture pareto.png
 
-Times of the training are step time, interleaved with plain LoRA's, times the number of steps, without the selection.
+Times of the training are step time, interleaved with that of plain LoRA of the same rank, times the number of steps.
+How much longer a step of plain LoRA takes at another rank is not in the table; --ranks measures it:
+
+    python benchmarks/choice/pareto.py benchmarks/choice/roget.yaml benchmarks/choice/pareto.yaml --ranks 2 10
 """
 
 from __future__ import annotations
@@ -13,11 +16,20 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from weightlora.bench.differences import differences
 from weightlora.bench.engine import recorded
 from weightlora.bench.grid import Grid, Point, Record, by_key, read_grid
+from weightlora.bench.step_cost import step_ratios
+from weightlora.bench.table import mean_and_error
 from weightlora.paper.picture import Curve, Lines, Picture, draw
+from weightlora.runs.recipe import option_words, read_recipe
+from weightlora.runs.train import prepare
+
+#: Steps that are timed for each rank.
+ROUNDS = 30
 
 
 @dataclass(frozen=True)
@@ -46,22 +58,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, nargs="+", help="the files that the benchmark was run with")
     parser.add_argument("--picture", type=Path, help="PNG, PDF or SVG")
+    parser.add_argument("--ranks", type=int, nargs="+", metavar="R", help="time a step of plain LoRA of these ranks")
     asked = parser.parse_args()
     grid = read_grid(asked.config)
+    if asked.ranks:
+        print({rank: round(ratio, 3) for rank, ratio in rank_ratios(grid, asked.ranks).items()})
+        return
     rows = measured(grid, recorded(grid))
+    if grid.reference not in {row.label for row in rows}:
+        parser.error(f"no run of {grid.reference!r} in {grid.output_dir} was timed; set timing_rounds and run it")
     print(table(rows, grid.reference))
     if asked.picture is not None:
         draw(picture(rows, grid.reference), asked.picture)
 
 
 def measured(grid: Grid, records: Sequence[Record]) -> list[Measured]:
-    """Return all rows that have been run."""
+    """Return all rows that have been run, and whose steps were timed."""
     known = by_key(records)
     found: list[Measured] = []
     for row in grid.rows:
         rate = grid.rate(row, known)
         runs = {} if rate is None else {seed: known.get(Point(row, rate, seed).key) for seed in grid.seeds}
-        good = {seed: run for seed, run in runs.items() if run is not None and run["status"] == "ok"}
+        good = {seed: run for seed, run in runs.items() if run is not None and "step_ratio" in run}
         if good:
             losses = {seed: loss for seed, run in good.items() if (loss := row.tested(run)) is not None}
             runs_of = list(good.values())
@@ -69,6 +87,19 @@ def measured(grid: Grid, records: Sequence[Record]) -> list[Measured]:
             selection = statistics.median(run["selection_seconds"] / run["training_seconds"] for run in runs_of)
             found.append(Measured(row.label, losses, step, runs_of[0]["steps"], selection, saved / 1e6))
     return found
+
+
+def rank_ratios(grid: Grid, ranks: Sequence[int]) -> dict[str, float]:
+    """Return the time of a step of plain LoRA on all sites at each rank ÷ that at the first."""
+    reference = next(row for row in grid.rows if row.label == grid.reference)
+    stock = {**reference.options, "fast": None, "learning_rate": reference.learning_rates[0]}
+    with TemporaryDirectory() as scratch:
+        words = {rank: option_words({**stock, "lora_r": rank, "lora_alpha": 2 * rank}) for rank in ranks}
+        trainers = {
+            r: prepare(read_recipe(words=w, output_dir=scratch), measured=False).trainer for r, w in words.items()
+        }
+    models: dict[str, Any] = {str(rank): trainer.model for rank, trainer in trainers.items()}
+    return step_ratios(models, next(iter(trainers[ranks[0]].get_train_dataloader())), rounds=ROUNDS)
 
 
 def times(rows: Sequence[Measured], reference: str) -> dict[str, tuple[float, float]]:
@@ -88,10 +119,11 @@ def table(rows: Sequence[Measured], reference: str) -> str:
     ]
     for row in rows:
         training, whole = taken[row.label]
-        gain = _with_error(differences(row.losses, [base]), "+.3f")
+        loss = mean_and_error(list(row.losses.values()), lower=True)
+        gain = mean_and_error(differences(row.losses, [base]), lower=True, sign=True)
         front = "" if any(other.loss < row.loss and taken[other.label][1] <= whole for other in rows) else "front"
         numbers = f"{row.step:.2f} | {training:.2f} | {whole:.2f} | {row.saved:.1f} | {front}"
-        lines.append(f"| {row.label} | {_with_error(list(row.losses.values()), '.3f')} | {gain} | {numbers} |")
+        lines.append(f"| {row.label} | {loss} | {gain} | {numbers} |")
     return "\n".join(lines)
 
 
@@ -109,10 +141,6 @@ def picture(rows: Sequence[Measured], reference: str) -> Picture:
 
 def _error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-
-
-def _with_error(values: Sequence[float], form: str) -> str:
-    return f"{statistics.mean(values):{form}} ± {_error(values):.3f}"
 
 
 if __name__ == "__main__":
