@@ -14,8 +14,11 @@ from transformers import CanineTokenizer, DebertaV2Config, DebertaV2ForQuestionA
 
 from weightlora.errors import DataError, OptionError
 from weightlora.tasks import find_task, kind_of
+from weightlora.tasks._passages import _row
+from weightlora.tasks._prompts import reasoning_rows
 from weightlora.tasks.base import RowOptions
 from weightlora.tasks.question_answering import TASK_TYPE, _windows, arguments_class, load_model, prepare
+from weightlora.tasks.rows import Source, load_rows
 
 OPTIONS = RowOptions(max_length=32, doc_stride=8)
 FILLER = "Nobody knows why so many quiet rivers bend twice before they meet the grey northern sea, and few people ask. "
@@ -151,7 +154,7 @@ def test_a_model_that_knows_the_spans_gets_all(tokenizer, tmp_path, side):
     tokenizer = deepcopy(tokenizer)
     tokenizer.padding_side = side
     numbers = measured(OracleForQuestionAnswering(0), "squad", ANSWERED, tokenizer, tmp_path)
-    assert numbers == {"validation_exact_match": 100, "validation_f1": 100}
+    assert numbers == {"validation_exact_match": 100, "validation_f1": 100, "validation_loss": 0}
 
 
 def test_a_model_that_points_one_word_before_gets_nothing(tokenizer, tmp_path):
@@ -163,6 +166,7 @@ def test_a_model_that_points_one_word_before_gets_nothing(tokenizer, tmp_path):
 def test_a_model_that_knows_where_no_answer_is_gets_all(tokenizer, tmp_path):
     numbers = measured(OracleForQuestionAnswering(0), "squad_v2", ANSWERED + SILENT, tokenizer, tmp_path)
     assert numbers.pop("validation_best_threshold") == pytest.approx(-20)  # null score 0, spans 20
+    assert numbers.pop("validation_loss") == 0  # the oracle's own
     assert set(numbers.values()) == {100}
     assert {"validation_exact_match", "validation_f1", "validation_best_exact_match", "validation_best_f1"} == {
         *numbers
@@ -207,15 +211,55 @@ def test_train_and_measure(tokenizer, tmp_path, name):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+def test_the_loss_is_the_mean_over_windows(tokenizer, tmp_path):
+    prepared = prepare(find_task("squad"), splits(*ANSWERED), tokenizer, OPTIONS)
+    model = DebertaV2ForQuestionAnswering(tiny_config(tokenizer)).eval()
+    trainer = prepared.make_trainer(model, arguments(tmp_path, per_device_eval_batch_size=1), [])  # without padding
+    with torch.no_grad():
+        losses = [model(**{key: torch.tensor([row[key]]) for key in row}).loss.item() for row in trainer.eval_dataset]
+    assert len(losses) > len(ANSWERED)  # long contexts have several windows
+    assert prepared.measure(trainer)["validation_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
 def test_every_evaluation_split_is_measured(tokenizer, tmp_path):
     rows = splits(*ANSWERED)
     rows["other"] = rows["validation"].select([3])
     prepared = prepare(find_task("squad"), rows, tokenizer, OPTIONS)
     trainer = prepared.make_trainer(OracleForQuestionAnswering(0), arguments(tmp_path), [])
     assert set(prepared.measure(trainer)) == {
-        f"{split}_{metric}" for split in ("validation", "other") for metric in ("exact_match", "f1")
+        f"{split}_{metric}" for split in ("validation", "other") for metric in ("exact_match", "f1", "loss")
     }
     assert set(trainer.eval_dataset) == {"validation", "other"}
+
+
+# -- generated passages ----------------------------------------------------------------------------------------------
+
+
+def test_generated_passages_are_those_of_the_generator_with_the_answer_at_its_place():
+    named = {"dataset_config_name": "min_num_statements=3 max_num_statements=5"}
+    rows = load_rows(find_task("needle_haystack"), Source(max_train_samples=30, max_eval_samples=20, **named))
+    puzzles = reasoning_rows("needle_haystack", 30, 20, seed=0, min_num_statements=3, max_num_statements=5)
+    assert [len(rows[split]) for split in ("train", "validation")] == [30, 20]
+    for split, some in rows.items():
+        for row, puzzle in zip(some, puzzles[split], strict=True):
+            assert f"{row['context']} \n{row['question']} Reply only with a name." == puzzle["prompt"]
+            [name], [start] = row["answers"]["text"], row["answers"]["answer_start"]
+            assert name == puzzle["completion"]
+            assert f"{name} {row['question'][4:-1]}." in row["context"][start:].split(". ", 1)[0] + "."
+
+
+def test_the_answer_is_the_whole_name_of_the_statement_that_was_asked_for():
+    prompt = "Joann likes tea. Ann fears tea. Ann likes tea. \nWho likes tea? Reply only with a name."
+    row = _row({"prompt": prompt, "completion": "Ann"}, 7)
+    assert row["answers"] == {"text": ["Ann"], "answer_start": [32]}
+    assert row["context"][32:] == "Ann likes tea."
+    assert row["id"] == "7"
+
+
+def test_a_generator_without_passages_is_one_line():
+    source = Source(dataset_name="reasoning_gym/chain_sum")
+    with pytest.raises(OptionError, match=r"reasoning_gym/chain_sum has no contexts .* or take task=reasoning"):
+        load_rows(find_task("question_answering"), source)
 
 
 # -- what a user may get wrong ---------------------------------------------------------------------------------------

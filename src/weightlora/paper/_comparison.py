@@ -13,7 +13,7 @@ _AVERAGE = "average"
 def with_published(table: Table, published: Published) -> Table:
     """Return the table with the paper's value behind ours, on the tasks that the paper has too.
 
-    Where it has none of them, its average over its own tasks is one more column.
+    Where it has none of them, its average over its own tasks is one more column; without an average, each of them is.
 
     Args:
         table: Of a benchmark; its first column has the labels of the rows.
@@ -23,7 +23,7 @@ def with_published(table: Table, published: Published) -> Table:
     names = ["" if header.endswith(" loss") else header.split()[0] for header in table.header]
     shared = [name for name in names if name in published.columns and name != _AVERAGE]
     if not shared:
-        return _with_average(table, published)
+        return _beside(table, published)
     columns = {*shared, *([_AVERAGE] if {*published.columns} - {_AVERAGE} == {*shared} else ())}
     header = tuple(
         f"{text} (paper)" if name in columns else text for name, text in zip(names, table.header, strict=True)
@@ -38,16 +38,14 @@ def with_published(table: Table, published: Published) -> Table:
     return replace(table, header=header, rows=rows)
 
 
-def _with_average(table: Table, published: Published) -> Table:
-    """One more column, with the paper's average."""
-    if _AVERAGE not in published.columns:
-        return table
+def _beside(table: Table, published: Published) -> Table:
+    """The table with the paper's average in a further column, or all of its columns where it has none."""
     tasks = [column for column in published.columns if column != _AVERAGE]
-    header = (*table.header, f"paper, average of {len(tasks)} tasks")
-    texts = [published.text(row[0].text, _AVERAGE) or "–" for row in table.rows]
-    return replace(
-        table, header=header, rows=tuple((*row, Cell(text)) for row, text in zip(table.rows, texts, strict=True))
-    )
+    names = {task: f"paper, {task}" for task in tasks}
+    if _AVERAGE in published.columns:
+        names = {_AVERAGE: f"paper, average of {len(tasks)} tasks"}
+    rows = tuple((*row, *(Cell(published.text(row[0].text, column) or "–") for column in names)) for row in table.rows)
+    return replace(table, header=(*table.header, *names.values()), rows=rows)
 
 
 def _behind(cell: Cell, value: str) -> Cell:

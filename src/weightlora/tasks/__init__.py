@@ -44,6 +44,9 @@ TASKS = (
         *("squad_v2", "question_answering", _SQUAD, ("exact_match", "f1"), "rajpurkar/squad_v2"),
         options={"unanswerable": True},
     ),
+    Task(  # generated, as the rows of "reasoning" are
+        *("needle_haystack", "question_answering", _SQUAD, ("exact_match", "f1"), "reasoning_gym/needle_haystack"),
+    ),
     Task("xsum", "summarisation", {"document": "document", "summary": "summary"}, _ROUGE, "EdinburghNLP/xsum"),
     Task(
         *("cnn_dailymail", "summarisation", {"document": "article", "summary": "highlights"}, _ROUGE),

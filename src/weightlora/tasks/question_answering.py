@@ -155,9 +155,11 @@ def _measure(
 ) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for split, some in measured.items():
-        logits = trainer.predict(seen[split]).predictions  # pyright: ignore[reportArgumentType]
-        scores = _scores(task, some, windows[split], logits)
+        found = trainer.predict(seen[split], metric_key_prefix=split)  # pyright: ignore[reportArgumentType]
+        scores = _scores(task, some, windows[split], found.predictions)
+        assert found.metrics is not None
         numbers |= {f"{split}_{name}": score for name, score in scores.items()}
+        numbers[f"{split}_loss"] = found.metrics[f"{split}_loss"]  # of windows; models count padding as places, too
     return numbers
 
 

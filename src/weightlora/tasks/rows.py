@@ -147,11 +147,13 @@ def _dataset(task: Task, source: Source, seed: int) -> Any:
     if name is None:
         raise OptionError(f"{task.name} has no data of its own: give dataset_name, or train_file and validation_file")
     if name.startswith("reasoning_gym/"):
+        from weightlora.tasks._passages import passages
         from weightlora.tasks._prompts import reasoning_rows
 
+        draw = passages if task.kind == "question_answering" else reasoning_rows
         train, validation = source.max_train_samples or 1000, source.max_eval_samples or 200
         settings = _generator_settings(source.dataset_config_name)
-        return reasoning_rows(name.partition("/")[2], train, validation, seed, **settings)
+        return draw(name.partition("/")[2], train, validation, seed, **settings)
     if name in ("embedded/rotten_tomatoes", "embedded/roget"):
         return _embedded(name, source, seed)
     if (Path(name) / "dataset_dict.json").is_file():  # what DatasetDict.save_to_disk wrote
