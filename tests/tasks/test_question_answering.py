@@ -249,7 +249,7 @@ def test_generated_passages_are_those_of_the_generator_with_the_answer_at_its_pl
 
 
 def test_the_answer_is_the_whole_name_of_the_statement_that_was_asked_for():
-    prompt = "Joann likes tea. Ann fears tea. Ann likes tea. \nWho likes tea? Reply only with a name."
+    prompt = "JoAnn likes tea. Ann fears tea. Ann likes tea. \nWho likes tea? Reply only with a name."
     row = _row({"prompt": prompt, "completion": "Ann"}, 7)
     assert row["answers"] == {"text": ["Ann"], "answer_start": [32]}
     assert row["context"][32:] == "Ann likes tea."
