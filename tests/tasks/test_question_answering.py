@@ -258,7 +258,7 @@ def test_the_answer_is_the_whole_name_of_the_statement_that_was_asked_for():
 
 def test_a_generator_without_passages_is_one_line():
     source = Source(dataset_name="reasoning_gym/chain_sum")
-    with pytest.raises(OptionError, match=r"reasoning_gym/chain_sum has no contexts .* or take task=reasoning"):
+    with pytest.raises(OptionError, match=r"reasoning_gym/chain_sum is not read as contexts .* or take task=reasoning"):
         load_rows(find_task("question_answering"), source)
 
 

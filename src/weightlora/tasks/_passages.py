@@ -10,7 +10,7 @@ from weightlora.tasks._prompts import reasoning_rows
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-#: The only generator whose answers are spans of its texts.
+#: The generator whose puzzles are read as contexts with an answer in them.
 GENERATOR = "needle_haystack"
 _REQUEST = " Reply only with a name."
 
@@ -33,7 +33,7 @@ def passages(generator: str, train: int, validation: int, seed: int, **settings:
     """
     if generator != GENERATOR:
         raise OptionError(
-            f"reasoning_gym/{generator} has no contexts with answers in them; give reasoning_gym/{GENERATOR}, "
+            f"reasoning_gym/{generator} is not read as contexts with answers; give reasoning_gym/{GENERATOR}, "
             "or take task=reasoning"
         )
     puzzles = reasoning_rows(generator, train, validation, seed, **settings)
