@@ -18,6 +18,7 @@ from weightlora.plan.plan import AdapterPlan
 # plop draws Gaussian vectors for the tokens of each process: its scores differ with their number.
 RULES = (
     "first_order",
+    "pursuit",
     "integrated_ranks",
     "fisher",
     "relative_gradient",

@@ -299,7 +299,9 @@ def partitioned(model):
     return model
 
 
-@pytest.mark.parametrize("rule", ["first_order", "integrated", "relative_gradient", "gora", "plop", "kappa_tune"])
+@pytest.mark.parametrize(
+    "rule", ["first_order", "pursuit", "integrated", "relative_gradient", "gora", "plop", "kappa_tune"]
+)
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_partitioned_weights_are_gathered_for_each_module(rule, checkpointed, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=Gathered)))

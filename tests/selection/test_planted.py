@@ -10,7 +10,16 @@ from weightlora.selection.select import select
 
 OUTPUT = "bert.encoder.layer.4.attention.output.dense"
 DEAD = {f"bert.encoder.layer.4.attention.self.{name}" for name in ("query", "key", "value")}
-BY_LOSS = ("first_order", "integrated", "integrated_ranks", "cross_fitted", "fisher", "relative_gradient", "gora")
+BY_LOSS = (
+    "first_order",
+    "pursuit",
+    "integrated",
+    "integrated_ranks",
+    "cross_fitted",
+    "fisher",
+    "relative_gradient",
+    "gora",
+)
 BLIND = ("kappa_tune", "plop", "explained_variance", "stratified")
 
 

@@ -32,6 +32,7 @@ class RuleEntry:
 #: Every rule that ``select`` and ``--rule`` take by name.
 RULES = (
     RuleEntry("first_order", "size of B's mean gradient at B = 0", "first_order", "FirstOrder"),
+    RuleEntry("pursuit", "the same, a few sites at a time, after those before were trained", "pursuit", "Pursuit"),
     RuleEntry("integrated", "share of the loss that a short LoRA training saved", "integrated", "Integrated"),
     RuleEntry("integrated_ranks", "the same of every single rank", "integrated", "Integrated", {"per": "rank"}),
     RuleEntry(

@@ -6,10 +6,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from weightlora.selection._jackknife import GROUPS, jackknife
+from weightlora.selection._gradient_sizes import GradientSizes
 from weightlora.selection.rules.base import GradientRule, Scores
 from weightlora.selection.stage import let_train
 
@@ -42,34 +39,17 @@ class FirstOrder(GradientRule):
         """Yield the scores; only B requires gradients."""
         matrices = stage.parameters("lora_B")
         let_train(stage, matrices)
-        groups = min(GROUPS, steps[0])
-        sums = [[torch.zeros_like(b, dtype=torch.float32) for b in matrices] for _ in range(groups + 1)]  # last: of all
+        found = GradientSizes(matrices, batches=steps[0])
         history: list[tuple[float, ...]] = []
         for step in range(steps[-1]):
             stage.backward("scoring", step + 1, matrices)
-            for b, group, total in zip(matrices, sums[step % groups], sums[-1], strict=True):
-                if b.grad is not None:
-                    group += b.grad
-                    total += b.grad
-                    b.grad = None
-            history.append(_sizes(sums[-1:], step + 1))
+            found.add()
+            history.append(found.sizes())
             if step + 1 in steps:
-                yield step + 1, _scores(history, sums[:-1])
+                yield step + 1, _scores(history, found)
 
 
-def _scores(history: Sequence[tuple[float, ...]], sums: Sequence[Sequence[Tensor]]) -> Scores:
-    """The last scores of ``history``, where ``sums`` has the gradients of each group of batches."""
-    counts = [len(range(group, len(history), len(sums))) for group in range(len(sums))]
-
-    def score(chosen: Sequence[int]) -> Tensor:
-        return torch.tensor(_sizes([sums[i] for i in chosen], sum(counts[i] for i in chosen)))
-
-    known, last = jackknife(score, len(sums)), history[-1]
+def _scores(history: Sequence[tuple[float, ...]], found: GradientSizes) -> Scores:
+    known, last = found.estimate(), history[-1]
     moved = tuple(gain > 0 for gain in last)
     return Scores(tuple(history), moved, last, errors=known.errors, halves=known.halves)
-
-
-def _sizes(sums: Sequence[Sequence[Tensor]], steps: int) -> tuple[float, ...]:
-    """‖mean ∂L/∂B‖₁ of each site, where the gradients of ``steps`` batches are added up in ``sums``."""
-    totals = [torch.stack(parts).sum(0) for parts in zip(*sums, strict=True)]
-    return tuple(torch.stack([(total.abs().sum() / steps).cpu() for total in totals]).tolist())
