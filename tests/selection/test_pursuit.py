@@ -1,5 +1,7 @@
 """The rule ``pursuit``: its rounds against a loop written out here, and twins of which it keeps one."""
 
+import random
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -9,8 +11,10 @@ from torch import nn
 from weightlora import select
 from weightlora.errors import OptionError
 from weightlora.model.layers import lora_layers
+from weightlora.model.sites import find_sites
+from weightlora.selection._budget import asked_budget
 from weightlora.selection.rules.first_order import FirstOrder
-from weightlora.selection.rules.pursuit import Pursuit
+from weightlora.selection.rules.pursuit import Pursuit, kept_first
 from weightlora.selection.select import select_trained
 
 RATE = 0.05
@@ -143,8 +147,8 @@ class Widths(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("keep", [0.5, "120 parameters", "0.9x"])
 @pytest.mark.parametrize("ranking", ["score", "per_parameter", "quota"])
+@pytest.mark.parametrize("keep", [0.5, "120 parameters", "0.9x"])
 def test_what_a_round_keeps_stays(keep, ranking):
     if keep == "0.9x" and ranking != "score":
         pytest.skip("step time goes with scores only")
@@ -154,6 +158,18 @@ def test_what_a_round_keeps_stays(keep, ranking):
     stayed = {name for name, same in zip(plan.scores, (before == after).tolist(), strict=True) if same}
     assert stayed
     assert stayed <= {*plan.names}
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("ranking", ["score", "per_parameter", "quota"])
+def test_sites_whose_scores_are_overtaken_stay(ranking, seed):
+    sites = find_sites(Widths(), LoraConfig(r=2)).sites
+    budget = asked_budget(0.5, ranking, sites, LoraConfig(r=2))
+    draw = random.Random(seed)
+    first, later = ([draw.random() for _ in sites] for _ in range(2))
+    kept = {i: first[i] for i in budget.choose(first)[:1]}
+    scores = [kept.get(i, 10 * score) for i, score in enumerate(later)]
+    assert {*kept} <= {*budget.choose(kept_first(scores, kept))}
 
 
 def test_one_site_is_that_of_first_order_and_nothing_is_trained():

@@ -89,7 +89,7 @@ class Pursuit:
             scored = [tuple(values) for values in zip(known.scores, known.errors, *known.halves, strict=True)]
             scored = [kept.get(i, values) for i, values in enumerate(scored)]
             history.append(tuple(values[0] for values in scored))
-            sizes = _kept_first(history[-1], kept)
+            sizes = kept_first(history[-1], kept)
             wanted = sorted(budget.choose(sizes), key=lambda i: -sizes[i])
             rounds = min(rounds, max(1, len(wanted)))
             kept = {i: scored[i] for i in wanted[: -(-len(wanted) * len(history) // rounds)]}
@@ -100,7 +100,7 @@ class Pursuit:
                 train_adapters(stage, steps=count, lr=stage.lr, names=own)
         _, errors, *halves = zip(*scored, strict=True)
         moved = tuple(score > 0 for score in history[0])
-        sizes = _kept_first(history[-1], kept)
+        sizes = kept_first(history[-1], kept)
         yield steps[-1], Scores(tuple(history), moved, sizes, errors=errors, halves=(halves[0], halves[1]))
 
     def _gradients(self, stage: Stage) -> Estimate:
@@ -114,8 +114,18 @@ class Pursuit:
         return found.estimate()
 
 
-def _kept_first(scores: Sequence[float], kept: Collection[int]) -> tuple[float, ...]:
-    """What a budget chooses by: sites that are kept stay, and the others compete for the rest."""
+def kept_first(scores: Sequence[float], kept: Collection[int]) -> tuple[float, ...]:
+    """Return what a budget chooses by, so that sites that are kept stay and the others compete for the rest.
+
+    Args:
+        scores: Of all sites.
+        kept: Positions of those that are kept.
+
+    Example:
+        >>> from weightlora.plan.budget import Budget
+        >>> Budget.of_count(2, n=3).choose(kept_first([1.0, 2.0, 3.0], {0}))
+        [0, 2]
+    """
     first = _FIRST * max(scores)
     return tuple(score + first if i in kept else score for i, score in enumerate(scores))
 
