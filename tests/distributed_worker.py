@@ -38,11 +38,16 @@ from weightlora.runs.train import train
 from weightlora.selection import _budget as measured
 from weightlora.selection import stage
 from weightlora.selection.rules.first_order import FirstOrder
+from weightlora.selection.rules.pursuit import Pursuit
 from weightlora.selection.rules.stoiht import StoIHT
 
 ROWS = 8  # of a step, on all processes together
 LIMITS = ("30kB", "0.9x")
-RULES = {"first_order": FirstOrder(head_steps=4), "stoiht": StoIHT(head_steps=4, gate_lr=50.0)}
+RULES = {
+    "first_order": FirstOrder(head_steps=4),
+    "stoiht": StoIHT(head_steps=4, gate_lr=50.0),
+    "pursuit": Pursuit(rounds=2, probes=2, head_steps=0),
+}
 LORA = LoraConfig(r=2, target_modules=r".*encoder.*(query|key|value|dense)", task_type="SEQ_CLS")
 
 
