@@ -197,3 +197,11 @@ def test_settings_out_of_range_are_named(settings, named):
 def test_a_share_of_the_scores_is_no_budget(keep):
     with pytest.raises(OptionError, match="does not depend on the scores; give keep as a fraction"):
         selected(Pursuit(), steps=10, keep=keep)
+
+
+@pytest.mark.parametrize(("rule", "steps"), [("first_order", 20), ("even_ranks", 30), ("pursuit", 100)])
+def test_each_rule_has_a_number_of_steps_of_its_own(rule, steps):
+    options = {"lora": LORA, "keep": 2, "loss_fn": squared, "progress": False}
+    assert select(Net(), batches(130), rule=rule, **options).options["steps"] == steps
+    # Half a percent of a long training is more.
+    assert select(Net(), batches(240), rule=rule, total_steps=40_000, **options).options["steps"] == 200

@@ -41,7 +41,7 @@ def build(
         keep: How much of plain LoRA is kept.
         rule: How sites are scored.
         ranking: How sites compete for the budget.
-        steps: T; None stands for 0.5 % of the training's steps, at least 20; ``"auto"``: until the
+        steps: T; None stands for 0.5 % of the training's steps, at least the rule's own; ``"auto"``: until the
             choice is stable.
         lr: The warm-up's learning rate.
         head_lr: That of a new head in the warm-up; None stands for ``lr``.

@@ -114,7 +114,9 @@ class MethodOptions:
     rule_options: list[str] = field(
         default_factory=list[str], metadata={"help": "settings of the rule, as name=value: head_steps=0 gate_lr=5.0"}
     )
-    steps: str | None = _option(None, "T, warm-up steps, or auto; default: 0.5 % of the training's steps, at least 20")
+    steps: str | None = _option(
+        None, "T, warm-up steps, or auto; default: 0.5 % of all, at least 20, or as the rule needs"
+    )
     method_options: list[str] = field(
         default_factory=list[str], metadata={"help": "settings of the method, as name=value"}
     )

@@ -86,7 +86,8 @@ def select(
         rule: ``"first_order"`` (default) takes the size of the mean ∂L/∂B at B = 0 and trains nothing; ``"paper"`` is
             the paper's; or a rule with settings of its own, such as ``StoIHT(gate_lr=1.0)``.
         steps: T, warm-up steps in which sites are scored, at least 2; None stands for 0.5 % of ``total_steps``, at
-            least 20. ``"auto"`` stops when the choice is stable, and after 30 or 3 % of ``total_steps`` at the latest.
+            least the rule's ``least_steps``, 20 to 100. ``"auto"`` stops when the choice is stable, and after 30 or
+            3 % of ``total_steps`` at the latest.
         total_steps: The steps of the training to come, where they are known.
         lr: AdamW's learning rate for what the warm-up trains, constant; best the one of the training.
         head_lr: That of a new head; None stands for ``lr``.
@@ -200,7 +201,7 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
     """Return the plan; without ``warm_start`` no weights are copied."""
     rule, keep, lr, seed, ranking, fast = asked.rule, asked.keep, asked.lr, asked.seed, asked.ranking, asked.fast
     require_warmup(steps=asked.steps, lr=lr, head_lr=asked.head_lr)
-    steps = warmup_steps(asked.total_steps) if asked.steps is None else asked.steps
+    steps = warmup_steps(asked.total_steps, rule.least_steps) if asked.steps is None else asked.steps
     times = reading_times(steps, rule, asked.total_steps)
     lora = deepcopy(_config_of(model) if asked.lora is None else asked.lora)
     if asked.warm_start:

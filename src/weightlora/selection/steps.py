@@ -45,16 +45,20 @@ def check_steps(steps: str | int, least: int = 2) -> Steps:
     return int(steps)
 
 
-def warmup_steps(total_steps: int | None) -> int:
-    """Return T: 0.5 % of the planned optimizer steps, at least 20.
+def warmup_steps(total_steps: int | None, least: int = 20) -> int:
+    """Return T: 0.5 % of the planned optimizer steps, at least ``least``.
 
     The paper's 0.5 % is two steps of a usual run, and the first carries no information.
 
+    Args:
+        total_steps: The training's, where they are known.
+        least: The rule's ``least_steps``.
+
     Example:
-        >>> warmup_steps(410), warmup_steps(10_000), warmup_steps(None)
-        (20, 50, 20)
+        >>> warmup_steps(410), warmup_steps(10_000), warmup_steps(None, least=30)
+        (20, 50, 30)
     """
-    return 20 if total_steps is None else max(20, math.ceil(total_steps / 200))
+    return least if total_steps is None else max(least, math.ceil(total_steps / 200))
 
 
 def reading_times(steps: Steps, rule: Rule, total_steps: int | None = None) -> tuple[int, ...]:

@@ -48,6 +48,8 @@ class Rule(Protocol):
     """Settings that an error names where too few sites have a positive score."""
     trains_adapters: ClassVar[bool]
     """Whether :meth:`score` trains A and B, so that ``warm_start`` can use them."""
+    least_steps: ClassVar[int]
+    """T where none is given and the training is short."""
 
     @property
     def head_steps(self) -> int | None:
@@ -77,6 +79,8 @@ class Rule(Protocol):
 
 class OnePass:
     """A rule that runs the model once on each of T batches."""
+
+    least_steps: ClassVar[int] = 20
 
     def batches(self, steps: Sequence[int]) -> int:
         """One for each step."""

@@ -72,6 +72,7 @@ class Integrated:
     name: ClassVar[str] = "integrated"
     knobs: ClassVar[tuple[str, ...]] = ()
     trains_adapters: ClassVar[bool] = True
+    least_steps: ClassVar[int] = 30
 
     def __post_init__(self) -> None:
         require(self.nodes >= 1, f"nodes={self.nodes!r}", "1 or more points")

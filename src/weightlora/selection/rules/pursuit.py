@@ -55,6 +55,7 @@ class Pursuit:
     name: ClassVar[str] = "pursuit"
     knobs: ClassVar[tuple[str, ...]] = ()
     trains_adapters: ClassVar[bool] = True
+    least_steps: ClassVar[int] = 100
 
     def __post_init__(self) -> None:
         require(self.rounds >= 2, f"rounds={self.rounds!r}", "2 or more rounds")
