@@ -1,6 +1,7 @@
 """The rule ``pursuit``: its rounds against a loop written out here, and twins of which it keeps one."""
 
 import random
+from fractions import Fraction
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from weightlora import select
 from weightlora.errors import OptionError
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
+from weightlora.plan.budget import Budget
 from weightlora.selection._budget import asked_budget
 from weightlora.selection.rules.first_order import FirstOrder
-from weightlora.selection.rules.pursuit import Pursuit, kept_first
+from weightlora.selection.rules.pursuit import Pursuit, more_kept
 from weightlora.selection.select import select_trained
 
 RATE = 0.05
@@ -163,13 +165,25 @@ def test_what_a_round_keeps_stays(keep, ranking):
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("ranking", ["score", "per_parameter", "quota"])
 def test_sites_whose_scores_are_overtaken_stay(ranking, seed):
+    """Scores of other sites grow tenfold from round to round, so that few large ones take the place of many."""
     sites = find_sites(Widths(), LoraConfig(r=2)).sites
     budget = asked_budget(0.5, ranking, sites, LoraConfig(r=2))
     draw = random.Random(seed)
-    first, later = ([draw.random() for _ in sites] for _ in range(2))
-    kept = {i: first[i] for i in budget.choose(first)[:1]}
-    scores = [kept.get(i, 10 * score) for i, score in enumerate(later)]
-    assert {*kept} <= {*budget.choose(kept_first(scores, kept))}
+    kept = {}
+    for done in range(1, 5):
+        scores = [kept.get(i, 10**done * draw.random()) for i in range(len(sites))]
+        now = more_kept(budget, scores, kept, Fraction(done, 4))
+        assert {*now[: len(kept)]} == {*kept}
+        kept = {i: scores[i] for i in now}
+
+
+def test_a_large_site_leaves_fewer_places_and_drops_none():
+    """Of 12 places six are kept; a site that takes six leaves 7, of which two thirds are 5."""
+    budget = Budget(costs=(*(1,) * 12, 6), limit=12)
+    first = more_kept(budget, [1.0] * 12 + [0.5], [], Fraction(3, 6))
+    assert first == [0, 1, 2, 3, 4, 5]
+    assert more_kept(budget, [1.0] * 12 + [9.0], first, Fraction(4, 6)) == first
+    assert more_kept(budget, [1.0] * 12 + [9.0], first, Fraction(6, 6)) == [*first, 12]
 
 
 def test_one_site_is_that_of_first_order_and_nothing_is_trained():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from fractions import Fraction
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from weightlora.errors import OptionError
 from weightlora.plan.budget import GainShare
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
     from weightlora.plan.budget import Chooser
-    from weightlora.selection._jackknife import Estimate
     from weightlora.selection.stage import Stage
 
 #: By what factor of the largest score kept sites go before the others, also per parameter.
@@ -82,51 +83,73 @@ class Pursuit:
                 "of adapters, parameters, bytes or a step time, or take another rule"
             )
         names = list(stage.layers)
-        kept: dict[int, tuple[float, ...]] = {}
-        history: list[tuple[float, ...]] = []
-        rounds = min(self.rounds, steps[-1] + 1)
-        while True:
-            known = self._gradients(stage)
-            scored = [tuple(values) for values in zip(known.scores, known.errors, *known.halves, strict=True)]
-            scored = [kept.get(i, values) for i, values in enumerate(scored)]
-            history.append(tuple(values[0] for values in scored))
-            sizes = kept_first(history[-1], kept)
-            wanted = sorted(budget.choose(sizes), key=lambda i: -sizes[i])
-            rounds = min(rounds, max(1, len(wanted)))
-            kept = {i: scored[i] for i in wanted[: -(-len(wanted) * len(history) // rounds)]}
-            if len(history) == rounds:
-                break
-            count = len(range(len(history) - 1, steps[-1], rounds - 1))
-            with _alone(stage.layers, [names[i] for i in kept]) as own:
-                train_adapters(stage, steps=count, lr=stage.lr, names=own)
-        _, errors, *halves = zip(*scored, strict=True)
-        moved = tuple(score > 0 for score in history[0])
-        sizes = kept_first(history[-1], kept)
-        yield steps[-1], Scores(tuple(history), moved, sizes, errors=errors, halves=(halves[0], halves[1]))
+        kept: dict[int, _Score] = {}
+        scored = self._scored(stage, kept)
+        history = [tuple(score.size for score in scored)]
+        rounds = min(self.rounds, steps[-1] + 1, max(1, len(budget.choose(history[0]))))
+        for done in range(1, rounds + 1):
+            kept = {i: scored[i] for i in more_kept(budget, history[-1], kept, Fraction(done, rounds))}
+            if done < rounds:
+                count = len(range(done - 1, steps[-1], rounds - 1))
+                with _alone(stage.layers, [names[i] for i in kept]) as own:
+                    train_adapters(stage, steps=count, lr=stage.lr, names=own)
+                scored = self._scored(stage, kept)
+                history.append(tuple(score.size for score in scored))
+        yield (
+            steps[-1],
+            Scores(
+                tuple(history),
+                has_gradient=tuple(size > 0 for size in history[0]),
+                sizes=_kept_first(history[-1], kept),
+                errors=tuple(score.error for score in scored),
+                halves=(tuple(score.half for score in scored), tuple(score.other_half for score in scored)),
+            ),
+        )
 
-    def _gradients(self, stage: Stage) -> Estimate:
-        """‖mean ∂L/∂B‖₁ of every site over the next batches, with adapters and head as they are now."""
+    def _scored(self, stage: Stage, kept: Mapping[int, _Score]) -> list[_Score]:
+        """‖mean ∂L/∂B‖₁ of every site over the next batches, but for kept sites what they were kept by."""
         matrices = stage.parameters("lora_B")
         let_train(stage, matrices)
         found = GradientSizes(matrices, batches=self.probes)
         for step in range(self.probes):
             stage.backward("scoring", step + 1, matrices)
             found.add()
-        return found.estimate()
+        known = found.estimate()
+        scores = map(_Score, known.scores, known.errors, *known.halves)
+        return [kept.get(i, score) for i, score in enumerate(scores)]
 
 
-def kept_first(scores: Sequence[float], kept: Collection[int]) -> tuple[float, ...]:
-    """Return what a budget chooses by, so that sites that are kept stay and the others compete for the rest.
+class _Score(NamedTuple):
+    """The score of a site in one round."""
+
+    size: float
+    error: float
+    half: float
+    other_half: float
+
+
+def more_kept(budget: Chooser, scores: Sequence[float], kept: Collection[int], share: Fraction) -> list[int]:
+    """Return the kept sites and the best others, as many as this share of those that the budget holds.
 
     Args:
+        budget: What may be kept in the end.
         scores: Of all sites.
-        kept: Positions of those that are kept.
+        kept: Positions of those that are kept already; they stay.
+        share: Of the sites that the budget holds now, in (0, 1].
 
     Example:
         >>> from weightlora.plan.budget import Budget
-        >>> Budget.of_count(2, n=3).choose(kept_first([1.0, 2.0, 3.0], {0}))
-        [0, 2]
+        >>> more_kept(Budget.of_count(4, n=5), [1.0, 2.0, 3.0, 4.0, 5.0], kept=[0], share=Fraction(1, 2))
+        [0, 4]
     """
+    sizes = _kept_first(scores, kept)
+    wanted = sorted(budget.choose(sizes), key=lambda i: -sizes[i])
+    # Where a large site takes the place of several, the budget holds fewer than in the round before.
+    return wanted[: max(len(kept), math.ceil(len(wanted) * share))]
+
+
+def _kept_first(scores: Sequence[float], kept: Collection[int]) -> tuple[float, ...]:
+    """What a budget chooses by, so that sites that are kept stay and the others compete for the rest."""
     first = _FIRST * max(scores)
     return tuple(score + first if i in kept else score for i, score in enumerate(scores))
 
