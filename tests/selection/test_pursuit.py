@@ -10,6 +10,7 @@ from test_warmup import LORA, SCALE, Net, batches, squared
 from torch import nn
 
 from weightlora import select
+from weightlora.cost.knapsack import ANY, CostBudget, Item, make_cost
 from weightlora.errors import OptionError
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
@@ -149,32 +150,31 @@ class Widths(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("ranking", ["score", "per_parameter", "quota"])
-@pytest.mark.parametrize("keep", [0.5, "120 parameters", "0.9x"])
-def test_what_a_round_keeps_stays(keep, ranking):
-    if keep == "0.9x" and ranking != "score":
-        pytest.skip("step time goes with scores only")
-    options = {"steps": 4, "keep": keep, "model": Widths(), "ranking": ranking, "lora": LoraConfig(r=2)}
-    plan = selected(Pursuit(rounds=2), **options)
-    before, after = map(torch.tensor, plan.history)
-    stayed = {name for name, same in zip(plan.scores, (before == after).tolist(), strict=True) if same}
-    assert stayed
-    assert stayed <= {*plan.names}
+def budgets():
+    """A budget of each kind over six sites: parameters with each ranking, and costs that depend on the lowest site."""
+    lora = LoraConfig(r=2)
+    sites = find_sites(Widths(), lora).sites
+    made = {ranking: asked_budget(0.5, ranking, sites, lora) for ranking in ("score", "per_parameter", "quota")}
+    own = [Item(2, ((1 << i, 1 << i),)) for i in range(6)]
+    below = [Item(1, ((ANY, 1 << i),)) for i in range(6)]
+    return {**made, "cost": CostBudget(make_cost(6, [*own, *below], range(6)), limit=9)}
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("ranking", ["score", "per_parameter", "quota"])
-def test_sites_whose_scores_are_overtaken_stay(ranking, seed):
+@pytest.mark.parametrize("kind", ["score", "per_parameter", "quota", "cost"])
+def test_sites_whose_scores_are_overtaken_stay(kind, seed):
     """Scores of other sites grow tenfold from round to round, so that few large ones take the place of many."""
-    sites = find_sites(Widths(), LoraConfig(r=2)).sites
-    budget = asked_budget(0.5, ranking, sites, LoraConfig(r=2))
-    draw = random.Random(seed)
-    kept = {}
+    budget, draw, kept = budgets()[kind], random.Random(seed), {}
     for done in range(1, 5):
-        scores = [kept.get(i, 10**done * draw.random()) for i in range(len(sites))]
+        scores = [kept.get(i, 10**done * draw.random()) for i in range(6)]
         now = more_kept(budget, scores, kept, Fraction(done, 4))
         assert {*now[: len(kept)]} == {*kept}
         kept = {i: scores[i] for i in now}
+
+
+def test_a_step_time_is_a_budget():
+    plan = selected(Pursuit(rounds=2), steps=4, keep="0.9x", model=Widths(), lora=LoraConfig(r=2))
+    assert 0 < plan.options["cost"] <= 0.9
 
 
 def test_a_large_site_leaves_fewer_places_and_drops_none():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -109,16 +109,13 @@ class Stage:
         """Train the head alone: its random weights would otherwise decide the first gradients of the adapters."""
         if steps == 0:
             return
-        for layer in self.layers.values():
-            layer.enable_adapters(False)  # with B = 0 they add nothing but time
-        let_train(self, self.head)
-        optimizer = self.optimizer([], self.lr)
-        for step in range(1, steps + 1):
-            self.backward("head", step, self.head)
-            optimizer.step()
-            optimizer.zero_grad()
-        for layer in self.layers.values():
-            layer.enable_adapters(True)
+        with switched_off(self.layers.values()):
+            let_train(self, self.head)
+            optimizer = self.optimizer([], self.lr)
+            for step in range(1, steps + 1):
+                self.backward("head", step, self.head)
+                optimizer.step()
+                optimizer.zero_grad()
 
 
 @contextmanager
@@ -190,6 +187,18 @@ def probed(
         head = head_of(attached)
         rows = cycled(batches, steps)
         yield Stage(model, lora_layers(attached), head, rows, loss_fn or model_loss, bar, head_lr=head_lr)
+
+
+@contextmanager
+def switched_off(layers: Collection[LoraLayer]) -> Generator[None]:
+    """Switch adapters off for the length of the block: where B = 0 they add nothing but time."""
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 @contextmanager

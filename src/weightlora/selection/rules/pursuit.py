@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Generator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -13,11 +12,9 @@ from weightlora.errors import OptionError
 from weightlora.plan.budget import GainShare
 from weightlora.selection._gradient_sizes import GradientSizes
 from weightlora.selection.rules.base import Scores, require, require_head_steps
-from weightlora.selection.stage import let_train, train_adapters
+from weightlora.selection.stage import let_train, switched_off, train_adapters
 
 if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
-
     from weightlora.plan.budget import Chooser
     from weightlora.selection.stage import Stage
 
@@ -91,8 +88,8 @@ class Pursuit:
             kept = {i: scored[i] for i in more_kept(budget, history[-1], kept, Fraction(done, rounds))}
             if done < rounds:
                 count = len(range(done - 1, steps[-1], rounds - 1))
-                with _alone(stage.layers, [names[i] for i in kept]) as own:
-                    train_adapters(stage, steps=count, lr=stage.lr, names=own)
+                with switched_off([layer for i, layer in enumerate(stage.layers.values()) if i not in kept]):
+                    train_adapters(stage, steps=count, lr=stage.lr, names=[names[i] for i in kept])
                 scored = self._scored(stage, kept)
                 history.append(tuple(score.size for score in scored))
         yield (
@@ -152,16 +149,3 @@ def _kept_first(scores: Sequence[float], kept: Collection[int]) -> tuple[float, 
     """What a budget chooses by, so that sites that are kept stay and the others compete for the rest."""
     first = _FIRST * max(scores)
     return tuple(score + first if i in kept else score for i, score in enumerate(scores))
-
-
-@contextmanager
-def _alone(layers: Mapping[str, LoraLayer], names: Sequence[str]) -> Generator[Sequence[str]]:
-    """Switch the adapters of all other sites off for the length of the block: with B = 0 they add nothing but time."""
-    others = [layer for name, layer in layers.items() if name not in names]
-    for layer in others:
-        layer.enable_adapters(False)
-    try:
-        yield names
-    finally:
-        for layer in others:
-            layer.enable_adapters(True)
