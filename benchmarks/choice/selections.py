@@ -40,7 +40,8 @@ TIMED, TRAINING = 20, 1000
 def main() -> None:
     """Select with each rule and seed that has no record yet, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bed", choices=[p.stem for p in sorted(HERE.glob("*.yaml")) if "base:" in p.read_text("utf-8")])
+    beds = [path.stem for path in sorted(HERE.glob("*.yaml")) if "model_name_or_path:" in path.read_text("utf-8")]
+    parser.add_argument("bed", choices=beds)
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default: 5)")
     parser.add_argument("--rules", nargs="*", help="rows of screening.yaml (default: lora and all that have a rule)")
     parser.add_argument("--shuffled", action="store_true", help="give every row the label of another one")

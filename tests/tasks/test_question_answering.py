@@ -154,20 +154,20 @@ def test_a_model_that_knows_the_spans_gets_all(tokenizer, tmp_path, side):
     tokenizer = deepcopy(tokenizer)
     tokenizer.padding_side = side
     numbers = measured(OracleForQuestionAnswering(0), "squad", ANSWERED, tokenizer, tmp_path)
-    assert numbers == {"validation_exact_match": 100, "validation_f1": 100, "validation_loss": 0}
+    assert numbers == {"validation_exact_match": 1, "validation_f1": 1, "validation_loss": 0}
 
 
 def test_a_model_that_points_one_word_before_gets_nothing(tokenizer, tmp_path):
     numbers = measured(OracleForQuestionAnswering(-1), "squad", ANSWERED[1:2], tokenizer, tmp_path)
     assert numbers["validation_exact_match"] == 0
-    assert numbers["validation_f1"] == pytest.approx(100 * 2 / 4)  # "in August" of "August 1881"
+    assert numbers["validation_f1"] == pytest.approx(2 / 4)  # "in August" of "August 1881"
 
 
 def test_a_model_that_knows_where_no_answer_is_gets_all(tokenizer, tmp_path):
     numbers = measured(OracleForQuestionAnswering(0), "squad_v2", ANSWERED + SILENT, tokenizer, tmp_path)
     assert numbers.pop("validation_best_threshold") == pytest.approx(-20)  # null score 0, spans 20
     assert numbers.pop("validation_loss") == 0  # the oracle's own
-    assert set(numbers.values()) == {100}
+    assert set(numbers.values()) == {1}
     assert {"validation_exact_match", "validation_f1", "validation_best_exact_match", "validation_best_f1"} == {
         *numbers
     }
@@ -183,7 +183,7 @@ class SilentForQuestionAnswering(OracleForQuestionAnswering):
 def test_silence_is_wrong_where_there_is_an_answer(tokenizer, tmp_path):
     """Two of the six questions have no answer."""
     numbers = measured(SilentForQuestionAnswering(0), "squad_v2", ANSWERED + SILENT, tokenizer, tmp_path)
-    assert numbers["validation_exact_match"] == pytest.approx(100 * 2 / 6)
+    assert numbers["validation_exact_match"] == pytest.approx(2 / 6)
 
 
 def tiny_config(tokenizer):
@@ -207,7 +207,7 @@ def test_train_and_measure(tokenizer, tmp_path, name):
     assert trainer.train().global_step == 2
     numbers = prepared.measure(trainer)
     assert {f"validation_{metric}" for metric in task.metrics} <= numbers.keys()
-    assert all(0 <= numbers[f"validation_{metric}"] <= 100 for metric in task.metrics)
+    assert all(0 <= numbers[f"validation_{metric}"] <= 1 for metric in task.metrics)
     assert trainer.evaluate()["eval_loss"] > 0
 
 

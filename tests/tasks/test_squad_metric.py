@@ -48,9 +48,9 @@ def test_exact_match_and_f1_by_hand(prediction, golds, exact, overlap):
     assert f1(prediction, golds) == pytest.approx(overlap)
 
 
-def test_scores_are_means_in_percent():
+def test_scores_are_means():
     scores = squad_scores(["the tower", "in Paris", "red"], [["tower"], ["Paris"], ["blue"]])
-    assert scores == pytest.approx({"exact_match": 100 / 3, "f1": 100 * (1 + 2 / 3 + 0) / 3})
+    assert scores == pytest.approx({"exact_match": 1 / 3, "f1": (1 + 2 / 3 + 0) / 3})
 
 
 def test_no_answer_threshold_by_hand():
@@ -59,10 +59,10 @@ def test_no_answer_threshold_by_hand():
     scores = squad_v2_scores(spans, [1.0, 4.0, 1.5], [["Paris"], ["red"], []])
     assert scores == pytest.approx(
         {
-            "exact_match": 100 * 2 / 3,  # Paris, and silence about the third
-            "f1": 100 * 2 / 3,
-            "best_exact_match": 100 * 2 / 3,  # answering all would give Paris alone
-            "best_f1": 100 * 2 / 3,  # answering all: 1 + 2/3 + 0
+            "exact_match": 2 / 3,  # Paris, and silence about the third
+            "f1": 2 / 3,
+            "best_exact_match": 2 / 3,  # answering all would give Paris alone
+            "best_f1": 2 / 3,  # answering all: 1 + 2/3 + 0
             "best_threshold": -2.0,
         }
     )
@@ -71,8 +71,8 @@ def test_no_answer_threshold_by_hand():
 def test_a_better_threshold_is_found_where_the_null_scores_are_too_high():
     spans = [Span("Paris", 3.0), Span("red", 2.0), Span("x", 1.0)]
     scores = squad_v2_scores(spans, [7.0, 5.0, 9.0], [["Paris"], ["red"], []])
-    assert scores["exact_match"] == pytest.approx(100 / 3)
-    assert (scores["best_exact_match"], scores["best_f1"], scores["best_threshold"]) == (100, 100, 4)
+    assert scores["exact_match"] == pytest.approx(1 / 3)
+    assert (scores["best_exact_match"], scores["best_f1"], scores["best_threshold"]) == (1, 1, 4)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -85,7 +85,7 @@ def test_best_threshold_by_trying_all(seed):
 
     def mean_at(threshold):
         chosen = [a if d <= threshold else s for a, s, d in zip(answered, silent, differences, strict=True)]
-        return 100 * sum(chosen) / count
+        return sum(chosen) / count
 
     best, threshold = best_threshold(answered, silent, differences)
     assert best == pytest.approx(max(mean_at(t) for t in [min(differences) - 1, *differences]))
@@ -104,7 +104,7 @@ def test_best_threshold_is_the_official_one_where_no_two_are_equal(seed):
         current += scores[i] if has_answer[i] else -1
         best = max(best, current)
     ours, _ = best_threshold(scores, [float(not has) for has in has_answer], [float(p) for p in na_probs])
-    assert ours == pytest.approx(100 * best / 9)
+    assert ours == pytest.approx(best / 9)
 
 
 # -- from logits to spans --------------------------------------------------------------------------------------------

@@ -66,19 +66,19 @@ def test_rouge_by_hand():
     """
     scores = rouge(["A dog barks! The cat slept"], ["The cats sat on the mat. A dog barked."])
     wanted = {"rouge1": 2 * 5 / 15, "rouge2": 2 * 3 / 13, "rougeL": 2 * 3 / 15, "rougeLsum": 2 * 5 / 15}
-    assert scores == pytest.approx({name: 100 * value for name, value in wanted.items()})
+    assert scores == pytest.approx(wanted)
 
 
 def test_rouge_is_the_mean_over_rows():
     assert rouge(["red fox", "red fox"], ["red fox", "blue whale"]) == pytest.approx(
-        dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), 50.0)
+        dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), 0.5)
     )
 
 
 def test_lines_of_highlights_are_sentences_too():
     """CNN/DailyMail parts its highlights by new lines, with or without a full stop."""
-    assert rouge(["b c. a d"], ["a d\nb c"])["rougeLsum"] == pytest.approx(100)
-    assert rouge(["b c. a d"], ["a d b c"])["rougeL"] == pytest.approx(50)
+    assert rouge(["b c. a d"], ["a d\nb c"])["rougeLsum"] == pytest.approx(1)
+    assert rouge(["b c. a d"], ["a d b c"])["rougeL"] == pytest.approx(0.5)
 
 
 def test_other_words_get_nothing():
@@ -112,7 +112,7 @@ def measured(kind, rows, tokenizer, folder, options=OPTIONS):
 
 def test_a_model_that_knows_the_summaries_gets_all(tokenizer, tmp_path):
     numbers, model = measured(Knows, ROWS, tokenizer, tmp_path)
-    assert numbers == pytest.approx({f"validation_{name}": 100.0 for name in XSUM.metrics})
+    assert numbers == pytest.approx({f"validation_{name}": 1.0 for name in XSUM.metrics})
     assert (model.asked["max_length"], model.asked["num_beams"]) == (16, 2)
 
 
@@ -125,7 +125,7 @@ def test_a_cut_off_summary_is_measured_against_the_whole(tokenizer, tmp_path):
     """Five tokens hold [CLS], three of the six words, [SEP]: P = 1, R = ½."""
     rows = [{"document": "x", "summary": "one two three four five six"}]
     numbers, _ = measured(Knows, rows, tokenizer, tmp_path, RowOptions(max_target_length=5))
-    assert numbers["validation_rouge1"] == pytest.approx(100 * 2 / 3)
+    assert numbers["validation_rouge1"] == pytest.approx(2 / 3)
 
 
 # -- tokens and runs -------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_train_and_measure(tokenizer, tmp_path, beams):
     assert trainer.train().global_step == 2
     numbers = prepared.measure(trainer)
     assert set(numbers) == {f"validation_{metric}" for metric in XSUM.metrics}
-    assert all(0 <= number <= 100 for number in numbers.values())
+    assert all(0 <= number <= 1 for number in numbers.values())
     assert trainer.evaluate()["eval_loss"] > 0
 
 

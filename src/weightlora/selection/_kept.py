@@ -70,13 +70,19 @@ def kept_ranks(scores: Scores, budget: Chooser) -> dict[int, tuple[int, ...]]:
 
 
 def kept_sites(scores: Scores, rule: Rule, budget: Chooser) -> tuple[int, ...]:
-    """Positions of the sites with the best scores: within the budget, and positive."""
+    """Positions of the sites with the best scores: within the budget, and positive (the paper's phase 2: ω > 0).
+
+    Raises:
+        SelectionError: None of them has a positive score.
+    """
     wanted = budget.choose(scores.sizes)
     positive = {i for i, score in enumerate(scores.final) if score > 0}
     kept = tuple(i for i in wanted if i in positive)
-    # A small site without a positive score may fill what a larger one left of the budget: it is left out.
-    if not kept or (len(kept) < len(wanted) and positive <= set(kept)):
-        knobs = [*([f"keep to {len(kept)}"] if kept else []), *rule.knobs]
-        advice = f"; lower {' or '.join(knobs)}" if knobs else ""
-        raise SelectionError(f"only {len(kept)} of the {len(wanted)} wanted sites have a positive score{advice}")
+    advice = f"; lower {' or '.join(rule.knobs)}" if rule.knobs else ""
+    if not kept:
+        raise SelectionError(f"none of the {len(wanted)} wanted sites has a positive score{advice}")
+    # A small site without a positive score may fill what a larger one left of the budget: then there is no warning.
+    if len(kept) < len(wanted) and positive <= set(kept):
+        text = f"only {len(kept)} of the {len(wanted)} wanted sites have a positive score, and no others are kept"
+        warnings.warn(f"{text}{advice}", WeightLoraWarning, stacklevel=_CALLER)
     return kept

@@ -103,8 +103,8 @@ def select(
     Raises:
         OptionError: An argument is out of its range.
         SiteError: There is nothing to adapt, or the model is on the meta device or was made under inference mode.
-        SelectionError: The loss has no gradient or is not finite, no site had a gradient, or too few sites have a
-            positive score.
+        SelectionError: The loss has no gradient or is not finite, no site had a gradient, or no site that the
+            budget could take has a positive score.
 
     Example:
         >>> import torch

@@ -108,7 +108,7 @@ def _answers(golds: Sequence[str]) -> Sequence[str]:
 def best_threshold(
     answered: Sequence[float], silent: Sequence[float], differences: Sequence[float]
 ) -> tuple[float, float]:
-    """Return the best mean score, in percent, over all no-answer thresholds, and that threshold.
+    """Return the best mean score over all no-answer thresholds, and that threshold.
 
     This is ``find_best_thresh`` of the official script, except that questions of equal difference stay together: no
     threshold can separate them.
@@ -125,13 +125,13 @@ def best_threshold(
         total += sum(answered[i] - silent[i] for i in tied)
         if total > best:
             best, threshold = total, difference
-    return 100.0 * best / len(order), threshold
+    return best / len(order), threshold
 
 
 def squad_scores(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return ``exact_match`` and ``f1``, in percent, the mean over all questions."""
+    """Return ``exact_match`` and ``f1``, each in [0, 1], the mean over all questions."""
     pairs = list(zip(predictions, golds, strict=True))
-    return {metric.__name__: 100.0 * sum(metric(*pair) for pair in pairs) / len(pairs) for metric in (exact_match, f1)}
+    return {metric.__name__: sum(metric(*pair) for pair in pairs) / len(pairs) for metric in (exact_match, f1)}
 
 
 def squad_v2_scores(spans: Sequence[Span], nulls: Sequence[float], golds: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -159,7 +159,7 @@ def _tokens(columns: Mapping[str, str], tokenizer: Any, options: RowOptions, bat
 
 
 def rouge(found: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
-    """Return the mean F-measures of ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum, in percent, with stemmed words.
+    """Return the mean F-measures of ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum, each in [0, 1], with stemmed words.
 
     Args:
         found: The generated summaries.
@@ -167,7 +167,7 @@ def rouge(found: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
 
     Example:
         >>> rouge(["the cat sat"], ["the cat ran"])["rouge2"]
-        50.0
+        0.5
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -175,7 +175,7 @@ def rouge(found: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
     scorer = RougeScorer(names, use_stemmer=True)
     # ROUGE-Lsum compares line by line; the other three treat a new line as a blank.
     scores = [scorer.score(_lines(gold), _lines(text)) for text, gold in zip(found, wanted, strict=True)]
-    return {name: 100.0 * sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
+    return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
 
 
 def _lines(text: str) -> str:

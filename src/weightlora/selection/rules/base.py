@@ -45,7 +45,7 @@ class Rule(Protocol):
     name: ClassVar[str]
     """What the plan calls it."""
     knobs: ClassVar[tuple[str, ...]]
-    """Settings that an error names where too few sites have a positive score."""
+    """Settings that an error or a warning names where too few sites have a positive score."""
     trains_adapters: ClassVar[bool]
     """Whether :meth:`score` trains A and B, so that ``warm_start`` can use them."""
     least_steps: ClassVar[int]
