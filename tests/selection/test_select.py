@@ -513,6 +513,7 @@ def test_fewer_survivors_than_wanted_are_kept_alone_with_a_warning():
     assert quietly(HalfUnread(), pairs(3), keep=1, loss_fn=squared).names == ("read",)  # as many as wanted: none
 
 
+@pytest.mark.filterwarnings("ignore:1 of 2 sites had no gradient")
 @pytest.mark.parametrize("threshold", ["magnitude", "signed"])
 def test_gates_that_turn_negative_are_no_survivors(threshold):
     """Step 1 moves B against its gradient; where step 2 asks for the opposite, ω falls by η·lr·s·‖∂L/∂B‖₁: below 0."""
@@ -527,6 +528,6 @@ def test_gates_that_turn_negative_are_no_survivors(threshold):
 
     with pytest.raises(SelectionError, match=r"^none of the 2 wanted sites has a positive.*gate_lr or steps"):
         plan(second=-1.0)
-    with pytest.warns(WeightLoraWarning, match="had no gradient|only 1 of the 2 wanted sites have a positive score"):
+    with pytest.warns(WeightLoraWarning, match="only 1 of the 2 wanted sites have a positive score"):
         assert plan(second=-1.0, model=HalfUnread()).names == ("unread",)  # whose gate stays at 1
     assert min(plan(second=1.0).scores[name] for name in plan(second=1.0).names) > 1
