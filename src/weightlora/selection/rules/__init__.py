@@ -69,7 +69,6 @@ RULES = (
     RuleEntry("attention", "projections of attention at random", "heuristic", "Heuristic", {"kind": "attention"}),
     RuleEntry("v_o_down", "value, output and down at random", "heuristic", "Heuristic", {"kind": "v_o_down"}),
     RuleEntry("stratified", "random, of every projection alike", "heuristic", "Heuristic", {"kind": "stratified"}),
-    RuleEntry("spread", "random, of every projection and depth alike", "heuristic", "Heuristic", {"kind": "spread"}),
 )
 
 

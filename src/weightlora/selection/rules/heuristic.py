@@ -17,12 +17,10 @@ if TYPE_CHECKING:
     from weightlora.plan.budget import Chooser
     from weightlora.selection.stage import Stage
 
-Kind = Literal["last_layers", "first_layers", "strided", "mlp", "attention", "v_o_down", "stratified", "spread"]
+Kind = Literal["last_layers", "first_layers", "strided", "mlp", "attention", "v_o_down", "stratified"]
 KINDS: tuple[str, ...] = get_args(Kind)
 #: Larger than any seed that users give, so that no draw of one seed is a draw of the next.
 _FAR = 1_000_003
-#: Multiples of it, modulo 1, are spread about evenly over [0, 1), however many there are.
-_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,6 @@ class Heuristic(OnePass):
     - ``v_o_down``: value, attention's output and the MLP's down projection, in random order. No other site is kept. A
       projection that computes query, key and value together, as GPT-2's ``c_attn``, counts as value.
     - ``stratified``: random, and about the same share of every projection at every budget.
-    - ``spread``: the same, and the sites that are kept are spread about evenly over the depth.
 
     The place of a site is that of its layer in ``model.modules()``. A random order depends on ``select``'s seed and the
     sites alone, not on rank, batches or model weights.
@@ -149,26 +146,6 @@ def _stratified(sites: Sequence[Site], generator: torch.Generator) -> dict[str, 
     return scores
 
 
-def _spread(sites: Sequence[Site], generator: torch.Generator) -> dict[str, float]:
-    """As :func:`_stratified`, but the i-th site in all is the one of its projection nearest to depth i/φ mod 1."""
-    groups = [*_grouped(sites, lambda site: site.projection).values()]
-    shift, start = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-    order: list[int] = torch.randperm(len(groups), generator=generator).tolist()
-    turns = sorted(
-        ((k + (place + shift) / len(groups)) / len(groups[group]), group)
-        for place, group in enumerate(order)
-        for k in range(len(groups[group]))
-    )
-    left = [{name: (k + 0.5) / len(names) for k, name in enumerate(names)} for names in groups]
-    scores: dict[str, float] = {}
-    for i, (turn, group) in enumerate(turns):
-        depth = (start + i * _GOLDEN) % 1
-        name = min(left[group], key=lambda name, depths=left[group]: abs(depths[name] - depth))
-        del left[group][name]
-        scores[name] = 1 - turn
-    return scores
-
-
 def _random(names: Sequence[str], generator: torch.Generator) -> dict[str, float]:
     order: list[int] = torch.randperm(len(names), generator=generator).tolist()
     return _by_place([names[place] for place in order])
@@ -190,5 +167,4 @@ _SCORED: Mapping[str, Callable[[Sequence[Site], torch.Generator], dict[str, floa
     "attention": _attention,
     "v_o_down": _v_o_down,
     "stratified": _stratified,
-    "spread": _spread,
 }
