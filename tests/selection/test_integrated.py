@@ -1,5 +1,7 @@
 """The rule ``integrated``: its sum is the loss that was saved, its parts are those of a slow path integral."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -10,6 +12,7 @@ from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.model.gates import gated
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
+from weightlora.plan.budget import Budget
 from weightlora.selection.rules.integrated import Integrated, gauss_legendre
 from weightlora.selection.stage import probed, train_adapters
 
@@ -20,12 +23,12 @@ def selected(rule, *, steps=6, data=None, keep=2, model=None, loss_fn=squared, s
     return select(model or Net(), data, rule=rule, loss_fn=loss_fn, **options)
 
 
-def trained_losses(data, steps, omegas, names=None):
+def trained_losses(data, steps, omegas):
     """The losses of the last batches after ``steps`` of LoRA, with all gates at each of ``omegas``."""
     net, losses = Net(), []
     sites = find_sites(net, LORA).sites
     with probed(net, LORA, sites, batches=data, steps=len(data), seed=0, loss_fn=squared) as stage:
-        train_adapters(stage, steps=steps, lr=0.05, names=names)
+        train_adapters(stage, steps=steps, lr=0.05, scale=0.5**0.5)  # two of four sites stay
         with gated(stage.layers) as gates, torch.no_grad():
             for omega in omegas:
                 gates.write(omega)
@@ -100,8 +103,25 @@ def test_rounds_drop_sites_and_those_that_stay_learn_without_them():
 
 
 @pytest.mark.parametrize(
+    ("settings", "keep", "scale"),
+    [({}, 1, 0.5), ({}, 2, 0.5**0.5), ({}, 4, 1.0), ({"lr_scale": 3.0}, 1, 3.0)],
+)
+def test_the_first_step_of_all_sites_is_as_long_as_their_rate(settings, keep, scale):
+    """AdamW's first step is the rate in each weight, whatever the gradient; its eps takes some 1e-3 of it."""
+    rule, net = Integrated(**settings), Net()
+    sites = find_sites(net, LORA).sites
+    with probed(net, LORA, sites, batches=batches(5), steps=5, seed=0, loss_fn=squared) as stage:
+        rated = replace(stage, lr=0.05)
+        next(rule.score(rated, (1,), Budget.of_count(keep, n=4)))
+        moved = [b.detach().abs().mean().item() for b in stage.parameters("lora_B")]
+    assert moved == pytest.approx([0.05 * scale] * 4, rel=1e-2)
+
+
+@pytest.mark.parametrize(
     ("settings", "named"),
     [
+        ({"lr_scale": 0}, "lr_scale=0"),
+        ({"lr_scale": float("nan")}, "lr_scale=nan"),
         ({"most_ranks": 1}, "most_ranks with per='site'"),
         ({"per": "rank", "most_ranks": 0}, "most_ranks=0"),
         ({"per": "rank", "most_ranks": "uneven"}, "most_ranks='uneven'"),

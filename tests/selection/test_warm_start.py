@@ -36,7 +36,7 @@ def slow_updates(a, *, gates, folded=True):
     layers, data = Net().layers, batches(STEPS)
     a = [start.clone().requires_grad_() for start in a]
     b = [torch.zeros(6, 2, dtype=torch.float64, requires_grad=True) for _ in layers]
-    optimizer = torch.optim.AdamW([*a, *b], lr=RATE)
+    optimizer = torch.optim.AdamW([*a, *b], lr=RATE if gates else RATE * (2 / 4) ** 0.5)  # two of four sites are kept
     omega = torch.ones(len(layers), dtype=torch.float64)
     for batch in data:
         omega.requires_grad_()
@@ -100,7 +100,7 @@ def test_survivors_of_two_rounds_are_those_that_trained_on_without_the_site_drop
     with probed(
         net, LORA, find_sites(net, LORA).sites, batches=data, steps=len(data), seed=0, loss_fn=squared
     ) as stage:
-        train_adapters(stage, steps=4, lr=RATE)
+        train_adapters(stage, steps=4, lr=RATE, scale=(2 / 4) ** 0.5)  # two of four sites are kept
         assert len(list(stage.take(2))) == 2  # the first round's scores
 
         def switch_off(names):
@@ -109,7 +109,7 @@ def test_survivors_of_two_rounds_are_those_that_trained_on_without_the_site_drop
                     adapter_weights(stage, [name])[1].zero_()
 
         switch_off(set(stage.layers) - set(staying))
-        train_adapters(stage, steps=4, lr=RATE, names=staying)
+        train_adapters(stage, steps=4, lr=RATE, names=staying, scale=(2 / 3) ** 0.5)
         all_three = squared(net, held_out).item()
         switch_off(set(staying) - set(trained.plan.names))
         expected = squared(net, held_out).item()
@@ -170,7 +170,7 @@ def test_minilm_goes_on_from_its_survivors_and_its_head_and_is_stock_lora(minilm
     with probed(minilm, lora, sites, batches=review_batches, steps=6, seed=3) as stage:
         rated = type(stage)(**{**vars(stage), "lr": 2e-3})
         rated.train_head(2)
-        train_adapters(rated, steps=2, lr=2e-3)
+        train_adapters(rated, steps=2, lr=2e-3, scale=(5 / len(sites)) ** 0.5)
         with torch.no_grad():
             for name in set(stage.layers) - set(trained.plan.names):
                 adapter_weights(stage, [name])[1].zero_()

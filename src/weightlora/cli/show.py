@@ -29,6 +29,7 @@ _MEANINGS = {
     "rounds": "how often sites are scored; each round drops some",
     "per": "what is kept or dropped: whole adapters, or single ranks",
     "most_ranks": "ranks that a site keeps at most",
+    "lr_scale": "factor of the learning rate while all sites are trained",
     "damping": "share of the mean variance added to the inputs' covariance",
     "by": "compared: projection types, or single sites",
     "exact_up_to": "widest inputs whose covariance is kept whole",

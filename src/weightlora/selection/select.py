@@ -89,7 +89,8 @@ def select(
             least the rule's ``least_steps``, 20 to 100. ``"auto"`` stops when the choice is stable, and after 30 or
             3 % of ``total_steps`` at the latest.
         total_steps: The steps of the training to come, where they are known.
-        lr: AdamW's learning rate for what the warm-up trains, constant; best the one of the training.
+        lr: AdamW's learning rate for what the warm-up trains, constant; best the one of the training. The rules
+            ``integrated``, ``integrated_ranks`` and ``even_ranks`` take a part of it, their ``lr_scale``.
         head_lr: That of a new head; None stands for ``lr``.
         seed: Decides A's random start, dropout and a shuffling loader's order, whatever the global generators hold.
         ranking: How sites compete for the budget: ``"score"``, ``"per_parameter"`` (score ÷ parameters) or ``"quota"``

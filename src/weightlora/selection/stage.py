@@ -95,15 +95,16 @@ class Stage:
         self.progress.set_description(what)
         self.progress.update()
 
-    def optimizer(self, adapters: Sequence[nn.Parameter], lr: float) -> torch.optim.AdamW:
+    def optimizer(self, adapters: Sequence[nn.Parameter], lr: float, scale: float = 1.0) -> torch.optim.AdamW:
         """AdamW for these weights of adapters, and for the head at its own rate.
 
         Args:
             adapters: What is trained beside the head.
-            lr: Of the adapters, and of a head without a rate of its own.
+            lr: The learning rate, also of a head without a rate of its own.
+            scale: Factor of ``lr`` for the adapters.
         """
         own = lr if self.head_lr is None else self.head_lr
-        return torch.optim.AdamW([{"params": adapters}, {"params": self.head, "lr": own}], lr=lr)
+        return torch.optim.AdamW([{"params": adapters, "lr": lr * scale}, {"params": self.head, "lr": own}])
 
     def train_head(self, steps: int) -> None:
         """Train the head alone: its random weights would otherwise decide the first gradients of the adapters."""
@@ -213,7 +214,9 @@ def evaluated(model: nn.Module) -> Generator[None]:
             module.training = True
 
 
-def train_adapters(stage: Stage, *, steps: int, lr: float, names: Sequence[str] | None = None) -> None:
+def train_adapters(
+    stage: Stage, *, steps: int, lr: float, names: Sequence[str] | None = None, scale: float = 1.0
+) -> None:
     """Train A, B and the new head for ``steps`` batches with AdamW at a constant rate.
 
     Args:
@@ -221,11 +224,12 @@ def train_adapters(stage: Stage, *, steps: int, lr: float, names: Sequence[str] 
         steps: Batches, one a step.
         lr: AdamW's learning rate.
         names: The sites whose adapters are trained; None stands for all.
+        scale: Factor of the learning rate for the adapters.
     """
     adapters = adapter_weights(stage, names)
     trained = [*adapters, *stage.head]
     let_train(stage, trained)
-    optimizer = stage.optimizer(adapters, lr)
+    optimizer = stage.optimizer(adapters, lr, scale)
     for step in range(1, steps + 1):
         stage.backward("adapters", step, trained)
         optimizer.step()

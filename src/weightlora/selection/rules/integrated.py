@@ -46,6 +46,9 @@ class Integrated:
     scores of a site's ranks add up to the site's. The budget is then spent rank by rank, by score per parameter: a site
     may keep any rank from 0 to r, at the same alpha/r.
 
+    LoRA on all sites wants a lower learning rate than the few sites that are kept: at the training's own it can
+    diverge, and the scores then tell what diverged. So adapters are trained at ``lr_scale`` times that rate.
+
     Args:
         nodes: Points of the quadrature, each one forward and backward pass.
         probes: Further batches that the scores are read from, in each round.
@@ -53,6 +56,8 @@ class Integrated:
         per: ``"site"`` keeps or drops whole adapters, ``"rank"`` single ranks.
         most_ranks: With ``per="rank"``, a site keeps at most so many ranks; None: any number up to r. ``"even"``: at
             most the budget's share of its r ranks, rounded up. At a tenth of rank 10 these are one rank on each site.
+        lr_scale: Factor of the learning rate of the adapters, not of a head. None: √(K/m) where m sites are trained and
+            the budget holds K of them, since Adam moves each weight by about the rate.
         head_steps: Steps in which a new head is trained alone first; None: 20 where there is a head, else 0.
 
     Raises:
@@ -60,7 +65,7 @@ class Integrated:
 
     Example:
         >>> Integrated(probes=8)
-        Integrated(nodes=3, probes=8, rounds=1, per='site', most_ranks=None, head_steps=None)
+        Integrated(nodes=3, probes=8, rounds=1, per='site', most_ranks=None, lr_scale=None, head_steps=None)
     """
 
     nodes: int = 3
@@ -68,6 +73,7 @@ class Integrated:
     rounds: int = 1
     per: Per = "site"
     most_ranks: int | Literal["even"] | None = None
+    lr_scale: float | None = None
     head_steps: int | None = None
     name: ClassVar[str] = "integrated"
     knobs: ClassVar[tuple[str, ...]] = ()
@@ -83,6 +89,8 @@ class Integrated:
         whole = isinstance(most, int) and not isinstance(most, bool) and most >= 1
         require(known or whole, f"most_ranks={most!r}", "1 or more ranks, or 'even'")
         require(most is None or self.per == "rank", f"most_ranks with per={self.per!r}", "per='rank'")
+        scale = self.lr_scale
+        require(scale is None or 0 < scale < math.inf, f"lr_scale={scale!r}", "a positive number, or None")
         require_head_steps(self.head_steps)
 
     def batches(self, steps: Sequence[int]) -> int:
@@ -110,7 +118,7 @@ class Integrated:
             return
         history: list[tuple[float, ...]] = []
         for start, end in pairwise((0, *steps)):
-            train_adapters(stage, steps=end - start, lr=stage.lr)
+            train_adapters(stage, steps=end - start, lr=stage.lr, scale=self._scale(budget, stage, len(stage.layers)))
             scores = self._read(stage, most)
             history += scores.history
             yield end, replace(scores, history=tuple(history))
@@ -129,11 +137,19 @@ class Integrated:
                 staying = sorted(sorted(staying, key=lambda i: -last[i])[:count])
                 _switch_off(stage, staying)
             trained = [names[i] for i in staying]
-            train_adapters(stage, steps=len(range(done, steps, self.rounds)), lr=stage.lr, names=trained)
+            scale = self._scale(budget, stage, len(trained))
+            train_adapters(stage, steps=len(range(done, steps, self.rounds)), lr=stage.lr, names=trained, scale=scale)
             found.append(self._read(stage, most))
             history += found[-1].history
         # In the first round all sites are there.
         return replace(found[-1], history=tuple(history), has_gradient=found[0].has_gradient)
+
+    def _scale(self, budget: Chooser, stage: Stage, trained: int) -> float:
+        """The factor of the learning rate while so many sites are trained."""
+        if self.lr_scale is not None:
+            return self.lr_scale
+        kept = len(budget.choose((1.0,) * len(stage.layers)))  # were all sites alike
+        return math.sqrt(min(1.0, kept / trained))
 
     def _most(self, stage: Stage, budget: Chooser) -> list[int]:
         """How many ranks each site may keep; none where sites are kept whole.
