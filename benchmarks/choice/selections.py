@@ -4,7 +4,8 @@
     python benchmarks/choice/selections.py reviews --shuffled    # the same with the labels of other rows (MiniLM only)
     python benchmarks/choice/selections.py reviews --table
 
-Plans are left in ``benchmarks/results/choice/<bed>/plans``; a benchmark can train one on another bed.
+Plans are left in ``benchmarks/results/choice/<bed>/plans``; a benchmark can train one on another bed. Beside each is its
+control, whose ranks are dealt at random to sites of the same shape.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +30,7 @@ from tqdm import tqdm
 
 from weightlora.bench.grid import Row, read_grid
 from weightlora.bench.records import append_record, read_records
+from weightlora.plan.plan import AdapterPlan
 from weightlora.runs.recipe import option_words, read_recipe
 from weightlora.runs.train import fit, plan, prepare
 from weightlora.selection.steps import likeness
@@ -88,7 +91,9 @@ def _selected(row: Row, seed: int, rate: float, plans: Path, *, shuffled: bool) 
         steps = method.plan.options.get("scored", method.plan.options.get("steps"))
     if not trained:
         plans.mkdir(parents=True, exist_ok=True)
-        method.plan.save(plans / f"{row.label}-{seed}{'-shuffled' if shuffled else ''}.json")
+        name = f"{row.label}-{seed}{'-shuffled' if shuffled else ''}"
+        method.plan.save(plans / f"{name}.json")
+        with_dealt_ranks(method.plan, seed).save(plans / f"{name}-dealt.json")
     ranks = {name: r for name, r in method.plan.ranks.items() if r}
     return {
         "rule": row.label,
@@ -100,6 +105,19 @@ def _selected(row: Row, seed: int, rate: float, plans: Path, *, shuffled: bool) 
         "seconds": round(seconds, 2),
         "bytes": peak - loaded,
     }
+
+
+def with_dealt_ranks(chosen: AdapterPlan, seed: int) -> AdapterPlan:
+    """Return the plan with its ranks dealt to sites of the same shape: as many parameters, and no choice among them."""
+    dealer = np.random.default_rng(seed)
+    entries = list(chosen.entries)
+    shapes = [(entry.site.in_features, entry.site.out_features, entry.lora_r) for entry in entries]
+    for shape in sorted(set(shapes)):
+        places = [i for i, own in enumerate(shapes) if own == shape]
+        for place, source in zip(places, dealer.permutation(places), strict=True):
+            given = chosen.entries[source]
+            entries[place] = replace(entries[place], r=given.r, alpha=given.alpha)
+    return replace(chosen, entries=tuple(entries))
 
 
 def with_shuffled_labels(rows: Any, seed: int) -> Dataset:

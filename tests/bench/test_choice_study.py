@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
+from peft import LoraConfig
 from test_bench import grid_of, record
 
+from weightlora import select
 from weightlora.bench.grid import Point
 
 CHOICE = Path(__file__).parents[2] / "benchmarks" / "choice"
@@ -57,6 +59,22 @@ def test_shuffled_labels_are_those_of_other_rows():
     assert sorted(shuffled["label"]) == list(range(100))
     assert sum(a == b for a, b in zip(shuffled["label"], rows["label"], strict=True)) < 10
     assert shuffle(rows, seed=0)["label"] == shuffled["label"] != shuffle(rows, seed=1)["label"]
+
+
+def test_dealt_ranks_are_as_many_on_other_sites_of_the_same_shape(minilm):
+    deal = runpy.run_path(str(CHOICE / "selections.py"))["with_dealt_ranks"]
+    lora = LoraConfig(r=10, lora_alpha=20, task_type="SEQ_CLS")
+    chosen = select(minilm, (), lora=lora, keep=9, rule="last_layers", progress=False)
+    dealt = deal(chosen, seed=0)
+    assert dealt.names != chosen.names
+
+    def by_shape(plan):
+        return sorted((e.site.in_features, e.site.out_features, e.r, e.alpha) for e in plan.entries)
+
+    assert by_shape(dealt) == by_shape(chosen)
+    assert dealt.parameters == chosen.parameters
+    assert deal(chosen, seed=0).ranks == dealt.ranks != deal(chosen, seed=1).ranks
+    assert [e.site for e in dealt.entries] == [e.site for e in chosen.entries]
 
 
 def test_the_time_of_a_row_is_that_of_its_steps_and_its_selection(tmp_path):
