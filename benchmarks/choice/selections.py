@@ -4,7 +4,7 @@
     python benchmarks/choice/selections.py reviews --shuffled    # the same with the labels of other rows (MiniLM only)
     python benchmarks/choice/selections.py reviews --table
 
-Plans are left in ``benchmarks/results/choice/<bed>/plans``; a benchmark can train one on another bed. Beside each is its
+Plans are left in ``benchmarks/results/choice/<bed>/plans``; a benchmark can train one on another bed. Beside each is a
 control, whose ranks are dealt at random to sites of the same shape.
 """
 
