@@ -117,6 +117,15 @@ def test_the_first_step_of_all_sites_is_as_long_as_their_rate(settings, keep, sc
     assert moved == pytest.approx([0.05 * scale] * 4, rel=1e-2)
 
 
+@pytest.mark.parametrize(("own", "head_lr"), [(None, 0.05), (0.3, 0.3)])
+def test_a_head_keeps_its_rate_where_adapters_have_a_part_of_it(own, head_lr):
+    net, head = Net(), torch.nn.Parameter(torch.zeros(2))
+    with probed(net, LORA, find_sites(net, LORA).sites, batches=[], steps=1, seed=0, loss_fn=squared) as stage:
+        rated = replace(stage, head=[head], head_lr=own)
+        optimizer = rated.optimizer(stage.parameters("lora_B"), 0.05, scale=0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.025, head_lr]
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
