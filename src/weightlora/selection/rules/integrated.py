@@ -57,7 +57,8 @@ class Integrated:
         most_ranks: With ``per="rank"``, a site keeps at most so many ranks; None: any number up to r. ``"even"``: at
             most the budget's share of its r ranks, rounded up. At a tenth of rank 10 these are one rank on each site.
         lr_scale: Factor of the learning rate of the adapters, not of a head. None: √(K/m) where m sites are trained and
-            the budget holds K of them, since Adam moves each weight by about the rate.
+            the budget holds K, counted in the order of their names. Best rates of few sites and of all differ by about
+            that factor.
         head_steps: Steps in which a new head is trained alone first; None: 20 where there is a head, else 0.
 
     Raises:
@@ -148,7 +149,7 @@ class Integrated:
         """The factor of the learning rate while so many sites are trained."""
         if self.lr_scale is not None:
             return self.lr_scale
-        kept = len(budget.choose((1.0,) * len(stage.layers)))  # were all sites alike
+        kept = len(budget.choose((1.0,) * len(stage.layers)))  # nothing is scored yet: sites of equal score
         return math.sqrt(min(1.0, kept / trained))
 
     def _most(self, stage: Stage, budget: Chooser) -> list[int]:
