@@ -85,13 +85,13 @@ def test_show_explains_every_line(plan, capsys):
 
 
 def test_show_writes_the_knee_plot_that_it_is_asked_for(plan, tmp_path, monkeypatch, capsys):
-    """The scores are 0, 1, 2 and 3: the best of four sites of one size has half of them."""
-    assert "half of the gain" not in screen(capsys, "show", plan)
-    # One order in four begins with the 3: 25 %. One in three begins with 0 and 1 or 0 and 2: 75 %. The others: 50 %.
+    """The scores are 0, 1, 2 and 3: of four sites of one size the best two have 5/6 of them, and the best one half."""
+    assert "of the gain" not in screen(capsys, "show", plan)
+    # Three quarters need the 2 and the 3. One order in six begins with them: 50 %. Half of them end with one: 100 %.
     monkeypatch.chdir(tmp_path)  # a long path would be one long line
     printed = " ".join(screen(capsys, "show", plan, "--knee", "k.png").split())
-    assert "half of the gain is in 1 of 4 sites with 25 % of the parameters (random: " in printed
-    assert "8 of 10 orders 25 % to 75 %)" in printed
+    assert "75 % of the gain is in 2 of 4 sites with 50 % of the parameters (random: " in printed
+    assert "8 of 10 orders 50 % to 100 %)" in printed
     assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -56,10 +56,10 @@ def test_equal_scores_per_parameter_are_the_diagonal_in_any_order():
 def test_one_site_has_all_of_the_gain():
     knee = make_knee(stack([0.0, 3.0, 0.0, 0.0, 0.0]))
     assert knee.parameters.gain == (0, 1, 1, 1, 1, 1)
-    assert (knee.order[0], knee.half, knee.parameters.half) == ("layers.1.q", 1, (0.2, 1.0))
-    # A random order holds it at the k-th of five places: half of the gain costs k/5, whose mean is 3/5.
-    assert knee.half_by_chance.mean == pytest.approx(0.6, abs=FOUR_SIGMA)
-    assert (knee.half_by_chance.low, knee.half_by_chance.high) == pytest.approx((0.2, 1.0))
+    assert (knee.order[0], knee.auto, knee.parameters.auto) == ("layers.1.q", 1, (0.2, 1.0))
+    # A random order holds it at the k-th of five places: this costs k/5, whose mean is 3/5.
+    assert knee.auto_by_chance.mean == pytest.approx(0.6, abs=FOUR_SIGMA)
+    assert (knee.auto_by_chance.low, knee.auto_by_chance.high) == pytest.approx((0.2, 1.0))
 
 
 def test_two_sites_one_with_all_of_the_gain():
@@ -71,10 +71,10 @@ def test_two_sites_one_with_all_of_the_gain():
     assert spread[0.75].mean == pytest.approx(spread[0.25].mean + 0.5)
 
 
-def test_the_half_counts_whole_sites_for_random_orders_too():
-    knee = make_knee(stack([1.0, 1.0, 1.0]))  # one site has a third, two have two thirds
-    assert (knee.half, knee.parameters.half) == (2, pytest.approx((2 / 3, 2 / 3)))
-    assert (knee.half_by_chance.low, knee.half_by_chance.high) == pytest.approx((2 / 3, 2 / 3))
+def test_whole_sites_are_counted_for_random_orders_too():
+    knee = make_knee(stack([1.0] * 5))  # three sites have 60 %, four have 80 %
+    assert (knee.auto, knee.parameters.auto) == (4, pytest.approx((4 / 5, 4 / 5)))
+    assert (knee.auto_by_chance.low, knee.auto_by_chance.high) == pytest.approx((4 / 5, 4 / 5))
 
 
 @settings(deadline=None)  # other processes may have the processor
@@ -119,13 +119,13 @@ def by_block(plan):
 
 @settings(deadline=None)  # other processes may have the processor
 @given(stacks())
-def test_half_is_what_keep_auto_keeps(plan):
+def test_the_mark_is_what_keep_auto_keeps(plan):
     knee = make_knee(plan)
     sizes = tuple(entry.site.parameters(entry.lora_r) for entry in plan.entries)
     chosen = GainShare(sizes, AUTO).choose([entry.score for entry in plan.entries])
-    assert set(knee.order[: knee.half]) == {plan.entries[i].site.name for i in chosen}
+    assert set(knee.order[: knee.auto]) == {plan.entries[i].site.name for i in chosen}
     cost = sum(sizes[i] for i in chosen) / sum(sizes)
-    assert knee.parameters.half == (pytest.approx(cost), knee.parameters.gain[knee.half])
+    assert knee.parameters.auto == (pytest.approx(cost), knee.parameters.gain[knee.auto])
 
 
 @settings(deadline=None)  # other processes may have the processor
@@ -173,7 +173,7 @@ def test_blocks_count_from_the_lowest_site_so_far():
     assert knee.blocks.cost == pytest.approx((0, 1 / 11, 8 / 11, 8 / 11, 1))
     assert knee.blocks.gain == pytest.approx((0, 0.4, 0.7, 0.9, 1))
     assert knee.blocks.kept == pytest.approx((8 / 11, 0.5))
-    assert knee.blocks.half == pytest.approx((8 / 11, 0.7))
+    assert knee.blocks.auto == pytest.approx((8 / 11, 0.9))
 
 
 def test_random_orders_stop_at_the_first_site_below():
@@ -207,9 +207,9 @@ def test_names_that_do_not_say_the_order_give_no_blocks(names, tmp_path):
 
 def test_the_line_names_sites_parameters_and_random_orders():
     knee = make_knee(stack([1.0, 1.0, 1.0, 9.0], sizes=[10, 10, 10, 20]))
-    spread = knee.half_by_chance
+    spread = knee.auto_by_chance
     assert knee_text(knee) == (
-        "half of the gain is in 1 of 4 sites with 40 % of the parameters "
+        "75 % of the gain is in 1 of 4 sites with 40 % of the parameters "
         f"(random: {100 * spread.mean:.0f} %, 8 of 10 orders 40 % to 100 %)"
     )
 

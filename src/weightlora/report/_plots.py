@@ -31,7 +31,7 @@ def knee_plot(knee: Knee) -> Figure:
                 "text": ["no site", *knee.order],
                 "hovertemplate": "%{text}<br>parameters %{x:.1%}, gain %{y:.1%}",
             },
-            _point('half of the gain: keep="auto"', panel.half, "diamond-open"),
+            _point('keep="auto"', panel.auto, "diamond-open"),
             _point("kept by the plan", panel.kept, "circle"),
         ],
         x={"title": {"text": "adapter parameters, share of plain LoRA's"}, "tickformat": ".0%"},

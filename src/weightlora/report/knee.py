@@ -51,7 +51,7 @@ class Panel:
     """Cost of the first 0, 1, …, n sites, as a share of plain LoRA's."""
     gain: tuple[float, ...]
     """Gain of the same sites."""
-    half: tuple[float, float]
+    auto: tuple[float, float]
     """Cost and gain of what ``keep="auto"`` keeps."""
     kept: tuple[float, float]
     """Cost and gain of what the plan keeps."""
@@ -68,10 +68,10 @@ class Knee:
     rule: str
     order: tuple[str, ...]
     """The sites' names in descending order of score per parameter."""
-    half: int
-    """The fewest first sites of ``order`` that have half of the gain: what ``keep="auto"`` keeps."""
-    half_by_chance: Spread
-    """Share of the parameters at which a random order first has half of the gain."""
+    auto: int
+    """How many first sites of ``order`` ``keep="auto"`` keeps: the fewest that have the share ``AUTO`` of the gain."""
+    auto_by_chance: Spread
+    """Share of the parameters at which a random order first has as large a share."""
     parameters: Panel
     """Cost: adapter parameters at plain LoRA's rank."""
     blocks: Panel | None
@@ -112,7 +112,7 @@ def make_knee(plan: AdapterPlan, *, seed: int = 0) -> Knee:
         ... )))
         >>> knee.parameters.cost, knee.parameters.gain
         ((0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.75, 1.0, 1.0, 1.0))
-        >>> knee.half, knee.parameters.half, knee.blocks.half
+        >>> knee.auto, knee.parameters.auto, knee.blocks.auto
         (1, (0.25, 0.75), (0.75, 0.75))
     """
     entries = plan.entries
@@ -124,7 +124,7 @@ def make_knee(plan: AdapterPlan, *, seed: int = 0) -> Knee:
         )
     sizes = plan.lora_sizes
     order = sorted(range(len(entries)), key=lambda i: -gains[i] / sizes[i])
-    half = len(GainShare(sizes, AUTO).choose(gains))
+    auto = len(GainShare(sizes, AUTO).choose(gains))
     kept = [i for i, entry in enumerate(entries) if entry.r > 0]
     generator = random.Random(seed)
     orders = [generator.sample(order, len(order)) for _ in range(ORDERS)]
@@ -135,7 +135,7 @@ def make_knee(plan: AdapterPlan, *, seed: int = 0) -> Knee:
         curves = [(costs(one), _gained(one, gains)) for one in orders]
         chance = tuple(_spread([read(*curve, x) for curve in curves]) for x in at)
         of_kept = (costs(kept)[-1], math.fsum(gains[i] for i in kept) / math.fsum(gains)) if kept else (0.0, 0.0)
-        return Panel(tuple(cost), tuple(gain), (cost[half], gain[half]), of_kept, tuple(at), chance)
+        return Panel(tuple(cost), tuple(gain), (cost[auto], gain[auto]), of_kept, tuple(at), chance)
 
     depths, blocks = _depths(plan), None
     if depths is not None:
@@ -144,22 +144,22 @@ def make_knee(plan: AdapterPlan, *, seed: int = 0) -> Knee:
     return Knee(
         rule=plan.rule,
         order=tuple(entries[i].site.name for i in order),
-        half=half,
-        half_by_chance=_spread([_half_at(_spent(one, sizes), _gained(one, gains)) for one in orders]),
+        auto=auto,
+        auto_by_chance=_spread([_auto_at(_spent(one, sizes), _gained(one, gains)) for one in orders]),
         parameters=panel(lambda sites: _spent(sites, sizes), grid, _interpolated),
         blocks=blocks,
     )
 
 
 def knee_text(knee: Knee) -> str:
-    """Return one line: in how few sites and parameters half of the gain is, and how many random sites need.
+    """Return one line: in how few sites and parameters most of the gain is, and how many random sites need.
 
-    Both count whole sites. Random sites need about half of the parameters, and more where sites are few.
+    Both count whole sites. Random sites need about as large a share of the parameters, and more where sites are few.
     """
-    chance = knee.half_by_chance
+    cost, chance = knee.parameters.auto[0], knee.auto_by_chance
     return (
-        f"half of the gain is in {knee.half} of {len(knee.order)} sites with {knee.parameters.half[0]:.0%} of the "
-        f"parameters (random: {chance.mean:.0%}, 8 of 10 orders {chance.low:.0%} to {chance.high:.0%})"
+        f"{float(AUTO):.0%} of the gain is in {knee.auto} of {len(knee.order)} sites with {cost:.0%} "
+        f"of the parameters (random: {chance.mean:.0%}, 8 of 10 orders {chance.low:.0%} to {chance.high:.0%})"
     ).replace("%", " %")
 
 
@@ -207,7 +207,7 @@ def _draw_panel(axes: Axes, panel: Panel, style: str) -> None:
     mean = [one.mean for one in panel.chance]
     axes.plot(panel.at, mean, drawstyle=style, color="#5b6670", label=f"random, mean of {ORDERS} orders")
     axes.plot(panel.cost, panel.gain, drawstyle=style, color="#d95f02", label="best score per parameter first")
-    axes.plot(*panel.half, "D", color="black", markerfacecolor="white", label='half of the gain: keep="auto"')
+    axes.plot(*panel.auto, "D", color="black", markerfacecolor="white", label='keep="auto"')
     axes.plot(*panel.kept, "o", color="black", label="kept by the plan")
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
@@ -258,8 +258,8 @@ def _stepped(cost: Sequence[float], gain: Sequence[float], x: float) -> float:
     return gain[bisect_right(cost, x) - 1]
 
 
-def _half_at(cost: Sequence[float], gain: Sequence[float]) -> float:
-    """Cost of the fewest first sites with half of the gain."""
+def _auto_at(cost: Sequence[float], gain: Sequence[float]) -> float:
+    """Cost of the fewest first sites with the share ``AUTO`` of the gain."""
     return next(x for x, y in zip(cost, gain, strict=True) if y >= AUTO - _ROUNDING)
 
 

@@ -80,8 +80,8 @@ def select(
         keep: A fraction in (0, 1] of plain LoRA's parameters, a number of adapters K, or a budget:
             ``"300k parameters"``, ``"512MB"`` (trained parameters with gradients and AdamW's state, and what is saved
             for the backward pass of the first batch) or ``"0.8x"`` (step time on the first batch, relative to LoRA on
-            all sites), or ``"auto"``: the smallest set that has half of the sum of the scores, ``"60% gain"`` for
-            another share. Memory and step time are those of plain LoRA with the step that ``fast`` names; see
+            all sites), or ``"auto"``: the smallest set that has three quarters of the sum of the scores, ``"60% gain"``
+            for another share. Memory and step time are those of plain LoRA with the step that ``fast`` names; see
             docs/guides/budgets.md.
         rule: ``"first_order"`` (default) takes the size of the mean ∂L/∂B at B = 0 and trains nothing; ``"paper"`` is
             the paper's; or a rule with settings of its own, such as ``StoIHT(gate_lr=1.0)``.
