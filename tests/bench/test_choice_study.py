@@ -1,6 +1,8 @@
 """The arithmetic of benchmarks/choice: a fit on sets of sites, labels of other rows, and loss over time."""
 
+import os
 import runpy
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from peft import LoraConfig
 from test_bench import grid_of, record
 
 from weightlora import select
-from weightlora.bench.grid import Point
+from weightlora.bench.grid import Point, read_grid
 
 CHOICE = Path(__file__).parents[2] / "benchmarks" / "choice"
 
@@ -49,6 +51,22 @@ def test_the_share_is_that_of_sets_left_out(fit):
     share, _ = fit(masks, losses)
     assert share == pytest.approx(best)
     assert share < 0.2  # noise: there is nothing to predict
+
+
+def test_the_study_runs_every_stage_and_each_can_be_read(tmp_path):
+    """Its commands are written down by stand-ins of ``weightlora`` and ``python``; a bed is what has no methods."""
+    for name in ("weightlora", "python"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/asked\n')
+        (tmp_path / name).chmod(0o755)
+    subprocess.run([CHOICE / "study"], env={**os.environ, "BIN": str(tmp_path)}, check=True)
+    used = set()
+    for program, *words in (line.split() for line in (tmp_path / "asked").read_text().splitlines()):
+        files = [CHOICE.parents[1] / word for word in words if word.endswith((".yaml", ".py"))]
+        assert all(file.exists() for file in files)
+        if program == "weightlora":
+            assert read_grid(files).rows
+        used.update(files)
+    assert used >= set(CHOICE.glob("*.yaml")) | set(CHOICE.glob("*.py"))
 
 
 def test_shuffled_labels_are_those_of_other_rows():

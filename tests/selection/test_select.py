@@ -277,7 +277,10 @@ def test_options_are_recorded():
 
 
 def test_auto_keeps_the_sites_that_have_three_quarters_of_the_scores():
-    options = {"steps": 4, "loss_fn": squared}
+    def of_each_layer(model, batch):  # the best site has more than half of the scores, the best two more than 75 %
+        return 2 * squared(model[:1], batch) + 0.5 * squared(model[:4], batch) + squared(model, batch)
+
+    options = {"steps": 4, "loss_fn": of_each_layer}
     everything = quietly(net(), pairs(4), keep=1.0, **options)
     worth = {e.site.name: (e.score / e.site.parameters(e.lora_r), e.score) for e in everything.entries}
     wanted, found = 0.75 * sum(score for _, score in worth.values()), 0.0
@@ -288,6 +291,8 @@ def test_auto_keeps_the_sites_that_have_three_quarters_of_the_scores():
     assert set(plan.names) == set(everything.names) - set(worth)
     assert 0 < len(plan.names) < len(everything.names)
     assert plan.options["keep"] == "auto"
+    half = quietly(net(), pairs(4), keep="50% gain", **options)
+    assert set(half.names) < set(plan.names)  # otherwise this test could not tell the shares apart
     with pytest.raises(OptionError, match="keep has to say how many stay"):
         quietly(net(), pairs(4), keep="auto", rule="stoiht", **options)
 
