@@ -54,13 +54,14 @@ def test_the_share_is_that_of_sets_left_out(fit):
 
 
 def test_the_study_runs_every_stage_and_each_can_be_read(tmp_path):
-    """Its commands are written down by stand-ins of ``weightlora`` and ``python``; a bed is what has no methods."""
+    """Stand-ins of ``weightlora`` and ``python`` write its commands down; the study itself writes predicted.yaml."""
     for name in ("weightlora", "python"):
         (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/asked\n')
         (tmp_path / name).chmod(0o755)
     subprocess.run([CHOICE / "study"], env={**os.environ, "BIN": str(tmp_path)}, check=True)
     used = set()
-    for program, *words in (line.split() for line in (tmp_path / "asked").read_text().splitlines()):
+    asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines() if "predicted.yaml" not in line]
+    for program, *words in asked:
         files = [CHOICE.parents[1] / word for word in words if word.endswith((".yaml", ".py"))]
         assert all(file.exists() for file in files)
         if program == "weightlora":
