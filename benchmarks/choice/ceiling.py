@@ -1,10 +1,12 @@
-"""What any choice can gain: the spread of random sets, and a fit of the held-out loss to which sites they keep.
+r"""What any choice can gain: the spread of random sets, and a fit of the held-out loss to which sites they keep.
 
-    weightlora bench --config benchmarks/choice/reviews.yaml benchmarks/choice/ceiling.yaml
-    python benchmarks/choice/ceiling.py reviews      # the table, the fit, and the best and worst set that it predicts
-    weightlora bench --config benchmarks/choice/reviews.yaml benchmarks/results/choice/reviews/predicted.yaml
+    weightlora bench --config benchmarks/choice/roget.yaml benchmarks/choice/ceiling.yaml
+    python benchmarks/choice/ceiling.py roget        # the table, the fit, and the best and worst set that it predicts
+    weightlora bench --config benchmarks/choice/roget.yaml benchmarks/choice/ceiling.yaml \
+        benchmarks/results/choice/roget/predicted.yaml
 
-The last command trains the predicted sets; the second one then shows them, too.
+The last command trains the predicted sets; the second one then shows them, too. Options of the benchmark, such as
+--head_learning_rate 1.5e-2, go to all three.
 """
 
 from __future__ import annotations
@@ -35,16 +37,17 @@ PENALTIES = np.logspace(-2, 3, 26)
 def main() -> None:
     """Print the table of a bed, fit the random sets, and write the predicted ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bed", choices=[p.stem for p in sorted(HERE.glob("*.yaml")) if "base:" in p.read_text("utf-8")])
-    bed = parser.parse_args().bed
-    grid = read_grid([HERE / f"{bed}.yaml", HERE / "ceiling.yaml"])
+    beds = [path.stem for path in sorted(HERE.glob("*.yaml")) if "model_name_or_path:" in path.read_text("utf-8")]
+    parser.add_argument("bed", choices=beds)
+    asked, words = parser.parse_known_args()
+    files = [HERE / f"{asked.bed}.yaml", HERE / "ceiling.yaml"]
+    grid = read_grid(files, words=words)
     predicted = grid.output_dir / "predicted.yaml"
     records = recorded(grid)
     losses, kept = _known(grid, records)
     draws = {label: loss for label, loss in losses.items() if label.startswith("draw")}
     if predicted.exists():
-        more = read_grid([HERE / f"{bed}.yaml", predicted])
-        losses |= _known(more, records)[0]
+        losses |= _known(read_grid([*files, predicted], words=words), records)[0]
     _print_table(losses, list(draws.values()))
     sites = sorted({name for label in draws for name in kept[label]})
     masks = np.array([[name in kept[label] for name in sites] for label in draws], dtype=float)
