@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from weightlora.errors import OptionError
 from weightlora.model.sites import Site
 from weightlora.plan.budget import Budget, GainShare, read_limit
-from weightlora.plan.ranking import PerParameter, Quota, ranked
+from weightlora.plan.ranking import PerParameter, Quota, Spread, ranked
 
 SITES = [Site(f"layer.{i}.{kind}", 4, 4) for i in range(3) for kind in ("up", "down")]
 PARAMETERS = {site.name: 8 for site in SITES}
@@ -44,9 +44,46 @@ def test_per_parameter_is_the_budget_of_sizes_divided_by_costs(sites, limit):
     assert kept == budget.choose([size / cost for size, cost in sites])
 
 
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        (1, [4]),  # one part: the best of all
+        (2, [1, 4]),  # blocks 0 and 1, blocks 2 and 3
+        (4, [1, 2, 4, 7]),  # each block its best
+        (5, [1, 2, 4, 5, 7]),  # and the best of the second ones
+    ],
+)
+def test_sites_are_spread_over_the_blocks(keep, kept):
+    sizes = [0.1, 2.0, 1.0, 0.9, 9.0, 8.0, 6.0, 7.0]
+    sites = [Site(f"layer.{i // 2}.{'up' if i % 2 else 'down'}", 4, 4) for i in range(8)]
+    budget = Budget.of_count(keep, n=8)
+    spread = ranked(budget, "spread", sites, {site.name: 8 for site in sites})
+    assert spread.choose(sizes) == kept
+    if keep <= 4:  # negative control: without it the last two blocks take all
+        assert budget.choose(sizes) == [4, 5, 6, 7][:keep]
+
+
+@given(st.data(), st.integers(1, 30))
+def test_spread_sites_fit_the_budget_and_no_part_is_left_out(data, limit):
+    """With room for the best site of each block, each block with a positive size has one; others come after these."""
+    n = data.draw(st.integers(1, 8))
+    costs = tuple(data.draw(st.lists(st.integers(1, 6), min_size=n, max_size=n)))
+    blocks = tuple(sorted(data.draw(st.lists(st.sampled_from("abc"), min_size=n, max_size=n))))
+    sizes = data.draw(st.lists(st.floats(-2, 2), min_size=n, max_size=n))
+    kept = Spread(Budget(costs, limit), blocks).choose(sizes)
+    assert sum(costs[i] for i in kept) <= limit
+    assert kept == sorted(set(kept))
+    best = [max((i for i in range(n) if blocks[i] == b), key=lambda i: sizes[i]) for b in dict.fromkeys(blocks)]
+    best = [i for i in best if sizes[i] > 0]
+    if sum(costs[i] for i in best) <= limit:
+        assert {*best} <= {*kept}
+
+
 def test_a_ranking_that_does_not_fit_is_one_line():
     budget = Budget.of_count(2, n=6)
-    with pytest.raises(OptionError, match="ranking='best' is not allowed: give one of score, per_parameter, quota"):
+    with pytest.raises(
+        OptionError, match="ranking='best' is not allowed: give one of score, per_parameter, quota, spread"
+    ):
         ranked(budget, "best", SITES, PARAMETERS)
     for other in (GainShare((1,) * 6, 1), read_limit("0.8x")):
         assert ranked(other, "score", SITES, PARAMETERS) is other

@@ -213,6 +213,11 @@ def test_a_share_of_the_scores_is_no_budget(keep):
         selected(Pursuit(), steps=10, keep=keep)
 
 
+def test_spread_sites_are_no_budget():
+    with pytest.raises(OptionError, match="ranking='spread'; give another ranking, or take another rule"):
+        selected(Pursuit(), steps=10, ranking="spread")
+
+
 @pytest.mark.parametrize(("rule", "steps"), [("first_order", 20), ("even_ranks", 30), ("pursuit", 100)])
 def test_each_rule_has_a_number_of_steps_of_its_own(rule, steps):
     options = {"lora": LORA, "keep": 2, "loss_fn": squared, "progress": False}

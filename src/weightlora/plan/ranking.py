@@ -1,4 +1,4 @@
-"""What a budget prefers: the best scores, the best scores for their parameters, or a share of each projection."""
+"""What a budget prefers: the best scores, the best for their parameters, or sites of all projections or depths."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from weightlora.errors import OptionError
 from weightlora.model.sites import Site
 from weightlora.plan.budget import Budget, Chooser, Limit
 
-Ranking = Literal["score", "per_parameter", "quota"]
+Ranking = Literal["score", "per_parameter", "quota", "spread"]
 """How sites compete for the budget.
 
 - ``"score"``: the highest score first.
 - ``"per_parameter"``: the highest score ÷ parameters first.
 - ``"quota"``: the highest score first, and each projection type gets at most its share of the budget.
+- ``"spread"``: the best site of each part of the depth first, then the second best of each.
 """
 RANKINGS: tuple[str, ...] = get_args(Ranking)
 
@@ -67,6 +68,47 @@ class Quota:
         ]
 
 
+@dataclass(frozen=True)
+class Spread:
+    """A budget whose sites are spread over the depth: first the best site of each part, then the second best.
+
+    The blocks are divided into parts of about as many blocks each. There are as many parts as the budget can hold the
+    best sites of, at most one for each block. Sites without a positive size come last.
+
+    Example:
+        >>> Spread(Budget.of_count(2, n=4), blocks=("0", "1", "2", "3")).choose([1.0, 2.0, 4.0, 3.0])
+        [1, 2]
+    """
+
+    budget: Budget
+    blocks: tuple[str, ...]
+    """The block of each site, in the model's order."""
+
+    def choose(self, sizes: Sequence[float]) -> list[int]:
+        """Return the kept positions, sorted."""
+        place = {block: k for k, block in enumerate(dict.fromkeys(self.blocks))}
+        chosen: list[int] = []
+        for parts in range(len(place), 0, -1):
+            turns = _turns(sizes, [place[block] * parts // len(place) for block in self.blocks])
+            order = sorted(range(len(sizes)), key=lambda i: (turns[i], -sizes[i]))
+            places = {i: k for k, i in enumerate(order)}
+            chosen = self.budget.choose([-float(places[i]) for i in range(len(sizes))])
+            if {i for i, turn in enumerate(turns) if turn == 0} <= {*chosen}:
+                break
+        return chosen
+
+
+def _turns(sizes: Sequence[float], parts: Sequence[int]) -> list[int]:
+    """Return how many sites of its part are above each one; the number of all sites where a size is not positive."""
+    taken: dict[int, int] = {}
+    turns = [len(sizes)] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if sizes[i] > 0:
+            turns[i] = taken.get(parts[i], 0)
+            taken[parts[i]] = turns[i] + 1
+    return turns
+
+
 def check_ranking(ranking: str) -> None:
     """Raise unless there is such a ranking.
 
@@ -98,4 +140,6 @@ def ranked(
         raise OptionError(f"ranking={ranking!r} needs keep as a fraction, a number of adapters or of parameters")
     if ranking == "per_parameter":
         return PerParameter(budget, tuple(parameters.values()))
+    if ranking == "spread":
+        return Spread(budget, tuple(site.block for site in sites))
     return Quota(budget, tuple(site.projection for site in sites))

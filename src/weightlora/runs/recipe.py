@@ -108,8 +108,8 @@ class MethodOptions:
         "0.5", 'fraction of LoRA\'s parameters, number of adapters, "300k parameters", 512MB, 0.8x, "60% gain" or auto'
     )
     rule: str = _option("first_order", f"how sites are scored: {', '.join(entry.name for entry in RULES)}")
-    ranking: Literal["score", "per_parameter", "quota"] = _option(
-        "score", "how sites compete: by score, by score per parameter, or each projection type within its share"
+    ranking: Literal["score", "per_parameter", "quota", "spread"] = _option(
+        "score", "how sites compete: by score, score per parameter, within each projection type, or over the depth"
     )
     rule_options: list[str] = field(
         default_factory=list[str], metadata={"help": "settings of the rule, as name=value: head_steps=0 gate_lr=5.0"}

@@ -93,8 +93,9 @@ def select(
             ``integrated``, ``integrated_ranks`` and ``even_ranks`` take a part of it, their ``lr_scale``.
         head_lr: That of a new head; None stands for ``lr``.
         seed: Decides A's random start, dropout and a shuffling loader's order, whatever the global generators hold.
-        ranking: How sites compete for the budget: ``"score"``, ``"per_parameter"`` (score ÷ parameters) or ``"quota"``
-            (each projection type gets at most its share).
+        ranking: How sites compete for the budget: ``"score"``, ``"per_parameter"`` (score ÷ parameters), ``"quota"``
+            (each projection type gets at most its share) or ``"spread"`` (the best site of each part of the depth, then
+            the second best of each).
         loss_fn: ``loss_fn(model, batch)`` → scalar tensor, or an iterator over the losses of micro-batches, whose
             gradients add up; the default is ``model(**batch).loss``.
         fast: The ``dropout`` of :func:`weightlora.enable_fast_lora`: the warm-up uses the fast step, and budgets in

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from weightlora.errors import OptionError
 from weightlora.plan.budget import GainShare
+from weightlora.plan.ranking import Spread
 from weightlora.selection._gradient_sizes import GradientSizes
 from weightlora.selection.rules.base import Scores, require, require_head_steps
 from weightlora.selection.stage import let_train, switched_off, train_adapters
@@ -72,8 +73,12 @@ class Pursuit:
         """Yield the scores after T steps; the history has a row for each round.
 
         Raises:
-            OptionError: The budget is a share of the scores.
+            OptionError: The budget is a share of the scores, or spreads the sites.
         """
+        if isinstance(budget, Spread):
+            raise OptionError(
+                "rule='pursuit' does not go with ranking='spread'; give another ranking, or take another rule"
+            )
         if isinstance(budget, GainShare):
             raise OptionError(
                 "rule='pursuit' needs a budget that does not depend on the scores; give keep as a fraction, a number "
