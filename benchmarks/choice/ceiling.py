@@ -49,11 +49,13 @@ def main() -> None:
     if predicted.exists():
         losses |= _known(read_grid([*files, predicted], words=words), records)[0]
     _print_table(losses, list(draws.values()))
-    sites = sorted({name for label in draws for name in kept[label]})
-    masks = np.array([[name in kept[label] for name in sites] for label in draws], dtype=float)
-    share, worth = fit(masks, np.array(list(draws.values())))
+    # Two draws may be the same set, which a fit must not have seen when it predicts the other one.
+    sets = {frozenset(kept[label]): loss for label, loss in draws.items()}
+    sites = sorted(frozenset().union(*sets))
+    masks = np.array([[name in own for name in sites] for own in sets], dtype=float)
+    share, worth = fit(masks, np.array(list(sets.values())))
     print(
-        f"\nA linear fit to {len(draws)} random sets explains {share:.2f} of the variance of sets it has not seen (R²)."
+        f"\nA linear fit to {len(sets)} random sets explains {share:.2f} of the variance of sets it has not seen (R²)."
     )
     wanted = sum(row.label.startswith("draw") for row in grid.rows)
     if len(draws) < wanted:
