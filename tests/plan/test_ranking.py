@@ -50,7 +50,7 @@ def test_per_parameter_is_the_budget_of_sizes_divided_by_costs(sites, limit):
         (1, [4]),  # one part: the best of all
         (2, [1, 4]),  # blocks 0 and 1, blocks 2 and 3
         (4, [1, 2, 4, 7]),  # each block its best
-        (5, [1, 2, 4, 5, 7]),  # and the best of the second ones
+        (5, [1, 2, 4, 5, 7]),  # and the best of the others
     ],
 )
 def test_sites_are_spread_over_the_blocks(keep, kept):
@@ -61,6 +61,15 @@ def test_sites_are_spread_over_the_blocks(keep, kept):
     assert spread.choose(sizes) == kept
     if keep <= 4:  # negative control: without it the last two blocks take all
         assert budget.choose(sizes) == [4, 5, 6, 7][:keep]
+
+
+def test_the_score_decides_beyond_the_best_of_each_part():
+    assert Spread(Budget.of_count(4, n=6), ("a",) * 3 + ("b",) * 3).choose([1.0, 0.5, 0.4, 9.0, 8.0, 7.0]) == [
+        0,
+        3,
+        4,
+        5,
+    ]
 
 
 @given(st.data(), st.integers(1, 30))

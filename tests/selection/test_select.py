@@ -96,7 +96,9 @@ def test_layers_that_can_lower_the_loss_are_found_and_noise_prefers_none(rule):
 def test_the_better_half_of_minilm_is_kept(minilm, review_batches):
     plan = quietly(minilm, review_batches, lora=LoraConfig(r=4, task_type="SEQ_CLS"), keep=18, head_steps=3)
     assert len(plan.entries) == 36
-    assert plan.names == tuple(sorted(sorted(plan.scores, key=plan.scores.get, reverse=True)[:18]))
+    by_score = sorted(plan.scores, key=plan.scores.get, reverse=True)
+    best_three = [[name for name in by_score if f"layer.{block}." in name][:3] for block in range(6)]
+    assert plan.names == tuple(sorted(name for names in best_three for name in names))
     assert {entry.r for entry in plan.entries} == {0, 4}
     model = plan.attach(minilm)
     assert tuple(lora_layers(model)) == plan.names
@@ -274,6 +276,26 @@ def test_options_are_recorded():
     expected = {"keep": 2, "steps": 4, "head_steps": 0, "threshold_every": 1, "threshold": "magnitude"}
     assert plan.options == {**expected, "lr": 0.01, "gate_lr": 2.0, "agreement": pytest.approx(1)}
     assert (plan.rule, plan.seed, len(plan.history)) == ("stoiht", 7, 4)
+
+
+def test_first_order_spreads_its_sites_unless_asked_or_not_counted(minilm, review_batches):
+    def chosen(**options):
+        lora = LoraConfig(r=2, task_type="SEQ_CLS")
+        return quietly(minilm, review_batches, **{"lora": lora, "keep": 3, "head_steps": 2, **options})
+
+    def parts(plan):
+        return {int(name.split(".")[3]) // 2 for name in plan.names}  # of six blocks
+
+    plan, by_score = chosen(), chosen(ranking="score")
+    assert plan.options["ranking"] == "spread"
+    assert plan.scores == by_score.scores
+    assert parts(plan) == {0, 1, 2}
+    assert by_score.names == tuple(sorted(sorted(plan.scores, key=plan.scores.get, reverse=True)[:3]))
+    assert len(parts(by_score)) < 3  # negative control
+    assert "ranking" not in by_score.options
+    for other in ({"keep": "60% gain"}, {"keep": "0.8x"}, {"rule": "fisher"}):
+        assert "ranking" not in chosen(**other).options
+    assert chosen(rule="fisher").names == chosen(rule="fisher", ranking="score").names
 
 
 def test_auto_keeps_the_sites_that_have_three_quarters_of_the_scores():

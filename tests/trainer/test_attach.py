@@ -420,6 +420,7 @@ def test_a_second_start_takes_the_stored_plan(make_classifier, monkeypatch):
         ({"lr": 1.0}, "lr=5e-05 there, 1.0 now"),
         ({"head_lr": 1.0}, "head_lr=5e-05 there, 1.0 now"),
         ({"steps": 7}, "steps=20 there, 7 now"),
+        ({"ranking": "score"}, "ranking='spread' there, 'score' now"),
         ({"rule": "integrated", "warm_start": True}, "warm_start=False there, True now"),
     ],
 )

@@ -26,7 +26,7 @@ def build(
     *,
     keep: Keep = 0.5,
     rule: str | Rule = "first_order",
-    ranking: Ranking = "score",
+    ranking: Ranking | None = None,
     steps: Steps | None = None,
     lr: float = 1e-3,
     head_lr: float | None = None,
@@ -41,7 +41,7 @@ def build(
     Args:
         keep: How much of plain LoRA is kept before the ranks grow; the paper keeps n/2 adapters.
         rule: How sites are scored.
-        ranking: How sites compete for the budget.
+        ranking: How sites compete for the budget; None: as the rule says.
         steps: T; None stands for 0.5 % of the training's steps, at least the rule's own; ``"auto"``: until the
             choice is stable.
         lr: The warm-up's learning rate.

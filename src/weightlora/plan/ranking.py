@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from weightlora.errors import OptionError
 from weightlora.model.sites import Site
-from weightlora.plan.budget import Budget, Chooser, Limit
+from weightlora.plan.budget import Budget, Chooser, Keep, Limit, read_limit, read_share
 
 Ranking = Literal["score", "per_parameter", "quota", "spread"]
 """How sites compete for the budget.
@@ -17,7 +17,7 @@ Ranking = Literal["score", "per_parameter", "quota", "spread"]
 - ``"score"``: the highest score first.
 - ``"per_parameter"``: the highest score ÷ parameters first.
 - ``"quota"``: the highest score first, and each projection type gets at most its share of the budget.
-- ``"spread"``: the best site of each part of the depth first, then the second best of each.
+- ``"spread"``: the best site of each part of the depth first, then the highest score.
 """
 RANKINGS: tuple[str, ...] = get_args(Ranking)
 
@@ -70,10 +70,10 @@ class Quota:
 
 @dataclass(frozen=True)
 class Spread:
-    """A budget whose sites are spread over the depth: first the best site of each part, then the second best.
+    """A budget whose sites are spread over the depth: first the best site of each part, then the best of the others.
 
     The blocks are divided into parts of about as many blocks each. There are as many parts as the budget can hold the
-    best sites of, at most one for each block. Sites without a positive size come last.
+    best sites of, at most one for each block.
 
     Example:
         >>> Spread(Budget.of_count(2, n=4), blocks=("0", "1", "2", "3")).choose([1.0, 2.0, 4.0, 3.0])
@@ -89,33 +89,39 @@ class Spread:
         place = {block: k for k, block in enumerate(dict.fromkeys(self.blocks))}
         chosen: list[int] = []
         for parts in range(len(place), 0, -1):
-            turns = _turns(sizes, [place[block] * parts // len(place) for block in self.blocks])
-            order = sorted(range(len(sizes)), key=lambda i: (turns[i], -sizes[i]))
+            best: dict[int, int] = {}
+            for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+                if sizes[i] > 0:
+                    best.setdefault(place[self.blocks[i]] * parts // len(place), i)
+            first = {*best.values()}
+            order = sorted(range(len(sizes)), key=lambda i: (i not in first, -sizes[i]))
             places = {i: k for k, i in enumerate(order)}
             chosen = self.budget.choose([-float(places[i]) for i in range(len(sizes))])
-            if {i for i, turn in enumerate(turns) if turn == 0} <= {*chosen}:
+            if first <= {*chosen}:
                 break
         return chosen
 
 
-def _turns(sizes: Sequence[float], parts: Sequence[int]) -> list[int]:
-    """Return how many sites of its part are above each one; the number of all sites where a size is not positive."""
-    taken: dict[int, int] = {}
-    turns = [len(sizes)] * len(sizes)
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if sizes[i] > 0:
-            turns[i] = taken.get(parts[i], 0)
-            taken[parts[i]] = turns[i] + 1
-    return turns
+def ranking_of(ranking: Ranking | None, keep: Keep, default: Ranking) -> Ranking:
+    """Return ``ranking``; None is the default where ``keep`` is a number of adapters or parameters, else ``"score"``.
+
+    Example:
+        >>> ranking_of(None, 0.5, "spread"), ranking_of(None, "0.8x", "spread"), ranking_of("quota", 0.5, "spread")
+        ('spread', 'score', 'quota')
+    """
+    if ranking is not None:
+        return ranking
+    counted = not isinstance(keep, str) or (read_limit(keep) is None and read_share(keep) is None)
+    return default if counted else "score"
 
 
-def check_ranking(ranking: str) -> None:
-    """Raise unless there is such a ranking.
+def check_ranking(ranking: str | None) -> None:
+    """Raise unless there is such a ranking; None is that of the rule.
 
     Raises:
         OptionError: There is none.
     """
-    if ranking not in RANKINGS:
+    if ranking is not None and ranking not in RANKINGS:
         raise OptionError(f"ranking={ranking!r} is not allowed: give one of {', '.join(RANKINGS)}")
 
 

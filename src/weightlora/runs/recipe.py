@@ -108,8 +108,10 @@ class MethodOptions:
         "0.5", 'fraction of LoRA\'s parameters, number of adapters, "300k parameters", 512MB, 0.8x, "60% gain" or auto'
     )
     rule: str = _option("first_order", f"how sites are scored: {', '.join(entry.name for entry in RULES)}")
-    ranking: Literal["score", "per_parameter", "quota", "spread"] = _option(
-        "score", "how sites compete: by score, score per parameter, within each projection type, or over the depth"
+    ranking: Literal["score", "per_parameter", "quota", "spread"] | None = _option(
+        None,
+        "how sites compete: by score, score per parameter, within each projection type (quota) or part of the depth "
+        "(spread); default: spread for first_order and a budget in adapters or parameters, else score",
     )
     rule_options: list[str] = field(
         default_factory=list[str], metadata={"help": "settings of the rule, as name=value: head_steps=0 gate_lr=5.0"}

@@ -33,7 +33,7 @@ from weightlora.plan.budget import Keep, Limit
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import base_model_name
-from weightlora.plan.ranking import Ranking
+from weightlora.plan.ranking import Ranking, ranking_of
 from weightlora.selection._budget import asked_budget, measured_budget, require_measurable
 from weightlora.selection._kept import agreement_of, choices, kept_ranks, kept_sites, require_gradients
 from weightlora.selection._trained import Trained, adapter_copies, head_copies, require_plain
@@ -59,7 +59,7 @@ def select(
     lr: float = 1e-3,
     head_lr: float | None = None,
     seed: int = 0,
-    ranking: Ranking = "score",
+    ranking: Ranking | None = None,
     loss_fn: Loss | None = None,
     fast: Dropout | None = None,
     progress: bool = True,
@@ -94,8 +94,9 @@ def select(
         head_lr: That of a new head; None stands for ``lr``.
         seed: Decides A's random start, dropout and a shuffling loader's order, whatever the global generators hold.
         ranking: How sites compete for the budget: ``"score"``, ``"per_parameter"`` (score ÷ parameters), ``"quota"``
-            (each projection type gets at most its share) or ``"spread"`` (the best site of each part of the depth, then
-            the second best of each).
+            (each projection type gets at most its share) or ``"spread"`` (the best site of each part of the depth
+            first, then the highest score). None is ``"spread"`` for ``rule="first_order"`` where ``keep`` is a fraction
+            or a number, and ``"score"`` elsewhere.
         loss_fn: ``loss_fn(model, batch)`` → scalar tensor, or an iterator over the losses of micro-batches, whose
             gradients add up; the default is ``model(**batch).loss``.
         fast: The ``dropout`` of :func:`weightlora.enable_fast_lora`: the warm-up uses the fast step, and budgets in
@@ -135,7 +136,7 @@ def select_trained(
     lr: float = 1e-3,
     head_lr: float | None = None,
     seed: int = 0,
-    ranking: Ranking = "score",
+    ranking: Ranking | None = None,
     loss_fn: Loss | None = None,
     fast: Dropout | None = None,
     progress: bool = True,
@@ -192,7 +193,7 @@ class _Asked:
     lr: float
     head_lr: float | None
     seed: int
-    ranking: Ranking
+    ranking: Ranking | None
     loss_fn: Loss | None
     fast: Dropout | None
     progress: bool
@@ -201,7 +202,8 @@ class _Asked:
 
 def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
     """Return the plan; without ``warm_start`` no weights are copied."""
-    rule, keep, lr, seed, ranking, fast = asked.rule, asked.keep, asked.lr, asked.seed, asked.ranking, asked.fast
+    rule, keep, lr, seed, fast = asked.rule, asked.keep, asked.lr, asked.seed, asked.fast
+    ranking = ranking_of(asked.ranking, keep, rule.ranking)
     require_warmup(steps=asked.steps, lr=lr, head_lr=asked.head_lr)
     steps = warmup_steps(asked.total_steps, rule.least_steps) if asked.steps is None else asked.steps
     times = reading_times(steps, rule, asked.total_steps)
@@ -251,7 +253,7 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
         ranks={sites[i].name: len(own) for i, own in kept.items() if own is not None} or None,
         history=scores.history,
         rule=rule.name,
-        options={**_options(asked, steps, head_steps), **measured},
+        options={**_options(replace(asked, ranking=ranking), steps, head_steps), **measured},
         seed=seed,
         base_model=base_model_name(model),
         target_parameters=found.parameters,

@@ -30,6 +30,7 @@ from weightlora.model.layers import take_tuner, without_adapters
 from weightlora.model.restore import seeded
 from weightlora.plan.budget import Keep
 from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.ranking import ranking_of
 from weightlora.selection.batches import peeked
 from weightlora.selection.rules import rule_of, settings_of
 from weightlora.trainer._start import START_FILE, read_start, write_start
@@ -256,7 +257,15 @@ def _defaults(trainer: Trainer, entry: MethodEntry, seed: int, fast: Dropout | N
 def _asked(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options that a stored plan must have been made with."""
     rule = rule_of(options.get("rule", "first_order"))
-    settings = {"keep": 0.5, "steps": None, "alpha": "scale", "ranking": "score", "warm_start": False, **options}
+    settings: dict[str, Any] = {
+        "keep": 0.5,
+        "steps": None,
+        "alpha": "scale",
+        "ranking": None,
+        "warm_start": False,
+        **options,
+    }
+    settings["ranking"] = ranking_of(settings["ranking"], settings["keep"], rule.ranking)
     settings["head_lr"] = settings.get("head_lr") or settings["lr"]
     expand = {"expand": settings["alpha"] if name == "weightlora_plus" else False}
     names = ("keep", "steps", "lr", "head_lr", "seed", "fast", "ranking", "warm_start")

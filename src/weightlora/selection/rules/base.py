@@ -10,6 +10,7 @@ from weightlora.errors import OptionError
 
 if TYPE_CHECKING:
     from weightlora.plan.budget import Chooser
+    from weightlora.plan.ranking import Ranking
     from weightlora.selection.stage import Stage
 
 
@@ -50,6 +51,8 @@ class Rule(Protocol):
     """Whether :meth:`score` trains A and B, so that ``warm_start`` can use them."""
     least_steps: ClassVar[int]
     """T where none is given and the training is short."""
+    ranking: ClassVar[Ranking]
+    """How sites compete where no ranking is given and the budget is a number of adapters or parameters."""
 
     @property
     def head_steps(self) -> int | None:
@@ -81,6 +84,7 @@ class OnePass:
     """A rule that runs the model once on each of T batches."""
 
     least_steps: ClassVar[int] = 20
+    ranking: ClassVar[Ranking] = "score"
 
     def batches(self, steps: Sequence[int]) -> int:
         """One for each step."""

@@ -12,6 +12,7 @@ from weightlora.selection.stage import let_train
 
 if TYPE_CHECKING:
     from weightlora.plan.budget import Chooser
+    from weightlora.plan.ranking import Ranking
     from weightlora.selection.stage import Stage
 
 
@@ -21,6 +22,9 @@ class FirstOrder(GradientRule):
 
     The first Adam step from B = 0 moves B by −lr·sign(∂L/∂B). The gate's gradient is then −lr·‖∂L/∂B‖₁, so this score
     is the gate's gain to first order. It needs no optimizer, and the mean over batches reduces their noise.
+
+    Neighbours have gradients of about the same size, and little is gained by keeping both. So sites are spread over the
+    depth (``ranking="spread"``) unless another ranking is asked for.
 
     Args:
         head_steps: Steps in which a new head is trained alone first; None: 20 where there is a head, else 0.
@@ -34,6 +38,7 @@ class FirstOrder(GradientRule):
     """
 
     name: ClassVar[str] = "first_order"
+    ranking: ClassVar[Ranking] = "spread"
 
     def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
         """Yield the scores; only B requires gradients."""

@@ -23,6 +23,7 @@ from weightlora.selection.stage import evaluated, let_train, train_adapters
 
 if TYPE_CHECKING:
     from weightlora.plan.budget import Chooser
+    from weightlora.plan.ranking import Ranking
     from weightlora.selection.rules.base import Scores
     from weightlora.selection.stage import Stage
 
@@ -80,6 +81,7 @@ class Integrated:
     knobs: ClassVar[tuple[str, ...]] = ()
     trains_adapters: ClassVar[bool] = True
     least_steps: ClassVar[int] = 30
+    ranking: ClassVar[Ranking] = "score"
 
     def __post_init__(self) -> None:
         require(self.nodes >= 1, f"nodes={self.nodes!r}", "1 or more points")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from weightlora.errors import OptionError
 from weightlora.plan.budget import GainShare
-from weightlora.plan.ranking import Spread
+from weightlora.plan.ranking import Ranking, Spread
 from weightlora.selection._gradient_sizes import GradientSizes
 from weightlora.selection.rules.base import Scores, require, require_head_steps
 from weightlora.selection.stage import let_train, switched_off, train_adapters
@@ -55,6 +55,7 @@ class Pursuit:
     knobs: ClassVar[tuple[str, ...]] = ()
     trains_adapters: ClassVar[bool] = True
     least_steps: ClassVar[int] = 100
+    ranking: ClassVar[Ranking] = "score"
 
     def __post_init__(self) -> None:
         require(self.rounds >= 2, f"rounds={self.rounds!r}", "2 or more rounds")
