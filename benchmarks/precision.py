@@ -134,7 +134,7 @@ def find_plan(variant: Variant, rule: str, seed: int, steps: int, batch_size: in
     )
     trainer.model_accepts_loss_kwargs = False  # BERT's loss is a mean over rows, whatever its **kwargs promise
     head_steps = steps if rule == "first_order" else 0  # 0 in the paper
-    return select_for(trainer, keep=18, rule=rule_of(rule, head_steps=head_steps), steps=steps)
+    return select_for(trainer, keep=18, rule=rule_of(rule, head_steps=head_steps), ranking="score", steps=steps)
 
 
 def lora_model(seed: int, bits: int | None = None, **loading: Any) -> Any:

@@ -58,7 +58,9 @@ CHOICES = (
     Variant("random", "random"),
     Variant("nearest the output", "nearest"),
     *(
-        Variant(f"{name}, head_steps={head}", "weightlora", {"rule": replace(rule, head_steps=head)})
+        Variant(
+            f"{name}, head_steps={head}", "weightlora", {"rule": replace(rule, head_steps=head), "ranking": "score"}
+        )
         for name, rule in {
             "first_order": FirstOrder(),
             "stoiht, every step": StoIHT(threshold_every=1),
@@ -69,7 +71,7 @@ CHOICES = (
 )
 
 
-DEFAULT = "first_order, head_steps=20"  # select()'s defaults on this model
+DEFAULT = "first_order, head_steps=20"  # select()'s defaults on this model at that time
 
 
 def main() -> None:
@@ -298,7 +300,9 @@ def run_smollm2() -> None:
         if any((r["method"], r["seed"]) == (label, seed) for r in read_records(path)):
             continue
         batches = list(itertools.islice(sum_batches(tokenizer, seed), LLM_STEPS))
-        plan = select(model, batches, lora=lora, keep=105, steps=LLM_STEPS, seed=seed, lr=5e-4, rule=rule)
+        plan = select(
+            model, batches, lora=lora, keep=105, steps=LLM_STEPS, seed=seed, lr=5e-4, rule=rule, ranking="score"
+        )
         append_record(path, {"method": label, "keep": 105, "seed": seed, "steps": LLM_STEPS, "kept": plan.names})
 
 

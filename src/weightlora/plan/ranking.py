@@ -87,16 +87,16 @@ class Spread:
     def choose(self, sizes: Sequence[float]) -> list[int]:
         """Return the kept positions, sorted."""
         place = {block: k for k, block in enumerate(dict.fromkeys(self.blocks))}
+        by_size = sorted(range(len(sizes)), key=lambda i: -sizes[i])
         chosen: list[int] = []
         for parts in range(len(place), 0, -1):
             best: dict[int, int] = {}
-            for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+            for i in by_size:
                 if sizes[i] > 0:
                     best.setdefault(place[self.blocks[i]] * parts // len(place), i)
             first = {*best.values()}
-            order = sorted(range(len(sizes)), key=lambda i: (i not in first, -sizes[i]))
-            places = {i: k for k, i in enumerate(order)}
-            chosen = self.budget.choose([-float(places[i]) for i in range(len(sizes))])
+            turns = {i: turn for turn, i in enumerate(sorted(by_size, key=lambda i: i not in first))}
+            chosen = self.budget.choose([-turns[i] for i in range(len(sizes))])
             if first <= {*chosen}:
                 break
         return chosen
