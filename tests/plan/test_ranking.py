@@ -72,6 +72,10 @@ def test_the_score_decides_beyond_the_best_of_each_part():
     ]
 
 
+def test_a_part_without_a_positive_size_has_no_turn():
+    assert Spread(Budget.of_count(2, n=3), ("a", "b", "b")).choose([-1.0, 3.0, 2.0]) == [1, 2]
+
+
 @given(st.data(), st.integers(1, 30))
 def test_spread_sites_fit_the_budget_and_no_part_is_left_out(data, limit):
     """With room for the best site of each block, each block with a positive size has one; others come after these."""

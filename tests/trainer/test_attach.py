@@ -430,6 +430,12 @@ def test_a_stored_plan_for_another_question_is_refused(make_classifier, options,
         weightlora.select_for(make_classifier(), **options)
 
 
+def test_a_stored_plan_by_score_is_not_the_one_that_the_rule_spreads(make_classifier):
+    weightlora.select_for(make_classifier(), ranking="score")
+    with pytest.raises(OptionError, match="ranking='score' there, 'spread' now"):
+        weightlora.select_for(make_classifier())
+
+
 def trained_weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
