@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,8 +50,7 @@ def main() -> None:
     if predicted.exists():
         losses |= _known(read_grid([*files, predicted], words=words), records)[0]
     _print_table(losses, list(draws.values()))
-    # Two draws may be the same set, which a fit must not have seen when it predicts the other one.
-    sets = {frozenset(kept[label]): loss for label, loss in draws.items()}
+    sets = distinct(draws, kept)
     sites = sorted(frozenset().union(*sets))
     masks = np.array([[name in own for name in sites] for own in sets], dtype=float)
     share, worth = fit(masks, np.array(list(sets.values())))
@@ -62,6 +62,11 @@ def main() -> None:
         print(f"{wanted - len(draws)} random sets are still to be trained; then the predicted sets are written.")
     elif not predicted.exists():
         _write_predicted(grid, dict(zip(sites, worth, strict=True)))
+
+
+def distinct(losses: Mapping[str, float], kept: Mapping[str, Collection[str]]) -> dict[frozenset[str], float]:
+    """Return the loss of each set once: of two equal ones, a fit must not have seen one when it predicts the other."""
+    return {frozenset(kept[label]): loss for label, loss in losses.items()}
 
 
 def fit(masks: np.ndarray, losses: np.ndarray) -> tuple[float, np.ndarray]:

@@ -18,8 +18,13 @@ CHOICE = Path(__file__).parents[2] / "benchmarks" / "choice"
 
 
 @pytest.fixture(scope="module")
-def fit():
-    return runpy.run_path(str(CHOICE / "ceiling.py"))["fit"]
+def ceiling():
+    return runpy.run_path(str(CHOICE / "ceiling.py"))
+
+
+@pytest.fixture(scope="module")
+def fit(ceiling):
+    return ceiling["fit"]
 
 
 def random_sets(seed):
@@ -51,6 +56,11 @@ def test_the_share_is_that_of_sets_left_out(fit):
     share, _ = fit(masks, losses)
     assert share == pytest.approx(best)
     assert share < 0.2  # noise: there is nothing to predict
+
+
+def test_equal_sets_are_fitted_once(ceiling):
+    losses, kept = {"a": 1.0, "b": 2.0, "c": 1.0}, {"a": {"x", "y"}, "b": {"z"}, "c": {"y", "x"}}
+    assert ceiling["distinct"](losses, kept) == {frozenset("xy"): 1.0, frozenset("z"): 2.0}
 
 
 def test_the_study_runs_every_stage_and_each_can_be_read(tmp_path):

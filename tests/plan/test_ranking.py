@@ -64,12 +64,8 @@ def test_sites_are_spread_over_the_blocks(keep, kept):
 
 
 def test_the_score_decides_beyond_the_best_of_each_part():
-    assert Spread(Budget.of_count(4, n=6), ("a",) * 3 + ("b",) * 3).choose([1.0, 0.5, 0.4, 9.0, 8.0, 7.0]) == [
-        0,
-        3,
-        4,
-        5,
-    ]
+    spread = Spread(Budget.of_count(4, n=6), ("a",) * 3 + ("b",) * 3)
+    assert spread.choose([1.0, 0.5, 0.4, 9.0, 8.0, 7.0]) == [0, 3, 4, 5]
 
 
 def test_a_part_without_a_positive_size_has_no_turn():

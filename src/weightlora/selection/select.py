@@ -253,7 +253,7 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
         ranks={sites[i].name: len(own) for i, own in kept.items() if own is not None} or None,
         history=scores.history,
         rule=rule.name,
-        options={**_options(replace(asked, ranking=ranking), steps, head_steps), **measured},
+        options={**_options(asked, ranking, steps, head_steps), **measured},
         seed=seed,
         base_model=base_model_name(model),
         target_parameters=found.parameters,
@@ -261,7 +261,7 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
     return Trained(plan, adapters, whole)
 
 
-def _options(asked: _Asked, steps: Steps, head_steps: int) -> dict[str, Any]:
+def _options(asked: _Asked, ranking: Ranking, steps: Steps, head_steps: int) -> dict[str, Any]:
     """The settings that a plan records; those that are off by default are left out."""
     return {
         "keep": asked.keep,
@@ -270,7 +270,7 @@ def _options(asked: _Asked, steps: Steps, head_steps: int) -> dict[str, Any]:
         **settings_of(asked.rule),
         "head_steps": head_steps,
         **({} if asked.head_lr is None else {"head_lr": asked.head_lr}),
-        **({} if asked.ranking == "score" else {"ranking": asked.ranking}),
+        **({} if ranking == "score" else {"ranking": ranking}),
         **({} if asked.fast is None else {"fast": asked.fast}),
         **({"warm_start": True} if asked.warm_start else {}),
     }

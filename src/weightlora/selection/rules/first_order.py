@@ -23,8 +23,8 @@ class FirstOrder(GradientRule):
     The first Adam step from B = 0 moves B by −lr·sign(∂L/∂B). The gate's gradient is then −lr·‖∂L/∂B‖₁, so this score
     is the gate's gain to first order. It needs no optimizer, and the mean over batches reduces their noise.
 
-    Neighbours have gradients of about the same size, and little is gained by keeping both. So sites are spread over the
-    depth (``ranking="spread"``) unless another ranking is asked for.
+    Neighbours have gradients of about the same size, and little is gained by keeping both. So a budget in adapters or
+    parameters is spread over the depth (``ranking="spread"``) unless another ranking is asked for.
 
     Args:
         head_steps: Steps in which a new head is trained alone first; None: 20 where there is a head, else 0.
