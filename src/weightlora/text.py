@@ -1,10 +1,11 @@
-"""Hints for error messages, and texts of users made safe to show."""
+"""Hints for error messages, texts of users made safe to show, and names in the order of their numbers."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 
 def closest(word: str, known: Iterable[str]) -> str:
@@ -64,3 +65,14 @@ def in_code(text: str) -> str:
         "a'b"
     """
     return " ".join(printable(text).splitlines()).replace("`", "'")
+
+
+def natural(text: str) -> list[Any]:
+    """Sort key that puts layer 2 before layer 10.
+
+    Example:
+        >>> sorted(["layer.10", "layer.2"], key=natural)
+        ['layer.2', 'layer.10']
+    """
+    parts = re.split(r"0*(\d+)", text)
+    return [(len(part), part) if i % 2 else (-1, part) for i, part in enumerate(parts)]  # a longer number is larger

@@ -11,7 +11,7 @@ from weightlora.bench.table import Cell, Table, to_terminal
 from weightlora.cli import main
 from weightlora.cli._console import PlainConsole
 from weightlora.cli._quiet import one_line_warnings
-from weightlora.plan.heatmap import natural
+from weightlora.text import natural
 
 
 @pytest.mark.parametrize("text", texts(0, 30), ids=lambda _: "text")

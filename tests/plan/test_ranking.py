@@ -63,6 +63,15 @@ def test_sites_are_spread_over_the_blocks(keep, kept):
         assert budget.choose(sizes) == [4, 5, 6, 7][:keep]
 
 
+def test_the_depth_is_the_number_of_the_block_and_not_its_name():
+    """Sorted by name, the lower half of twelve blocks would be 0, 1, 10, 11, 2 and 3."""
+    sites = sorted(Site(f"layers.{k}.up", 4, 4) for k in range(12))
+    spread = ranked(Budget.of_count(2, n=12), "spread", sites, dict.fromkeys((site.name for site in sites), 8))
+    sizes = {"layers.11.up": 9.0, "layers.6.up": 8.0, "layers.5.up": 7.0}
+    kept = spread.choose([sizes.get(site.name, 0.1) for site in sites])
+    assert {sites[i].name for i in kept} == {"layers.11.up", "layers.5.up"}
+
+
 def test_the_score_decides_beyond_the_best_of_each_part():
     spread = Spread(Budget.of_count(4, n=6), ("a",) * 3 + ("b",) * 3)
     assert spread.choose([1.0, 0.5, 0.4, 9.0, 8.0, 7.0]) == [0, 3, 4, 5]

@@ -8,13 +8,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightlora.errors import require_extra
 from weightlora.files import whole_file
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.projection_order import ordered_projections
-from weightlora.text import printable
+from weightlora.text import natural, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -156,14 +156,3 @@ def _label(name: str) -> str:
     """A name short enough for the picture."""
     shown = " ".join(printable(name).splitlines())
     return shown if len(shown) <= _LONGEST else f"…{shown[1 - _LONGEST :]}"
-
-
-def natural(text: str) -> list[Any]:
-    """Sort key that puts layer 2 before layer 10.
-
-    Example:
-        >>> sorted(["layer.10", "layer.2"], key=natural)
-        ['layer.2', 'layer.10']
-    """
-    parts = re.split(r"0*(\d+)", text)
-    return [(len(part), part) if i % 2 else (-1, part) for i, part in enumerate(parts)]  # a longer number is larger

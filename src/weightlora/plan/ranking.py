@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from weightlora.errors import OptionError
 from weightlora.model.sites import Site
 from weightlora.plan.budget import Budget, Chooser, Keep, Limit, read_limit, read_share
+from weightlora.text import natural
 
 Ranking = Literal["score", "per_parameter", "quota", "spread"]
 """How sites compete for the budget.
@@ -82,11 +83,11 @@ class Spread:
 
     budget: Budget
     blocks: tuple[str, ...]
-    """The block of each site, in the model's order."""
+    """The block of each site. Their numbers are the depth: sites are sorted by name, which puts block 10 before 2."""
 
     def choose(self, sizes: Sequence[float]) -> list[int]:
         """Return the kept positions, sorted."""
-        place = {block: k for k, block in enumerate(dict.fromkeys(self.blocks))}
+        place = {block: k for k, block in enumerate(sorted({*self.blocks}, key=natural))}
         by_size = sorted(range(len(sizes)), key=lambda i: -sizes[i])
         chosen: list[int] = []
         for parts in range(len(place), 0, -1):

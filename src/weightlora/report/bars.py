@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from weightlora.errors import require_extra
 from weightlora.files import whole_file
-from weightlora.plan.heatmap import natural, short_blocks
+from weightlora.plan.heatmap import short_blocks
 from weightlora.plan.projection_order import projection_key
 from weightlora.runs.gradient_study import DotProducts
+from weightlora.text import natural
 
 if TYPE_CHECKING:
     from rich.table import Table

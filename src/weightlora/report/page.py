@@ -13,13 +13,13 @@ from weightlora import __version__
 from weightlora.errors import DataError, PlanError, require_extra
 from weightlora.files import read_json, read_mapping, write_text
 from weightlora.plan.from_adapter import read_adapter
-from weightlora.plan.heatmap import natural, short_blocks
+from weightlora.plan.heatmap import short_blocks
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.projection_order import ordered_projections
 from weightlora.report._plots import Figure, curves_plot, history_plot, knee_plot
 from weightlora.report.knee import has_gain, knee_text, make_knee
 from weightlora.runs.files import CONFIG_FILE, RESULTS_FILE, checkpoints
-from weightlora.text import printable
+from weightlora.text import natural, printable
 
 if TYPE_CHECKING:
     from weightlora.plan.plan import PlannedSite
