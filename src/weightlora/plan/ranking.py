@@ -87,7 +87,7 @@ class Spread:
 
     def choose(self, sizes: Sequence[float]) -> list[int]:
         """Return the kept positions, sorted."""
-        place = {block: k for k, block in enumerate(sorted({*self.blocks}, key=natural))}
+        place = {block: k for k, block in enumerate(sorted(dict.fromkeys(self.blocks), key=natural))}
         by_size = sorted(range(len(sizes)), key=lambda i: -sizes[i])
         chosen: list[int] = []
         for parts in range(len(place), 0, -1):
