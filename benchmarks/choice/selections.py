@@ -3,8 +3,10 @@
     python benchmarks/choice/selections.py reviews               # each selection in a process of its own
     python benchmarks/choice/selections.py reviews --shuffled    # the same with the labels of other rows (MiniLM only)
     python benchmarks/choice/selections.py reviews --table
+    python benchmarks/choice/selections.py roget --dtype float32 --output_dir benchmarks/results/choice/selections
 
-Plans are left in ``benchmarks/results/choice/<bed>/plans``; a benchmark can train one on another bed. Beside each is a
+Seconds of two machines or precisions have no common table, so the last command keeps its own records. Plans are left in
+``plans`` beside the records, by default those of the bed; a benchmark can train one on another bed. Beside each is a
 control, whose ranks are dealt at random to sites of the same shape.
 """
 
@@ -29,7 +31,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from weightlora.bench.grid import Row, read_grid
-from weightlora.bench.records import append_record, read_records
+from weightlora.bench.records import append_record, provenance, read_records
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs.recipe import option_words, read_recipe
 from weightlora.runs.train import fit, plan, prepare
@@ -49,9 +51,10 @@ def main() -> None:
     parser.add_argument("--rules", nargs="*", help="rows of screening.yaml (default: lora and all that have a rule)")
     parser.add_argument("--shuffled", action="store_true", help="give every row the label of another one")
     parser.add_argument("--table", action="store_true", help="print what is known")
+    parser.add_argument("--output_dir", type=Path, help="folder of records and plans (default: the bed's)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    grid = read_grid([HERE / f"{asked.bed}.yaml", HERE / "screening.yaml"])
+    asked, words = parser.parse_known_args()
+    grid = read_grid([HERE / f"{asked.bed}.yaml", HERE / "screening.yaml"], asked.output_dir, words)
     rows = {row.label: row for row in grid.rows if "rule" in row.options or row.label == "lora"}
     path = grid.output_dir / "selections.jsonl"
     if asked.table:
@@ -64,10 +67,9 @@ def main() -> None:
         known = {(r["rule"], r["seed"], r["shuffled"]) for r in read_records(path)}
         wanted = itertools.product(range(asked.seeds), asked.rules or rows)
         missing = [(label, seed) for seed, label in wanted if (label, seed, asked.shuffled) not in known]
-        shuffled = ["--shuffled"] if asked.shuffled else []
         for label, seed in tqdm(missing):
-            one = ["--one", json.dumps([label, seed]), *shuffled]
-            subprocess.run([sys.executable, __file__, asked.bed, *one], check=True, stderr=subprocess.DEVNULL)
+            one = ["--one", json.dumps([label, seed])]
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], *one], check=True, stderr=subprocess.DEVNULL)
 
 
 def _selected(row: Row, seed: int, rate: float, plans: Path, *, shuffled: bool) -> dict[str, Any]:
@@ -104,6 +106,7 @@ def _selected(row: Row, seed: int, rate: float, plans: Path, *, shuffled: bool) 
         "agreement": method.plan.options.get("agreement"),
         "seconds": round(seconds, 2),
         "bytes": peak - loaded,
+        "provenance": provenance(),
     }
 
 

@@ -134,3 +134,38 @@ def test_the_time_of_a_row_is_that_of_its_steps_and_its_selection(tmp_path):
     (panel,) = script["picture"](rows, "lora").panels
     assert [curve.label for curve in panel.curves] == list(own)
     assert [curve.x for curve in panel.curves] == [pytest.approx((x,)) for x in (1.0, 0.72, 1.2)]
+
+
+def test_stability_counts_shared_sites_and_pairs_losses_by_seed(tmp_path):
+    """Sets of two seeds share one of three sites: Jaccard 1/3. Random sets of 2 of 8 share 1/2 of 7/2: 1/7."""
+    methods = {name: {"method": "random", "keep": k} for k, name in enumerate(("draw", "same", "half", "all"), 1)}
+    grid = grid_of(tmp_path, methods=methods, learning_rates=[1e-3], metric="loss", seeds=[0, 1])
+    own = {  # the sites and losses of two seeds
+        "draw": (("ab", "cd"), (1.0, 1.2)),
+        "same": (("ab", "ab"), (0.9, 1.0)),
+        "half": (("ab", "bc"), (1.1, 1.0)),
+        "all": (("abcdefgh", "abcdefgh"), (0.5, 0.5)),
+    }
+    records = [
+        record(Point(row, 1e-3, seed), 0.5, 0.5, kept=list(kept), adapters=len(kept), sites=8)
+        | {"metrics": {"validation_loss": losses[seed]}}
+        for row in grid.rows
+        for sets, losses in [own[row.label]]
+        for seed, kept in enumerate(sets)
+    ]
+    script = runpy.run_path(str(CHOICE / "stability.py"))
+    rows = script["choices"](grid, records)
+    assert script["table"](rows, ["draw"]).splitlines()[2:] == [
+        "| same | 2 | 1.00 | 0.14 | -0.150 ± 0.050 |",
+        "| half | 2 | 0.33 | 0.14 | -0.050 ± 0.150 |",
+        "| draw | 2 | 0.00 | 0.14 |  |",
+    ]
+    # A third rule makes the ranks 3, 2, 1 by Jaccard and 2, 1, 3 by loss: 1 - 6 (1 + 1 + 4) / (3 * 8).
+    third = script["Choices"]("third", (frozenset("abc"), frozenset("abd")), 8, {0: 0.8, 1: 0.9})
+    assert script["table"]([*rows, third], ["draw"]).endswith("Rank correlation of Jaccard and loss over 3 rules: -0.50")
+
+
+def test_stability_of_one_seed_has_no_line(tmp_path):
+    grid = grid_of(tmp_path, methods={"draw": {"method": "random", "keep": 1}}, learning_rates=[1e-3], seeds=[0, 1])
+    runs = [record(Point(grid.rows[0], 1e-3, 0), 0.5, 0.5, kept=["a"], adapters=1, sites=2)]
+    assert runpy.run_path(str(CHOICE / "stability.py"))["choices"](grid, runs) == []
