@@ -85,7 +85,10 @@ def table(rows: Sequence[Choices], against: Sequence[str]) -> str:
     """Return a Markdown table, and whether stable rows are good; differences from random sites are paired by seed."""
     base = [row.losses for row in rows if row.label in against]
     gains = {row.label: differences(row.losses, base) for row in rows}
-    lines = ["| sites | seeds | Jaccard over seeds | of random sets | minus random |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "| sites | seeds | Jaccard over seeds | of random sets | minus random |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
     for row in rows:
         gain = "" if row.label in against else mean_and_error(gains[row.label], lower=True, sign=True)
         lines.append(f"| {row.label} | {len(row.kept)} | {row.jaccard:.2f} | {row.by_chance:.2f} | {gain} |")

@@ -162,7 +162,7 @@ def test_stability_counts_shared_sites_and_pairs_losses_by_seed(tmp_path):
     ]
     # A third rule makes the ranks 3, 2, 1 by Jaccard and 2, 1, 3 by loss: 1 - 6 (1 + 1 + 4) / (3 * 8).
     third = script["Choices"]("third", (frozenset("abc"), frozenset("abd")), 8, {0: 0.8, 1: 0.9})
-    assert script["table"]([*rows, third], ["draw"]).endswith("Rank correlation of Jaccard and loss over 3 rules: -0.50")
+    assert script["table"]([*rows, third], ["draw"]).endswith("Jaccard and loss over 3 rules: -0.50")
 
 
 def test_stability_of_one_seed_has_no_line(tmp_path):
