@@ -64,7 +64,13 @@ def main() -> None:
         require_rows(grid, asked.against)
     except OptionError as error:
         parser.error(str(error))
-    print(table(choices(grid, recorded(grid)), asked.against))
+    found = choices(grid, recorded(grid))
+    missing = {*asked.against} - {row.label for row in found}
+    if missing:
+        parser.error(
+            f"--against {', '.join(sorted(missing))}: no two seeds in {grid.output_dir} that keep some of the sites"
+        )
+    print(table(found, asked.against))
 
 
 def choices(grid: Grid, records: Sequence[Record]) -> list[Choices]:
