@@ -169,3 +169,15 @@ def test_stability_of_one_seed_has_no_line(tmp_path):
     grid = grid_of(tmp_path, methods={"draw": {"method": "random", "keep": 1}}, learning_rates=[1e-3], seeds=[0, 1])
     runs = [record(Point(grid.rows[0], 1e-3, 0), 0.5, 0.5, kept=["a"], adapters=1, sites=2)]
     assert runpy.run_path(str(CHOICE / "stability.py"))["choices"](grid, runs) == []
+
+
+def test_stability_against_rows_without_two_seeds_is_one_line(tmp_path, monkeypatch, capsys):
+    """None has run yet; the results are where the command runs."""
+    monkeypatch.chdir(tmp_path)
+    grid_of(tmp_path, methods={"draw": {"method": "random", "keep": 1}}, learning_rates=[1e-3], output_dir="out")
+    monkeypatch.setattr("sys.argv", ["stability.py", "b.yaml", "--against", "draw"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(CHOICE / "stability.py"), run_name="__main__")
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "stability.py: error: --against draw: no two seeds in out that keep some of the sites"
