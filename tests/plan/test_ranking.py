@@ -50,7 +50,7 @@ def test_per_parameter_is_the_budget_of_sizes_divided_by_costs(sites, limit):
         (1, [4]),  # one part: the best of all
         (2, [1, 4]),  # blocks 0 and 1, blocks 2 and 3
         (4, [1, 2, 4, 7]),  # each block its best
-        (5, [1, 2, 4, 5, 7]),  # and the best of the others
+        (5, [1, 2, 4, 5, 7]),  # and the best of the others, as all have spent the same
     ],
 )
 def test_sites_are_spread_over_the_blocks(keep, kept):
@@ -72,9 +72,32 @@ def test_the_depth_is_the_number_of_the_block_and_not_its_name():
     assert {sites[i].name for i in kept} == {"layers.11.up", "layers.5.up"}
 
 
-def test_the_score_decides_beyond_the_best_of_each_part():
-    spread = Spread(Budget.of_count(4, n=6), ("a",) * 3 + ("b",) * 3)
-    assert spread.choose([1.0, 0.5, 0.4, 9.0, 8.0, 7.0]) == [0, 3, 4, 5]
+def test_a_part_that_has_spent_less_is_next_whatever_the_score():
+    sizes = [1.0, 0.5, 0.4, 9.0, 8.0, 7.0]
+    budget = Budget.of_count(4, n=6)
+    assert Spread(budget, ("a",) * 3 + ("b",) * 3).choose(sizes) == [0, 1, 3, 4]
+    assert budget.choose(sizes) == [0, 3, 4, 5]  # negative control
+
+
+def test_a_share_is_that_of_the_parameters_of_a_part():
+    """Block b has three sites of 2 for each of block a's: at half of 16 parameters a keeps one of 2, b three."""
+    spread = Spread(Budget((2,) * 8, limit=8), ("a",) * 2 + ("b",) * 6)
+    assert spread.choose([9.0, 8.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]) == [0, 2, 3, 4]
+
+
+@given(st.data(), st.integers(1, 5), st.integers(1, 5))
+def test_blocks_of_equal_sites_keep_as_many_give_or_take_one(data, blocks, each):
+    n = blocks * each
+    count = data.draw(st.integers(blocks, n))
+    sizes = data.draw(st.lists(st.floats(0.1, 9), min_size=n, max_size=n))
+    block = tuple(f"{i // each}" for i in range(n))
+    kept = Spread(Budget.of_count(count, n=n), block).choose(sizes)
+    assert len(kept) == count
+    for name in {*block}:
+        own = [i for i in range(n) if block[i] == name]
+        here = sorted({*kept} & {*own})
+        assert len(here) in (count // blocks, -(-count // blocks))
+        assert sorted(sizes[i] for i in here) == sorted(sizes[i] for i in own)[each - len(here) :]  # its best
 
 
 def test_a_part_without_a_positive_size_has_no_turn():
@@ -83,7 +106,7 @@ def test_a_part_without_a_positive_size_has_no_turn():
 
 @given(st.data(), st.integers(1, 30))
 def test_spread_sites_fit_the_budget_and_no_part_is_left_out(data, limit):
-    """With room for the best site of each block, each block with a positive size has one; others come after these."""
+    """With room for the best site of each block, each block with a positive size has one."""
     n = data.draw(st.integers(1, 8))
     costs = tuple(data.draw(st.lists(st.integers(1, 6), min_size=n, max_size=n)))
     blocks = tuple(sorted(data.draw(st.lists(st.sampled_from("abc"), min_size=n, max_size=n))))

@@ -18,7 +18,7 @@ Ranking = Literal["score", "per_parameter", "quota", "spread"]
 - ``"score"``: the highest score first.
 - ``"per_parameter"``: the highest score ÷ parameters first.
 - ``"quota"``: the highest score first, and each projection type gets at most its share of the budget.
-- ``"spread"``: the best site of each part of the depth first, then the highest score.
+- ``"spread"``: the highest score first within each part of the depth, and each part gets its share of the budget.
 """
 RANKINGS: tuple[str, ...] = get_args(Ranking)
 
@@ -71,10 +71,11 @@ class Quota:
 
 @dataclass(frozen=True)
 class Spread:
-    """A budget whose sites are spread over the depth: first the best site of each part, then the best of the others.
+    """A budget of which each part of the depth gets its share, for its best sites.
 
-    The blocks are divided into parts of about as many blocks each. There are as many parts as the budget can hold the
-    best sites of, at most one for each block.
+    The blocks are divided into parts of about as many blocks each. The next site is always the best of those left in
+    the part of which the smallest share is kept. There are as many parts as the budget can hold the best sites of, at
+    most one for each block.
 
     Example:
         >>> Spread(Budget.of_count(2, n=4), blocks=("0", "1", "2", "3")).choose([1.0, 2.0, 4.0, 3.0])
@@ -86,21 +87,28 @@ class Spread:
     """The block of each site. Their numbers are the depth: sites are sorted by name, which puts block 10 before 2."""
 
     def choose(self, sizes: Sequence[float]) -> list[int]:
-        """Return the kept positions, sorted."""
-        place = {block: k for k, block in enumerate(sorted(dict.fromkeys(self.blocks), key=natural))}
-        by_size = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+        """Return the kept positions, sorted; sites without a positive size come last."""
+        depth = {block: k for k, block in enumerate(sorted(dict.fromkeys(self.blocks), key=natural))}
         chosen: list[int] = []
-        for parts in range(len(place), 0, -1):
-            best: dict[int, int] = {}
-            for i in by_size:
-                if sizes[i] > 0:
-                    best.setdefault(place[self.blocks[i]] * parts // len(place), i)
-            first = {*best.values()}
-            turns = {i: turn for turn, i in enumerate(sorted(by_size, key=lambda i: i not in first))}
+        for parts in range(len(depth), 0, -1):
+            before = self._shares_before(sizes, [depth[block] * parts // len(depth) for block in self.blocks])
+            order = sorted(before, key=lambda i: (sizes[i] <= 0, before[i], -sizes[i]))
+            turns = {i: turn for turn, i in enumerate(order)}
             chosen = self.budget.choose([-turns[i] for i in range(len(sizes))])
-            if first <= {*chosen}:
+            if {i for i in order if sizes[i] > 0 and before[i] == 0} <= {*chosen}:
                 break
         return chosen
+
+    def _shares_before(self, sizes: Sequence[float], parts: Sequence[int]) -> dict[int, float]:
+        """Return for each site what share of its part, in costs, the better sites of that part are."""
+        total, better = [0] * (max(parts) + 1), [0] * (max(parts) + 1)
+        for part, cost in zip(parts, self.budget.costs, strict=True):
+            total[part] += cost
+        shares: dict[int, float] = {}
+        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+            shares[i] = better[parts[i]] / total[parts[i]]
+            better[parts[i]] += self.budget.costs[i]
+        return shares
 
 
 def ranking_of(ranking: Ranking | None, keep: Keep, default: Ranking) -> Ranking:

@@ -94,9 +94,9 @@ def select(
         head_lr: That of a new head; None stands for ``lr``.
         seed: Decides A's random start, dropout and a shuffling loader's order, whatever the global generators hold.
         ranking: How sites compete for the budget: ``"score"``, ``"per_parameter"`` (score ÷ parameters), ``"quota"``
-            (each projection type gets at most its share) or ``"spread"`` (the best site of each part of the depth
-            first, then the highest score). None is ``"spread"`` for ``rule="first_order"`` where ``keep`` is a fraction
-            or a number, and ``"score"`` elsewhere.
+            (each projection type gets at most its share) or ``"spread"`` (each part of the depth gets its share, for
+            its best sites). None is ``"spread"`` for ``rule="first_order"`` where ``keep`` is a fraction or a number,
+            and ``"score"`` elsewhere.
         loss_fn: ``loss_fn(model, batch)`` → scalar tensor, or an iterator over the losses of micro-batches, whose
             gradients add up; the default is ``model(**batch).loss``.
         fast: The ``dropout`` of :func:`weightlora.enable_fast_lora`: the warm-up uses the fast step, and budgets in
