@@ -99,15 +99,15 @@ class Spread:
                 break
         return chosen
 
-    def _shares_before(self, sizes: Sequence[float], parts: Sequence[int]) -> dict[int, float]:
+    def _shares_before(self, sizes: Sequence[float], part: Sequence[int]) -> dict[int, float]:
         """Return for each site what share of its part, in costs, the better sites of that part are."""
-        total, better = [0] * (max(parts) + 1), [0] * (max(parts) + 1)
-        for part, cost in zip(parts, self.budget.costs, strict=True):
-            total[part] += cost
+        total, better = [0] * (max(part) + 1), [0] * (max(part) + 1)
+        for k, cost in zip(part, self.budget.costs, strict=True):
+            total[k] += cost
         shares: dict[int, float] = {}
         for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-            shares[i] = better[parts[i]] / total[parts[i]]
-            better[parts[i]] += self.budget.costs[i]
+            shares[i] = better[part[i]] / total[part[i]]
+            better[part[i]] += self.budget.costs[i]
         return shares
 
 
