@@ -1,5 +1,7 @@
 """How sites compete for a budget: closed forms, and properties of every budget and score."""
 
+from fractions import Fraction
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -120,6 +122,24 @@ def test_spread_sites_fit_the_budget_and_no_part_is_left_out(data, limit):
         assert {*best} <= {*kept}
 
 
+@given(st.data(), st.integers(1, 100))
+def test_of_a_share_the_scores_decide_how_many_parameters_are_spread(data, percent):
+    n = data.draw(st.integers(1, 8))
+    costs = tuple(data.draw(st.lists(st.integers(1, 6), min_size=n, max_size=n)))
+    blocks = tuple(sorted(data.draw(st.lists(st.sampled_from("abc"), min_size=n, max_size=n))))
+    sizes = data.draw(st.lists(st.floats(-2, 2), min_size=n, max_size=n))
+    share = GainShare(costs, Fraction(percent, 100))
+    smallest = sum(costs[i] for i in share.choose(sizes))
+    assert Spread(share, blocks).choose(sizes) == Spread(Budget(costs, smallest), blocks).choose(sizes)
+
+
+def test_a_share_is_spread_where_its_smallest_set_has_neighbours():
+    share, sizes = GainShare((1, 1, 1, 1), Fraction(3, 4)), [4.0, 3.0, 2.0, 1.0]
+    assert share.choose(sizes) == [0, 1, 2]
+    assert Spread(share, ("a", "a", "a", "b")).choose(sizes) == [0, 1, 3]
+    assert Spread(GainShare((1, 1), Fraction(1, 2)), ("a", "b")).choose([0.0, -1.0]) == []
+
+
 def test_a_ranking_that_does_not_fit_is_one_line():
     budget = Budget.of_count(2, n=6)
     with pytest.raises(
@@ -130,3 +150,5 @@ def test_a_ranking_that_does_not_fit_is_one_line():
         assert ranked(other, "score", SITES, PARAMETERS) is other
         with pytest.raises(OptionError, match="ranking='quota' needs keep as a fraction"):
             ranked(other, "quota", SITES, PARAMETERS)
+    with pytest.raises(OptionError, match=r"ranking='spread' needs keep as .* or a share of the scores"):
+        ranked(read_limit("0.8x"), "spread", SITES, PARAMETERS)

@@ -293,7 +293,8 @@ def test_first_order_spreads_its_sites_unless_asked_or_not_counted(minilm, revie
     assert by_score.names == tuple(sorted(sorted(plan.scores, key=plan.scores.get, reverse=True)[:3]))
     assert len(parts(by_score)) < 3  # negative control
     assert "ranking" not in by_score.options
-    for other in ({"keep": "60% gain"}, {"keep": "0.8x"}, {"rule": "fisher"}):
+    assert chosen(keep="60% gain").options["ranking"] == "spread"
+    for other in ({"keep": "0.8x"}, {"rule": "fisher"}):
         assert "ranking" not in chosen(**other).options
     assert chosen(rule="fisher").names == chosen(rule="fisher", ranking="score").names
 
@@ -302,7 +303,7 @@ def test_auto_keeps_the_sites_that_have_three_quarters_of_the_scores():
     def of_each_layer(model, batch):  # the best site has more than half of the scores, the best two more than 75 %
         return 2 * squared(model[:1], batch) + 0.5 * squared(model[:4], batch) + squared(model, batch)
 
-    options = {"steps": 4, "loss_fn": of_each_layer}
+    options = {"steps": 4, "loss_fn": of_each_layer, "ranking": "score"}
     everything = quietly(net(), pairs(4), keep=1.0, **options)
     worth = {e.site.name: (e.score / e.site.parameters(e.lora_r), e.score) for e in everything.entries}
     wanted, found = 0.75 * sum(score for _, score in worth.values()), 0.0
@@ -315,8 +316,9 @@ def test_auto_keeps_the_sites_that_have_three_quarters_of_the_scores():
     assert plan.options["keep"] == "auto"
     half = quietly(net(), pairs(4), keep="50% gain", **options)
     assert set(half.names) < set(plan.names)  # otherwise this test could not tell the shares apart
-    with pytest.raises(OptionError, match="keep has to say how many stay"):
-        quietly(net(), pairs(4), keep="auto", rule="stoiht", **options)
+    for ranking in ("score", "spread"):
+        with pytest.raises(OptionError, match="keep has to say how many stay"):
+            quietly(net(), pairs(4), keep="auto", rule="stoiht", **{**options, "ranking": ranking})
 
 
 def test_defaults_are_twenty_steps_and_twenty_more_for_a_fresh_head():

@@ -20,7 +20,8 @@ Keep = float | int | str
 - ``"300k parameters"``: at most so many adapter parameters.
 - ``"512MB"``: at most so much memory for the adapters' training.
 - ``"0.8x"``: at most this fraction of plain LoRA's step time.
-- ``"60% gain"``: the smallest set whose scores add up to this share of all positive scores; ``"auto"`` is 75 %.
+- ``"60% gain"``: the smallest set whose scores add up to this share of all positive scores; ``"auto"`` is 75 %. With
+  ``ranking="spread"`` it decides how many parameters are kept.
 """
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
@@ -113,6 +114,15 @@ class GainShare:
             chosen.append(i)
             missing -= gains[i]
         return sorted(chosen)
+
+    def budget_of(self, sizes: Sequence[float]) -> Budget:
+        """Return a budget of as many parameters as the set has.
+
+        Example:
+            >>> GainShare(costs=(4, 1, 1), share=Fraction(1, 2)).budget_of([3.0, 3.0, 1.0]).limit
+            2
+        """
+        return Budget(self.costs, sum(self.costs[i] for i in self.choose(sizes)))
 
 
 def read_budget(keep: Keep, parameters: Mapping[str, int], fixed: Sequence[int] = ()) -> Budget:

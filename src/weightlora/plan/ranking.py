@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from weightlora.errors import OptionError
 from weightlora.model.sites import Site
-from weightlora.plan.budget import Budget, Chooser, Keep, Limit, read_limit, read_share
+from weightlora.plan.budget import Budget, Chooser, GainShare, Keep, Limit, read_limit
 from weightlora.text import natural
 
 Ranking = Literal["score", "per_parameter", "quota", "spread"]
@@ -82,12 +82,15 @@ class Spread:
         [1, 2]
     """
 
-    budget: Budget
+    budget: Budget | GainShare
+    """Of a share of the gain, the smallest set with it decides how many parameters are kept."""
     blocks: tuple[str, ...]
     """The block of each site. Their numbers are the depth: sites are sorted by name, which puts block 10 before 2."""
 
     def choose(self, sizes: Sequence[float]) -> list[int]:
         """Return the kept positions, sorted; sites without a positive size come last."""
+        if isinstance(self.budget, GainShare):
+            return replace(self, budget=self.budget.budget_of(sizes)).choose(sizes)
         depth = {block: k for k, block in enumerate(sorted(dict.fromkeys(self.blocks), key=natural))}
         chosen: list[int] = []
         for parts in range(len(depth), 0, -1):
@@ -111,8 +114,20 @@ class Spread:
         return shares
 
 
+def is_share(budget: Chooser) -> bool:
+    """Return whether the scores decide how much is kept.
+
+    Example:
+        >>> from fractions import Fraction
+        >>> half = GainShare(costs=(4, 1), share=Fraction(1, 2))
+        >>> is_share(half), is_share(Spread(half, blocks=("0", "1"))), is_share(Budget.of_count(1, n=2))
+        (True, True, False)
+    """
+    return isinstance(budget.budget if isinstance(budget, Spread) else budget, GainShare)
+
+
 def ranking_of(ranking: Ranking | None, keep: Keep, default: Ranking) -> Ranking:
-    """Return ``ranking``; None is the default where ``keep`` is a number of adapters or parameters, else ``"score"``.
+    """Return ``ranking``; None is ``"score"`` where ``keep`` is memory or step time, and the default elsewhere.
 
     Example:
         >>> ranking_of(None, 0.5, "spread"), ranking_of(None, "0.8x", "spread"), ranking_of("quota", 0.5, "spread")
@@ -120,8 +135,7 @@ def ranking_of(ranking: Ranking | None, keep: Keep, default: Ranking) -> Ranking
     """
     if ranking is not None:
         return ranking
-    counted = not isinstance(keep, str) or (read_limit(keep) is None and read_share(keep) is None)
-    return default if counted else "score"
+    return default if read_limit(keep) is None else "score"
 
 
 def check_ranking(ranking: str | None) -> None:
@@ -151,10 +165,11 @@ def ranked(
     check_ranking(ranking)
     if ranking == "score":
         return budget
+    if ranking == "spread" and isinstance(budget, Budget | GainShare):
+        return Spread(budget, tuple(site.block for site in sites))
     if not isinstance(budget, Budget):
-        raise OptionError(f"ranking={ranking!r} needs keep as a fraction, a number of adapters or of parameters")
+        share = ", or a share of the scores" if ranking == "spread" else ""
+        raise OptionError(f"ranking={ranking!r} needs keep as a fraction, a number of adapters or of parameters{share}")
     if ranking == "per_parameter":
         return PerParameter(budget, tuple(parameters.values()))
-    if ranking == "spread":
-        return Spread(budget, tuple(site.block for site in sites))
     return Quota(budget, tuple(site.projection for site in sites))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weightlora.errors import OptionError
 from weightlora.model.gates import gated
-from weightlora.plan.budget import GainShare
+from weightlora.plan.ranking import is_share
 from weightlora.selection._jackknife import GROUPS, jackknife
 from weightlora.selection.rules.base import OnePass, Scores, require, require_head_steps
 from weightlora.selection.stage import let_train
@@ -71,7 +71,7 @@ class StoIHT(OnePass):
         Raises:
             OptionError: The budget is a share of the scores: sites are dropped before there are any.
         """
-        if isinstance(budget, GainShare):
+        if is_share(budget):
             raise OptionError("this rule drops sites at every step, so keep has to say how many stay: give a number")
         adapters = [*stage.parameters("lora_A"), *stage.parameters("lora_B")]
         trained = [*adapters, *stage.head]
