@@ -20,13 +20,13 @@ Keep = float | int | str
 - ``"300k parameters"``: at most so many adapter parameters.
 - ``"512MB"``: at most so much memory for the adapters' training.
 - ``"0.8x"``: at most this fraction of plain LoRA's step time.
-- ``"60% gain"``: the smallest set whose scores add up to this share of all positive scores; ``"auto"`` is 75 %. With
-  ``ranking="spread"`` it decides how many parameters are kept.
+- ``"60% gain"``: as many adapter parameters as the smallest set takes that has this share of all positive scores;
+  ``"auto"`` is 75 %.
 """
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 _BYTES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-#: Share of the positive scores that ``keep="auto"`` keeps.
+#: The share of the positive scores that ``keep="auto"`` stands for.
 AUTO = Fraction(3, 4)
 _NUMBERS = 'a fraction of the parameters in (0, 1], a number of adapters, or parameters such as "300k parameters"'
 _COSTS = (

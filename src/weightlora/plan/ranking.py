@@ -83,7 +83,7 @@ class Spread:
     """
 
     budget: Budget | GainShare
-    """Of a share of the gain, the smallest set with it decides how many parameters are kept."""
+    """A share of the gain stands for as many parameters as the smallest set with it has."""
     blocks: tuple[str, ...]
     """The block of each site. Their numbers are the depth: sites are sorted by name, which puts block 10 before 2."""
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from weightlora.report.knee import ORDERS
+from weightlora.report.knee import AUTO_GAIN, ORDERS
 
 if TYPE_CHECKING:
     from weightlora.plan.plan import AdapterPlan
@@ -31,7 +31,7 @@ def knee_plot(knee: Knee) -> Figure:
                 "text": ["no site", *knee.order],
                 "hovertemplate": "%{text}<br>parameters %{x:.1%}, gain %{y:.1%}",
             },
-            _point('keep="auto"', panel.auto, "diamond-open"),
+            _point(AUTO_GAIN, panel.auto, "diamond-open"),
             _point("kept by the plan", panel.kept, "circle"),
         ],
         x={"title": {"text": "adapter parameters, share of plain LoRA's"}, "tickformat": ".0%"},

@@ -1,8 +1,8 @@
 """Knee plot of a plan: how much of the gain the best sites have, against parameters and depth of the backward pass.
 
 The gain of a set of sites is the share of all positive scores that it has. Sites are taken in descending order of score
-per parameter, the order of ``keep="auto"``, and in random orders for comparison. The same scores sort the sites and are
-added up, so noise in the scores lifts the sorted curve too.
+per parameter and in random orders for comparison. The same scores sort the sites and are added up, so noise in the
+scores lifts the sorted curve too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from weightlora.plan.plan import AdapterPlan
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+#: How texts name the gain of the budget of ``keep="auto"``.
+AUTO_GAIN = f"{float(AUTO) * 100:.0f} % of the gain"
 #: Random orders of the sites that the curve is compared with.
 ORDERS = 200
 #: Points at which the random orders' mean and band over the parameters are computed.
@@ -52,7 +54,7 @@ class Panel:
     gain: tuple[float, ...]
     """Gain of the same sites."""
     auto: tuple[float, float]
-    """Cost and gain of what ``keep="auto"`` keeps."""
+    """Cost and gain of the smallest set with the share ``AUTO`` of the gain, which is the budget of ``keep="auto"``."""
     kept: tuple[float, float]
     """Cost and gain of what the plan keeps."""
     at: tuple[float, ...]
@@ -69,7 +71,7 @@ class Knee:
     order: tuple[str, ...]
     """The sites' names in descending order of score per parameter."""
     auto: int
-    """How many first sites of ``order`` ``keep="auto"`` keeps: the fewest that have the share ``AUTO`` of the gain."""
+    """The fewest first sites of ``order`` that have the share ``AUTO`` of the gain."""
     auto_by_chance: Spread
     """Share of the parameters at which a random order first has as large a share."""
     parameters: Panel
@@ -157,10 +159,9 @@ def knee_text(knee: Knee) -> str:
     Both count whole sites. Random sites need about as large a share of the parameters, and more where sites are few.
     """
     cost, chance = knee.parameters.auto[0], knee.auto_by_chance
-    return (
-        f"{float(AUTO):.0%} of the gain is in {knee.auto} of {len(knee.order)} sites with {cost:.0%} "
-        f"of the parameters (random: {chance.mean:.0%}, 8 of 10 orders {chance.low:.0%} to {chance.high:.0%})"
-    ).replace("%", " %")
+    by_chance = f"random: {chance.mean:.0%}, 8 of 10 orders {chance.low:.0%} to {chance.high:.0%}"
+    parameters = f"{cost:.0%} of the parameters ({by_chance})".replace("%", " %")
+    return f"{AUTO_GAIN} is in {knee.auto} of {len(knee.order)} sites with {parameters}"
 
 
 def draw_knee(knee: Knee, path: str | Path) -> None:
@@ -207,7 +208,7 @@ def _draw_panel(axes: Axes, panel: Panel, style: str) -> None:
     mean = [one.mean for one in panel.chance]
     axes.plot(panel.at, mean, drawstyle=style, color="#5b6670", label=f"random, mean of {ORDERS} orders")
     axes.plot(panel.cost, panel.gain, drawstyle=style, color="#d95f02", label="best score per parameter first")
-    axes.plot(*panel.auto, "D", color="black", markerfacecolor="white", label='keep="auto"')
+    axes.plot(*panel.auto, "D", color="black", markerfacecolor="white", label=AUTO_GAIN)
     axes.plot(*panel.kept, "o", color="black", label="kept by the plan")
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)

@@ -80,9 +80,9 @@ def select(
         keep: A fraction in (0, 1] of plain LoRA's parameters, a number of adapters K, or a budget:
             ``"300k parameters"``, ``"512MB"`` (trained parameters with gradients and AdamW's state, and what is saved
             for the backward pass of the first batch) or ``"0.8x"`` (step time on the first batch, relative to LoRA on
-            all sites), or ``"auto"``: the smallest set that has three quarters of the sum of the scores, ``"60% gain"``
-            for another share. Memory and step time are those of plain LoRA with the step that ``fast`` names; see
-            docs/guides/budgets.md.
+            all sites), or ``"auto"``: as many parameters as the smallest set that has three quarters of the sum of the
+            scores, ``"60% gain"`` for another share. Memory and step time are those of plain LoRA with the step that
+            ``fast`` names; see docs/guides/budgets.md.
         rule: ``"first_order"`` (default) takes the size of the mean ∂L/∂B at B = 0 and trains nothing; ``"paper"`` is
             the paper's; or a rule with settings of its own, such as ``StoIHT(gate_lr=1.0)``.
         steps: T, warm-up steps in which sites are scored, at least 2; None stands for 0.5 % of ``total_steps``, at
@@ -95,8 +95,8 @@ def select(
         seed: Decides A's random start, dropout and a shuffling loader's order, whatever the global generators hold.
         ranking: How sites compete for the budget: ``"score"``, ``"per_parameter"`` (score ÷ parameters), ``"quota"``
             (each projection type gets at most its share) or ``"spread"`` (each part of the depth gets its share, for
-            its best sites). None is ``"spread"`` for ``rule="first_order"`` where ``keep`` is a fraction or a number,
-            and ``"score"`` elsewhere.
+            its best sites). None is ``"score"`` for a budget in memory or step time and for all rules but
+            ``first_order``, and ``"spread"`` elsewhere.
         loss_fn: ``loss_fn(model, batch)`` → scalar tensor, or an iterator over the losses of micro-batches, whose
             gradients add up; the default is ``model(**batch).loss``.
         fast: The ``dropout`` of :func:`weightlora.enable_fast_lora`: the warm-up uses the fast step, and budgets in
