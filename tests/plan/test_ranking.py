@@ -15,17 +15,25 @@ SITES = [Site(f"layer.{i}.{kind}", 4, 4) for i in range(3) for kind in ("up", "d
 PARAMETERS = {site.name: 8 for site in SITES}
 
 
-@given(st.data(), st.integers(1, 30))
-def test_a_quota_stays_within_the_budget_and_the_share_of_each_family(data, limit):
-    n = data.draw(st.integers(1, 8))
-    costs = tuple(data.draw(st.lists(st.integers(1, 6), min_size=n, max_size=n)))
-    families = tuple(data.draw(st.lists(st.sampled_from("abc"), min_size=n, max_size=n)))
-    sizes = data.draw(st.lists(st.floats(-2, 2), min_size=n, max_size=n))
+@st.composite
+def candidates(draw):
+    """Costs, groups (projections or blocks) and sizes of one to eight sites."""
+    n = draw(st.integers(1, 8))
+    costs, groups, sizes = (
+        draw(st.lists(each, min_size=n, max_size=n))
+        for each in (st.integers(1, 6), st.sampled_from("abc"), st.floats(-2, 2))
+    )
+    return tuple(costs), tuple(groups), sizes
+
+
+@given(candidates(), st.integers(1, 30))
+def test_a_quota_stays_within_the_budget_and_the_share_of_each_family(sites, limit):
+    costs, families, sizes = sites
     kept = Quota(Budget(costs, limit), families).choose(sizes)
     assert sum(costs[i] for i in kept) <= limit
     assert kept == sorted(set(kept))
     for family in set(families):
-        own = [i for i in range(n) if families[i] == family]
+        own = [i for i in range(len(sizes)) if families[i] == family]
         share = limit * sum(costs[i] for i in own) / sum(costs)
         assert sum(costs[i] for i in kept if i in own) <= max(share, min(costs[i] for i in own))
 
@@ -106,28 +114,24 @@ def test_a_part_without_a_positive_size_has_no_turn():
     assert Spread(Budget.of_count(2, n=3), ("a", "b", "b")).choose([-1.0, 3.0, 2.0]) == [1, 2]
 
 
-@given(st.data(), st.integers(1, 30))
-def test_spread_sites_fit_the_budget_and_no_part_is_left_out(data, limit):
+@given(candidates(), st.integers(1, 30))
+def test_spread_sites_fit_the_budget_and_no_part_is_left_out(sites, limit):
     """With room for the best site of each block, each block with a positive size has one."""
-    n = data.draw(st.integers(1, 8))
-    costs = tuple(data.draw(st.lists(st.integers(1, 6), min_size=n, max_size=n)))
-    blocks = tuple(sorted(data.draw(st.lists(st.sampled_from("abc"), min_size=n, max_size=n))))
-    sizes = data.draw(st.lists(st.floats(-2, 2), min_size=n, max_size=n))
+    costs, blocks, sizes = sites
     kept = Spread(Budget(costs, limit), blocks).choose(sizes)
     assert sum(costs[i] for i in kept) <= limit
     assert kept == sorted(set(kept))
-    best = [max((i for i in range(n) if blocks[i] == b), key=lambda i: sizes[i]) for b in dict.fromkeys(blocks)]
+    best = [
+        max((i for i in range(len(sizes)) if blocks[i] == b), key=lambda i: sizes[i]) for b in dict.fromkeys(blocks)
+    ]
     best = [i for i in best if sizes[i] > 0]
     if sum(costs[i] for i in best) <= limit:
         assert {*best} <= {*kept}
 
 
-@given(st.data(), st.integers(1, 100))
-def test_of_a_share_the_scores_decide_how_many_parameters_are_spread(data, percent):
-    n = data.draw(st.integers(1, 8))
-    costs = tuple(data.draw(st.lists(st.integers(1, 6), min_size=n, max_size=n)))
-    blocks = tuple(sorted(data.draw(st.lists(st.sampled_from("abc"), min_size=n, max_size=n))))
-    sizes = data.draw(st.lists(st.floats(-2, 2), min_size=n, max_size=n))
+@given(candidates(), st.integers(1, 100))
+def test_of_a_share_the_scores_decide_how_many_parameters_are_spread(sites, percent):
+    costs, blocks, sizes = sites
     share = GainShare(costs, Fraction(percent, 100))
     smallest = sum(costs[i] for i in share.choose(sizes))
     assert Spread(share, blocks).choose(sizes) == Spread(Budget(costs, smallest), blocks).choose(sizes)

@@ -111,7 +111,7 @@ class MethodOptions:
     ranking: Literal["score", "per_parameter", "quota", "spread"] | None = _option(
         None,
         "how sites compete: by score, score per parameter, within each projection type (quota) or part of the depth "
-        "(spread); default: spread for first_order and a budget in adapters or parameters, else score",
+        "(spread); default: spread for first_order, score for other rules and for budgets in memory or step time",
     )
     rule_options: list[str] = field(
         default_factory=list[str], metadata={"help": "settings of the rule, as name=value: head_steps=0 gate_lr=5.0"}
