@@ -136,6 +136,31 @@ def test_the_time_of_a_row_is_that_of_its_steps_and_its_selection(tmp_path):
     assert [curve.x for curve in panel.curves] == [pytest.approx((x,)) for x in (1.0, 0.72, 1.2)]
 
 
+def test_finals_pair_each_row_with_random_sites_and_both_loras(tmp_path):
+    """The standard error of two differences is half of their difference. LoRA has one seed: only that one counts."""
+    methods = {
+        "random0, keep 1": {"method": "random", "keep": 1},
+        "few": {"method": "random", "keep": 2},
+        "low_rank": {"method": "lora", "lora_r": 1},
+        "lora": None,
+        "not run": {"method": "random", "keep": 3},
+    }
+    grid = grid_of(tmp_path, methods=methods, learning_rates=[1e-3], metric="loss", seeds=[0, 1])
+    own = {"random0, keep 1": (1.0, 1.2), "few": (0.9, 1.0), "low_rank": (0.8, 1.0), "lora": (0.7,)}
+    records = [
+        record(Point(row, 1e-3, seed), 0.5, 0.5) | {"metrics": {"validation_loss": loss}}
+        for row in grid.rows
+        for seed, loss in enumerate(own.get(row.label, ()))
+    ]
+    found = runpy.run_path(str(CHOICE / "finals.py"))["lines"](grid, records, "lora")
+    assert list(found) == [
+        ("random0, keep 1", "2", "0.001", "1.100 ± 0.100", "", "+0.200 ± 0.000", "+0.300"),
+        ("few", "2", "0.001", "0.950 ± 0.050", "-0.150 ± 0.050", "+0.050 ± 0.050", "+0.200"),
+        ("low_rank", "2", "0.001", "0.900 ± 0.100", "-0.200 ± 0.000", "", "+0.100"),
+        ("lora", "1", "0.001", "0.700", "-0.300", "-0.100", ""),
+    ]
+
+
 def test_stability_counts_shared_sites_and_pairs_losses_by_seed(tmp_path):
     """Sets of two seeds share one of three sites: Jaccard 1/3. Random sets of 2 of 8 share 1/2 of 7/2: 1/7."""
     methods = {name: {"method": "random", "keep": k} for k, name in enumerate(("draw", "same", "half", "all"), 1)}

@@ -1,0 +1,97 @@
+"""The finals on all beds and budgets: what each row gains over random sites and over LoRA, from the records.
+
+    python benchmarks/choice/finals.py
+
+Differences are paired by seed. Rows without a run are left out, and so are seeds that random sites or LoRA do not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightlora.bench.differences import by_seed, differences
+from weightlora.bench.engine import recorded
+from weightlora.bench.grid import Grid, Record, by_key, read_grid
+from weightlora.bench.table import mean_and_error
+
+HERE = Path(__file__).parent
+HEAD = ("--head_learning_rate", "1.5e-2")
+
+
+@dataclass(frozen=True)
+class Final:
+    """A stage on a bed, with its own random sites and LoRA: runs of another precision are not paired with them."""
+
+    share: str
+    """Of LoRA's parameters."""
+    files: str
+    """Those of ``--config``, the bed first."""
+    lora: str = "lora"
+    """Its row; of reviews the one whose seeds all learn."""
+    words: tuple[str, ...] = ()
+
+
+FINALS = (
+    Final("1/2", "roget kappa-float32"),
+    Final("1/2", "roget spread-float32 spread-half"),
+    Final("1/2", "reviews finals-float32", "lora, 1e-3", HEAD),
+    Final("1/2", "spelling half-spelling"),
+    Final("1/2", "sums half-smollm2"),
+    Final("1/2", "kinship half-smollm2 half-kinship"),
+    Final("1/10", "roget rank-two"),
+    Final("1/10", "roget finals finals-tenth"),
+    Final("1/10", "roget warmup-rate"),
+    Final("1/10", "reviews rank-two", "lora, 1e-3", HEAD),
+    Final("1/10", "reviews finals finals-tenth finals-reviews", words=HEAD),
+    Final("1/10", "spelling rank-two rank-two-spelling"),
+    Final("1/10", "spelling finals-spelling"),
+    Final("1/10", "sums rank-two rank-two-smollm2"),
+    Final("1/10", "sums tenth"),
+    Final("1/10", "sums warmup-rate-sums"),
+    Final("1/10", "kinship rank-two rank-two-smollm2"),
+    Final("1/10", "kinship finals-smollm2"),
+    Final("1/20", "roget twentieth-float32"),
+    Final("1/20", "reviews twentieth-float32", "lora, 1e-3", HEAD),
+    Final("1/20", "spelling twentieth-float32 twentieth-spelling"),
+    Final("1/20", "sums twentieth-float32 twentieth-smollm2"),
+    Final("1/20", "kinship twentieth-float32 twentieth-smollm2"),
+)
+
+
+def main() -> None:
+    """Print a Markdown table with a line for each row of each stage that has been run."""
+    print("| share | files | row | seeds | rate | loss | minus random | minus LoRA of a lower rank | minus LoRA |")
+    print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for final in FINALS:
+        grid = read_grid([HERE / f"{name}.yaml" for name in final.files.split()], words=final.words)
+        for line in lines(grid, recorded(grid), final.lora):
+            print(f"| {final.share} | {final.files} | {' | '.join(line)} |")
+
+
+def lines(grid: Grid, records: Sequence[Record], lora: str) -> Iterator[tuple[str, ...]]:
+    """Yield label, seeds, rate, loss and the differences of each row with a run.
+
+    They are from random sites, from LoRA of a lower rank and from ``lora``, all with the row's own precision.
+    """
+    known = by_key(records)
+    losses = {row.label: by_seed(grid, row, known) for row in grid.rows}
+    random = next(label for label in losses if label.partition(",")[0] == "random0")
+    lower = next((label for label in losses if label.startswith("low_rank")), None)
+    for row in grid.rows:
+        own, rate = losses[row.label], grid.rate(row, known)
+        if own:
+            loss = mean_and_error(list(own.values()), lower=True)
+            gains = (_gain(row.label, other, losses) for other in (random, lower, lora))
+            yield row.label, str(len(own)), f"{rate:g}", loss, *gains
+
+
+def _gain(label: str, other: str | None, losses: Mapping[str, Mapping[int, float]]) -> str:
+    """Mean and standard error of the difference; empty where there is none."""
+    found = differences(losses[label], [losses[other]]) if other in losses and label != other else []
+    return mean_and_error(found, lower=True, sign=True) if found else ""
+
+
+if __name__ == "__main__":
+    main()
