@@ -78,7 +78,7 @@ def lines(grid: Grid, records: Sequence[Record], lora: str) -> Iterator[tuple[st
     known = by_key(records)
     losses = {row.label: by_seed(grid, row, known) for row in grid.rows}
     random = next(label for label in losses if label.partition(",")[0] == "random0")
-    lower = next((label for label in losses if label.startswith("low_rank")), None)
+    lower = next((label for label in losses if label.startswith("low_rank")), "")
     for row in grid.rows:
         own, rate = losses[row.label], grid.rate(row, known)
         if own:
@@ -87,9 +87,9 @@ def lines(grid: Grid, records: Sequence[Record], lora: str) -> Iterator[tuple[st
             yield row.label, str(len(own)), f"{rate:g}", loss, *gains
 
 
-def _gain(label: str, other: str | None, losses: Mapping[str, Mapping[int, float]]) -> str:
+def _gain(label: str, other: str, losses: Mapping[str, Mapping[int, float]]) -> str:
     """Mean and standard error of the difference; empty where there is none."""
-    found = differences(losses[label], [losses[other]]) if other in losses and label != other else []
+    found = [] if label == other else differences(losses[label], [losses.get(other, {})])
     return mean_and_error(found, lower=True, sign=True) if found else ""
 
 
