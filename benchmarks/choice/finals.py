@@ -29,30 +29,41 @@ class Final:
     files: str
     """Those of ``--config``, the bed first."""
     lora: str = "lora"
-    """Its row; of reviews the one whose seeds all learn."""
+    """Its row; of reviews the one whose seeds all learn, or none."""
     words: tuple[str, ...] = ()
 
 
 FINALS = (
     Final("1/2", "roget kappa-float32"),
+    Final("1/2", "roget finals finals-half"),
     Final("1/2", "roget spread-float32 spread-half"),
     Final("1/2", "reviews finals-float32", "lora, 1e-3", HEAD),
+    Final("1/2", "reviews kappa-float32", "", HEAD),
     Final("1/2", "spelling half-spelling"),
     Final("1/2", "sums half-smollm2"),
     Final("1/2", "kinship half-smollm2 half-kinship"),
     Final("1/10", "roget rank-two"),
     Final("1/10", "roget finals finals-tenth"),
     Final("1/10", "roget warmup-rate"),
+    Final("1/10", "roget spread"),
+    Final("1/10", "roget spread-float32"),
     Final("1/10", "reviews rank-two", "lora, 1e-3", HEAD),
     Final("1/10", "reviews finals finals-tenth finals-reviews", words=HEAD),
+    Final("1/10", "reviews spread", words=HEAD),
+    Final("1/10", "reviews spread-float32", words=HEAD),
     Final("1/10", "spelling rank-two rank-two-spelling"),
     Final("1/10", "spelling finals-spelling"),
+    Final("1/10", "spelling spread-float32 spread-spelling"),
+    Final("1/10", "spelling rules-spelling best-spelling"),
     Final("1/10", "sums rank-two rank-two-smollm2"),
     Final("1/10", "sums tenth"),
     Final("1/10", "sums warmup-rate-sums"),
     Final("1/10", "kinship rank-two rank-two-smollm2"),
+    Final("1/10", "kinship tenth-float32"),
+    Final("1/10", "kinship spread-float32"),
     Final("1/10", "kinship finals-smollm2"),
     Final("1/20", "roget twentieth-float32"),
+    Final("1/20", "roget finals finals-twentieth"),
     Final("1/20", "reviews twentieth-float32", "lora, 1e-3", HEAD),
     Final("1/20", "spelling twentieth-float32 twentieth-spelling"),
     Final("1/20", "sums twentieth-float32 twentieth-smollm2"),

@@ -78,6 +78,8 @@ def test_the_study_runs_every_stage_and_each_can_be_read(tmp_path):
             assert read_grid(files).rows
         used.update(files)
     assert used >= set(CHOICE.glob("*.yaml")) | set(CHOICE.glob("*.py"))
+    finals = runpy.run_path(str(CHOICE / "finals.py"))["FINALS"]
+    assert used >= {CHOICE / f"{name}.yaml" for final in finals for name in final.files.split()}
 
 
 def test_shuffled_labels_are_those_of_other_rows():
