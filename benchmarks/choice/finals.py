@@ -30,6 +30,8 @@ class Final:
     """Those of ``--config``, the bed first."""
     lora: str = "lora"
     """Its row; of reviews the one whose seeds all learn, or none."""
+    lower: str = "low_rank"
+    """How the row of LoRA of a lower rank begins; of sums the one at the better of its two rates."""
     words: tuple[str, ...] = ()
 
 
@@ -55,7 +57,7 @@ FINALS = (
     Final("1/10", "spelling finals-spelling"),
     Final("1/10", "spelling spread-float32 spread-spelling"),
     Final("1/10", "spelling rules-spelling best-spelling"),
-    Final("1/10", "sums rank-two rank-two-smollm2"),
+    Final("1/10", "sums rank-two rank-two-smollm2", lower="low_rank_tenth, 4e-3"),
     Final("1/10", "sums tenth"),
     Final("1/10", "sums warmup-rate-sums"),
     Final("1/10", "kinship rank-two rank-two-smollm2"),
@@ -77,24 +79,24 @@ def main() -> None:
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for final in FINALS:
         grid = read_grid([HERE / f"{name}.yaml" for name in final.files.split()], words=final.words)
-        for line in lines(grid, recorded(grid), final.lora):
+        for line in lines(grid, recorded(grid), final.lora, final.lower):
             print(f"| {final.share} | {final.files} | {' | '.join(line)} |")
 
 
-def lines(grid: Grid, records: Sequence[Record], lora: str) -> Iterator[tuple[str, ...]]:
+def lines(grid: Grid, records: Sequence[Record], lora: str, lower: str) -> Iterator[tuple[str, ...]]:
     """Yield label, seeds, rate, loss and the differences of each row with a run.
 
-    They are from random sites, from LoRA of a lower rank and from ``lora``, all with the row's own precision.
+    They are from random sites, from the first row whose label begins with ``lower`` and from ``lora``, all with its own precision.
     """
     known = by_key(records)
     losses = {row.label: by_seed(grid, row, known) for row in grid.rows}
     random = next(label for label in losses if label.partition(",")[0] == "random0")
-    lower = next((label for label in losses if label.startswith("low_rank")), "")
+    low_rank = next((label for label in losses if label.startswith(lower)), "")
     for row in grid.rows:
         own, rate = losses[row.label], grid.rate(row, known)
         if own:
             loss = mean_and_error(list(own.values()), lower=True)
-            gains = (_gain(row.label, other, losses) for other in (random, lower, lora))
+            gains = (_gain(row.label, other, losses) for other in (random, low_rank, lora))
             yield row.label, str(len(own)), f"{rate:g}", loss, *gains
 
 
