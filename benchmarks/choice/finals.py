@@ -30,9 +30,9 @@ class Final:
     """Those of ``--config``, the bed first."""
     lora: str = "lora"
     """Its row; of reviews the one whose seeds all learn, or none."""
+    words: tuple[str, ...] = ()
     lower: str = "low_rank"
     """How the row of LoRA of a lower rank begins; of sums the one at the better of its two rates."""
-    words: tuple[str, ...] = ()
 
 
 FINALS = (
@@ -86,7 +86,8 @@ def main() -> None:
 def lines(grid: Grid, records: Sequence[Record], lora: str, lower: str) -> Iterator[tuple[str, ...]]:
     """Yield label, seeds, rate, loss and the differences of each row with a run.
 
-    They are from random sites, from the first row whose label begins with ``lower`` and from ``lora``, all with its own precision.
+    They are from random sites, from the first row whose label begins with ``lower`` and from ``lora``, all with the
+    row's own precision.
     """
     known = by_key(records)
     losses = {row.label: by_seed(grid, row, known) for row in grid.rows}

@@ -161,7 +161,12 @@ def test_finals_pair_each_row_with_random_sites_and_both_loras(tmp_path):
         ("low_rank", "2", "0.001", "0.900 ± 0.100", "-0.200 ± 0.000", "", "+0.100"),
         ("lora", "1", "0.001", "0.700", "-0.300", "-0.100", ""),
     ]
-    assert [line[-2] for line in lines(grid, records, "lora", "few")] == ["+0.150 ± 0.050", "", "-0.050 ± 0.050", "-0.200"]
+    assert [line[-2] for line in lines(grid, records, "lora", "few")] == [
+        "+0.150 ± 0.050",
+        "",
+        "-0.050 ± 0.050",
+        "-0.200",
+    ]
 
 
 def test_stability_counts_shared_sites_and_pairs_losses_by_seed(tmp_path):
