@@ -78,9 +78,14 @@ def main() -> None:
     print("| share | files | row | seeds | rate | loss | minus random | minus LoRA of a lower rank | minus LoRA |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for final in FINALS:
-        grid = read_grid([HERE / f"{name}.yaml" for name in final.files.split()], words=final.words)
-        for line in lines(grid, recorded(grid), final.lora, final.lower):
+        for line in stage(final):
             print(f"| {final.share} | {final.files} | {' | '.join(line)} |")
+
+
+def stage(final: Final) -> Iterator[tuple[str, ...]]:
+    """Return the lines of one stage from the records of its bed."""
+    grid = read_grid([HERE / f"{name}.yaml" for name in final.files.split()], words=final.words)
+    return lines(grid, recorded(grid), final.lora, final.lower)
 
 
 def lines(grid: Grid, records: Sequence[Record], lora: str, lower: str) -> Iterator[tuple[str, ...]]:

@@ -169,6 +169,12 @@ def test_finals_pair_each_row_with_random_sites_and_both_loras(tmp_path):
     ]
 
 
+def test_each_stage_of_the_finals_has_records(monkeypatch):
+    monkeypatch.chdir(CHOICE.parents[1])
+    script = runpy.run_path(str(CHOICE / "finals.py"))
+    assert [final.files for final in script["FINALS"] if not list(script["stage"](final))] == []
+
+
 def test_stability_counts_shared_sites_and_pairs_losses_by_seed(tmp_path):
     """Sets of two seeds share one of three sites: Jaccard 1/3. Random sets of 2 of 8 share 1/2 of 7/2: 1/7."""
     methods = {name: {"method": "random", "keep": k} for k, name in enumerate(("draw", "same", "half", "all"), 1)}
