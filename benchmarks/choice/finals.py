@@ -41,6 +41,7 @@ FINALS = (
     Final("1/2", "roget spread-float32 spread-half"),
     Final("1/2", "reviews finals-float32", "lora, 1e-3", HEAD),
     Final("1/2", "reviews kappa-float32", "", HEAD),
+    Final("1/2", "reviews spread-float32 spread-half", words=HEAD),
     Final("1/2", "spelling half-spelling"),
     Final("1/2", "sums half-smollm2"),
     Final("1/2", "kinship half-smollm2 half-kinship"),
