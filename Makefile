@@ -23,7 +23,7 @@ $(DOCS): $(STAMP)
 demo: setup    ## the main job on the embedded model and data, at most six minutes on two cores
 	$(BIN)/weightlora demo --output_dir runs/demo
 
-test: setup    ## all tests, eight to fifteen minutes on two cores
+test: setup    ## all tests, about twenty minutes on two cores
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: setup   ## format, lint, types, import order
