@@ -3,11 +3,14 @@
 import sys
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit
 from fingerprint import fingerprint
 from peft import LoraConfig, PeftModel
 from peft.utils.integrations import dequantize_module_weight
@@ -122,12 +125,16 @@ def test_the_trainer_of_an_offloaded_model(tmp_path):
     assert not any(p.is_meta for p in model.parameters() if p.requires_grad)
 
 
+def in_four_bits(folder, **options):
+    llama().save_pretrained(folder)
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32, **options}
+    four = BitsAndBytesConfig(load_in_4bit=True, **options)
+    return LlamaForCausalLM.from_pretrained(folder, quantization_config=four, device_map={"": "cpu"})
+
+
 def test_four_bits(tmp_path):
     """The plan of the dequantised weights: what 4 bits compute, by torch's own product."""
-    llama().save_pretrained(tmp_path)
-    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    small = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=four, device_map={"": "cpu"})
-    whole = llama()
+    small, whole = in_four_bits(tmp_path), llama()
     for name, module in small.named_modules():
         if type(module).__name__ == "Linear4bit":
             whole.get_submodule(name).weight.data = dequantize_module_weight(module).detach().float()
@@ -139,6 +146,39 @@ def test_four_bits(tmp_path):
     # Negative control: these are not the scores of the weights before they were rounded to 4 bits.
     unrounded = scored(llama(), batches=TEXTS, task="CAUSAL_LM").scores
     assert plan.scores != pytest.approx(unrounded, rel=1e-4)
+
+
+def state_of(model):
+    """The packed numbers of the 4-bit layers, with every value of their quantisation states."""
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    return [(layer.weight.data.numpy().tobytes(), *_values(layer.weight.quant_state)) for layer in layers]
+
+
+def _values(state):
+    for name, value in sorted(vars(state).items()):
+        if isinstance(value, QuantState):
+            yield from _values(value)
+        else:
+            yield name, (value.dtype, value.tolist()) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("rule", [entry.name for entry in RULES])
+def test_no_rule_packs_four_bits_for_evaluation(rule, tmp_path):
+    """On a processor with AVX512-BF16, bitsandbytes packs the weights of an evaluation pass and rounds their scales."""
+    model = in_four_bits(tmp_path, bnb_4bit_use_double_quant=True).train()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = True  # as it is set there; packing itself runs on any processor
+    before, attributes, logits = state_of(model), fingerprint(model), model(**TEXTS[0]).logits
+    scored(model, rule, TEXTS, "CAUSAL_LM")
+    assert fingerprint(model) == attributes
+    assert state_of(model) == before
+    assert torch.equal(model(**TEXTS[0]).logits, logits)
+    with suppress(RuntimeError), torch.no_grad():  # the processor may lack the kernel for packed weights
+        model.eval()(**TEXTS[0])
+    assert state_of(model) != before  # negative control
+    with pytest.raises(SiteError, match=r"packed by bitsandbytes .*load the model again"):
+        scored(model, rule, TEXTS, "CAUSAL_LM")
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------

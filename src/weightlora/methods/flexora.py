@@ -25,7 +25,7 @@ from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import base_model_name
 from weightlora.selection.batches import Loss, cycled
-from weightlora.selection.stage import Stage, adapter_weights, let_train, probed
+from weightlora.selection.stage import Stage, adapter_weights, evaluated, let_train, probed
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -181,10 +181,9 @@ def _descend(stage: Stage, units: Sequence[str], steps: int, options: _Options) 
             stage.backward("adapters", step, trained)
             optimizer.step()
             optimizer.zero_grad()
-            stage.model.eval()
-            for _ in range(options.validation):
-                stage.backward("alpha", step, trained)
-            stage.model.train()
+            with evaluated(stage.model):
+                for _ in range(options.validation):
+                    stage.backward("alpha", step, trained)
             gradient = torch.zeros(len(names)).index_add(0, place, gates.gradient / options.validation)
             optimizer.zero_grad()
             alpha.grad = alpha_gradient(weights, gradient, options.power)

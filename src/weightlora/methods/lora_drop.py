@@ -26,7 +26,7 @@ from weightlora.plan.budget import Keep, read_budget
 from weightlora.plan.make import make_plan
 from weightlora.plan.provenance import base_model_name
 from weightlora.selection.batches import Loss, cycled, in_parts
-from weightlora.selection.stage import Stage, probed, train_adapters
+from weightlora.selection.stage import Stage, evaluated, probed, train_adapters
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -140,8 +140,7 @@ def tie_by_shape(model: PeftModel, names: Sequence[str]) -> None:
 def _energies(stage: Stage, count: int) -> Tensor:
     """Return Σ‖s·B·A·x‖² of each site over ``count`` batches, without dropout and padding."""
     sums = torch.zeros(len(stage.layers), dtype=torch.float64)
-    stage.model.eval()
-    with counted_tokens(stage.model) as rows, torch.no_grad():
+    with evaluated(stage.model), counted_tokens(stage.model) as rows, torch.no_grad():
         handles = [
             layer.lora_B["default"].register_forward_hook(_Meter(sums, i, layer.scaling["default"], rows))
             for i, layer in enumerate(stage.layers.values())

@@ -9,11 +9,11 @@ from weightlora.errors import SiteError
 from weightlora.model.distributed import is_first
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def require_loaded(model: nn.Module, *, warm_up: bool = False) -> None:
-    """Raise where a weight is on the meta device, or was made under ``torch.inference_mode()``.
+    """Raise where a weight is on the meta device, was made under ``torch.inference_mode()`` or packed for evaluation.
 
     Args:
         model: A base model or a PEFT model.
@@ -46,6 +46,18 @@ model's weights, such as with from_pretrained and without torch.device('meta')
             f"{frozen[0]} ({len(frozen)} of {len(tensors)} weights) was made under torch.inference_mode(), which "
             "autograd cannot use: load the model outside of that block"
         )
+    packed = [name for name, weight in model.named_parameters() if _is_packed(weight)]
+    if packed:
+        raise SiteError(
+            f"{packed[0]} ({len(packed)} of {len(tensors)} weights) was packed by bitsandbytes when the model was "
+            "evaluated on the CPU, and no gradient passes it: load the model again, and evaluate it afterwards"
+        )
+
+
+def _is_packed(weight: Tensor) -> bool:
+    """Whether bitsandbytes has packed a 4-bit weight for evaluation on a CPU."""
+    state = vars(weight).get("quant_state")
+    return state is not None and bool(vars(state).get("packing_format_for_cpu"))
 
 
 def _offloaded(model: nn.Module) -> set[int]:
