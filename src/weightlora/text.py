@@ -47,14 +47,52 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    """Return ``text`` as :func:`printable` does, with spaces in place of line breaks."""
+    return " ".join(printable(text).splitlines())
+
+
+#: Backslashes where every Markdown reads them, entities where only some do.
+_MARKDOWN = {
+    **{char: f"\\{char}" for char in "\\`*|[]"},
+    **{char: f"&#{ord(char)};" for char in "~$"},
+    "&": "&amp;",
+    "<": "&lt;",
+    ">": "&gt;",
+}
+_LATEX = {
+    **{char: f"\\{char}" for char in "&%_#${}"},
+    **{char: f"{{{char}}}" for char in "[]*"},  # behind a line's end they are its options
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "±": r"$\pm$",
+    "–": "--",
+}
+
+
 def in_markdown(text: str) -> str:
-    r"""Return ``text`` for a cell or a line of Markdown, without links, tags, code or columns of its own.
+    r"""Return ``text`` for a cell or a line of Markdown, without links, tags, code, emphasis or columns of its own.
 
     Example:
         >>> in_markdown("self_attn.q_proj"), in_markdown("a|<b>\n[c](d)")
-        ('self_attn.q_proj', 'a\\|\\<b\\> \\[c\\](d)')
+        ('self_attn.q_proj', 'a\\|&lt;b&gt; \\[c\\](d)')
     """
-    return re.sub(r"([\\`|<>\[\]])", r"\\\1", " ".join(printable(text).splitlines()))
+    escaped = one_line(text).translate(str.maketrans(_MARKDOWN))
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", escaped)  # within a word it is only a letter
+
+
+def in_latex(text: str) -> str:
+    r"""Return ``text`` for LaTeX, without commands, groups, comments or columns of its own.
+
+    Example:
+        >>> print(in_latex(r"\input{/etc/passwd}"), in_latex("lora_r & 5 %"))
+        \textbackslash{}input\{/etc/passwd\} lora\_r \& 5 \%
+    """
+    return one_line(text).translate(str.maketrans(_LATEX))
 
 
 def in_code(text: str) -> str:
@@ -64,7 +102,7 @@ def in_code(text: str) -> str:
         >>> in_code("a`b")
         "a'b"
     """
-    return " ".join(printable(text).splitlines()).replace("`", "'")
+    return one_line(text).replace("`", "'")
 
 
 def natural(text: str) -> list[Any]:

@@ -34,10 +34,15 @@ def records(demo):
     return {record["options"]["method"]: record for record in read_records(demo / "records.jsonl")}
 
 
+def kept(demo):
+    """The folders of the adapters by method; names begin with the task and end with the run's key."""
+    return {folder.name.split("-")[1]: folder for folder in sorted((demo / "adapters").iterdir())}
+
+
 def test_it_leaves_what_it_promises(demo):
     left = {path.name for path in demo.iterdir() if not path.name.startswith(".")}
     assert left == {"plan.json", "heatmap.png", "table.md", "table.tex", "records.jsonl", "adapters"}
-    assert {path.name for path in (demo / "adapters").iterdir()} == set(METHODS)
+    assert tuple(kept(demo)) == METHODS
     assert (demo / "heatmap.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -66,17 +71,17 @@ def test_each_adapter_is_stock(demo, tokenizer):
     done = subprocess.run([*probe, *TEXTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = json.loads(done.stdout)
-    assert tuple(loaded) == METHODS
+    assert [name.split("-")[1] for name in loaded] == [*METHODS]
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
-    for method, logits in loaded.items():
-        by_hand = slow_logits(demo / "adapters" / method, load_classifier(minilm_folder(), labels=2, seed=0), batch)
+    for folder, logits in loaded.items():
+        by_hand = slow_logits(demo / "adapters" / folder, load_classifier(minilm_folder(), labels=2, seed=0), batch)
         torch.testing.assert_close(torch.tensor(logits), by_hand, rtol=0, atol=1e-5)
 
 
 def test_the_numbers_are_those_of_the_plans(demo, records):
     assert set(records) == set(METHODS)
     for method, record in records.items():
-        plan = AdapterPlan.load(demo / "adapters" / method / "plan.json")
+        plan = AdapterPlan.load(kept(demo)[method] / "plan.json")
         assert (record["status"], record["adapters"]) == ("ok", len(plan.names))
         assert record["adapter_parameters"] == plan.parameters
         assert record["options"]["seed"] == 3
@@ -90,7 +95,7 @@ def test_it_selects_with_the_fast_step(demo):
 
 
 def test_plus_has_the_sites_of_weightlora(demo):
-    chosen, plus = (AdapterPlan.load(demo / "adapters" / n / "plan.json") for n in ("weightlora", "weightlora_plus"))
+    chosen, plus = (AdapterPlan.load(kept(demo)[n] / "plan.json") for n in ("weightlora", "weightlora_plus"))
     assert plus.names == chosen.names
     assert AdapterPlan.load(demo / "plan.json") == chosen
 

@@ -22,6 +22,8 @@ from weightlora.runs.files import ADAPTER
 
 RECORDS_FILE = "records.jsonl"
 _RUNS, _ADAPTERS, _LOGS = "runs", "adapters", "logs"
+#: Of each part of a folder's name; the key alone tells the folders apart.
+_LETTERS = 32
 
 
 @dataclass(frozen=True)
@@ -130,11 +132,11 @@ def recorded(grid: Grid) -> list[Record]:
 
 
 def adapter_folder(grid: Grid, point: Point) -> Path:
-    """Return the folder in which ``keep_adapters`` leaves the adapter of a run."""
+    """Return the folder in which ``keep_adapters`` leaves the adapter of a run; its key is in the name."""
     several = [f"lr{point.learning_rate:g}"] if len(point.row.learning_rates) > 1 else []
     several += [f"seed{point.seed}"] if len({*grid.seeds, *grid.tuning_seeds}) > 1 else []
-    name = re.sub(r"[^\w.]+", "_", "-".join([point.row.label, *several]))
-    return grid.output_dir / _ADAPTERS / name
+    shown = (re.sub(r"[^A-Za-z0-9.+=-]+", "_", part)[:_LETTERS] for part in (point.row.task, point.row.label, *several))
+    return grid.output_dir / _ADAPTERS / "-".join([*shown, point.key])
 
 
 def log_file(grid: Grid, record: Record) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Row:
         return record["metrics"].get(f"{HELD_OUT}_{self.tuning_metric}") if record["status"] == "ok" else None
 
     def tested(self, record: Record, metric: str | None = None) -> float | None:
-        """What is reported: the mean of a metric over the task's evaluation splits; None after a failure.
+        """What is reported: the mean of a metric over the task's evaluation splits; None where it was not measured.
 
         Args:
             record: Of a run of this row.
@@ -68,7 +69,8 @@ class Row:
             return None
         metrics: dict[str, float] = record["metrics"]
         ending = f"_{metric or self.metric}"
-        return statistics.mean(v for k, v in metrics.items() if k.endswith(ending) and k != HELD_OUT + ending)
+        values = [v for k, v in metrics.items() if k.endswith(ending) and k != HELD_OUT + ending]
+        return statistics.mean(values) if values else None
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,9 @@ class Grid:
         return tuning, unrecorded(later, records)
 
     def rate(self, row: Row, records: Mapping[str, Record]) -> float | None:
-        """The learning rate with the best metric on the rows held out; the lower one where two are equal.
+        """The learning rate with the best metric on the rows held out; the lowest of equal ones.
+
+        NaN and infinity are worse than any number.
 
         Args:
             row: A row.
@@ -157,8 +161,9 @@ class Grid:
             values = [row.held_out(record) for record in found if record is not None]
             if values and None not in values:
                 scores[rate] = statistics.mean(value for value in values if value is not None)
-        best = min if row.lower_is_better(row.tuning_metric) else max
-        return best(scores, key=scores.__getitem__) if scores else None
+        sign = -1 if row.lower_is_better(row.tuning_metric) else 1
+        worth = {rate: sign * score if math.isfinite(score) else -math.inf for rate, score in scores.items()}
+        return max(worth, key=worth.__getitem__) if worth else None
 
 
 def read_grid(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,10 +10,13 @@ from typing import TYPE_CHECKING
 
 from weightlora.bench.grid import Grid, Point, Record, Row, by_key
 from weightlora.bench.records import differing, mixed
-from weightlora.text import printable
+from weightlora.text import in_latex, in_markdown, one_line, printable
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
+
+#: From here on a number is written with an exponent: a loss that diverged.
+_MOST = 1e6
 
 
 @dataclass(frozen=True)
@@ -94,10 +98,11 @@ _TIMES = (("step_ratio",), ("selection_seconds", "training_seconds"))
 def to_markdown(table: Table) -> str:
     """Return the table as Markdown, bold and underlined as in the paper."""
     marks = ("{}", "**{}**", "<u>{}</u>")
-    rows = [[marks[cell.place].format(cell.text) for cell in row] for row in table.rows]
+    head = list(map(in_markdown, table.header))
+    rows = [[marks[cell.place].format(in_markdown(cell.text)) for cell in row] for row in table.rows]
     rules = ["---", *("---:" for _ in table.header[1:])]
-    caption = f"\n{table.caption}\n" if table.caption else ""
-    return "".join(f"| {' | '.join(row)} |\n" for row in (table.header, rules, *rows)) + caption
+    caption = f"\n{in_markdown(table.caption)}\n" if table.caption else ""
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rules, *rows)) + caption
 
 
 def to_latex(table: Table) -> str:
@@ -115,12 +120,12 @@ def to_latex(table: Table) -> str:
         <BLANKLINE>
     """
     marks = ("{}", r"\textbf{{{}}}", r"\underline{{{}}}")
-    rows = [[marks[cell.place].format(_escaped(cell.text)) for cell in row] for row in table.rows]
-    head = " & ".join(map(_escaped, table.header)) + r" \\"
+    rows = [[marks[cell.place].format(in_latex(cell.text)) for cell in row] for row in table.rows]
+    head = " & ".join(map(in_latex, table.header)) + r" \\"
     body = [" & ".join(row) + r" \\" for row in rows]
     columns = "l" + "r" * (len(table.header) - 1)
     lines = [
-        *([f"% {table.caption}"] if table.caption else []),
+        *([f"% {one_line(table.caption)}"] if table.caption else []),
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
         head,
@@ -230,10 +235,27 @@ def mean_and_error(values: Sequence[float], *, lower: bool, sign: bool = False) 
         ('55.0 ± 5.0', '+0.550 ± 0.050')
     """
     scale, digits = (1, 3) if lower else (100, 1)
-    mean = f"{scale * statistics.mean(values):{'+' if sign else ''}.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {scale * statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+    mean, error = scale * statistics.mean(values), scale * standard_error(values)
+    text = _number(mean, digits, "+" if sign else "")
+    return text if len(values) == 1 or math.isnan(error) else f"{text} ± {_number(error, digits)}"
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of a mean: 0 of one value, NaN where a value is infinite or none.
+
+    Example:
+        >>> standard_error([0.25, 0.75]), standard_error([0.5]), standard_error([0.5, float("inf")])
+        (0.25, 0.0, nan)
+    """
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def _number(value: float, digits: int, sign: str = "") -> str:
+    if math.isnan(value):
+        return "nan"  # without a sign
+    return f"{value:{sign}.{digits}f}" if abs(value) < _MOST else f"{value:{sign}.3g}"
 
 
 def _averages(groups: Sequence[Sequence[_Line]]) -> list[Cell]:
@@ -247,8 +269,8 @@ def _averages(groups: Sequence[Sequence[_Line]]) -> list[Cell]:
 
 
 def _places(means: Sequence[float | None], *, lower: bool = False) -> list[int]:
-    """1 for the best, 2 for the next value, 0 for the others; equal ones share a place."""
-    best = sorted({mean for mean in means if mean is not None}, reverse=not lower)[:2]
+    """1 for the best, 2 for the next value, 0 for the others; equal ones share a place, NaN and infinity have none."""
+    best = sorted({mean for mean in means if mean is not None and math.isfinite(mean)}, reverse=not lower)[:2]
     return [1 + best.index(mean) if mean in best else 0 for mean in means]
 
 
@@ -262,8 +284,3 @@ def _ratio(lines: Sequence[_Line], reference: Sequence[_Line], names: Sequence[s
     pairs = [(line.sums(*names), other.sums(*names)) for line, other in zip(lines, reference, strict=True)]
     ratios = [statistics.median(own) / statistics.median(other) for own, other in pairs if own and other]
     return f"{statistics.mean(ratios):.2f}" if ratios else "–"
-
-
-def _escaped(text: str) -> str:
-    special = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "±": r"$\pm$", "–": "--"}
-    return "".join(special.get(letter, letter) for letter in text)

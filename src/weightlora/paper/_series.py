@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from weightlora.bench.grid import Grid, Point, Record, Row, by_key
-from weightlora.bench.table import Cell, Table, runs_behind
+from weightlora.bench.table import Cell, Table, runs_behind, standard_error
 from weightlora.paper.picture import Curve, Heat, Lines, Picture
 from weightlora.paper.study import Study
 
@@ -51,7 +52,7 @@ class _Mean:
 
     @property
     def error(self) -> float:
-        return statistics.stdev(self.values) / len(self.values) ** 0.5 if len(self.values) > 1 else 0.0
+        return standard_error(self.values)
 
     def option(self, name: str) -> Any:
         return self.row.options.get(name)
@@ -75,7 +76,7 @@ class _Mean:
 
     @property
     def _errors(self) -> list[str]:
-        return [f"± {self.error:.2g}"] if len(self.values) > 1 else []
+        return [f"± {self.error:.2g}"] if len(self.values) > 1 and math.isfinite(self.error) else []
 
 
 def lines(study: Study, grid: Grid, records: Sequence[Record], *, with_points: bool) -> tuple[Table, Picture | None]:
@@ -154,7 +155,7 @@ def _panels(means: Sequence[_Mean], option: str | None) -> dict[str, list[_Mean]
 
 
 def _curve(method: str, x: str, means: Sequence[_Mean]) -> Curve:
-    known = [mean for mean in means if mean.values]
+    known = [mean for mean in means if mean.values and math.isfinite(mean.mean)]
     places = {float(mean.option(x)): mean for mean in known if mean.option(x) is not None}
     ordered = [places[place] for place in sorted(places)] or known[:1]
     return Curve(

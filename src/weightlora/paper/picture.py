@@ -62,8 +62,8 @@ class Heat:
 
     @property
     def known(self) -> list[float]:
-        """All values that there are."""
-        return [value for row in self.values for value in row if value is not None]
+        """All finite values that there are."""
+        return [value for row in self.values for value in row if value is not None and math.isfinite(value)]
 
 
 Panel = Lines | Heat
