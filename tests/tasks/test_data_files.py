@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import tracemalloc
 import warnings
 from collections import Counter
 from copy import deepcopy
@@ -367,6 +368,118 @@ def test_a_correlation_of_one_row_is_refused_before_the_training(file):
     train, validation = file("train.csv", "text,label\na,1\nb,2\n"), file("validation.csv", "text,label\na,1\n")
     with pytest.raises(DataError, match="'validation' has one row; a correlation needs two"):
         load_rows(find_task("regression"), Source(train_file=train, validation_file=validation))
+
+
+def long_rows(count):
+    """Rows of 1,000 characters, ``count`` kB in all."""
+    return [{"text": f"{i:04d}" + "é word " * 140, "label": "yes" if i % 3 else "no"} for i in range(count)]
+
+
+def spoiled(data, form):
+    """The file with a fault behind its middle, which no reader of the whole file may pass over."""
+    if form == "csv":
+        return data + b"one cell\n"
+    if form == "parquet":
+        third = len(data) // 3
+        return data[:third] + bytes(third) + data[2 * third :]
+    return data[:-1] + b"\xff"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_of_a_limited_file_only_the_first_rows_are_read(form, tmp_path):
+    rows, path = long_rows(4000), tmp_path / f"rows.{form}"
+    if form == "parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=100, compression="none")
+    else:
+        path.write_bytes(written(rows, form))
+    size = path.stat().st_size
+    assert size > 4e6
+    path.write_bytes(spoiled(path.read_bytes(), form))
+    with pytest.raises(DataError, match=str(path)):  # negative control; it imports what a reader needs, too
+        load_rows(TASK, Source(train_file=str(path)), measured=False)
+    tracemalloc.start()
+    found = load_rows(TASK, Source(train_file=str(path), max_train_samples=5), measured=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    names = label_names(TASK, found)
+    assert [{**row, "label": names[row["label"]]} for row in found["train"]] == rows[:5]
+    assert peak < size / 4  # text is read in pieces of at most 2^16 characters, of four bytes each at most
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "jsonl"])
+def test_the_memory_of_a_whole_file_is_that_of_its_rows_in_arrow(form, tmp_path):
+    rows, path = long_rows(16_000), tmp_path / f"rows.{form}"
+    path.write_bytes(written(rows, form))
+    load_rows(TASK, Source(train_file=str(path), max_train_samples=5), measured=False)  # imports
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    found = load_rows(TASK, Source(train_file=str(path)), measured=False)["train"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found["text"][:] == [row["text"] for row in rows]
+    # Python has at most two blocks of 1,000 of the 16,000 rows at a time.
+    assert peak < path.stat().st_size / 2
+    assert pa.total_allocated_bytes() - before < 2 * path.stat().st_size
+
+
+def test_the_type_of_a_column_is_that_of_all_its_rows(file):
+    """Also where the rows that decide it are thousands of rows behind the first."""
+    values = [*range(1500), 0.5, *range(1500)]
+    lines = [json.dumps({"text": "a", "label": value}) + "\n" for value in values]
+    rows = load_rows(find_task("regression"), Source(train_file=file("rows.jsonl", "".join(lines))), measured=False)
+    assert rows["train"].features["label"] == Value("float64")
+    assert rows["train"]["label"][:] == values
+    lines[2500] = '{"text": "a", "label": ["x"]}\n'
+    path = file("rows.jsonl", "".join(lines))
+    with pytest.raises(
+        DataError, match=r"^line 2501 of .*rows.jsonl has \['x'\] as its 'label', which does not go with"
+    ):
+        load_rows(find_task("regression"), Source(train_file=path), measured=False)
+    assert (
+        len(
+            load_rows(find_task("regression"), Source(train_file=path, max_train_samples=2500), measured=False)["train"]
+        )
+        == 2500
+    )
+
+
+def all_at_once(text):
+    """Rows of JSON Lines and their lines, or the error, by Python's decoder on the whole text: the slow reference."""
+    decoder, position, rows = json.JSONDecoder(), 0, []
+    try:
+        while position < len(text):
+            value, end = decoder.raw_decode(text, position)
+            rows.append((text.count("\n", 0, position) + 1, value))
+            position = len(text) - len(text[end:].lstrip())
+    except json.JSONDecodeError as error:
+        return f"line {error.lineno} of {{}} is no JSON: {error.msg}, column {error.colno}"
+    return rows
+
+
+@pytest.mark.fuzz
+def test_rows_are_the_same_wherever_a_piece_of_the_file_ends(tmp_path):
+    """Pieces are of 65,536 characters; the values here are shorter and longer than that."""
+    rng = generator()
+    for number in range(max(12, CASES // 10)):
+        rows = [
+            {"text": rng.choice(WORDS) * rng.choice([1, 10, 5000, 30_000]), "label": rng.choice(["yes", "no"])}
+            for _ in range(rng.randint(20, 60))
+        ]
+        objects = [json.dumps(row, ensure_ascii=False, indent=rng.choice([None, 1])) for row in rows]
+        lines = "\n".join(objects)
+        if number % 3 == 0:
+            at = rng.randrange(len(lines))
+            lines = lines[:at] + rng.choice(["", "{", "}", '"', "\\"]) + lines[at + 1 :]
+        for form, text in (("jsonl", lines), ("json", f"[{', '.join(objects)}]")):
+            path = tmp_path / f"rows{number}.{form}"
+            path.write_text(text, encoding="utf-8", newline="")
+            found, expected = read(path, find_task("language_modelling"))[0], all_at_once(lines)
+            if form == "json":
+                assert found["train"]["text"][:] == [row["text"] for row in rows]
+            elif isinstance(expected, str):
+                assert str(found) == expected.format(path)
+            elif not isinstance(found, DataError):  # a changed row may lack its text
+                assert found["train"]["text"][:] == [row["text"] for _, row in expected]
 
 
 def test_faults_of_the_rows_are_found_before_a_model_is_loaded(file, tmp_path, capsys):

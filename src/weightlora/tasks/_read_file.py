@@ -8,16 +8,18 @@ of the text. U+2028 is a character like any other and ends no line.
 from __future__ import annotations
 
 import csv
-import io
-import json
+from array import array
 from bisect import bisect_left
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
+from uuid import uuid4
 
 from weightlora.errors import DataError
+from weightlora.tasks._json_rows import json_rows
 from weightlora.tasks._place import Place
 from weightlora.tasks.base import Task
 from weightlora.text import closest
@@ -27,12 +29,20 @@ if TYPE_CHECKING:
 
 ENDINGS = (".csv", ".json", ".jsonl", ".parquet")
 
+#: Rows that are Python objects at a time, and a part of the rows before them; Arrow holds those.
+_BLOCK, _PART = 1000, 100
+
 #: A row's line in the file, and its columns; 0 where the rows are one list.
 Record = tuple[int, Mapping[str, Any]]
 
 
-def read_file(path: Path, task: Task) -> tuple[Dataset, Place]:
-    """Return the task's columns of a file, and where each row is.
+def read_file(path: Path, task: Task, most: int | None = None) -> tuple[Dataset, Place]:
+    """Return the task's columns of a file's rows, and where each row is.
+
+    Args:
+        path: The file.
+        task: Says which columns.
+        most: Only the first rows, so many; the rest of the file is not read. None reads all.
 
     Raises:
         DataError: There is no such file, it is malformed, it has no rows, or it lacks a column.
@@ -42,18 +52,10 @@ def read_file(path: Path, task: Task) -> tuple[Dataset, Place]:
     if not path.is_file():
         raise DataError(f"there is no file {path}")
     if path.suffix.lower() == ".parquet":
-        return _read_parquet(path, task)
-    text = _decoded(path)
-    with _long_cells(len(text)):
-        records = list(_csv_records(path, text) if path.suffix.lower() == ".csv" else _json_records(path, text))
-    if not records:
-        raise DataError(f"{path} has no rows")
-    place = Place(str(path), tuple(line for line, _ in records) if records[0][0] else None)
-    check_columns(task, place, tuple({name: None for _, row in records for name in row}))
-    from datasets import Dataset
-
-    rows = [row for _, row in records]
-    return Dataset.from_dict({name: _column(name, rows, place) for name in dict.fromkeys(task.columns.values())}), place
+        return _read_parquet(path, task, most)
+    with _opened(path) as file, _long_cells(path.stat().st_size):
+        records = _csv_records(path, file) if path.suffix.lower() == ".csv" else json_rows(path, file)
+        return _gathered(path, task, islice(records, most))
 
 
 def check_columns(task: Task, place: Place, present: Sequence[str]) -> None:
@@ -70,18 +72,28 @@ def check_columns(task: Task, place: Place, present: Sequence[str]) -> None:
             )
 
 
-def _decoded(path: Path) -> str:
+@contextmanager
+def _opened(path: Path) -> Generator[TextIO]:
+    """The text of a file, with its line ends as they are, and errors of reading as our own."""
     try:
-        raw = path.read_bytes()
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise _no_utf8(path) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"line {line} of {path} has the byte 0x{raw[error.start]:02x}, which is no UTF-8; save the file as UTF-8"
-        ) from error
+
+
+def _no_utf8(path: Path) -> DataError:
+    """The error with the first line that is no UTF-8."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                wrong = f"the byte 0x{line[error.start]:02x}, which is no UTF-8; save the file as UTF-8"
+                return DataError(f"line {number} of {path} has {wrong}")
+    raise AssertionError(f"{path} was changed while it was read")
 
 
 @contextmanager
@@ -95,8 +107,8 @@ def _long_cells(length: int) -> Generator[None]:
         csv.field_size_limit(limit)
 
 
-def _csv_records(path: Path, text: str) -> Iterator[Record]:
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _csv_records(path: Path, file: TextIO) -> Iterator[Record]:
+    lines = csv.reader(file, strict=True)
     header: list[str] | None = None
     first = 1  # a record begins on the line after the last one's end
     try:
@@ -124,72 +136,63 @@ def _count(cells: Sequence[str]) -> str:
     return f"{len(cells)} cell{'s' * (len(cells) != 1)}"
 
 
-def _json_records(path: Path, text: str) -> Iterator[Record]:
-    decoder = json.JSONDecoder(object_pairs_hook=_object)
-    position, line, counted = _after_blanks(text, 0), 1, 0
-    while position < len(text):
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError(f"line {error.lineno} of {path} is no JSON: {error.msg}, column {error.colno}") from error
-        except (ValueError, RecursionError) as error:  # a key twice, a number of 5,000 digits, a thousand brackets
-            raise DataError(f"the value that begins on line {line} of {path} is not allowed: {error}") from error
-        whole = isinstance(value, list) and position == _after_blanks(text, 0) and _after_blanks(text, end) == len(text)
-        for number, row in enumerate(value if whole else [value]):
-            if not isinstance(row, dict):
-                at = Place(str(path)).row(number) if whole else f"line {line} of {path}"
-                raise DataError(f'{at} is {shorten(repr(row), 60)}; a row is an object: {{"column": value, ...}}')
-            yield 0 if whole else line, row
-        position = _after_blanks(text, end)
+def _gathered(path: Path, task: Task, records: Iterable[Record]) -> tuple[Dataset, Place]:
+    """The task's columns of the records, which are in memory a block at a time."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    records = iter(records)
+    lines = array("q")
+    place = Place(str(path))
+    present: dict[str, None] = {}
+    columns: dict[str, Any] = dict.fromkeys(task.columns.values())
+    while block := list(islice(records, _BLOCK + len(lines) // _PART)):
+        lines.extend(line for line, _ in block)
+        place = Place(str(path), lines if lines[0] else None)
+        present.update((name, None) for _, row in block for name in row)
+        columns = {
+            name: _longer(name, have, [row.get(name) for _, row in block], place) for name, have in columns.items()
+        }
+    if not lines:
+        raise DataError(f"{path} has no rows")
+    check_columns(task, place, tuple(present))
+    # A fingerprint of its own: datasets would pickle all rows to make one, and reads it for cached files alone.
+    return Dataset(pa.table(columns), fingerprint=uuid4().hex), place
 
 
-def _after_blanks(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
-    return found
-
-
-def _column(name: str, rows: Sequence[Mapping[str, Any]], place: Place) -> Any:
-    """The values of a column as an array; all are of one type.
+def _longer(name: str, column: Any, values: Sequence[Any], place: Place) -> Any:
+    """The column with further values, all of one type; None is a column without any.
 
     Raises:
         DataError: With the first row whose value does not go with those before it.
     """
+    longer = _joined(column, values)
+    if longer is not None:
+        return longer
+    odd = bisect_left(range(len(values)), True, key=lambda i: _joined(column, values[: i + 1]) is None)
+    chunks: Sequence[Any] = () if column is None else column.chunks
+    earlier = chain(values[:odd], *(chunk.to_pylist() for chunk in chunks))
+    before = sorted({type(value).__name__ for value in earlier if value is not None})
+    alone = _joined(None, [values[odd]]) is not None
+    reason = f"does not go with the values before it, of type {', '.join(before)}"
+    raise DataError(
+        f"{place.row(sum(map(len, chunks)) + odd)} has {shorten(repr(values[odd]), 60)} as its {name!r}, which "
+        + (reason if alone else "is no valid text, number or list")
+    )
+
+
+def _joined(column: Any, values: Sequence[Any]) -> Any:
+    """The column with further values, of the narrowest type that has them all; None where there is none."""
     import pyarrow as pa
 
-    values = [row.get(name) for row in rows]
     try:
-        return pa.array(values)
-    except (ValueError, TypeError, OverflowError, pa.ArrowException):  # the rest finds the row, for the error
-        odd = bisect_left(range(len(values)), True, key=lambda i: not _goes_together(values[: i + 1]))
-        before = sorted({type(value).__name__ for value in values[:odd] if value is not None})
-        reason = f"does not go with the values before it, of type {', '.join(before)}"
-        raise DataError(
-            f"{place.row(odd)} has {shorten(repr(values[odd]), 60)} as its {name!r}, which "
-            + (reason if _goes_together([values[odd]]) else "is no valid text, number or list")
-        ) from None
-
-
-def _goes_together(values: Sequence[Any]) -> bool:
-    import pyarrow as pa
-
-    try:
-        pa.array(values)
+        parts = [pa.table({"": part}) for part in (column, pa.array(values)) if part is not None]
+        return pa.concat_tables(parts, promote_options="permissive").column(0)
     except (ValueError, TypeError, OverflowError, pa.ArrowException):
-        return False
-    return True
+        return None
 
 
-def _read_parquet(path: Path, task: Task) -> tuple[Dataset, Place]:
+def _read_parquet(path: Path, task: Task, most: int | None) -> tuple[Dataset, Place]:
     import pyarrow as pa
     from datasets import Dataset
     from pyarrow import parquet
@@ -197,7 +200,8 @@ def _read_parquet(path: Path, task: Task) -> tuple[Dataset, Place]:
     place = Place(str(path))
     try:
         check_columns(task, place, parquet.read_schema(path).names)
-        table = parquet.read_table(path, columns=list(dict.fromkeys(task.columns.values())))
+        names = list(dict.fromkeys(task.columns.values()))
+        table = parquet.read_table(path, columns=names) if most is None else _first_rows(path, names, most)
         for i, column in enumerate(table.columns):
             if pa.types.is_dictionary(column.type):  # pandas' categories
                 table = table.set_column(i, table.column_names[i], column.cast(column.type.value_type))
@@ -209,3 +213,17 @@ def _read_parquet(path: Path, task: Task) -> tuple[Dataset, Place]:
     if len(rows) == 0:
         raise DataError(f"{path} has no rows")
     return rows, place
+
+
+def _first_rows(path: Path, names: Sequence[str], most: int) -> Any:
+    """The first rows of a Parquet file; the row groups behind them are not read."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        batches = file.iter_batches(min(most, _BLOCK), columns=names)
+        count, found = 0, []
+        while count < most and (batch := next(batches, None)) is not None:
+            count += len(batch)
+            found.append(batch)
+        return pa.Table.from_batches(found, None if found else file.schema_arrow).slice(0, most)

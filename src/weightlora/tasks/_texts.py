@@ -54,7 +54,9 @@ def check_texts(task: Task, rows: Dataset, place: Place, roles: Iterable[str]) -
                 f"{place.row(wrong)} has {values[wrong].as_py()!r} as its {column!r}, which is no text; fill it in or "
                 f"remove the row, or name another column with columns: {role}=..."
             )
-        blank = compute.equal(compute.utf8_trim_whitespace(values), "")
+        # A chunk at a time: trimming copies the texts.
+        trimmed = (compute.utf8_trim_whitespace(chunk) for chunk in values.chunks)
+        blank = pa.chunked_array([compute.equal(texts, "") for texts in trimmed], pa.bool_())
         count = compute.sum(blank).as_py()
         if count:
             first = place.row(compute.index(blank, True).as_py())

@@ -136,8 +136,11 @@ def _hold_out(rows: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
 def _files(task: Task, source: Source, measured: bool) -> Mapping[str, tuple[Dataset, Place]]:
     if measured and source.validation_file is None:
         raise OptionError("train_file needs a validation_file: rows to measure on that are not trained on")
-    files = {"train": source.train_file, "validation": source.validation_file}
-    return {name: read_file(Path(file), task) for name, file in files.items() if file is not None}
+    files = {
+        "train": (source.train_file, source.max_train_samples),
+        "validation": (source.validation_file, source.max_eval_samples),
+    }
+    return {name: read_file(Path(file), task, most) for name, (file, most) in files.items() if file is not None}
 
 
 def _dataset(task: Task, source: Source, seed: int) -> Any:
