@@ -3,6 +3,8 @@
 import gc
 import json
 import random
+import re
+import shutil
 import weakref
 
 import pytest
@@ -316,8 +318,12 @@ def test_the_converter_gets_the_export_and_the_base(runtime, converter, save, tm
 
 
 def test_the_converter_gets_the_configuration_of_an_embedded_model(converter, save, tmp_path):
-    saved = save(target_modules=everywhere("q_proj"))
-    words = [str(saved.folder), "--for", "llama.cpp", "--output", str(tmp_path / "out"), "--converter", str(converter)]
+    folder = tmp_path / "adapter"
+    shutil.copytree(save(target_modules=[site(0, "q_proj")]).folder, folder)
+    name = f"base_model.model.{site(0, 'q_proj')}.lora_{{}}.weight"
+    matrices = {name.format("A"): torch.ones(4, 576), name.format("B"): torch.ones(576, 4)}  # SmolLM2's features
+    save_file(matrices, folder / "adapter_model.safetensors")
+    words = [str(folder), "--for", "llama.cpp", "--output", str(tmp_path / "out"), "--converter", str(converter)]
     assert main(["export", *words, "--base", "embedded/smollm2"]) == 0
     assert json.loads((tmp_path / "out" / "adapter.gguf").read_text())[:2] == [["LlamaForCausalLM"], 30]
 
@@ -369,6 +375,55 @@ def test_check_and_export_on_the_command_line(save, tmp_path, capsys):
         *RUNTIMES,
         "everywhere",
     }
+
+
+def test_the_folder_of_a_run_stands_for_its_adapter(save, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(save(target_modules=everywhere("v_proj")).folder, run / "adapter")
+    (run / "config.yaml").write_text("learning_rate: 0.01\n")
+    # What pushes while training leave there is older than the adapter.
+    shutil.copytree(save(target_modules=everywhere("q_proj")).folder, run, dirs_exist_ok=True)
+    assert main(["check", str(run), "--for", "sglang"]) == 1
+    said = capsys.readouterr().out
+    assert "v_proj without q_proj" in said
+    assert f"weightlora export {run} --for sglang" in said
+    assert main(["export", str(run), "--for", "vllm", "--output", str(tmp_path / "out")]) == 0
+    weights = [folder / "adapter_model.safetensors" for folder in (run / "adapter", tmp_path / "out")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+NEXT = {
+    "vllm": "vllm serve {base} --enable-lora --lora-modules adapter={out} --max-lora-rank 32",
+    "sglang": "python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths adapter={out}",
+    "tgi": "text-generation-launcher --model-id {base} --lora-adapters adapter={out}",
+    "lorax": "lorax-launcher --model-id {base} --adapter-id {out} --adapter-source local",
+    "llama.cpp": "llama-server -m base.gguf --lora {out}/adapter.gguf",
+    "ollama": "write ADAPTER {out}/adapter.gguf into a Modelfile, then: ollama create NAME -f Modelfile",
+    "mlx": "mlx_lm.server --model {base} --adapter-path {out}",
+    "everywhere": "weightlora check {out} --for all",
+}
+
+
+@pytest.mark.parametrize("runtime", NEXT)
+def test_an_export_ends_with_where_it_is_how_long_it_took_and_the_next_command(
+    runtime, converter, save, tmp_path, capsys
+):
+    saved, out = save(target_modules=everywhere("v_proj"), r=32), tmp_path / "out"
+    gguf = ["--converter", str(converter)] if runtime in ("llama.cpp", "ollama", "everywhere") else []
+    capsys.readouterr()
+    assert main(["export", str(saved.folder), "--for", runtime, "--output", str(out), *gguf]) == 0
+    wrote, then = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"wrote {re.escape(str(out))} for .+ \([0-9.]+ s\)", wrote)
+    assert then == "next: " + NEXT[runtime].format(base=saved.base, out=out)
+
+
+def test_without_a_converter_llama_cpp_has_nothing_to_read(save, tmp_path, capsys):
+    saved = save(target_modules=everywhere("v_proj"))
+    capsys.readouterr()
+    assert main(["export", str(saved.folder), "--for", "llama.cpp", "--output", str(tmp_path / "out")]) == 0
+    _, then = capsys.readouterr().out.splitlines()
+    assert then.startswith("no GGUF file was written")
+    assert "--converter llama.cpp/convert_lora_to_gguf.py (git clone" in then
 
 
 @pytest.mark.parametrize(

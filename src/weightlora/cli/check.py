@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weightlora.serving import Reader
+    from weightlora.serving.adapter import Adapter
+    from weightlora.serving.check import Problem
 
 
 def add_parser(commands: Any) -> None:
@@ -17,10 +20,10 @@ def add_parser(commands: Any) -> None:
         help="whether vLLM, SGLang, llama.cpp and others read an adapter right",
         description="Print whether a runtime computes with an adapter what PEFT computes, and each reason why not. "
         "Only the adapter's files are read, and the configuration of its base model where that is a folder. Exit code "
-        "0: it does; 1: it does not; 2: a mistake.",
+        "0: it does; 1: it does not, or this is not known; 2: a mistake.",
         epilog="example: weightlora check runs/sums/adapter --for all",
     )
-    parser.add_argument("adapter", type=Path, help="a directory that PEFT saved a LoRA adapter into")
+    parser.add_argument("adapter", type=Path, help="a LoRA adapter's folder, as PEFT saves it, or a run's")
     parser.add_argument("--for", dest="reader", required=True, help="a runtime such as vllm or sglang, or all")
     parser.add_argument("--base", help="folder or hub name of the base model; default: the one that the adapter names")
     parser.set_defaults(run=run)
@@ -30,14 +33,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the verdicts; return 1 where one of them is no."""
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
+    from weightlora.runs.files import adapter_in
     from weightlora.serving import READERS, reader_of
-    from weightlora.serving.adapter import read_files
+    from weightlora.serving.adapter import base_name, read_files
     from weightlora.serving.base_model import is_here, read_base
-    from weightlora.serving.check import find_problems, most_gpus, needed_option
+    from weightlora.serving.check import find_problems
 
     readers = READERS if arguments.reader == "all" else (reader_of(arguments.reader),)
-    adapter = read_files(arguments.adapter)
-    name: str = arguments.base or adapter.config.get("base_model_name_or_path") or ""
+    adapter = read_files(adapter_in(arguments.adapter))
+    name = arguments.base or base_name(adapter)
     base = None
     if arguments.base or is_here(name):
         with quiet_libraries():
@@ -46,17 +50,23 @@ def run(arguments: argparse.Namespace) -> int:
     for reader in readers:
         found = find_problems(adapter, reader, base)
         right = right and not found
-        option = needed_option(adapter, reader)
-        gpus = most_gpus(adapter, reader)
-        needs = [f"with {option}"] if option else []
-        needs += [f"on at most {gpus} GPU{'s' if gpus > 1 else ''}"] if gpus else []
-        verdict = "no" if found else ", ".join(["yes", *needs])
-        console.print(f"{reader.name:<11} {verdict}", highlight=False, soft_wrap=True)
+        console.print(f"{reader.name:<11} {_verdict(adapter, reader, found)}", highlight=False, soft_wrap=True)
         for problem in found:
             console.print(f"{'':<11} - {problem.text}", highlight=False, soft_wrap=True)
-        if found and all(problem.mended for problem in found):
+        if any(problem.mended for problem in found) and all(problem.mended or not problem.known for problem in found):
             console.print(f"{'':<11} {_way_out(arguments.adapter, reader)}", highlight=False, soft_wrap=True)
     return 0 if right else 1
+
+
+def _verdict(adapter: Adapter, reader: Reader, found: Sequence[Problem]) -> str:
+    from weightlora.serving.check import most_gpus, needed_option
+
+    if found:
+        return "no" if any(problem.known for problem in found) else "not known"
+    option, gpus = needed_option(adapter, reader), most_gpus(adapter, reader)
+    needs = [f"with {option}"] if option else []
+    needs += [f"on at most {gpus} GPU{'s' if gpus > 1 else ''}"] if gpus else []
+    return ", ".join(["yes", *needs])
 
 
 def _way_out(adapter: Path, reader: Reader) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def add_parser(commands: Any) -> None:
         "scales multiplied into B, and missing layers filled with zeros, as far as this runtime needs it.",
         epilog="example: weightlora export runs/sums/adapter --for sglang --output served",
     )
-    parser.add_argument("adapter", type=Path, help="a directory that PEFT saved a LoRA adapter into")
+    parser.add_argument("adapter", type=Path, help="a LoRA adapter's folder, as PEFT saves it, or a run's")
     parser.add_argument("--for", dest="reader", required=True, help="a runtime such as vllm or sglang, or everywhere")
     parser.add_argument("--output", type=Path, required=True, help="the new directory; an old one is replaced")
     parser.add_argument("--base", help="folder or hub name of the base model; default: the one that the adapter names")
@@ -29,19 +30,24 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the directory and say what the server needs."""
+    """Write the directory, and say where it is, how long that took and what comes next."""
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
+    from weightlora.runs.files import adapter_in
     from weightlora.serving import reader_of
-    from weightlora.serving.adapter import read_files
-    from weightlora.serving.check import needed_option
-    from weightlora.serving.export import export_adapter
+    from weightlora.serving.adapter import base_name, read_files
+    from weightlora.serving.export import export_adapter, next_step
 
+    start, folder = time.perf_counter(), adapter_in(arguments.adapter)
     with quiet_libraries():
         output = export_adapter(
-            arguments.adapter, arguments.reader, arguments.output, base=arguments.base, converter=arguments.converter
+            folder, arguments.reader, arguments.output, base=arguments.base, converter=arguments.converter
         )
-    reader = reader_of(arguments.reader)
-    option = needed_option(read_files(output), reader) if reader.peft_folder else None
-    needed = f"; start the server with {option}" if option else ""
-    PlainConsole().print(f"wrote {output}{needed}", highlight=False, soft_wrap=True)
+    seconds = time.perf_counter() - start
+    reader, base = reader_of(arguments.reader), arguments.base or base_name(read_files(folder))
+    console = PlainConsole()
+    for line in (
+        f"wrote {output} for {reader.title} ({seconds:.1f} s)",
+        next_step(reader, output, base, gguf=arguments.converter is not None),
+    ):
+        console.print(line, highlight=False, soft_wrap=True)

@@ -19,7 +19,8 @@ PLAN_KEYS = ("rule", "options", "seed", "base_model", "versions", "lora")
 
 _MOST = 1e300  # the difference of two is still finite
 #: Far above any layer, and within the whole numbers that torch has.
-_WHOLE = {"in_features": (1, 2**31 - 1), "out_features": (1, 2**31 - 1), "lora_r": (1, 2**20), "r": (0, 2**20)}
+MOST_RANK = 2**20
+_WHOLE = {"in_features": (1, 2**31 - 1), "out_features": (1, 2**31 - 1), "lora_r": (1, MOST_RANK), "r": (0, MOST_RANK)}
 _SEEDS = (-(2**63), 2**64 - 1)  # what torch takes
 
 
@@ -135,7 +136,7 @@ def _parameters_fault(rows: Any) -> str | None:
         sizes = cast("list[Any]", shape) if isinstance(shape, list) else []
         if len(sizes) not in (2, 3) or not all(is_whole(size, 1, 2**31 - 1) for size in sizes):
             return f"{name} has shape={shape!r:.40}; give two or three whole numbers from 1"
-        if not is_whole(parameter["r"], 1, 2**20) or not is_number(parameter["alpha"], 1e-300, MOST_ALPHA):
+        if not is_whole(parameter["r"], 1, MOST_RANK) or not is_number(parameter["alpha"], 1e-300, MOST_ALPHA):
             return f"{name} has r={parameter['r']!r:.40} and alpha={parameter['alpha']!r:.40}; give positive numbers"
     names = [row["name"] for row in cast("list[Any]", rows)]
     return None if names == sorted(set(names)) else "its target parameters are not sorted, or one is named twice"

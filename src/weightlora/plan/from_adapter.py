@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from weightlora.errors import PlanError
 from weightlora.model.sites import Site
-from weightlora.plan._lora_schema import MOST_ALPHA, is_number
-from weightlora.plan._schema import text_fault
+from weightlora.plan._lora_schema import MOST_ALPHA, is_number, is_whole
+from weightlora.plan._schema import MOST_RANK, text_fault
 from weightlora.plan.plan import AdapterPlan, PlannedSite
 
 #: Files that PEFT writes: the configuration and the tensors.
@@ -36,8 +37,7 @@ def read_adapter(folder: str | Path) -> AdapterPlan:
     alpha, base = config.get("lora_alpha", 1), config.get("base_model_name_or_path")
     if not is_number(alpha, 0, MOST_ALPHA) or alpha == 0:
         raise PlanError(f"{folder} has lora_alpha={alpha!r:.40}; give a positive number up to {MOST_ALPHA:g}")
-    if not isinstance(base, str | None) or text_fault(base):
-        raise PlanError(f"{folder} has base_model_name_or_path={base!r:.40}; give a name, a path or null")
+    _require_name(folder, base)
     entries: list[PlannedSite] = []
     for key, (r, in_features) in shapes.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)
@@ -71,14 +71,56 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", config)
 
 
+def require_lora(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise where an adapter's configuration is not LoRA's, or PEFT could not use its ranks, alphas or base model.
+
+    Raises:
+        PlanError: With the field and its value.
+    """
+    fault = text_fault(config)
+    if fault:
+        raise PlanError(f"{folder} is damaged: {ADAPTER_FILES[0]}: {fault}")
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if not (_is_rank(r) and _is_alpha(alpha)):
+        raise PlanError(
+            f"{folder} has r={r!r:.40} and lora_alpha={alpha!r:.40}; give a whole number and a positive one"
+        )
+    if config.get("peft_type") not in (None, "LORA"):
+        raise PlanError(f"{folder} holds an adapter of peft_type={config['peft_type']!r:.40}; only LORA can be read")
+    _require_name(folder, config.get("base_model_name_or_path"))
+    for field, is_right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+        patterns: Any = config.get(field) or {}
+        if not isinstance(patterns, dict) or not all(map(is_right, cast("dict[str, Any]", patterns).values())):
+            raise PlanError(f"{folder} has {field}={patterns!r:.60}; give a mapping of layer names to positive numbers")
+
+
+def _is_rank(value: Any) -> bool:
+    return is_whole(value, 1, MOST_RANK)
+
+
+def _is_alpha(value: Any) -> bool:
+    return is_number(value, 0, MOST_ALPHA) and value != 0
+
+
+def _require_name(folder: Path, base: Any) -> None:
+    if not isinstance(base, str | None) or text_fault(base):
+        raise PlanError(f"{folder} has base_model_name_or_path={base!r:.40}; give a name, a path or null")
+
+
 def tensor_shapes(folder: Path, file: str = ADAPTER_FILES[1]) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of an adapter, sorted by name; only the file's header is read.
 
     Raises:
         PlanError: The file is missing or damaged.
     """
+    return {key: shape for key, (_, shape) in tensor_headers(folder, file).items()}
+
+
+def tensor_headers(folder: Path, file: str = ADAPTER_FILES[1]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type of numbers, such as ``"F32"``, and shape of every tensor of an adapter, as :func:`tensor_shapes`."""
     try:
         with safe_open(folder / file, framework="numpy") as tensors:
-            return {key: tuple(tensors.get_slice(key).get_shape()) for key in sorted(tensors.keys())}
+            slices = {key: tensors.get_slice(key) for key in sorted(tensors.keys())}
+            return {key: (own.get_dtype(), tuple(own.get_shape())) for key, own in slices.items()}
     except (OSError, SafetensorError) as error:
         raise PlanError(f"{folder} is not an adapter directory: {error}") from error

@@ -9,6 +9,18 @@ CONFIG_FILE, BEFORE_FILE, RESULTS_FILE, BATCH_FILE = "config.yaml", "before.json
 ADAPTER = "adapter"
 
 
+def adapter_in(folder: Path) -> Path:
+    """Return the adapter's folder, where ``folder`` is that of a run; any other folder as it is.
+
+    Example:
+        >>> (tmp_path / "adapter").mkdir()
+        >>> (tmp_path / "config.yaml").touch()
+        >>> adapter_in(tmp_path).name, adapter_in(tmp_path / "adapter").name
+        ('adapter', 'adapter')
+    """
+    return folder / ADAPTER if (folder / CONFIG_FILE).is_file() and (folder / ADAPTER).is_dir() else folder
+
+
 def checkpoints(output: Path) -> list[Path]:
     """Return the checkpoints of a run, the first step's first; other files and folders are left out.
 

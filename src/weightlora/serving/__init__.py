@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from weightlora.errors import OptionError
+from weightlora.serving._vllm_models import supports_lora
 from weightlora.text import closest
 
 Scale = Literal["site", "config", "rank"]
@@ -66,6 +68,8 @@ class Reader:
     """Whether ``bias`` must be ``"none"``, even where no bias was trained."""
     models: tuple[str, ...] = ()
     """The only types of base models (``model_type``) whose adapters are read; empty where all are."""
+    serves: Callable[[str], bool | None] | None = None
+    """Whether base models of a class are served with adapters; None where this is not known of the class."""
     misread: tuple[str, ...] = ()
     """Projections whose rows are read in another order than PEFT writes them."""
     misread_models: tuple[str, ...] = ()
@@ -74,10 +78,15 @@ class Reader:
     """Whether B must have at least as many rows as columns."""
     gguf: bool = False
     """Whether it reads the GGUF file that llama.cpp's converter makes."""
+    gguf_only: bool = False
+    """Whether it reads nothing else."""
     peft_folder: bool = True
     """Whether it reads PEFT's own files; others are exported to a format of their own."""
+    start: str = ""
+    """What comes after an export; ``{adapter}`` is its folder, or the GGUF file in it."""
 
 
+GGUF_FILE = "adapter.gguf"
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 #: In GGUF files Mistral and Mixtral are of Llama's architecture.
@@ -101,6 +110,8 @@ READERS = (
         embeddings=True,
         tied=True,
         plain_bias=True,
+        serves=supports_lora,
+        start="vllm serve {base} --enable-lora --lora-modules adapter={adapter}{option}",
     ),
     Reader(
         "sglang",
@@ -111,6 +122,7 @@ READERS = (
         named_list=True,
         embeddings=True,
         tied=True,
+        start="python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths adapter={adapter}",
     ),
     Reader(
         "tgi",
@@ -121,6 +133,7 @@ READERS = (
         padded=True,
         every_layer=True,
         projections=(*_LLAMA, "qkv_proj", "c_proj", "c_fc"),
+        start="text-generation-launcher --model-id {base} --lora-adapters adapter={adapter}",
     ),
     Reader(
         "lorax",
@@ -132,8 +145,17 @@ READERS = (
         every_layer=True,
         projections=(*_LLAMA, "c_attn", "c_proj", "c_fc", "lm_head"),
         tied=True,
+        start="lorax-launcher --model-id {base} --adapter-id {adapter} --adapter-source local",
     ),
-    Reader("llama.cpp", "llama.cpp's convert_lora_to_gguf.py", scale="rank", embeddings=True, gguf=True),
+    Reader(
+        "llama.cpp",
+        "llama.cpp's convert_lora_to_gguf.py",
+        scale="rank",
+        embeddings=True,
+        gguf=True,
+        gguf_only=True,
+        start="llama-server -m base.gguf --lora {adapter}",
+    ),
     Reader(
         "ollama",
         "Ollama's own conversion",
@@ -145,8 +167,17 @@ READERS = (
         misread=("q_proj", "k_proj"),
         misread_models=_LLAMA_MODELS,
         gguf=True,
+        start="write ADAPTER {adapter} into a Modelfile, then: ollama create NAME -f Modelfile",
     ),
-    Reader("mlx", "MLX LM 0.32", scale="config", one_rank=True, embeddings=True, peft_folder=False),
+    Reader(
+        "mlx",
+        "MLX LM 0.32",
+        scale="config",
+        one_rank=True,
+        embeddings=True,
+        peft_folder=False,
+        start="mlx_lm.server --model {base} --adapter-path {adapter}",
+    ),
     Reader(
         "everywhere",
         "all of them but MLX and Ollama's own conversion",
@@ -162,6 +193,8 @@ READERS = (
         ranks=_VLLM_RANKS,
         default_rank=16,
         rank_option="vLLM's --max-lora-rank",
+        serves=supports_lora,
+        start="weightlora check {folder} --for all",
     ),
 )
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from weightlora.errors import OptionError, ServingError
+from weightlora.serving import GGUF_FILE
 from weightlora.serving.base_model import write_config
 
 
@@ -27,7 +28,7 @@ def write_gguf(converter: str | Path, folder: Path, base: str, task_type: str | 
     """
     if not Path(converter).is_file():
         raise OptionError(f"converter={str(converter)!r} is no file; give the path of convert_lora_to_gguf.py")
-    target = folder / "adapter.gguf"
+    target = folder / GGUF_FILE
     with tempfile.TemporaryDirectory() as temporary:
         known = Path(base) if (Path(base) / "config.json").is_file() else write_config(base, task_type, temporary)
         # As exact as PEFT's files, whatever type of number those have.

@@ -7,12 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from weightlora.errors import PlanError
 from weightlora.model.sites import Site
-from weightlora.plan.from_adapter import adapter_config, tensor_shapes
+from weightlora.plan.from_adapter import adapter_config, require_lora, tensor_headers
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
 
 
@@ -36,8 +37,8 @@ class Adapter:
     config: Mapping[str, Any]
     sites: tuple[Adapted, ...]
     """Sorted by name."""
-    others: tuple[str, ...]
-    """Names of all tensors that are neither A nor B of a linear layer or an embedding."""
+    others: Mapping[str, tuple[int, ...]]
+    """Shapes of all tensors that are neither A nor B of a linear layer or an embedding."""
 
     @property
     def rank(self) -> int:
@@ -48,6 +49,11 @@ class Adapter:
     def asked_rank(self) -> int:
         """The largest rank in the configuration, whether or not a site has it."""
         return max(self.config["r"], *(self.config.get("rank_pattern") or {}).values(), self.rank)
+
+
+def base_name(adapter: Adapter) -> str:
+    """Return the base model that an adapter names; empty where it names none."""
+    return adapter.config.get("base_model_name_or_path") or ""
 
 
 def matrix_name(site: str, matrix: str, *, embedding: bool = False) -> str:
@@ -73,31 +79,29 @@ def read_files(folder: str | Path) -> Adapter:
     """
     folder = Path(folder)
     config = adapter_config(folder)
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    if not (_is_positive(r) and isinstance(r, int) and _is_positive(alpha)):
-        raise PlanError(
-            f"{folder} has r={r!r:.40} and lora_alpha={alpha!r:.40}; give a whole number and a positive one"
-        )
-    if config.get("peft_type") not in (None, "LORA"):
-        raise PlanError(f"{folder} holds an adapter of peft_type={config['peft_type']!r:.40}; only LORA can be read")
-    shapes = tensor_shapes(folder)
+    require_lora(folder, config)
     matrices: dict[str, dict[str, tuple[int, ...]]] = {}
-    others: list[str] = []
-    embeddings: set[str] = set()
-    for key, shape in shapes.items():
+    others: dict[str, tuple[int, ...]] = {}
+    embeddings: dict[str, bool] = {}
+    headers = tensor_headers(folder)
+    for key, (dtype, shape) in headers.items():
+        if not key.isprintable():
+            raise PlanError(f"{folder} is damaged: a tensor is named {key!r:.80}")
         match = _MATRIX.fullmatch(key)
         if match is None or len(shape) != 2:
-            others.append(key)
-        else:
-            matrices.setdefault(match[1], {})[match[3]] = shape
-            embeddings |= {match[1]} if match[2] else set()
+            others[key] = shape
+            continue
+        if dtype not in _FLOATS:
+            raise PlanError(f"{folder} has {key} of type {dtype}; give floating-point numbers of 16 bits or more")
+        matrices.setdefault(match[1], {})[match[3]] = shape
+        if embeddings.setdefault(match[1], bool(match[2])) != bool(match[2]):
+            raise PlanError(f"{folder} is damaged: {match[1]} has matrices of a linear layer and of an embedding")
     if not matrices:
-        raise PlanError(f"{folder} holds no LoRA matrices; its tensors are named {', '.join(list(shapes)[:3])}")
+        raise PlanError(f"{folder} holds no LoRA matrices; its tensors are named {', '.join(list(headers)[:3])}")
     sites = tuple(
-        replace(_adapted(folder, config, name, matrices[name]), embedding=name in embeddings)
-        for name in sorted(matrices)
+        replace(_adapted(folder, config, name, matrices[name]), embedding=embeddings[name]) for name in sorted(matrices)
     )
-    return Adapter(folder, config, sites, tuple(others))
+    return Adapter(folder, config, sites, others)
 
 
 def _adapted(folder: Path, config: Mapping[str, Any], name: str, own: Mapping[str, tuple[int, ...]]) -> Adapted:
@@ -118,13 +122,6 @@ def _setting(folder: Path, config: Mapping[str, Any], pattern: str, default: str
 
     patterns = config.get(pattern) or {}
     try:
-        value = patterns.get(get_pattern_key(list(patterns), name), config.get(default))
-    except (AttributeError, TypeError, re.error) as error:
-        raise PlanError(f"{folder} has {pattern}={patterns!r:.60}; give a mapping of layer names to numbers") from error
-    if not _is_positive(value):
-        raise PlanError(f"{folder} has {default}={value!r:.40} for {name}; give a positive number")
-    return value
-
-
-def _is_positive(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        return patterns.get(get_pattern_key(list(patterns), name), config[default])
+    except (re.error, RecursionError, OverflowError) as error:
+        raise PlanError(f"{folder} has {pattern}={patterns!r:.60}; {error} in a layer's name") from error

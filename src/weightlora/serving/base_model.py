@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weightlora.errors import DataError
+from weightlora.errors import DataError, WeightLoraWarning
 from weightlora.model.loaders import LOADERS
 from weightlora.model.sites import Site, find_sites
 from weightlora.tasks.embedded import embedded_model
@@ -15,7 +16,7 @@ from weightlora.tasks.embedded import embedded_model
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What is known of a base model without its weights."""
+    """What is known of a base model without its weights; nothing, where it is not at hand."""
 
     layers: Mapping[str, Site] = field(default_factory=dict[str, Site])
     """Linear layers, output head and embeddings by name."""
@@ -23,6 +24,10 @@ class BaseModel:
     """Output head and embeddings, where they share their weights."""
     model_type: str = ""
     """As in its configuration; empty where this is not known."""
+    architecture: str = ""
+    """The class that transformers makes of it for the adapter's task."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """Of its parameters."""
 
 
 def is_here(name: str) -> bool:
@@ -49,7 +54,9 @@ def read_base(name: str, task_type: str | None) -> BaseModel:
     from peft import LoraConfig
 
     model = _empty_model(name, task_type)
-    layers = {site.name: site for site in find_sites(model, LoraConfig(target_modules="all-linear")).sites}
+    with warnings.catch_warnings():  # of layers that PEFT refuses, which nobody asked for
+        warnings.simplefilter("ignore", WeightLoraWarning)
+        layers = {site.name: site for site in find_sites(model, LoraConfig(target_modules="all-linear")).sites}
     ends: set[str] = set()
     for part, module in model.named_modules():
         if module is model.get_input_embeddings() and isinstance(module, torch.nn.Embedding):
@@ -59,7 +66,8 @@ def read_base(name: str, task_type: str | None) -> BaseModel:
             layers[part] = Site(part, module.in_features, module.out_features)
             ends |= {part}
     tied = frozenset(ends if model.config.tie_word_embeddings else ())
-    return BaseModel(layers, tied, model.config.model_type)
+    shapes = {part: tuple(value.shape) for part, value in model.named_parameters(remove_duplicate=False)}
+    return BaseModel(layers, tied, model.config.model_type, type(model).__name__, shapes)
 
 
 def write_config(name: str, task_type: str | None, folder: str | Path) -> Path:

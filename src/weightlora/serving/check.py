@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightlora.model.sites import TASK_HEADS
 from weightlora.serving import padded_rank
 from weightlora.serving._coverage import last_name, layer_number, missing_layers, split_groups
+from weightlora.serving.adapter import matrix_name
 from weightlora.serving.base_model import BaseModel
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ class Problem:
     text: str
     mended: bool
     """Whether an export mends it."""
+    known: bool = True
+    """False where it is not known whether the adapter is read right: this is no yes, and no reason to refuse."""
 
 
 def find_problems(adapter: Adapter, reader: Reader, base: BaseModel | None = None) -> tuple[Problem, ...]:
@@ -41,7 +45,10 @@ def find_problems(adapter: Adapter, reader: Reader, base: BaseModel | None = Non
     case = _Case(adapter, reader, base or BaseModel())
     if unknown := case.task():
         return (unknown,)
-    finders = (case.unread, case.unknown, case.format, case.ranks, case.scales, case.groups, case.layers)
+    finders = (
+        *(case.model, case.shapes, case.unread, case.unknown),
+        *(case.format, case.ranks, case.scales, case.groups, case.layers),
+    )
     return tuple(problem for find in finders for problem in find())
 
 
@@ -53,7 +60,7 @@ def needed_option(adapter: Adapter, reader: Reader) -> str | None:
         >>> from weightlora.model.sites import Site
         >>> from weightlora.serving import reader_of
         >>> from weightlora.serving.adapter import Adapted, Adapter
-        >>> adapter = Adapter(Path("."), {"r": 40}, (Adapted(Site("q_proj", 64, 64), 40, 2.0),), ())
+        >>> adapter = Adapter(Path("."), {"r": 40}, (Adapted(Site("q_proj", 64, 64), 40, 2.0),), {})
         >>> needed_option(adapter, reader_of("vllm"))
         '--max-lora-rank 64'
     """
@@ -90,6 +97,47 @@ class _Case:
             "(PeftModel.merge_and_unload)",
             mended=False,
         )
+
+    def model(self) -> Iterator[Problem]:
+        """A base model that the runtime serves without adapters."""
+        name = self.base.architecture
+        served = self.reader.serves(name) if self.reader.serves and name else None
+        if served is False:
+            yield Problem(f"base models of class {name} are served without adapters; {_MERGE}", mended=False)
+        elif self.reader.serves and served is None:
+            what = f"{name} is not in vLLM's list" if name else "the base model is not at hand: give it with --base"
+            yield Problem(f"whether its class is served with adapters is not known: {what}", mended=False, known=False)
+
+    def shapes(self) -> Iterator[Problem]:
+        """Tensors of another shape than the base model's."""
+        wrong = list(self._of_other_shapes())
+        if wrong:
+            name, found, needed, resized = wrong[0]
+            more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
+            way = "the one with its embeddings resized" if resized else "the one that it was trained on"
+            yield Problem(
+                f"{name} has the shape {found}, and this base model needs {needed}{more}; give {way} with --base",
+                mended=False,
+            )
+
+    def _of_other_shapes(self) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], bool]]:
+        """Name, shape, the shape that the base model asks for, and whether its embeddings were resized."""
+        for own in self.adapter.sites:
+            layer = self.base.layers.get(own.site.name, own.site)
+            for matrix, found, needed in (
+                ("A", (own.r, own.site.in_features), (own.r, layer.in_features)),
+                ("B", (own.site.out_features, own.r), (layer.out_features, own.r)),
+            ):
+                if found != needed:
+                    name = matrix_name(own.site.name, matrix, embedding=own.embedding)
+                    yield name, found, needed, own.embedding and matrix == "A"
+        heads = TASK_HEADS.get(str(self.adapter.config.get("task_type")), ())
+        for name, found in self.adapter.others.items():
+            part = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            needed = self.base.shapes.get(part, found)
+            # How many classes a head tells apart is the adapter's own.
+            if found != needed and not (_module(part) in heads and found[1:] == needed[1:]):
+                yield name, found, needed, found[1:] == needed[1:]
 
     def unread(self) -> Iterator[Problem]:
         """What no layout can express."""
@@ -228,7 +276,7 @@ class _Case:
                 )
 
     def _is_head(self, tensor: str) -> bool:
-        return tensor.split(".")[-2] in self.reader.heads
+        return _module(tensor) in self.reader.heads
 
     def _read_scale(self, own: Adapted) -> float:
         """What the runtime multiplies B·A of a site by."""
@@ -266,6 +314,11 @@ class _Case:
         for own in self.adapter.sites:
             found.setdefault(last_name(own.site.name), []).append(own)
         return {name: sites for name, sites in found.items() if sites}
+
+
+def _module(tensor: str) -> str:
+    """The last name of the module that a tensor belongs to; empty where its name has no dot."""
+    return last_name(tensor.rpartition(".")[0])
 
 
 def _layers(names: Iterable[str]) -> str:

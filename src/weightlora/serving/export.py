@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
@@ -22,13 +23,13 @@ from weightlora.errors import OptionError, ServingError
 from weightlora.files import whole_folder, write_json
 from weightlora.model.sites import Site
 from weightlora.plan.from_adapter import ADAPTER_FILES
-from weightlora.serving import READERS, Reader, padded_rank, reader_of
+from weightlora.serving import GGUF_FILE, READERS, Reader, padded_rank, reader_of
 from weightlora.serving._coverage import last_name, missing_layers
 from weightlora.serving._gguf import write_gguf
 from weightlora.serving._stream import Planned, write_tensors
-from weightlora.serving.adapter import Adapter, matrix_name, read_files
+from weightlora.serving.adapter import Adapter, base_name, matrix_name, read_files
 from weightlora.serving.base_model import BaseModel, is_here, read_base
-from weightlora.serving.check import find_problems
+from weightlora.serving.check import Problem, find_problems, needed_option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,16 +79,14 @@ def export_adapter(
     """
     target = _target(reader, converter)
     adapter = read_files(folder)
-    known: str = base or adapter.config.get("base_model_name_or_path") or ""
+    known = base or base_name(adapter)
     layers = _base_of(adapter, known) if base or is_here(known) else BaseModel()
-    problems = find_problems(adapter, target, layers)
-    for problem in problems:
-        if not problem.mended:
-            raise ServingError(f"{folder} cannot be exported for {target.name}: {problem.text}")
+    problems = _problems(adapter, target, layers)
+    if problems and not layers.layers and _has_holes(adapter, target):
+        layers = _base_of(adapter, known)
+        problems = _problems(adapter, target, layers)
     with whole_folder(output) as draft:
         if problems:
-            if not layers.layers and _has_holes(adapter, target):
-                layers = _base_of(adapter, known)
             _write(draft, adapter, target, _pieces(adapter, target, layers.layers))
         else:
             for name in ADAPTER_FILES:
@@ -96,11 +95,48 @@ def export_adapter(
         if card.is_file():
             shutil.copyfile(card, draft / "README.md")
         if target.peft_folder:
-            left = find_problems(read_files(draft), target, layers)
+            left = _problems(read_files(draft), target, layers)
             assert not left, f"the export itself cannot be read: {left}"
         if converter is not None:
             write_gguf(converter, draft, _named(adapter, known), adapter.config.get("task_type"))
     return Path(output)
+
+
+def next_step(reader: Reader, output: Path, base: str, *, gguf: bool) -> str:
+    """Return what to do with an export, for the screen.
+
+    Args:
+        reader: The runtime.
+        output: The export's folder.
+        base: The base model; empty where it is not known.
+        gguf: Whether a converter wrote a GGUF file there.
+    """
+    if reader.gguf_only and not gguf:
+        return (
+            f"no GGUF file was written, and {reader.name} reads nothing else: call this again with --converter "
+            "llama.cpp/convert_lora_to_gguf.py (git clone --depth 1 https://github.com/ggml-org/llama.cpp)"
+        )
+    option = needed_option(read_files(output), reader) if reader.peft_folder else None
+    adapter = output / GGUF_FILE if gguf else output
+    return "next: " + reader.start.format(
+        folder=quote(str(output)),
+        adapter=quote(str(adapter)),
+        base=quote(base or "BASE"),
+        option=f" {option}" if option else "",
+    )
+
+
+def _problems(adapter: Adapter, reader: Reader, base: BaseModel) -> list[Problem]:
+    """What the export has to mend.
+
+    Raises:
+        ServingError: Something that no layout mends.
+    """
+    problems = [problem for problem in find_problems(adapter, reader, base) if problem.known]
+    for problem in problems:
+        if not problem.mended:
+            raise ServingError(f"{adapter.folder} cannot be exported for {reader.name}: {problem.text}")
+    return problems
 
 
 def _target(reader: str, converter: str | Path | None) -> Reader:
