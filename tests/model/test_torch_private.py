@@ -21,6 +21,7 @@ from weightlora.model.torch_private import (
     is_fake,
     is_grouped_product,
     is_hooked,
+    is_persistent,
     is_view,
     next_node_number,
     node_number,
@@ -43,6 +44,7 @@ NAMES = {
     "_grouped_mm",
     "_has_any_global_hook",
     "_local_scalar_dense",
+    "_non_persistent_buffers_set",
     "_parameters",
     "_python_dispatch",
     "_raw_saved_",
@@ -231,3 +233,10 @@ def test_every_function_of_the_file_is_tested_here():
         if getattr(value, "__module__", "") == torch_private.__name__
     }
     assert functions <= globals().keys()
+
+
+def test_a_persistent_buffer_is_one_of_the_state_dict():
+    net = nn.Module()
+    net.register_buffer("kept", torch.ones(1))
+    net.register_buffer("cache", torch.ones(1), persistent=False)
+    assert [name for name, _ in net.named_buffers() if is_persistent(net, name)] == list(net.state_dict()) == ["kept"]

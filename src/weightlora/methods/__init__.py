@@ -241,6 +241,19 @@ def options_of(name: str) -> set[str]:
     return set(inspect.signature(_build_of(name)).parameters)
 
 
+def defaults_of(name: str) -> dict[str, Any]:
+    """Return a method's own settings with their defaults.
+
+    Raises:
+        OptionError: There is no such method.
+
+    Example:
+        >>> defaults_of("random")
+        {'keep': 0.5, 'seed': 0}
+    """
+    return {option: each.default for option, each in inspect.signature(_build_of(name)).parameters.items()}
+
+
 def _build_of(name: str) -> Callable[..., Method]:
     return import_module(f"weightlora.methods.{entry_of(name).name}").build
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -99,7 +99,7 @@ class ChoosingMethod:
     _plan = AttachedPlan()
 
     def __init__(self, choose: Choose) -> None:
-        self._choose = choose
+        self.choose = choose
 
     @property
     def plan(self) -> AdapterPlan:
@@ -108,7 +108,7 @@ class ChoosingMethod:
 
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:
         """Choose, then put stock adapters on the planned sites."""
-        made = self._choose(model, lora, batches, total_steps)
+        made = self.choose(model, lora, batches, total_steps)
         self._plan = made.plan if isinstance(made, Prepared) else made
         self._plan.check_sites(model)  # before its adapters are taken off
         attached = self._plan.attach(without_adapters(model))
@@ -195,6 +195,18 @@ def uniform_plan(
     require_uniform(record["rule"], lora)
     plan = make_plan(sites, lora, [site.name for site in sites], base_model=base_model_name(model), **record)
     return replace(plan, entries=tuple(replace(entry, r=r, alpha=alpha) for entry in plan.entries))
+
+
+def with_question(method: ChoosingMethod, question: Mapping[str, Any]) -> Method:
+    """Return the method whose plan records what was asked; see :attr:`AdapterPlan.question`."""
+
+    def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> AdapterPlan | Prepared:
+        made = method.choose(model, lora, batches, total_steps)
+        if isinstance(made, Prepared):
+            return replace(made, plan=replace(made.plan, question=question))
+        return replace(made, question=question)
+
+    return ChoosingMethod(choose)
 
 
 def planned_method(plan: AdapterPlan, prepare: Callable[[PeftModel], None] | None = None) -> Method:

@@ -64,6 +64,15 @@ def make_whole(module: nn.Module) -> None:
                 setattr(part, name, nn.Parameter(parameter.full_tensor().detach()))
 
 
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that is sharded (FSDP2), on every process; any other tensor unchanged."""
+    if not _in_group():
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def average_gradients(tensors: Sequence[Tensor]) -> None:
     """Replace every ``.grad`` by its mean over the processes; missing ones count as zero if another process has it."""
     if process_count() == 1:

@@ -56,6 +56,11 @@ def own_parameter(module: nn.Module, name: str) -> Tensor | None:
     return vars(module)["_parameters"][name]
 
 
+def is_persistent(module: nn.Module, buffer: str) -> bool:
+    """Whether the ``buffer`` of ``module`` is in its state dict; caches and tables that the code computes are not."""
+    return buffer not in vars(module)["_non_persistent_buffers_set"]
+
+
 def is_view(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a view of another tensor."""
     return tensor._base is not None

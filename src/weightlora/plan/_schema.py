@@ -72,6 +72,7 @@ def _fault(data: Mapping[str, Any]) -> str | None:
     kinds |= {"fingerprint": str, "base_model": str | None}
     wrong = [key for key, kind in kinds.items() if not isinstance(data[key], kind)]
     wrong += [] if is_whole(data["seed"], *_SEEDS) else ["seed"]
+    wrong += [] if isinstance(data.get("question", {}), dict) else ["question"]
     if wrong:
         return f"{wrong[0]} is {data[wrong[0]]!r:.40}"
     if not all(isinstance(value, str) for value in data["versions"].values()):

@@ -29,10 +29,15 @@ _PEFT_FIELDS = ("peft_type", "peft_version", "auto_mapping", "base_model_name_or
 
 def config_fields(lora: LoraConfig) -> dict[str, Any]:
     """The fields of ``lora`` that a plan passes through, as JSON, where they differ from PEFT's defaults."""
+    return {k: v for k, v in asked_fields(lora).items() if k not in _PLANNED_FIELDS}
+
+
+def asked_fields(lora: LoraConfig) -> dict[str, Any]:
+    """All fields of ``lora`` that a user sets, as JSON, where they differ from PEFT's defaults."""
     from peft import LoraConfig
 
     default = LoraConfig().to_dict()
-    mine = {k: v for k, v in lora.to_dict().items() if k not in (*_PLANNED_FIELDS, *_PEFT_FIELDS) and v != default[k]}
+    mine = {k: v for k, v in lora.to_dict().items() if k not in _PEFT_FIELDS and v != default[k]}
     if "modules_to_save" in mine:  # PEFT adds the task's heads to the list each time that it attaches adapters
         heads = trained_modules(replace(lora, modules_to_save=None))
         mine["modules_to_save"] = [name for name in mine["modules_to_save"] if name not in heads]

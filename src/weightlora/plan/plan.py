@@ -78,6 +78,9 @@ class AdapterPlan:
     versions: Mapping[str, str] = field(default_factory=library_versions)
     target_parameters: tuple[TargetParameter, ...] = ()
     """Parameters that carry an adapter whatever is selected, such as fused experts; :meth:`expand` ignores them."""
+    question: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
+    """What :func:`weightlora.select_for` was asked: a later start in the same folder that asks something else does not
+    get this plan. Empty where a plan was made in another way."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -123,7 +126,7 @@ class AdapterPlan:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the candidates' names and shapes: equal for models that the plan fits."""
-        return _fingerprint([entry.site for entry in self.entries])
+        return sites_fingerprint([entry.site for entry in self.entries])
 
     def expand(self, *, alpha: Literal["scale", "keep"] = "scale") -> AdapterPlan:
         """Return WeightLoRA+: the same sites at the rank that spends plain LoRA's whole budget (paper, section 2.2).
@@ -278,8 +281,9 @@ class AdapterPlan:
         """
         rows = [{**asdict(e.site), **{key: getattr(e, key) for key in ENTRY_KEYS}} for e in self.entries]
         top = {"fingerprint": self.fingerprint, **{key: getattr(self, key) for key in PLAN_KEYS}}
-        besides = {"target_parameters": [asdict(each) for each in self.target_parameters]}
-        write_plan_file(path, {**top, "sites": rows, "history": self.history, **(besides if self._besides else {})})
+        besides = {"target_parameters": [asdict(each) for each in self.target_parameters]} if self._besides else {}
+        asked = {"question": self.question} if self.question else {}
+        write_plan_file(path, {**top, "sites": rows, "history": self.history, **besides, **asked})
 
     @classmethod
     def load(cls, path: str | Path) -> AdapterPlan:
@@ -301,6 +305,7 @@ class AdapterPlan:
                 TargetParameter(row["name"], tuple(row["shape"]), row["r"], row["alpha"])
                 for row in data.get("target_parameters", ())
             ),
+            question=data.get("question", {}),
             **{key: data[key] for key in PLAN_KEYS},
         )
         if data["fingerprint"] != plan.fingerprint:
@@ -332,6 +337,7 @@ class AdapterPlan:
             write_card(draft, self)
 
 
-def _fingerprint(sites: Sequence[Site]) -> str:
+def sites_fingerprint(sites: Sequence[Site]) -> str:
+    """Return the SHA-256 of the names and shapes of sites, in the order of their names."""
     text = "\n".join(f"{site.name} {site.in_features} {site.out_features}" for site in sites)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModel
 from transformers import Trainer
@@ -21,7 +21,7 @@ from weightlora.fast.dropout import Dropout
 from weightlora.fast.enable import enable_fast_lora, fast_dropout
 from weightlora.files import writable_folder
 from weightlora.methods import Method, MethodEntry, entry_of, make_method, options_of
-from weightlora.methods.base import planned_method
+from weightlora.methods.base import ChoosingMethod, planned_method, with_question
 from weightlora.methods.common.export import cast_trained
 from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.distributed import from_first, process_count
@@ -30,9 +30,8 @@ from weightlora.model.layers import take_tuner, without_adapters
 from weightlora.model.restore import seeded
 from weightlora.plan.budget import Keep
 from weightlora.plan.plan import AdapterPlan
-from weightlora.plan.ranking import ranking_of
 from weightlora.selection.batches import peeked
-from weightlora.selection.rules import rule_of, settings_of
+from weightlora.trainer._question import question_of
 from weightlora.trainer._start import START_FILE, read_start, write_start
 from weightlora.trainer.guard import (
     PLAN_FILE,
@@ -51,7 +50,9 @@ from weightlora.trainer.loader import (
     optimizer_steps,
     planned_steps,
     quiet_copy,
+    require_readable_twice,
     require_usable_batches,
+    within_memory,
 )
 from weightlora.trainer.placement import is_parted, placed, require_heads, require_weights
 
@@ -69,9 +70,11 @@ def method_for(
 
     Methods that choose sites use the trainer's own data loader, collator, loss, precision and gradient accumulation.
     The plan is written to ``output_dir/plan.json`` at once and into every checkpoint. Where WeightLoRA finds a plan
-    there that was made with the same options, it uses that plan instead of a new warm-up: a resumed run has the same
-    structure. With ``warm_start=True`` it also writes the weights that the training starts from, and a second start
-    reads them there; a checkpoint that the trainer then resumes from replaces them.
+    there, it uses that plan instead of a new warm-up, so that a resumed run has the same structure. All that the plan
+    was made for must be the same: LoRA configuration, candidates, base weights, options, seed, and the first batch of
+    the training. Anything else is an error that names what differs. With ``warm_start=True`` it also writes the weights
+    that the training starts from, and a second start reads them there; a checkpoint that the trainer then resumes from
+    replaces them.
 
     Works with transformers' ``Trainer`` and ``Seq2SeqTrainer`` and TRL's ``SFTTrainer`` and ``DPOTrainer``. Methods
     that change ranks while they train also work under DDP, and those that train plain LoRA under FSDP2 as well. When
@@ -89,10 +92,12 @@ def method_for(
         options: The method's own, such as ``keep`` and ``rule``.
 
     Raises:
-        OptionError: There is no such method or option, the trainer has trained, is wrapped or has an optimizer, its
-            adapters are trained, there is no LoRA, ``output_dir`` holds a plan made with other options, or the trainer
-            generates what it trains on, as GRPO's does: then plan with :func:`weightlora.select`.
-        SelectionError: See :func:`weightlora.select`. The trainer then refuses to train: it would train plain LoRA.
+        OptionError: There is no such method or option, the trainer has trained, is wrapped, has an optimizer or a
+            ``model_init``, its adapters are trained or more than one, there is no LoRA, ``output_dir`` holds a plan
+            made for something else, the rows can be read only once, or the trainer generates what it trains on, as
+            GRPO's does: then plan with :func:`weightlora.select`.
+        SelectionError: See :func:`weightlora.select`, or the batch did not fit into memory. The trainer refuses to
+            train until a later call succeeds: it would train plain LoRA.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -110,6 +115,7 @@ def method_for(
     entry = entry_of(name)
     if entry.reads != "nothing":
         require_usable_batches(trainer)
+        require_readable_twice(trainer)
     lora = lora_of(trainer, lora)
     guard = guarded(trainer)
     fast = fast_dropout(trainer.model) if fast is None else fast  # pyright: ignore[reportArgumentType]
@@ -119,13 +125,16 @@ def method_for(
     method = make_method(name, **given)
     _require_possible(trainer, entry, fast)
     start = _plan_path(trainer).with_name(START_FILE) if given.get("warm_start") else None
+    first, batches = _batches(trainer, entry, seed)
     if entry.reuses_plan:
-        stored = from_first(partial(stored_plan, _plan_path(trainer), lora, _asked(name, given)))
+        ((first, *_), _), own_loss = first, "loss_fn" in options
+        question = question_of(trainer, name, lora, given, first=first, own_loss=own_loss)
+        stored = from_first(partial(stored_plan, _plan_path(trainer), question))
         if stored is not None:
             same = planned_method(stored, None if start is None else partial(read_start, start))
             return _attach(trainer, same, guard, lora, (), seed=seed, fast=fast)
+        method = with_question(cast("ChoosingMethod", method), question)
     from_first(partial(writable_folder, _plan_path(trainer).parent))
-    batches = _batches(trainer, entry, seed)
     whole = entry.trains == "lora"
     return _attach(trainer, method, guard, lora, batches, seed=seed, fast=fast, whole=whole, start=start)
 
@@ -218,7 +227,8 @@ def _attach(
     model: Any = trainer.model
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     total_steps = planned_steps(trainer)
-    with placed(trainer) if batches else nullcontext(), seeded(seed):  # without batches there is no forward pass
+    # Without batches there is no forward pass.
+    with placed(trainer) if batches else nullcontext(), seeded(seed), within_memory(trainer):
         attached = method.attach(model if whole else without_adapters(model), lora, batches, total_steps)
     partitioned = partitioned_dtype(attached)
     if partitioned is not None:
@@ -234,9 +244,9 @@ def _attach(
     if start is not None:  # before the plan: whoever finds a plan finds its weights
         from_first(partial(write_start, trainer.model, start))  # pyright: ignore[reportArgumentType]
     from_first(partial(keep_plan, method.plan, _plan_path(trainer)))
+    require_heads(trainer)
     for callback in (*method.callbacks(), PlanSaver(method.plan)):
         trainer.add_callback(callback)
-    require_heads(trainer)
     guard.plan = method.plan
     return method
 
@@ -254,28 +264,13 @@ def _defaults(trainer: Trainer, entry: MethodEntry, seed: int, fast: Dropout | N
     }
 
 
-def _asked(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that a stored plan must have been made with."""
-    rule = rule_of(options.get("rule", "first_order"))
-    settings: dict[str, Any] = {
-        "keep": 0.5,
-        "steps": None,
-        "alpha": "scale",
-        "ranking": None,
-        "warm_start": False,
-        **options,
-    }
-    settings["ranking"] = ranking_of(settings["ranking"], settings["keep"], rule.ranking)
-    settings["head_lr"] = settings.get("head_lr") or settings["lr"]
-    expand = {"expand": settings["alpha"] if name == "weightlora_plus" else False}
-    names = ("keep", "steps", "lr", "head_lr", "seed", "fast", "ranking", "warm_start")
-    return {**{key: settings[key] for key in names}, **settings_of(rule), "rule": rule.name, **expand}
+def _batches(trainer: Trainer, entry: MethodEntry, seed: int) -> tuple[Any, Iterable[Any]]:
+    """The first of the training's own batches, and all of them in the order that the seed decides.
 
-
-def _batches(trainer: Trainer, entry: MethodEntry, seed: int) -> Iterable[Any]:
-    """The training's own batches, drawn in the order that the seed decides; none where the method reads none."""
+    There are none where the method reads none.
+    """
     if entry.reads == "nothing":
-        return ()
+        return None, ()
     require_weights(trainer)
     model: Any = trainer.model
     if trainer.args.activation_checkpointing:  # as trainer.train() will do
@@ -286,8 +281,7 @@ def _batches(trainer: Trainer, entry: MethodEntry, seed: int) -> Iterable[Any]:
     remove_input_hooks(model)  # as PlanGuard will do
     quiet = quiet_copy(trainer)
     with seeded(seed):  # before anything else is drawn: the loader's order must not depend on the adapters
-        _, batches = peeked(optimizer_steps(quiet) if entry.batch == "step" else micro_batches(quiet))
-    return batches
+        return peeked(optimizer_steps(quiet) if entry.batch == "step" else micro_batches(quiet))
 
 
 def _plan_path(trainer: Trainer) -> Path:

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from weightlora.errors import OptionError, SelectionError
+from weightlora.errors import OptionError, SelectionError, WeightLoraError
 from weightlora.model.checkpointing import remove_input_hooks, shorten_backward
-from weightlora.model.layers import require_replaceable
+from weightlora.model.layers import adapter_ranks, require_replaceable
 from weightlora.model.sites import require_uncompiled
 from weightlora.model.weights import require_loaded
-from weightlora.plan.lora_config import config_fields
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import write_base_model_name
+from weightlora.trainer._question import differences
 from weightlora.trainer._trackers import report_plan
 
 PLAN_FILE = "plan.json"
@@ -28,18 +29,37 @@ class PlanGuard(TrainerCallback):
 
     def __init__(self, trainer: Trainer) -> None:
         self.plan: AdapterPlan | None = None
+        self.ranks = _ranks(trainer)
+        """Of the adapters before the selection."""
         self._trainer = trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Raise where there is no plan, or where the model's adapters are not the planned ones."""
-        if self.plan is None:
-            raise SelectionError("the selection failed, so this trainer would train plain LoRA; make a new trainer")
-        self.plan.check(kwargs["model"])
-        shorten_backward(kwargs["model"])
+        model = kwargs["model"]
+        try:
+            plan = self._planned(model)
+        except WeightLoraError:
+            # train() has made it for the adapters as they are; the next call has to make it for those of the plan.
+            self._trainer.optimizer = self._trainer.lr_scheduler = None
+            raise
+        shorten_backward(model)
         if state.global_step == 0:
-            report_plan(self._trainer, self.plan, Path(str(args.output_dir)) / PLAN_FILE)
+            report_plan(self._trainer, plan, Path(str(args.output_dir)) / PLAN_FILE)
+
+    def _planned(self, model: nn.Module) -> AdapterPlan:
+        if self.plan is None:
+            raise SelectionError(
+                "the selection failed, so this trainer would train plain LoRA; select again, or make a new trainer"
+            )
+        if isinstance(model, PeftModel) and model.active_adapters != ["default"]:
+            raise OptionError(
+                f"the model's active adapter is {', '.join(model.active_adapters)}, and the plan is that of 'default'; "
+                "call model.set_adapter('default') before train(), or make a new trainer without a plan"
+            )
+        self.plan.check(model)
+        return self.plan
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,23 +87,37 @@ class PlanSaver(TrainerCallback):
 def guarded(trainer: Trainer) -> PlanGuard:
     """Register and return the guard of a fresh trainer; it refuses to train until its plan is set.
 
+    A guard that a failed selection left is used again.
+
     Raises:
-        OptionError: The trainer has a plan, an optimizer or steps behind it.
+        OptionError: See :func:`require_fresh`.
     """
     require_fresh(trainer)
-    guard = PlanGuard(trainer)
-    trainer.add_callback(guard)
+    guard = _guard_of(trainer)
+    if guard is None:
+        guard = PlanGuard(trainer)
+        trainer.add_callback(guard)
     return guard
 
 
 def require_fresh(trainer: Trainer) -> None:
-    """Raise where the trainer has a plan, an optimizer or steps behind it.
+    """Raise where the trainer has a plan, an optimizer or steps behind it, or makes another model when it trains.
 
     Raises:
         OptionError: With what it has.
     """
-    if any(isinstance(callback, PlanGuard) for callback in trainer.callback_handler.callbacks):
+    guard = _guard_of(trainer)
+    if guard is not None and guard.plan is not None:
         raise OptionError("this trainer has a plan already; make a new trainer for a new plan")
+    if guard is not None and guard.ranks != _ranks(trainer):
+        raise OptionError(
+            "a selection that failed has changed the adapters of this trainer's model; make a new trainer"
+        )
+    if trainer.model_init is not None:
+        raise OptionError(
+            "the trainer makes a new model in train() (model_init), which would not carry the plan; give model= in its "
+            "place"
+        )
     if trainer.state.global_step > 0:
         raise OptionError(f"the trainer has trained {trainer.state.global_step} steps; make a new one and select first")
     if trainer.optimizer is not None:
@@ -99,7 +133,7 @@ def lora_of(trainer: Trainer, lora: LoraConfig | None) -> LoraConfig:
     """Return the adapters wanted: those of the model, freshly made, or ``lora``.
 
     Raises:
-        OptionError: There are none, both, or the model's are trained.
+        OptionError: There are none, both, or the model's are trained or would be lost.
         SiteError: The model is compiled, on the meta device, or was made under inference mode.
     """
     model: Any = trainer.model
@@ -114,41 +148,52 @@ def lora_of(trainer: Trainer, lora: LoraConfig | None) -> LoraConfig:
         return deepcopy(lora)
     if lora is not None:
         raise OptionError("the trainer's model has LoRA adapters already; leave lora= out, or give the base model")
-    return deepcopy(require_replaceable(model, "build the trainer on the base model and give lora="))
+    found = require_replaceable(model, "build the trainer on the base model and give lora=")
+    others = [name for name in model.peft_config if name != "default" and not _is_reference(trainer, name)]
+    if others:
+        raise OptionError(
+            f"the model has adapters default, {', '.join(others)}, and the plan replaces 'default' alone; delete the "
+            "others (model.delete_adapter), or build the trainer on the base model and give lora="
+        )
+    return deepcopy(found)
 
 
-def stored_plan(path: Path, lora: LoraConfig, asked: Mapping[str, Any]) -> AdapterPlan | None:
-    """Return the plan of an earlier start of the same run; None where there is none.
+def _is_reference(trainer: Trainer, adapter: str) -> bool:
+    """Whether TRL's trainer made the adapter, a copy of a fresh "default": the same as no adapter at all."""
+    return adapter == "ref" and any(kind.__module__.partition(".")[0] == "trl" for kind in type(trainer).__mro__)
+
+
+def _guard_of(trainer: Trainer) -> PlanGuard | None:
+    return next((each for each in trainer.callback_handler.callbacks if isinstance(each, PlanGuard)), None)
+
+
+def _ranks(trainer: Trainer) -> dict[str, int]:
+    model: Any = trainer.model
+    return adapter_ranks(model)
+
+
+def stored_plan(path: Path, question: Mapping[str, Any]) -> AdapterPlan | None:
+    """Return the plan that an earlier start made for the same question; None where there is none.
 
     Args:
         path: Of the plan's file.
-        lora: The adapters wanted.
-        asked: The options that the plan must have been made with; None stands for any value.
+        question: See :func:`question_of`.
 
     Raises:
-        OptionError: The plan was made with other options.
+        OptionError: The plan answers another question, or does not say which.
     """
     if not path.exists():
         return None
     plan = AdapterPlan.load(path)
-    made = {
-        "expand": False,
-        "ranking": "score",
-        "warm_start": False,
-        "head_lr": plan.options.get("lr"),
-        **plan.options,
-        "rule": plan.rule,
-        "seed": plan.seed,
-    }
-    wanted = {key: value for key, value in asked.items() if value is not None}
-    changed = [key for key, value in wanted.items() if made.get(key) != value]
-    faults = [f"{key}={made.get(key)!r} there, {wanted[key]!r} now" for key in changed]
-    if dict(plan.lora) != config_fields(lora):
-        faults.append("another LoraConfig")
-    if faults:
+    advice = "choose another output_dir, or delete that file"
+    if not plan.question:
         raise OptionError(
-            f"{path} was made with other options ({'; '.join(faults)}); choose another output_dir, or delete that file"
+            f"{path} does not record what it was made for (select() and --plan do not say): train it with "
+            f"plan.attach(model) or weightlora train --plan, {advice}"
         )
+    faults = differences(plan.question, question)
+    if faults:
+        raise OptionError(f"{path} was made for something else ({'; '.join(faults)}); {advice}")
     return plan
 
 

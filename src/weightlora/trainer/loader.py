@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from copy import copy, deepcopy
+from io import IOBase
 from typing import Any
 
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
-from weightlora.errors import OptionError, WeightLoraError
+from weightlora.errors import OptionError, SelectionError, WeightLoraError
 
 #: Methods of ``Trainer`` that a trainer overrides where it trains on something else than its loader's batches.
 _OWN_INPUTS = frozenset(["_prepare_inputs", "_inner_training_loop"])
@@ -41,6 +46,47 @@ def require_usable_batches(trainer: Trainer) -> None:
         )
     if names & _GENERATE or any(_OWN_INPUTS & vars(base).keys() for base in own):
         raise OptionError(f"{kind.__name__} makes its batches while it trains, so none can be scored before; {_ROAD}")
+
+
+def require_readable_twice(trainer: Trainer) -> None:
+    """Raise where the training's rows can be read only once: scoring would take them from the training.
+
+    Raises:
+        OptionError: With what to give instead.
+    """
+    rows: Any = trainer.train_dataset
+    if not isinstance(rows, IterableDataset):
+        return
+    # Making an iterator reads nothing, unless __iter__ itself does.
+    if iter(rows) is iter(rows) or any(map(_runs_out, vars(rows).values())):
+        raise OptionError(
+            f"the train_dataset ({type(rows).__name__}) can be read only once, and scoring would take its first rows "
+            "from the training; make a new iterator in each __iter__, or select() on batches of your own"
+        )
+
+
+def _runs_out(value: object) -> bool:
+    """Whether a second loop over the value begins where the first one ended; a file can be rewound."""
+    return isinstance(value, Iterator) and not isinstance(value, IOBase)
+
+
+@contextmanager
+def within_memory(trainer: Trainer) -> Generator[None]:
+    """Say which batch did not fit where scoring runs out of memory; nothing tries a smaller one there.
+
+    Raises:
+        SelectionError: It did not fit.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        found = " (auto_find_batch_size only acts in train())" if trainer.args.auto_find_batch_size else ""
+        raise SelectionError(
+            f"{trainer.args.train_batch_size} rows at once did not fit into memory while sites were scored{found}; "
+            "lower per_device_train_batch_size and raise gradient_accumulation_steps, or set gradient_checkpointing"
+        ) from error
 
 
 def planned_steps(trainer: Trainer) -> int:
@@ -115,7 +161,7 @@ def _loss(trainer: Trainer, model: nn.Module, inputs: Any, **given: Any) -> Any:
         OptionError: The loss cannot be computed on what the trainer's loader yields.
     """
     try:
-        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast(), _noise(trainer, model):
             # A copy: losses may write to their inputs, and a batch can be used twice.
             return trainer.compute_loss(model, dict(inputs), **given)
     except WeightLoraError:
@@ -126,3 +172,17 @@ def _loss(trainer: Trainer, model: nn.Module, inputs: Any, **given: Any) -> Any:
             f"{type(trainer).__name__}.compute_loss fails on a batch of its own loader ({type(error).__name__}: {what})"
             f"; if the trainer changes its batches while it trains, {_ROAD}"
         ) from error
+
+
+@contextmanager
+def _noise(trainer: Trainer, model: nn.Module) -> Generator[None]:
+    """Add the noise of NEFTune to the embeddings for the length of the block, as train() does for its own."""
+    alpha = trainer.neftune_noise_alpha
+    if alpha is None:
+        yield
+        return
+    handle = activate_neftune(model, alpha, trainer.accelerator)
+    try:
+        yield
+    finally:
+        deactivate_neftune(model, handle, trainer.accelerator)
