@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import yaml
 
 from weightlora.cli import main
 from weightlora.plan.plan import AdapterPlan
@@ -42,6 +44,38 @@ def test_help_is_there_and_imports_nothing_heavy(command):
     assert "weightlora" in imported
     assert imported.isdisjoint({"torch", "peft", "transformers", "matplotlib", "numpy"})
     assert "example:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("train --kep 0.5", "unknown option '--kep' (closest: 'keep')"),
+        ("train --learning_rte 1e-3", "unknown option '--learning_rte' (closest: 'learning_rate')"),
+        ("select --task chat --packin", "unknown option '--packin' (closest: 'packing')"),
+        ("train --task rotten_tomatos", "closest: 'rotten_tomatoes'"),
+        ("train --rule first_oder", "closest: 'first_order'"),
+        ("train --method weigthlora", "closest: 'weightlora'"),
+        ("train --lora_r abc", "invalid int value: 'abc'"),
+        ("train --lora_r 0", "lora_r=0 is not allowed"),
+        ("select --keep 7.5", "keep='7.5' is not allowed"),
+        ("demo --steps 1", "steps=1 is not allowed"),
+        ("train --fast both", "invalid choice: 'both'"),
+        ("train --load_in_4bit perhaps", "perhaps"),
+        ("train --config r.yaml", "r.yaml: unknown option 'keeep' (closest: 'keep')"),
+        ("bench --config b.yaml --kep 1", "unknown option '--kep' (closest: 'keep')"),
+    ],
+)
+def test_a_typing_mistake_is_told_before_torch_is_imported(words, says, tmp_path):
+    (tmp_path / "r.yaml").write_text("keeep: 3\n")
+    (tmp_path / "b.yaml").write_text("methods: [weightlora]\nlearning_rates: [1.0e-3]\n")
+    command = [sys.executable, "-X", "importtime", "-m", "weightlora", *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    lines = done.stderr.splitlines()
+    imported = {line.rsplit("|", 1)[-1].strip().partition(".")[0] for line in lines if line.startswith("import time:")}
+    assert done.returncode == 2
+    assert "weightlora" in imported
+    assert imported.isdisjoint({"torch", "peft", "transformers", "datasets", "numpy"})
+    assert says in next(line for line in lines if line.startswith("weightlora: error: "))
 
 
 def test_methods_lists_the_registry(capsys):
@@ -210,8 +244,9 @@ def test_show_reads_any_peft_adapter(tmp_path, capsys):
     assert (tmp_path / "a.png").exists()
 
 
-def test_language_modelling_from_a_folder(tmp_path):
-    """A small random Llama with MiniLM's tokenizer: a language model without a hub."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bf16 is chosen there")
+def test_language_modelling_from_a_folder_needs_no_word_that_this_is_a_cpu(tmp_path):
+    """A small random Llama with MiniLM's tokenizer: a language model without a hub. TRL's default is bf16."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -224,17 +259,23 @@ def test_language_modelling_from_a_folder(tmp_path):
     words = [
         "--task",
         "language_modelling",
-        "--bf16",
-        "false",
         "--model_name_or_path",
         tmp_path / "llama",
         "--train_file",
         tmp_path / "text.jsonl",
     ]
-    assert main(["select", *QUICK, *map(str, words), "--output_dir", str(tmp_path / "out")]) == 0
+    words = [*(word for word in QUICK if word != "--use_cpu"), *map(str, words)]
+    assert main(["select", *words, "--output_dir", str(tmp_path / "out")]) == 0
     plan = AdapterPlan.load(tmp_path / "out" / "plan.json")
     assert len(plan.entries) == 14  # two layers of seven projections, and no head
     assert 0 < 2 * plan.parameters <= plan.lora_parameters
+    words += ["--validation_file", str(tmp_path / "text.jsonl"), "--max_steps", "2", "--save_steps", "1"]
+    words += ["--output_dir", str(tmp_path / "run")]
+    assert main(["train", *words]) == 0
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (config["bf16"], config["fp16"], config["use_cpu"]) == (False, False, False)
+    (tmp_path / "run" / "results.json").unlink()
+    assert main(["train", *words]) == 0  # the same run: it goes on from its last checkpoint
 
 
 @pytest.mark.parametrize("command", ["select", "train", "demo", "analyse dot-product", "bench --config b.yaml"])

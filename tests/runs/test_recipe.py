@@ -48,7 +48,7 @@ def test_fast_alone_means_the_dropout_of_peft(written):
     ],
 )
 def test_the_task_decides_which_training_arguments_there_are(task, arguments, word):
-    words = ["--task", task, word, "true", "--bf16", "false"]  # TRL's default, which asks for a GPU
+    words = ["--task", task, word, "true"]
     assert type(read_recipe(words=words).training) is arguments
     with pytest.raises(OptionError, match=f"unknown option '{word}'"):
         read_recipe(words=["--task", "rte", word, "true"])
@@ -71,6 +71,26 @@ def test_what_is_written_down_is_the_same_recipe_again(written):
     assert settings["lr_scheduler_type"] == "cosine"
     assert "weight_decay" not in settings  # the default is not worth a line
     assert read_recipe(written(settings)).settings == settings
+
+
+@pytest.mark.parametrize("has_it", [False, True])
+def test_bf16_is_chosen_by_trl_where_the_device_has_it(has_it, monkeypatch):
+    """On a CPU it is none, with the word for it and without; what the user says stays."""
+    for place in ("transformers.utils", "transformers.training_args"):
+        monkeypatch.setattr(f"{place}.is_torch_bf16_gpu_available", lambda: has_it)
+    for words, bf16 in (
+        (["--task=chat"], has_it),
+        (["--task=chat", "--use_cpu"], False),
+        (["--task=chat", "--use_cpu", "--bf16=true"], True),
+        (["--task=chat", "--bf16=false"], False),
+        (["--task=rte"], False),
+        (["--task=rte", "--use_cpu", "--bf16"], True),
+    ):
+        recipe = read_recipe(words=words)
+        assert (recipe.training.bf16, recipe.settings["bf16"]) == (bf16, bf16), words
+    if not has_it:
+        with pytest.raises(OptionError, match="bf16"):
+            read_recipe(words=["--task=chat", "--bf16=true"])
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ MISTAKES = [
     ({"dataloader_persistent_workers": True}, "dataloader_num_workers"),
     ({"fsdp": "full_shard"}, "fsdp.*this is one"),
     ({"deepspeed": "none.json"}, "deepspeed"),
+    ({"fp16": True}, "fp16=True needs an accelerator"),
     ({"label_names": "x"}, "label_names is decided by the task"),
     ({"eval_do_concat_batches": False}, "eval_do_concat_batches is decided"),
     ({"prediction_loss_only": True}, "prediction_loss_only is decided"),

@@ -124,4 +124,3 @@ def _quiet() -> None:
     disable_progress_bars()
     warnings.formatwarning = _one_line  # this process runs the job alone
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # of torch's loader, where there is no accelerator

@@ -70,16 +70,20 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run what is missing; write and print the table. With ``--dry_run`` only print what it would cost."""
+    from weightlora.bench.grid import read_grid
+
+    grid = read_grid(
+        arguments.config, arguments.output_dir, arguments.rest
+    )  # a mistake is told before torch is imported
+
     from weightlora.bench.differences import make_differences, require_rows
     from weightlora.bench.engine import Where, recorded
-    from weightlora.bench.grid import read_grid
     from weightlora.bench.table import to_terminal
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
 
     console = PlainConsole()
     with quiet_libraries():
-        grid = read_grid(arguments.config, arguments.output_dir, arguments.rest)
         require_rows(grid, arguments.against)  # before hours of runs
         flags: dict[str, Any] = {
             "where": Where(arguments.workers, arguments.ray, arguments.gpus_per_run),

@@ -30,10 +30,12 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the four methods, print the plan and the table, and leave adapters, plan, picture and records."""
+    from weightlora.bench.grid import DEMO, Point, read_grid
+
     _require_packages()
+    grid = read_grid(DEMO, arguments.output_dir, arguments.rest)  # a mistake is told before torch is imported
 
     from weightlora.bench.engine import adapter_folder
-    from weightlora.bench.grid import DEMO, Point, read_grid
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.cli.bench import print_table, run_with_progress
@@ -42,7 +44,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     console = PlainConsole()
     with quiet_libraries():
-        grid = read_grid(DEMO, arguments.output_dir, arguments.rest)
         records = run_with_progress(grid, console)
     row = next(row for row in grid.rows if row.options["method"] == "weightlora")
     chosen = adapter_folder(grid, Point(row, row.learning_rates[0], grid.seeds[0]))

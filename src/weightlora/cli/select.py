@@ -24,18 +24,21 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Select, write the plan and its plots, and print the heat map."""
+    from weightlora.errors import require_extra
+    from weightlora.runs.recipe import read_recipe
+
+    require_extra("matplotlib", "report")  # before the work begins
+    # A mistake is told before torch is imported.
+    recipe = read_recipe(arguments.config, arguments.rest, output_dir="runs/select")
+
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
-    from weightlora.errors import require_extra
     from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.report.knee import draw_knee, has_gain, knee_text, make_knee
-    from weightlora.runs.recipe import read_recipe
     from weightlora.runs.select import select_plan
     from weightlora.runs.train import HEATMAP_FILE, KNEE_FILE
     from weightlora.trainer.guard import PLAN_FILE
 
-    require_extra("matplotlib", "report")  # before the work begins
-    recipe = read_recipe(arguments.config, arguments.rest, output_dir="runs/select")
     with quiet_libraries():
         plan = select_plan(recipe)
     plan_file, heatmap, knee_file = (recipe.output_dir / name for name in (PLAN_FILE, HEATMAP_FILE, KNEE_FILE))

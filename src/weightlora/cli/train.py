@@ -23,19 +23,21 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, then print the heat map and the metrics."""
+    from weightlora.errors import require_extra
+    from weightlora.runs.recipe import read_recipe
+
+    require_extra("matplotlib", "report")  # before the work begins
+    recipe = read_recipe(arguments.config, arguments.rest)  # a mistake is told before torch is imported
+
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
-    from weightlora.errors import require_extra
     from weightlora.model.distributed import is_first
     from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.plan.plan import AdapterPlan
     from weightlora.runs.files import ADAPTER
-    from weightlora.runs.recipe import read_recipe
     from weightlora.runs.train import HEATMAP_FILE, train
     from weightlora.trainer.guard import PLAN_FILE
 
-    require_extra("matplotlib", "report")  # before the work begins
-    recipe = read_recipe(arguments.config, arguments.rest)
     with quiet_libraries():
         results = train(recipe)
     if not is_first():

@@ -35,6 +35,8 @@ def check_arguments(arguments: TrainingArguments) -> None:
     for field in dataclasses.fields(arguments):
         if field.name in _OF_THE_TASK and getattr(arguments, field.name) != field.default:
             raise OptionError(f"{field.name} is decided by the task, which measures its metrics; leave it out")
+    if arguments.fp16 and arguments.device.type == "cpu":  # accelerate would train in float32 without a word
+        raise OptionError("fp16=True needs an accelerator, and this run is on a CPU; leave it out, or give bf16")
     if arguments.dataloader_persistent_workers and not arguments.dataloader_num_workers:
         raise OptionError("dataloader_persistent_workers needs dataloader_num_workers of at least 1; give both")
     if arguments.fsdp and arguments.parallel_mode.value != "distributed":

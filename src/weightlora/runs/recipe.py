@@ -7,26 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
-from weightlora.errors import MissingPackageError, OptionError
+from weightlora.errors import OptionError
 from weightlora.files import read_mapping
-from weightlora.methods import make_method, options_of
+from weightlora.methods import entry_of, make_method, options_of
 from weightlora.options import read_pairs
 from weightlora.plan.budget import check_keep
+from weightlora.runs._parsers import Parser, actions_of, option_name, read_training, training_names, training_parser
 from weightlora.runs._ranges import check_ranges
-from weightlora.selection.rules import RULES, rule_of
+from weightlora.selection.rules import RULES, rule_entry, rule_of
 from weightlora.selection.steps import check_steps
 from weightlora.text import closest
 
 if TYPE_CHECKING:
-    from argparse import Action
-
-    from transformers import HfArgumentParser, TrainingArguments
+    from transformers import TrainingArguments
 
     from weightlora.selection.rules.base import Rule
 
@@ -145,6 +144,11 @@ class MethodOptions:
     def __post_init__(self) -> None:
         _check_texts(self)
         check_ranges(self)
+        entry_of(self.method)  # names and numbers that need no import; the rest is checked when the method is made
+        rule_entry(self.rule)
+        check_keep(self.keep)
+        if self.steps is not None:
+            check_steps(self.steps)
 
     @property
     def scored_by(self) -> Rule:
@@ -217,30 +221,33 @@ def read_recipe(
     content = read_mapping(config) if isinstance(config, str | Path) else config or {}
     # Ours first: the task decides which training arguments there are. TRL's have a trust_remote_code too, for models
     # that it loads itself; ours is the one that counts.
-    ours = _parser(ModelOptions, TaskOptions, MethodOptions)
-    model, rows, method, rest = _parse(ours, [*option_words(content), *words])
-    theirs = _parser(kind_of(find_task(rows.task)).arguments_class())
-    theirs.set_defaults(output_dir=output_dir)
-    known = {action.dest for parser in (ours, theirs) for action in _actions(parser)}
-    lists = {action.dest for parser in (ours, theirs) for action in _actions(parser) if action.nargs in ("*", "+")}
-    own = {action.dest for action in _actions(ours)}
+    ours = Parser(ModelOptions, TaskOptions, MethodOptions)
+    (model, rows, method), rest = ours.read([*option_words(content), *words])
+    task = find_task(rows.task)
+    own = set(actions_of(ours))
+    names = training_names(task.kind)
+    if names:  # mistyped names are found before the seconds that the classes' import takes
+        typed = [word for word in rest if word.startswith("--") and option_name(word).removeprefix("no_") not in names]
+        _require_known(where, content, typed, own | names)
+    theirs = training_parser(kind_of(task).arguments_class(), output_dir)
+    known = {**actions_of(ours), **actions_of(theirs)}
+    lists = {name for name, action in known.items() if action.nargs in ("*", "+")}
     for key, value in content.items():
         if key == "report_to" and value == []:  # what transformers makes of "none", as in a run's config.yaml
             continue
-        if key not in known:
-            raise OptionError(f"{where}unknown option {key!r}{closest(str(key), known)}")
         words_only = isinstance(value, list) and not any(isinstance(item, (list, dict)) for item in value)
         if (isinstance(value, list) and not (key in lists and words_only)) or (isinstance(value, dict) and key in own):
             allowed = "a list of words" if key in lists else "one value"
             raise OptionError(f"{where}{key}={value!r:.80} is not allowed: give {allowed}")
-    training, rest = _parse(theirs, rest)
+    training, rest = read_training(theirs, rest)
     check_ranges(training)
-    if rest:
-        name = rest[0].lstrip("-").partition("=")[0]
-        raise OptionError(f"unknown option {rest[0]!r}{closest(name, known)}")
+    _require_known(where, content, rest, known)
     if method.plan is None:  # mistakes are found before anything is loaded
         make_method(method.method, **method.given)
-    return Recipe(model, rows, method, training, _settings((model, rows, method), training))
+    settings = _settings((model, rows, method), training)
+    if training.device.type == "cpu":  # there is nothing to pin memory for, and each loader would warn of it
+        training.dataloader_pin_memory = False
+    return Recipe(model, rows, method, training, settings)
 
 
 def named_options(content: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
@@ -253,15 +260,24 @@ def named_options(content: Mapping[str, Any], words: Sequence[str]) -> dict[str,
         >>> named_options({"keep": 18}, ["--seed", "3"])
         {'seed': 3}
     """
-    names = [word.lstrip("-").partition("=")[0] for word in words if word.startswith("--")]
+    names = [option_name(word) for word in words if word.startswith("--")]
     recipe = read_recipe(content, words)
     parts = (recipe.model, recipe.task, recipe.method, recipe.training)
     values = {f.name: getattr(part, f.name) for part in reversed(parts) for f in dataclasses.fields(part)}
     return {name: _plain(values[name]) for name in names}
 
 
+def _require_known(where: str, content: Mapping[str, Any], words: Sequence[str], known: Collection[str]) -> None:
+    """Raise where the file has an option that is not known, or where words are left that are none."""
+    for key in content:
+        if key not in known:
+            raise OptionError(f"{where}unknown option {key!r}{closest(str(key), known)}")
+    if words:
+        raise OptionError(f"unknown option {words[0]!r}{closest(option_name(words[0]), known)}")
+
+
 def _settings(ours: Sequence[Any], training: Any) -> dict[str, Any]:
-    # Named in any case: some classes' own default, such as TRL's bf16, is refused by machines without a GPU.
+    # Named in any case: what is trained depends on the machine where they are not given.
     named = {name: getattr(training, name) for name in ("output_dir", "use_cpu", "bf16", "fp16")}
     # Now or never: making training arguments resets accelerate's state, which a trainer made before relies on.
     default = type(training)(**named)
@@ -273,34 +289,6 @@ def _settings(ours: Sequence[Any], training: Any) -> dict[str, Any]:
         if f.init and _plain(getattr(training, f.name)) != _plain(getattr(default, f.name))
     }
     return {**{k: v for part in ours for k, v in dataclasses.asdict(part).items()}, **named, **theirs}
-
-
-def _parser(*parts: Any) -> HfArgumentParser:
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        """Says what is wrong in one line."""
-
-        def error(self, message: str) -> NoReturn:
-            raise OptionError(message)
-
-    return Parser(parts, allow_abbrev=False, add_help=False)  # pyright: ignore[reportArgumentType]
-
-
-def _parse(parser: HfArgumentParser, words: Sequence[str]) -> tuple[Any, ...]:
-    """The parts of the parser with their values, and the words that it does not know."""
-    try:
-        return parser.parse_args_into_dataclasses(list(words), return_remaining_strings=True, look_for_args_file=False)
-    except OptionError:
-        raise
-    except ImportError as error:
-        raise MissingPackageError(" ".join(str(error).split())) from error
-    except Exception as error:  # whatever a TrainingArguments raises about its values, and the files that they name
-        raise OptionError(" ".join(str(error).split())) from error
-
-
-def _actions(parser: HfArgumentParser) -> list[Action]:
-    return parser._actions  # pyright: ignore[reportPrivateUsage]  # argparse has no public list
 
 
 def option_words(content: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,6 @@ from weightlora.errors import DataError, OptionError, WeightLoraWarning, require
 from weightlora.tasks._generate import end_tokens, generate
 from weightlora.tasks._judge import judge_model
 from weightlora.tasks._prompts import check_prompts, check_whole_texts, solves, to_prompts, to_texts
-from weightlora.tasks._teacher_forced import answered
 from weightlora.tasks._texts import check_texts
 from weightlora.tasks.base import Prepared, RowOptions, Task
 from weightlora.tasks.pretrained import load_pretrained
@@ -222,6 +221,8 @@ def _measure_teacher_forced(
     tokenizer: PreTrainedTokenizerBase, splits: Iterable[str], trainer: Trainer
 ) -> dict[str, float]:
     """Return the loss per answer token of each split, and the share of its answers that greedy decoding would write."""
+    from weightlora.tasks._teacher_forced import answered  # with torch, which the list of tasks does not need
+
     numbers: dict[str, float] = {}
     arguments: Any = trainer.args
     if arguments.packing or not arguments.completion_only_loss:

@@ -72,6 +72,18 @@ RULES = (
 )
 
 
+def rule_entry(name: str) -> RuleEntry:
+    """Return the registry's line of that name; the rule's file is not imported.
+
+    Raises:
+        OptionError: There is none; the text names the closest.
+    """
+    known = {entry.name: entry for entry in RULES}
+    if name not in known:
+        raise OptionError(f"rule={name!r} is not allowed{closest(name, known)}: give one of {', '.join(known)}")
+    return known[name]
+
+
 def rule_of(rule: str | Rule, **settings: Any) -> Rule:
     """Return the rule of that name, or the given rule, with ``settings`` changed.
 
@@ -86,16 +98,14 @@ def rule_of(rule: str | Rule, **settings: Any) -> Rule:
         >>> rule_of("paper", gate_lr=1.0)
         StoIHT(gate_lr=1.0, threshold_every=1, threshold='magnitude', head_steps=0)
     """
-    known = {entry.name: entry for entry in RULES}
     if isinstance(rule, str):
-        if rule not in known:
-            raise OptionError(f"rule={rule!r} is not allowed{closest(rule, known)}: give one of {', '.join(known)}")
-        entry = known[rule]
+        entry = rule_entry(rule)
         made: Rule = getattr(import_module(f"weightlora.selection.rules.{entry.file}"), entry.rule)(**entry.settings)
     elif dataclasses.is_dataclass(rule):
         made = rule
     else:
-        raise OptionError(f"rule={rule!r:.80} is not allowed: give a rule or one of {', '.join(known)}")
+        names = ", ".join(entry.name for entry in RULES)
+        raise OptionError(f"rule={rule!r:.80} is not allowed: give a rule or one of {names}")
     fields = [f.name for f in dataclasses.fields(made)]
     for name in settings:
         if name not in fields:
