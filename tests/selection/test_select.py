@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fingerprint import fingerprint
 from peft import IA3Config, LoraConfig, get_peft_model
 from ruled import ruled
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -31,8 +33,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from weightlora import Site, WeightLoraError, select
-from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
+from weightlora import Site, WeightLoraError, select, select_trained
+from weightlora.errors import OptionError, SelectionError, SiteError, WeightLoraWarning
 from weightlora.model.layers import lora_layers
 
 RULES = ["first_order", "stoiht"]
@@ -501,6 +503,53 @@ def test_bad_input_is_refused_in_one_line_and_the_model_is_as_it_was(case, rule)
     assert isinstance(error.value, WeightLoraError)
     assert "\n" not in str(error.value)
     assert fingerprint(arguments["model"]) == before
+
+
+#: Each argument of ``select`` with values that it cannot have.
+WRONG = {
+    "model": [None, 5, "bert", {}, nn.Linear, nn.DataParallel(net()), nn.Sequential(nn.LazyLinear(6), nn.Linear(6, 6))],
+    "batches": [None, 5, "text", pairs(1)[0]],
+    "lora": [{}, {"r": 8}, "lora", 8, True, LoraConfig],
+    "keep": [None, 0, -1, 1.5, "", "much", "-3MB", [], {}, True, NAN, INF],
+    "rule": [None, 5, "first", [], {}, object()],
+    "steps": ["4", "soon", 2.5, True, [3], -1, 0, NAN],
+    "total_steps": ["100", 2.5, True, [], -1],
+    "lr": ["1e-3", None, True, 1j, [1], -1, 0, NAN, INF],
+    "head_lr": ["1e-3", True, [], -1, 0, NAN],
+    "seed": [None, "0", 1.5, True, [0], -1, 2**32],
+    "ranking": ["best", 5, [], {}, True],
+    "loss_fn": [5, "loss", []],
+    "fast": ["yes", True, 5, [], {}],
+    "progress": ["yes", None, 5],
+}
+
+
+@pytest.mark.parametrize("choose", [select, partial(select_trained, rule="integrated")])
+@pytest.mark.parametrize("name", WRONG)
+def test_no_argument_of_a_wrong_type_gets_as_far_as_the_model(name, choose):
+    given = {"batches": pairs(3), "lora": LoraConfig(r=2), "keep": 1, "steps": 3, "loss_fn": squared, "progress": False}
+    for value in WRONG[name]:
+        model = value if name == "model" else net()
+        before = fingerprint(model) if isinstance(model, nn.Module) and not _is_lazy(model) else None
+        with pytest.raises(WeightLoraError) as error:
+            choose(**{"model": model, **given, name: value})
+        assert isinstance(error.value, TypeError | ValueError), value
+        assert "\n" not in str(error.value), value
+        assert name in str(error.value) or name == "model", (value, str(error.value))
+        assert before is None or fingerprint(model) == before, value
+
+
+def test_a_data_parallel_model_and_a_lazy_one_are_told_what_to_do():
+    with pytest.raises(SiteError, match=r"inside DataParallel, .*give model.module"):
+        quietly(nn.DataParallel(net()), pairs(3), loss_fn=squared)
+    with pytest.raises(
+        SiteError, match=r"^0.weight \(2 of 4 weights\) has no shape yet, .*run the model on a batch once"
+    ):
+        quietly(nn.Sequential(nn.LazyLinear(6), nn.Linear(6, 6)), pairs(3), loss_fn=squared)
+
+
+def _is_lazy(model):
+    return any(is_lazy(parameter) for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("where", [1, 3, 4])

@@ -100,8 +100,9 @@ def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
 
     Raises:
         SiteError: There is no linear layer, ``target_modules`` match none (the text names the closest), PEFT cannot
-            adapt one of ``target_parameters``, or the model is compiled.
-        OptionError: PEFT adapts no parameter under this config, or ``target_modules`` names a part of a fused one.
+            adapt one of ``target_parameters``, or the model is compiled or inside ``DataParallel``.
+        OptionError: ``lora`` is no ``LoraConfig``, PEFT adapts no parameter under it, or ``target_modules`` names a
+            part of a fused one.
 
     Warns:
         WeightLoraWarning: ``target_modules`` asks for a module that gets no adapter, or a name in ``target_modules``,
@@ -116,6 +117,8 @@ def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
     from peft import LoraConfig
 
     lora = LoraConfig() if lora is None else lora
+    if not isinstance(lora, LoraConfig):  # pyright: ignore[reportUnnecessaryIsInstance]  # a user's mistake
+        raise OptionError(f"lora is of type {type(lora).__name__}; give a peft.LoraConfig, such as LoraConfig(r=8)")
     require_patterns(lora)
     modules = all_modules(model)
     linear = {name: module for name, module in modules.items() if is_linear(module)}
@@ -148,17 +151,25 @@ def linear_sites(model: nn.Module) -> tuple[Site, ...]:
     return tuple(sorted(Site(name, *shape_of(m)) for name, m in all_modules(model).items() if is_linear(m)))
 
 
-def require_uncompiled(model: nn.Module) -> None:
-    """Raise if ``model`` is the result of ``torch.compile``, whose layers have other names.
+def require_unwrapped(model: nn.Module) -> None:
+    """Raise unless ``model`` is a module with its own names of layers: what wraps it, or compiles it, renames them.
 
     Raises:
-        SiteError: The model is compiled.
+        SiteError: The model is compiled, inside ``DataParallel`` or ``DistributedDataParallel``, or no module.
     """
     from accelerate.utils import is_compiled_module
+    from torch import nn
 
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # a user's mistake
+        raise SiteError(f"the model is of type {type(model).__name__}; give a torch.nn.Module")
     if is_compiled_module(model):
         raise SiteError(
             "the model is compiled, which renames its layers; give the model before torch.compile, and compile it later"
+        )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        wrapper = type(model).__name__
+        raise SiteError(
+            f"the model is inside {wrapper}, which renames its layers; give model.module, and wrap it later"
         )
 
 
@@ -227,7 +238,7 @@ def all_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by its name in the base model; PEFT's wrappers are ignored."""
     from peft import PeftModel
 
-    require_uncompiled(model.get_base_model() if isinstance(model, PeftModel) else model)
+    require_unwrapped(model.get_base_model() if isinstance(model, PeftModel) else model)
     return dict(base_modules(model))
 
 

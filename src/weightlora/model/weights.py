@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def require_loaded(model: nn.Module, *, warm_up: bool = False) -> None:
-    """Raise where a weight is on the meta device, was made under ``torch.inference_mode()`` or packed for evaluation.
+    """Raise where a weight has no values or no shape, or is one through which no gradient passes.
+
+    Such are weights on the meta device, of lazy modules, made under ``torch.inference_mode()``, and 4-bit weights that
+    bitsandbytes packed for evaluation.
 
     Args:
         model: A base model or a PEFT model.
@@ -32,8 +35,16 @@ def require_loaded(model: nn.Module, *, warm_up: bool = False) -> None:
         weightlora.errors.SiteError: weight (2 of 2 weights) is on the meta device and nothing loads it: load the \
 model's weights, such as with from_pretrained and without torch.device('meta')
     """
+    from torch.nn.parameter import is_lazy
+
     tensors = dict(chain(model.named_parameters(), model.named_buffers() if warm_up else ()))
     later = _offloaded(model)
+    lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
+    if lazy:
+        raise SiteError(
+            f"{lazy[0]} ({len(lazy)} of {len(tensors)} weights) has no shape yet, as lazy modules have none before "
+            "their first batch: run the model on a batch once"
+        )
     empty = [name for name, tensor in tensors.items() if tensor.is_meta and id(tensor) not in later]
     if empty and (warm_up or is_first()):
         raise SiteError(

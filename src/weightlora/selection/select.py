@@ -10,11 +10,12 @@ model = plan.expand().attach(model)        # WeightLoRA+: the same budget as pla
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from numbers import Real
+from typing import Any, get_args
 
 from peft import LoraConfig, PeftModel, PeftType
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from weightlora.model.gathering import why_not_attachable
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
 from weightlora.model.sites import find_sites
+from weightlora.options import check_types
 from weightlora.plan.budget import Keep, Limit
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
@@ -104,8 +106,9 @@ def select(
         progress: Show a bar where the output is a terminal.
 
     Raises:
-        OptionError: An argument is out of its range.
-        SiteError: There is nothing to adapt, or the model is on the meta device or was made under inference mode.
+        OptionError: An argument has a type or a value that it cannot have.
+        SiteError: There is nothing to adapt; the model is inside ``DataParallel`` (give ``model.module``); or weights
+            are on the meta device, have no shape yet, or let no gradient pass.
         SelectionError: The loss has no gradient or is not finite, no site had a gradient, or no site that the
             budget could take has a positive score.
 
@@ -204,14 +207,14 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
     """Return the plan; without ``warm_start`` no weights are copied."""
     rule, keep, lr, seed, fast = asked.rule, asked.keep, asked.lr, asked.seed, asked.fast
     ranking = ranking_of(asked.ranking, keep, rule.ranking)
-    require_warmup(steps=asked.steps, lr=lr, head_lr=asked.head_lr)
+    _require_asked(asked, batches)
     steps = warmup_steps(asked.total_steps, rule.least_steps) if asked.steps is None else asked.steps
     times = reading_times(steps, rule, asked.total_steps)
     lora = deepcopy(_config_of(model) if asked.lora is None else asked.lora)
+    found = find_sites(model, lora)
     if asked.warm_start:
         require_training_rule(rule)
         require_plain(lora)
-    found = find_sites(model, lora)
     sites = found.sites
     budget = asked_budget(keep, ranking, sites, lora, besides=sum(each.parameters for each in found.parameters))
     if isinstance(budget, Limit):
@@ -274,6 +277,20 @@ def _options(asked: _Asked, ranking: Ranking, steps: Steps, head_steps: int) -> 
         **({} if asked.fast is None else {"fast": asked.fast}),
         **({"warm_start": True} if asked.warm_start else {}),
     }
+
+
+def _require_asked(asked: _Asked, batches: object) -> None:
+    """Raise where an argument has a type or a value that it cannot have; model and LoRA config are checked later."""
+    check_types(_Asked.__annotations__, vars(asked))
+    steps, total_steps, fast, loss_fn = asked.steps, asked.total_steps, asked.fast, asked.loss_fn
+    require(not isinstance(steps, str) or steps == "auto", f"steps={steps!r}", "a whole number or 'auto'")
+    require_warmup(steps=steps, lr=asked.lr, head_lr=asked.head_lr)
+    require(total_steps is None or total_steps >= 0, f"total_steps={total_steps}", "a whole number from 0, or None")
+    require(fast is None or fast in get_args(Dropout), f"fast={fast!r}", "'input', 'rank' or None")
+    require(loss_fn is None or callable(loss_fn), f"loss_fn={loss_fn!r:.80}", "a function, or None")
+    if batches is None or isinstance(batches, str | Mapping | Real):
+        kind = type(batches).__name__
+        raise OptionError(f"batches is of type {kind}; give an iterable of batches, such as a DataLoader or [batch]")
 
 
 def require_warmup(*, steps: Steps | None, lr: float, head_lr: float | None = None) -> None:

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from weightlora.errors import OptionError, SelectionError, WeightLoraError
 from weightlora.model.checkpointing import remove_input_hooks, shorten_backward
 from weightlora.model.layers import adapter_ranks, require_replaceable
-from weightlora.model.sites import require_uncompiled
+from weightlora.model.sites import require_unwrapped
 from weightlora.model.weights import require_loaded
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import write_base_model_name
@@ -137,7 +137,7 @@ def lora_of(trainer: Trainer, lora: LoraConfig | None) -> LoraConfig:
         SiteError: The model is compiled, on the meta device, or was made under inference mode.
     """
     model: Any = trainer.model
-    require_uncompiled(model)
+    require_unwrapped(model)
     require_loaded(model)
     if not isinstance(model, PeftModel):
         if lora is None:
