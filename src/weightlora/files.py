@@ -19,6 +19,7 @@ from weightlora.errors import DataError, OptionError, OutputError, WeightLoraErr
 
 #: How the names begin of files and folders that are being written.
 _DRAFT = ".weightlora-draft-"
+_DEEPEST, _MOST = 50, 10_000_000
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: How safetensors, and torch where it saves, say that they cannot write; neither raises an OSError.
 _UNWRITTEN = re.compile(
@@ -296,6 +297,27 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}; give lines of 'option: value'")
     return content  # pyright: ignore[reportUnknownVariableType]
+
+
+def is_deep(content: Any) -> bool:
+    """Return whether lists and mappings are more than 50 deep or have millions of entries, as no file of ours has.
+
+    What is nearly as deep as Python's stack would be read, and end in a RecursionError wherever it is shown; what
+    refers to itself has no end.
+
+    Example:
+        >>> is_deep({"a": [{"b": 1}]}), is_deep(eval("[" * 51 + "]" * 51))
+        (False, True)
+    """
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST + 1):
+        inner = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        if not inner:
+            return False
+        if sum(map(len, inner)) > _MOST:
+            return True
+        level = [child for children in inner for child in children]
+    return True
 
 
 def writable_folder(path: str | Path) -> Path:

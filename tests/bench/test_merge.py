@@ -1,5 +1,6 @@
 """``weightlora bench merge``: records of several machines are one benchmark, or one line says why not."""
 
+import json
 from copy import deepcopy
 
 import pytest
@@ -83,6 +84,67 @@ def test_revisions_and_versions_are_not_mixed_silently(merge, changed, named):
     assert "--mixed_revisions" in said
     code, said, found = merge([record(0)], [other], words=["--mixed_revisions"])
     assert (code, found) == (0, [record(0), other])
+
+
+GOOD = json.dumps(record(0))
+#: A line, and what is said of it.
+DAMAGED = [
+    ("5", "5 is no record"),
+    ("[]", "[] is no record"),
+    ("null", "None is no record"),
+    ('"text"', "'text' is no record"),
+    ("not JSON", "it is no JSON"),
+    ("{}", "it has no status"),
+    (json.dumps({k: v for k, v in record(0).items() if k != "status"}), "it has no status"),
+    (json.dumps({**record(0), "status": "fine"}), "status is 'fine'"),
+    (json.dumps({**record(0), "status": ["ok"]}), "status is ['ok']"),
+    (json.dumps({**record(0), "provenance": "yesterday"}), "provenance is 'yesterday'"),
+    (json.dumps({**record(0), "provenance": {"versions": ["torch"]}}), "provenance is"),
+    (json.dumps({**record(0), "provenance": {"versions": {"torch": ["2"]}}}), "provenance is"),
+    (json.dumps({**record(0), "options": 3}), "options is 3"),
+    (json.dumps({**record(0), "options": {}}), "options is {}"),
+    (json.dumps({**record(0), "metrics": None}), "metrics is None"),
+    (json.dumps({**record(0), "metrics": {"validation_loss": "low"}}), "metrics is"),
+    (GOOD.replace("0.5", "1" + "0" * 400), "metrics is"),
+    (GOOD.replace("0.5", "1" * 5000), "digits"),
+    (json.dumps({**record(0), "training_seconds": None}), "training_seconds is None"),
+    (json.dumps({**record(0), "adapter_parameters": float("nan")}), "adapter_parameters is nan"),
+    (json.dumps({**record(0), "kept": [["a"]]}), "kept is"),
+    (json.dumps({**record(0), "status": "failed"}), "it has no error"),
+    (GOOD.replace("0.5", "[" * 500 + "]" * 500), "nested too deeply"),
+    (GOOD.replace("0.5", '{"a":' * 500 + "1" + "}" * 500), "nested too deeply"),
+    ("[" * 500 + "]" * 500, "nested too deeply"),
+    ('{"a":' * 990 + "1" + "}" * 990, "nested too deeply"),
+    ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+]
+
+
+@pytest.mark.parametrize(("line", "says"), DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_line_is_named_and_nothing_is_lost(line, says, tmp_path, capsys):
+    """In the middle of a file, in front of others and behind them: each command names it and changes nothing."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (tmp_path / "b.yaml").write_text("{methods: [lora], learning_rates: [1.0e-3]}")
+    content = "\n".join([GOOD, line, json.dumps(record(1)), json.dumps(record(2))[:40]])
+    (folder / "records.jsonl").write_text(content)
+    bench = ["bench", "--config", str(tmp_path / "b.yaml"), "--output_dir", str(folder)]
+    merging = ["bench", "merge", str(folder), "--output", str(tmp_path / "all")]
+    for words in ([*bench, "--table"], merging, bench, [*bench, "--retry"]):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"{folder / 'records.jsonl'}, line 2: " in said
+        assert says in said
+        assert "delete it and run the benchmark again" in said
+    assert (folder / "records.jsonl").read_text() == content
+    assert not (tmp_path / "all").exists()
+
+
+def test_nan_of_two_machines_is_one_result(merge):
+    nan = record(0, accuracy=float("nan"))
+    code, _, found = merge([nan], [json.loads(json.dumps(nan))])
+    assert (code, json.dumps(found)) == (0, json.dumps([nan]))
+    assert merge([record(1, accuracy=float("nan"))], [record(1)])[0] == 2
 
 
 def test_hardware_may_differ(merge):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import weightlora
 from weightlora.bench.records import append_record, provenance, read_records
+from weightlora.files import read_json, write_json
 
 RECORD = {"method": "weightlora", "accuracy": 0.75, "note": "ω"}
 
@@ -68,6 +69,22 @@ def test_a_line_that_was_cut_off_inside_a_letter_is_passed_over(tmp_path):
     with path.open("ab") as file:
         file.write('{"note": "ω'.encode()[:-1])
     assert stored(path) == [{"seed": 0}]
+
+
+def test_what_a_crash_left_is_passed_over(tmp_path):
+    path = tmp_path / "records.jsonl"
+    append_record(path, {"seed": 0})
+    path.write_bytes(path.read_bytes() + b'{"seed": 1, "opt' + b"\n" + b"\0" * 40 + b"\n\n")
+    append_record(path, {"seed": 2})
+    assert stored(path) == [{"seed": 0}, {"seed": 2}]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_what_is_no_number_reads_back(tmp_path, value):
+    append_record(tmp_path / "records.jsonl", {"loss": value})
+    write_json(tmp_path / "results.json", {"loss": value})
+    for found in (stored(tmp_path / "records.jsonl")[0], read_json(tmp_path / "results.json")):
+        assert repr(found) == repr({"loss": value})
 
 
 @pytest.mark.parametrize("room", [0, 1, 20])

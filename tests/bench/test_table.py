@@ -13,9 +13,8 @@ from weightlora.bench.differences import make_differences
 from weightlora.bench.engine import adapter_folder, recorded, run_grid
 from weightlora.bench.grid import Point, by_key, read_grid
 from weightlora.bench.records import append_record
-from weightlora.bench.table import Cell, Table, _places, make_table, mean_and_error, to_latex, to_markdown, to_terminal
+from weightlora.bench.table import Cell, Table, _places, make_table, mean_and_error, to_latex, to_markdown
 from weightlora.cli import main
-from weightlora.cli._console import PlainConsole
 
 NAN, INF = float("nan"), float("inf")
 NAMES = [
@@ -91,12 +90,6 @@ def test_latex_compiles(tmp_path):
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_no_name_becomes_markup_in_a_terminal(name, capsys):
-    PlainConsole().print(to_terminal(table_of(name)))
-    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_names_of_rows_in_the_files_of_the_command(tmp_path, capsys):

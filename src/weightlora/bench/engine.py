@@ -14,7 +14,7 @@ import torch
 from weightlora.bench._job import LOG, Job, run_job
 from weightlora.bench._workers import Run, ray_slots, run_here, run_on_ray
 from weightlora.bench.grid import Grid, Point, Record, by_key, key_of, unrecorded
-from weightlora.bench.records import append_record, read_records
+from weightlora.bench.records import append_record, read_runs
 from weightlora.bench.schedule import seconds_left
 from weightlora.errors import OptionError
 from weightlora.files import only_writer, remove_drafts, replace_folder, write_text, written
@@ -127,8 +127,12 @@ def run_grid(grid: Grid, *, where: Where = HERE, retry: bool = False, report: Re
 
 
 def recorded(grid: Grid) -> list[Record]:
-    """Return the records that there are."""
-    return read_records(grid.output_dir / RECORDS_FILE)
+    """Return the records that there are.
+
+    Raises:
+        DataError: A line is no record of a run.
+    """
+    return read_runs(grid.output_dir / RECORDS_FILE)
 
 
 def adapter_folder(grid: Grid, point: Point) -> Path:

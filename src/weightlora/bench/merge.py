@@ -9,7 +9,7 @@ from typing import Any
 
 from weightlora.bench.engine import RECORDS_FILE
 from weightlora.bench.grid import Record, by_key
-from weightlora.bench.records import differing, mixed, read_records
+from weightlora.bench.records import differing, mixed, read_runs
 from weightlora.errors import DataError, OptionError
 from weightlora.files import only_writer, write_text
 
@@ -27,7 +27,7 @@ def merge_records(folders: Sequence[Path], *, mixed_revisions: bool = False) -> 
         mixed_revisions: Allow records of different git revisions and versions.
 
     Raises:
-        DataError: A folder has no records, or two of them have different results of the same run.
+        DataError: A folder has no records or a damaged one, or two of them have different results of the same run.
         OptionError: The records are of different git revisions or versions.
     """
     merged: dict[str, Record] = {}
@@ -35,7 +35,7 @@ def merge_records(folders: Sequence[Path], *, mixed_revisions: bool = False) -> 
     for file in (folder / RECORDS_FILE for folder in folders):
         if not file.exists():
             raise DataError(f"there is no {file}; give folders of benchmarks")
-        for key, record in by_key(read_records(file)).items():
+        for key, record in by_key(read_runs(file)).items():
             known = merged.get(key)
             if known is not None and record["status"] == known["status"] == "ok":
                 _require_equal(key, (origin[key], known), (file, record))
@@ -72,13 +72,18 @@ def write_merged(records: Sequence[Record], output: Path, folders: Sequence[Path
 def _require_equal(key: str, one: tuple[Path, Record], other: tuple[Path, Record]) -> None:
     """Raise where two records of a run have different results."""
     (first, known), (second, record) = one, other
-    names = [n for n in dict.fromkeys((*known, *record)) if n not in _PASSING and known.get(n) != record.get(n)]
+    names = [n for n in dict.fromkeys((*known, *record)) if n not in _PASSING and _text(known, n) != _text(record, n)]
     if names:
         shown = "; ".join(f"{name} is {_value(known, name)} and {_value(record, name)}" for name in names[:3])
         raise DataError(
             f"run {key} ({_named(record['options'])}) has different results in {first} and {second}: {shown}; remove "
             "the record that is wrong"
         )
+
+
+def _text(record: Mapping[str, Any], name: str) -> str:
+    """The entry as it is compared: NaN is NaN."""
+    return json.dumps(record.get(name), sort_keys=True)
 
 
 def _value(record: Mapping[str, Any], name: str) -> str:

@@ -6,25 +6,44 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from weightlora.errors import DataError
+from weightlora.files import is_deep
 from weightlora.plan.provenance import library_versions
+
+#: Of a record whose run was successful: numbers that it must have, and others that it may have.
+_SECONDS = ("selection_seconds", "training_seconds")
+_NUMBERS = ("run_seconds", "step_ratio", "peak_parameters", "adapter_parameters", "saved_bytes", "sites")
+_DEEP = "its values are nested too deeply"
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Return the records of a file; a last line that a stopped run cut off is passed over."""
-    path = Path(path)
-    records: list[dict[str, Any]] = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # cut off: no JSON, or not even text
-            continue
-    return records
+    """Return the records of a file; a last line that a stopped run cut off is passed over.
+
+    Raises:
+        DataError: A line is no record; its number is named.
+    """
+    return [record for _, record in _numbered(Path(path))]
+
+
+def read_runs(path: str | Path) -> list[dict[str, Any]]:
+    """Return the records of a benchmark's runs, each with all that tables read of it.
+
+    Raises:
+        DataError: A line is no record of a run; its number is named.
+    """
+    found = list(_numbered(Path(path)))
+    for number, record in found:
+        fault = _fault(record)
+        if fault:
+            raise _damaged(Path(path), number, fault)
+    return [record for _, record in found]
 
 
 def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
@@ -92,6 +111,62 @@ def provenance() -> dict[str, Any]:
         "git": _git("rev-parse", "--short=12", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--", ":/src")),
     }
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each record with the number of its line."""
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
+        try:
+            record: Any = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            if line.startswith(b"{") or not line.strip(b" \0"):  # cut off: by a kill, or when the machine went down
+                continue
+            raise _damaged(path, number, "it is no JSON") from error
+        except ValueError as error:  # a number of thousands of digits
+            raise _damaged(path, number, " ".join(str(error).split())) from error
+        except RecursionError as error:
+            raise _damaged(path, number, _DEEP) from error
+        if is_deep(record):
+            raise _damaged(path, number, _DEEP)
+        if not isinstance(record, dict):
+            raise _damaged(path, number, f"{record!r:.40} is no record")
+        yield number, cast("dict[str, Any]", record)
+
+
+def _damaged(path: Path, number: int, fault: str) -> DataError:
+    return DataError(f"{path}, line {number}: {fault}; correct the line, or delete it and run the benchmark again")
+
+
+def _fault(record: Mapping[str, Any]) -> str | None:
+    """What is wrong with the record of a run, or None."""
+    good, options, metrics = record.get("status") == "ok", record.get("options"), record.get("metrics")
+    numbers = {name: good and record.get(name) is not None for name in _NUMBERS} | dict.fromkeys(_SECONDS, good)
+    fits = {
+        "status": record.get("status") in ("ok", "failed"),
+        "options": isinstance(options, dict) and {"task", "method", "learning_rate", "seed"} <= {*options},
+        "provenance": _is_provenance(record.get("provenance") or {}),
+        "error": good or isinstance(record.get("error"), str),
+        "metrics": not good or (isinstance(metrics, dict) and all(map(_is_metric, cast("Any", metrics).values()))),
+        "kept": all(isinstance(name, str) for name in record.get("kept") or ()),
+        **{name: _is_finite(record.get(name)) for name, read in numbers.items() if read},
+    }
+    for name in (name for name, well in fits.items() if not well):
+        return f"{name} is {record[name]!r:.60}, as no run records it" if name in record else f"it has no {name}"
+    return None
+
+
+def _is_provenance(made: Any) -> bool:
+    versions: Any = cast("dict[str, Any]", made).get("versions", {}) if isinstance(made, dict) else None
+    return isinstance(versions, dict) and all(isinstance(one, str) for one in cast("Any", versions).values())
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_metric(value: Any) -> bool:
+    """Whether it is a number; a loss may be infinite or NaN, but a whole number must be one that a float holds."""
+    return type(value) is float or _is_finite(value)
 
 
 def _source(made: Mapping[str, Any]) -> dict[str, str]:
