@@ -56,7 +56,7 @@ class PlanDifference:
     changed_ranks: Mapping[str, tuple[int, int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdapterPlan:
     """Which sites carry an adapter and of which rank, with the record of the selection.
 
@@ -81,6 +81,18 @@ class AdapterPlan:
     question: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False)
     """What :func:`weightlora.select_for` was asked: a later start in the same folder that asks something else does not
     get this plan. Empty where a plan was made in another way."""
+
+    def __str__(self) -> str:
+        """Return one screen: what is kept, by which rule, where, and how to go on."""
+        from weightlora.plan.summary import summary
+
+        return summary(self)
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        from weightlora.plan.summary import headline
+
+        return f"AdapterPlan({headline(self)}, rule={self.rule!r:.60})"
 
     @property
     def names(self) -> tuple[str, ...]:
