@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from huggingface_hub import ModelCard
+from torch import nn
 from user_texts import assert_plain, plan_with, texts
 
 from weightlora.plan.card import write_card
@@ -15,7 +16,7 @@ def test_the_card_has_one_row_for_each_projection(text, tmp_path):
     path = tmp_path / "README.md"
     path.write_text("---\nlibrary_name: peft\n---\n\n# Model\n", encoding="utf-8")
     plan = plan_with(text, name="layer.0." + text)
-    write_card(tmp_path, plan)
+    write_card(tmp_path, plan, nn.Identity())
     body = ModelCard.load(path).text.partition("## Selection")[2]
     assert_plain(body)
     *_, row = body.rstrip("\n").splitlines()
@@ -27,7 +28,7 @@ def test_the_card_has_one_row_for_each_projection(text, tmp_path):
 def card_of(folder, plan):
     folder.mkdir()
     (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n\n# Model\n", encoding="utf-8")
-    write_card(folder, plan)
+    write_card(folder, plan, nn.Identity())
     return (folder / "README.md").read_text(encoding="utf-8")
 
 

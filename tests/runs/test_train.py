@@ -33,6 +33,7 @@ from weightlora.tasks.classification import accuracy, encode
 from weightlora.tasks.embedded import minilm as minilm_folder
 from weightlora.tasks.embedded import rotten_tomatoes
 
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 TRAINING = {
     "per_device_train_batch_size": 4,
     "max_steps": 6,
@@ -88,10 +89,10 @@ def test_a_run_leaves_a_stock_adapter_its_plan_a_card_and_numbers(unbroken):
         assert AdapterPlan.load(folder / "plan.json") == plan
         texts = [file.read_text() for file in folder.iterdir() if file.suffix in (".json", ".md", ".jinja")]
         assert not any(str(minilm_folder()) in text for text in texts), "a path of this machine"
-        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "embedded/minilm"
-    assert plan.base_model == "embedded/minilm"
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == MINILM
+    assert plan.base_model == MINILM
     card = (unbroken / "adapter" / "README.md").read_text()
-    assert "base_model: embedded/minilm" in card
+    assert f"base_model: {MINILM}" in card
     assert "9 of 36 sites" in card
     assert len(re.findall(r"^\| [\w.]+ \| \d of 6 \|", card, re.MULTILINE)) == 6  # one line a projection of MiniLM
 

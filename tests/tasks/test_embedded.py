@@ -17,10 +17,12 @@ from weightlora.plan.make import make_plan
 from weightlora.plan.provenance import base_model_name
 from weightlora.tasks import find_task
 from weightlora.tasks.classification import accuracy, encode, load_classifier, shuffled_batches
-from weightlora.tasks.embedded import embedded_model, embedded_name, roget, rotten_tomatoes, smollm2, wheel_file
+from weightlora.tasks.embedded import base_files, embedded_model, hub_name, roget, rotten_tomatoes, smollm2, wheel_file
 from weightlora.tasks.embedded import minilm as minilm_folder
 from weightlora.tasks.pretrained import load_pretrained, load_tokenizer
 from weightlora.tasks.rows import Source, load_rows
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 # -- wheels ----------------------------------------------------------------------------------------------------------
 
@@ -200,12 +202,15 @@ def test_accuracy_is_the_share_of_rows_whose_largest_logit_is_the_label():
 
 def test_an_embedded_model_has_its_name_and_any_other_its_path(tmp_path):
     model = load_classifier(minilm_folder(), labels=2, seed=0)
-    assert base_model_name(model) == "embedded/minilm"
+    assert base_model_name(model) == MINILM
     model.save_pretrained(tmp_path)
     assert base_model_name(load_classifier(tmp_path, labels=2, seed=0)) == str(tmp_path)
     folder, gguf = embedded_model("embedded/smollm2")
-    assert embedded_name(folder) == "embedded/smollm2"
-    assert embedded_model("embedded/minilm") == (str(minilm_folder()), None)
+    assert hub_name(folder) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert base_files("HuggingFaceTB/SmolLM2-135M-Instruct") == (folder, gguf)
+    assert embedded_model("embedded/minilm") == base_files(MINILM) == (str(minilm_folder()), None)
+    # A recipe that gives the hub's name gets the hub's weights, which are not rounded.
+    assert embedded_model(MINILM) is None
     assert gguf.endswith(".gguf")
 
 
@@ -219,9 +224,9 @@ def test_a_saved_adapter_names_the_embedded_model_and_no_folder(minilm, tmp_path
     }
     assert {"adapter_config.json", "plan.json", "README.md"} <= texts.keys()
     for name, text in texts.items():
-        assert "embedded/minilm" in text, name
+        assert MINILM in text, name
         assert str(minilm_folder().parent) not in text, name
-    assert "base_model:adapter:embedded/minilm" in texts["README.md"]
+    assert f"base_model:adapter:{MINILM}" in texts["README.md"]
 
 
 def test_a_saved_adapter_of_another_model_keeps_what_peft_wrote(minilm, tmp_path):
@@ -236,12 +241,21 @@ def test_a_saved_adapter_of_another_model_keeps_what_peft_wrote(minilm, tmp_path
     ours, stock = tmp_path / "ours", tmp_path / "stock"
     assert (ours / "adapter_config.json").read_bytes() == (stock / "adapter_config.json").read_bytes()
     cards = [ModelCard.load(folder / "README.md") for folder in (ours, stock)]
-    assert cards[0].text.startswith(cards[1].text.rstrip())
-    added = {"tags": sorted({*cards[1].data.tags, "lora", "weightlora"})}
-    assert cards[0].data.to_dict() == {**cards[1].data.to_dict(), **added}
+    wanted = cards[1].data.to_dict()
+    # The hub refuses the name of a folder as a base model.
+    wanted["tags"] = sorted(
+        {*wanted["tags"], "lora", "weightlora"} - {f"base_model:adapter:{wanted.pop('base_model')}"}
+    )
+    assert cards[0].data.to_dict() == wanted
 
 
 def test_names_need_no_wheel(monkeypatch, tmp_path):
     monkeypatch.setattr("weightlora.tasks.embedded.files", lambda _: [])
-    assert embedded_name(tmp_path) is None
-    assert embedded_name("some/model") is None
+    assert hub_name(tmp_path) is None
+    assert hub_name("some/model") is None
+    assert base_files(MINILM) is None
+
+
+def test_a_hub_name_that_is_not_reached_is_answered_with_the_copy():
+    with pytest.raises(DataError, match="without the hub, give 'embedded/minilm'"):
+        load_tokenizer(MINILM, local_files_only=True)

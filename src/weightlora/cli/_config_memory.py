@@ -142,9 +142,9 @@ def _load_config(path: str) -> Any:
     """The config of a hub name, a folder or a file."""
     from transformers import AutoConfig
 
-    from weightlora.tasks.embedded import embedded_model
+    from weightlora.tasks.embedded import base_files
 
-    folder, _ = embedded_model(path) or (path, None)
+    folder, _ = base_files(path) or (path, None)
     try:
         return AutoConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:

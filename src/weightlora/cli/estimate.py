@@ -121,13 +121,13 @@ def _model_and_loss(plan: AdapterPlan, path: str | None, length: int) -> tuple[A
         raise OptionError("the plan names no base model; give --model_name_or_path")
 
     from weightlora.cost.made_up_batch import make_loss_of, require_length
-    from weightlora.tasks.embedded import embedded_model
+    from weightlora.tasks.embedded import base_files
     from weightlora.tasks.pretrained import load_pretrained
 
     task = str(plan.lora.get("task_type"))
     if task not in LOADERS:
         raise OptionError(f"a plan of task_type={task} has no loss to estimate; there are {', '.join(LOADERS)}")
-    folder, gguf = embedded_model(path) or (path, None)
+    folder, gguf = base_files(path) or (path, None)
     model: Any = load_pretrained(LOADERS[task], folder, seed=0, **({} if gguf is None else {"gguf_file": gguf}))
     require_length(model.config, length)
     return model, make_loss_of(task, length, model.device)

@@ -346,7 +346,7 @@ class AdapterPlan:
                 raise OSError(str(error)) from error
             write_base_model_name(draft, model)
             self.save(draft / "plan.json")
-            write_card(draft, self)
+            write_card(draft, self, model)
 
 
 def sites_fingerprint(sites: Sequence[Site]) -> str:

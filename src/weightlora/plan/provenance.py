@@ -11,19 +11,17 @@ from weightlora.files import write_text
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PretrainedConfig
 
 
 def base_model_name(model: nn.Module) -> str | None:
     """The name or path that a transformers model, with or without adapters, was loaded from; None where it has none."""
-    from peft import PeftModel
-    from transformers import PretrainedConfig
-
-    config: Any = vars(model.get_base_model() if isinstance(model, PeftModel) else model).get("config")
-    return (config.name_or_path or None) if isinstance(config, PretrainedConfig) else None
+    config = _config(model)
+    return None if config is None else config.name_or_path or None
 
 
 def write_base_model_name(folder: Path, model: nn.Module) -> None:
-    """Write the name of ``model``'s base into a saved adapter: its configuration and its card.
+    """Write the name of ``model``'s base into the configuration of a saved adapter.
 
     PEFT writes the path of the files that were loaded, which for an embedded model is a folder of this machine.
 
@@ -40,9 +38,31 @@ def write_base_model_name(folder: Path, model: nn.Module) -> None:
         return
     config["base_model_name_or_path"] = name
     write_text(file, json.dumps(config, indent=2, sort_keys=True))  # as PEFT writes it
-    card = folder / "README.md"
-    if card.exists():
-        write_text(card, card.read_text(encoding="utf-8").replace(written, name))
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of a classifier's classes in their order; () where they are only transformers' LABEL_0, LABEL_1, ..."""
+    config = _config(model)
+    given: Any = (config.id2label if config else None) or {}
+    names = [str(name) for _, name in sorted((int(number), name) for number, name in given.items())]
+    return () if names == [f"LABEL_{number}" for number in range(len(names))] else tuple(names)
+
+
+def is_from_gguf(model: nn.Module) -> bool:
+    """Whether a model's weights were read from a GGUF file of this machine, which rounds them."""
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return isinstance(base, PreTrainedModel) and any(Path(base.name_or_path or "nowhere").glob("*.gguf"))
+
+
+def _config(model: nn.Module) -> PretrainedConfig | None:
+    from peft import PeftModel
+    from transformers import PretrainedConfig
+
+    config: Any = vars(model.get_base_model() if isinstance(model, PeftModel) else model).get("config")
+    return config if isinstance(config, PretrainedConfig) else None
 
 
 def library_versions() -> dict[str, str]:

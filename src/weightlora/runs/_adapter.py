@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,4 +30,11 @@ def save_adapter(trainer: Trainer, plan: AdapterPlan, path: Path) -> None:
         tokenizer: Any = trainer.processing_class
         tokenizer.save_pretrained(str(draft))
         plan.save(draft / PLAN_FILE)
-        write_card(draft, plan)
+        write_card(draft, plan, model)
+
+
+def write_metrics(trainer: Trainer, plan: AdapterPlan, path: Path, metrics: Mapping[str, float]) -> None:
+    """Write the card of a saved adapter anew, with what was measured."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)  # type: ignore[arg-type]
+    if is_first():
+        write_card(path, plan, model, metrics=metrics)

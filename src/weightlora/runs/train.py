@@ -24,7 +24,7 @@ from weightlora.files import only_writer, write_json, written
 from weightlora.methods import Method, entry_of
 from weightlora.model.distributed import from_first, is_first
 from weightlora.plan.plan import AdapterPlan
-from weightlora.runs._adapter import save_adapter
+from weightlora.runs._adapter import save_adapter, write_metrics
 from weightlora.runs._checkpoint import resume, resume_point, whole_checkpoints
 from weightlora.runs._folder import (
     remove_drafts_of_checkpoints,
@@ -190,10 +190,12 @@ def export(run: Run, method: Method, *, before: dict[str, Any] | None, **seconds
     method.export(trainer.model)  # pyright: ignore[reportArgumentType]  # what is measured below is what is saved
     made = method.plan
     save_adapter(trainer, made, recipe.output_dir / ADAPTER)
+    metrics = run.task.measure(trainer)
+    write_metrics(trainer, made, recipe.output_dir / ADAPTER, metrics)
     if recipe.training.push_to_hub and is_first():
         push_adapter(recipe.output_dir / ADAPTER, trainer.hub_model_id, recipe.training)
     results = {
-        "metrics": run.task.measure(trainer),
+        "metrics": metrics,
         "before": before,
         "method": recipe.method.method if recipe.method.plan is None else "plan",
         "adapters": len(made.names),

@@ -11,7 +11,7 @@ from typing import Any
 from weightlora.errors import DataError, WeightLoraWarning
 from weightlora.model.loaders import LOADERS
 from weightlora.model.sites import Site, find_sites
-from weightlora.tasks.embedded import embedded_model
+from weightlora.tasks.embedded import base_files
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def is_here(name: str) -> bool:
         >>> is_here("meta-llama/Llama-3.1-8B"), is_here("")
         (False, False)
     """
-    return name.startswith("embedded/") or (Path(name) / "config.json").is_file()
+    return base_files(name) is not None or (Path(name) / "config.json").is_file()
 
 
 def read_base(name: str, task_type: str | None) -> BaseModel:
@@ -87,7 +87,7 @@ def _empty_model(name: str, task_type: str | None) -> Any:
     import torch
     import transformers
 
-    folder, gguf = embedded_model(name) or (name, None)
+    folder, gguf = base_files(name) or (name, None)
     loader: Any = getattr(transformers, LOADERS.get(str(task_type), "AutoModelForCausalLM"))
     extra: Mapping[str, Any] = {} if gguf is None else {"gguf_file": gguf}
     try:

