@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,35 @@ def test_help_is_there_and_imports_nothing_heavy(command):
     assert "weightlora" in imported
     assert imported.isdisjoint({"torch", "peft", "transformers", "matplotlib", "numpy"})
     assert "example:" in done.stdout
+
+
+#: Ctrl-C as the module ``name`` is looked for; then a way to start the command.
+CTRL_C = """
+import os, signal, sys
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, CtrlC())
+sys.argv = ["weightlora", "select", "--task=rotten_tomatoes", "--output_dir=run"]
+"""
+STARTS = {
+    "python -m": 'import runpy; runpy.run_module("weightlora", run_name="__main__")',
+    "console script": "from {} import {}; sys.exit({}())",
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(
+    "name", ["weightlora.cli", "argparse", "weightlora.cli.train", "weightlora.runs.recipe", "torch"]
+)
+def test_ctrl_c_while_modules_are_imported_is_one_line(name, start, tmp_path):
+    settings = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    module, function = re.search(r'^weightlora = "([\w.]+):(\w+)"$', settings, re.MULTILINE).groups()
+    code = CTRL_C.format(name=name) + STARTS[start].format(module, function, function)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "weightlora: stopped\n", "")
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize(

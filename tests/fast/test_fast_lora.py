@@ -15,7 +15,7 @@ import weightlora
 from weightlora.errors import OptionError, SiteError, WeightLoraWarning
 from weightlora.fast import _layer as fast_layer
 from weightlora.fast._layer import FastLora
-from weightlora.fast.dropout import drop
+from weightlora.fast.dropout import drop, unpack, zeroed
 from weightlora.fast.enable import disable_fast_lora, enable_fast_lora, fast_coverage
 from weightlora.model.gates import gated
 from weightlora.model.layers import lora_layers
@@ -293,6 +293,29 @@ def test_gates_go_through_the_same_path(omega, tokens, small, monkeypatch):
 
 
 # -- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [1e-7, 1e-8, 1e-9, 1e-10, 1e-12, 1e-17, 1e-40, 5e-324])
+def test_a_value_is_dropped_as_seldom_as_is_asked(p):
+    """100 masks of 10,000 values; Poisson's P(more than three dropped of λ = 0.1 at most) is below 10^-5."""
+    torch.manual_seed(0)
+    ones = torch.ones(10_000)
+    dropped = 0
+    for _ in range(100):
+        values, mask = drop(ones, p)
+        assert zeroed(ones, unpack(mask)).equal(values)
+        dropped += int((values == 0).sum())
+    assert dropped <= 3
+
+
+def test_a_dropout_of_a_billionth_is_none():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(512, 64)
+    config = LoraConfig(r=4, target_modules=["0"], lora_dropout=1e-9, init_lora_weights=False)
+    model = enable_fast_lora(get_peft_model(net, config)).train()
+    outputs = [model(x) for _ in range(20)]
+    expected = model.eval()(x)
+    assert all(torch.allclose(output, expected, rtol=1e-5, atol=1e-6) for output in outputs)
 
 
 @pytest.mark.parametrize("p", [0.0001, 0.05, 0.5, 0.9])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from weightlora.cli import main
 from weightlora.errors import OptionError, OutputError, PlanError, PlanMismatchError
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import Site, find_sites
@@ -280,6 +281,23 @@ def test_what_is_no_plan_is_one_line_that_names_it(tmp_path, content):
         AdapterPlan.load(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("depth", [30, 500, 900, 2000, 100_000])
+@pytest.mark.parametrize("field", ["options", "lora", "versions", "sites", "history", "target_parameters", "new"])
+def test_a_plan_that_is_nested_deeply_is_one_line_for_all_that_read_it(tmp_path, capsys, field, depth):
+    path = tmp_path / "plan.json"
+    flat_plan(3, [1]).save(path)
+    data = json.loads(path.read_text())
+    held = data.get(field, [])
+    data[field] = {**held, "x": "here"} if isinstance(held, dict) else [*held, "here"]
+    path.write_text(json.dumps(data).replace('"here"', "[" * depth + "1" + "]" * depth))
+    with pytest.raises(PlanError):
+        AdapterPlan.load(path)
+    for words in (["show"], ["emit", "--for=axolotl"]):
+        assert main([*words, str(path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(path) in line
 
 
 def test_a_plan_cut_off_anywhere_is_no_plan(tmp_path):

@@ -119,6 +119,16 @@ def test_a_mistake_is_one_line(written, content, words, text):
 
 
 @pytest.mark.parametrize(
+    "value", ["2024-01-01", "{a: 2024-01-01}", "{2024-01-01: 1}", "{a: !!binary aGk=}", "&a {b: *a}"]
+)
+@pytest.mark.parametrize("option", ["learning_rate", "lr_scheduler_kwargs", "keep"])
+def test_a_date_or_what_else_yaml_has_is_one_line_that_names_the_option(written, option, value):
+    with pytest.raises(OptionError, match=option) as caught:
+        read_recipe(written(f"task: rte\n{option}: {value}\n"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("content", "text"), [("- 1\n- 2\n", "holds a list"), ("a: [", "cannot read"), (None, "cannot read")]
 )
 def test_a_file_that_is_no_recipe(written, tmp_path, content, text):

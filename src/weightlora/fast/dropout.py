@@ -47,10 +47,12 @@ def drop(values: Tensor, p: float) -> tuple[Tensor, Tensor]:
     # More are dropped once in 10^13 masks; then the last values are kept.
     most = math.ceil(n * p + 8 * math.sqrt(n * p * (1 - p))) + 32
     # P(gap > k) = P(v < (1−p)^k) for v uniform in (0, 1]; torch.rand is in [0, 1). v has 24 bits: it is at least 2^-24.
-    rate = -math.log1p(-p)
-    longest = 24 * math.log(2) / rate + 1
-    gaps = torch.rand(most, dtype=torch.float32).neg_().log1p_().div_(-rate).add_(1)
-    gaps = gaps.to(torch.int16 if longest < 2**15 else torch.int32)  # rounds down
+    rate = max(-math.log1p(-p), 1e-30)  # so that no gap is infinite
+    behind = 2 * n + 2  # any gap that leads behind the last value, also after rounding to float32
+    longest = min(24 * math.log(2) / rate + 1, behind)
+    kind = torch.int16 if longest < 2**15 else torch.int32 if longest < 2**30 else torch.int64
+    gaps = torch.rand(most, dtype=torch.float32).neg_().log1p_().div_(-rate).add_(1).clamp_(max=behind)
+    gaps = gaps.to(kind)  # rounds down
     gaps[:1].sub_(1)
     dropped = unpack(gaps)
     # A fake tensor, with which bytes are counted, has no numbers: take the expected count.

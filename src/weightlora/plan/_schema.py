@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ ENTRY_KEYS = ("lora_r", "lora_alpha", "r", "alpha", "score", "score_error")
 #: Fields of the plan, in addition to its sites and history.
 PLAN_KEYS = ("rule", "options", "seed", "base_model", "versions", "lora")
 
+_DEEPEST = 20
 _MOST = 1e300  # the difference of two is still finite
 #: Far above any layer, and within the whole numbers that torch has.
 MOST_RANK = 2**20
@@ -55,12 +56,26 @@ def read_plan_file(path: str | Path) -> dict[str, Any]:
 
 
 def text_fault(data: Any) -> str | None:
-    """The half of a character that ``data`` holds, or None; JSON can name one, but it cannot be written or shown."""
+    """What ``data`` holds that JSON can name, but that cannot be written or shown, or None.
+
+    That is half of a character, or values that are nested deeper than Python follows.
+    """
+    level, depth = [data], 0
+    while level := [inner for value in level for inner in _inside(value)]:
+        depth += 1
+        if depth > _DEEPEST:
+            return f"its values are nested more than {_DEEPEST} deep"
     try:
         json.dumps(data, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         return f"it holds {error.object[error.start]!r}, which is no character"
     return None
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return cast("dict[str, Any]", value).values()
+    return cast("list[Any]", value) if isinstance(value, list) else ()
 
 
 def _fault(data: Mapping[str, Any]) -> str | None:

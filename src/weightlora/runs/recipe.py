@@ -294,6 +294,9 @@ def _settings(ours: Sequence[Any], training: Any) -> dict[str, Any]:
 def option_words(content: Mapping[str, Any]) -> list[str]:
     """Return the options of a YAML mapping as the words of a command line.
 
+    Raises:
+        OptionError: A mapping in it cannot be JSON: it holds a date, for instance.
+
     Example:
         >>> option_words({"keep": 0.5, "method_options": ["init_r=12"], "plan": None})
         ['--keep=0.5', '--method_options', 'init_r=12']
@@ -303,10 +306,18 @@ def option_words(content: Mapping[str, Any]) -> list[str]:
         if isinstance(value, list):
             words += [f"--{key}", *map(str, value)] if value else []
         elif isinstance(value, dict):
-            words += [f"--{key}", json.dumps(value)]
+            words += [f"--{key}", _as_json(key, value)]
         elif value is not None:
             words += [f"--{key}={value}"]
     return words
+
+
+def _as_json(key: str, value: Mapping[str, Any]) -> str:
+    """A mapping as transformers reads it from the command line."""
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:  # a date, bytes, or a mapping that holds itself
+        raise OptionError(f"{key}={value!r:.80} is not allowed: {error}; give numbers, and texts in quotes") from error
 
 
 def _plain(value: Any) -> Any:
