@@ -4,7 +4,7 @@ import re
 
 import pytest
 import yaml
-from transformers import Seq2SeqTrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainerState
 from trl import SFTConfig
 
 from weightlora.errors import DataError, OptionError
@@ -135,3 +135,28 @@ def test_a_file_that_is_no_recipe(written, tmp_path, content, text):
     path = tmp_path / "missing.yaml" if content is None else written(content)
     with pytest.raises(DataError, match=text):
         read_recipe(path)
+
+
+@pytest.mark.parametrize("task", ["text_classification", "xsum", "gsm8k"])
+def test_the_default_rate_suits_adapters_and_is_written_down(task, written):
+    """Transformers' is 5e-5 and TRL's 2e-5: LoRA hardly moves."""
+    words = ["--task", task, "--bf16", "false"]
+    recipe = read_recipe(words=words)
+    assert recipe.settings["learning_rate"] == recipe.training.learning_rate == 1e-3
+    for rate in (5e-5, 2e-5):  # written down where it is the class's own default, too
+        given = read_recipe(words=[*words, f"--learning_rate={rate}"])
+        assert read_recipe(written(given.settings)).training.learning_rate == rate
+    assert read_recipe(words=[*words, "--method=full"]).training.learning_rate < 1e-4  # no adapters
+
+
+@pytest.mark.parametrize("task", ["text_classification", "gsm8k"])
+@pytest.mark.parametrize("steps", [10, 11, 21, 60, 137])
+def test_losses_are_logged_at_least_ten_times(task, steps, written):
+    words = ["--task", task, "--bf16", "false"]
+    recipe = read_recipe(words=words)
+    state = TrainerState()
+    state.compute_steps(recipe.training, steps)
+    assert steps // state.logging_steps >= 10
+    assert read_recipe(written(recipe.settings)).training.logging_steps == recipe.training.logging_steps
+    given = read_recipe(words=[*words, "--logging_steps=500"])
+    assert read_recipe(written(given.settings)).training.logging_steps == 500

@@ -1,6 +1,8 @@
 """``steps="auto"``: when the scores are looked at, when they are settled, and what a selection takes."""
 
 import itertools
+import logging
+import re
 
 import pytest
 import torch
@@ -11,7 +13,14 @@ from weightlora.errors import OptionError
 from weightlora.selection.rules import RULES, rule_of
 from weightlora.selection.rules.base import Scores
 from weightlora.selection.select import select
-from weightlora.selection.steps import SETTLED, check_steps, likeness, reading_times, settled, warmup_steps
+from weightlora.selection.steps import (
+    SETTLED,
+    check_steps,
+    likeness,
+    reading_times,
+    settled,
+    warmup_steps,
+)
 
 BRANCHES = 12
 LORA = LoraConfig(r=2)
@@ -180,3 +189,37 @@ def test_other_steps_are_refused(steps):
 )
 def test_warmup_is_half_a_percent_rounded_up_and_at_least_twenty(total, t):
     assert warmup_steps(total) == t
+
+
+@pytest.mark.parametrize(
+    ("scoring", "training", "level", "says"),
+    [
+        (20, 400, logging.INFO, r"^scoring takes 20 steps, 5 % of the 400 steps of the training$"),
+        (20, 399, logging.WARNING, r"20 steps, 5 % .* only where a step of the plan takes less than 0\.95 of LoRA's"),
+        (40, 50, logging.WARNING, r"40 steps, 80 % .* less than 0\.20 of LoRA's .*lower steps"),
+        (40, 20, logging.WARNING, r"40 steps, 200 % .* in no case"),
+    ],
+)
+def test_what_scoring_costs_is_said_and_what_to_do_where_it_is_much(scoring, training, level, says):
+    from weightlora.selection.steps import scoring_cost
+
+    found, line = scoring_cost(scoring, training)
+    assert found == level
+    assert re.search(says, line)
+    assert "at most" in scoring_cost(scoring, training, most=True)[1]
+
+
+def test_a_selection_logs_its_cost_before_and_its_seconds_after(caplog):
+    """A head is trained 2 steps alone, then 3 score: 5 of 20 steps are a quarter, of 100 steps a twentieth."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    lora = LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])
+    asked = {"lora": lora, "keep": 1, "steps": 3, "rule": rule_of("first_order", head_steps=2), "progress": False}
+    batches = [{"x": torch.ones(2, 4)}] * 5
+    caplog.set_level(logging.INFO, "weightlora")
+    for total, level, share in ((20, logging.WARNING, "25 %"), (100, logging.INFO, "5 %")):
+        select(net, batches, loss_fn=lambda model, batch: model(batch["x"]).square().mean(), total_steps=total, **asked)
+        (_, before, line), (_, after, seconds) = caplog.record_tuples
+        assert (before, after) == (level, level)
+        assert f"5 steps, {share} of the {total} steps" in line
+        assert re.fullmatch(r"selection took \d+\.\d s", seconds)
+        caplog.clear()

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from logging import ERROR, getLogger
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -122,5 +123,6 @@ def _quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
+    getLogger("weightlora").setLevel(ERROR)  # what scoring costs is in the record
     warnings.formatwarning = _one_line  # this process runs the job alone
     warnings.filterwarnings("ignore", category=FutureWarning)

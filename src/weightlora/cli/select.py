@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import time
 from typing import Any
 
+from weightlora.cli._durations import duration
 from weightlora.cli._options import add_recipe_parser
 
 
@@ -23,15 +26,14 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Select, write the plan and its plots, and print the heat map."""
-    from weightlora.errors import require_extra
+    """Select, write the plan and its plots, and print the heat map, what was written and what to do next."""
     from weightlora.runs.recipe import read_recipe
 
-    require_extra("matplotlib", "report")  # before the work begins
+    start = time.perf_counter()
     # A mistake is told before torch is imported.
     recipe = read_recipe(arguments.config, arguments.rest, output_dir="runs/select")
 
-    from weightlora.cli._console import PlainConsole
+    from weightlora.cli._console import PlainConsole, draws_pictures, shown_log
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.report.knee import draw_knee, has_gain, knee_text, make_knee
@@ -39,22 +41,25 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.runs.train import HEATMAP_FILE, KNEE_FILE
     from weightlora.trainer.guard import PLAN_FILE
 
-    with quiet_libraries():
+    console = PlainConsole()
+    with quiet_libraries(), shown_log(console):
         plan = select_plan(recipe)
     plan_file, heatmap, knee_file = (recipe.output_dir / name for name in (PLAN_FILE, HEATMAP_FILE, KNEE_FILE))
-    draw_heatmap(plan, heatmap)
     knee = make_knee(plan) if has_gain(plan) else None
-    if knee is not None:
-        draw_knee(knee, knee_file)
-    else:
-        knee_file.unlink(missing_ok=True)  # an earlier selection's, of another plan
-    console = PlainConsole()
+    knee_file.unlink(missing_ok=True)  # an earlier selection's
+    wrote = [plan_file]
+    if draws_pictures(console):
+        draw_heatmap(plan, heatmap)
+        wrote.append(heatmap)
+        if knee is not None:
+            draw_knee(knee, knee_file)
+            wrote.append(knee_file)
     console.print(terminal_heatmap(plan))
     if "agreement" in plan.options:
         agreement = plan.options["agreement"]
         console.print(f"two halves of the batches agree on the ranking: Spearman correlation {agreement:.2f}")
     if knee is not None:
         console.print(knee_text(knee))
-        console.print(f"wrote {plan_file}, {heatmap} and {knee_file}", soft_wrap=True)
-    else:
-        console.print(f"wrote {plan_file} and {heatmap}", soft_wrap=True)
+    whole: dict[str, Any] = {"soft_wrap": True, "highlight": False}
+    console.print(f"wrote {', '.join(map(str, wrote))} in {duration(time.perf_counter() - start)}", **whole)
+    console.print(f"next: weightlora train --plan {shlex.quote(str(plan_file))}, with the same task and files", **whole)

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from weightlora.cli._durations import duration
 from weightlora.cli._options import add_recipe_parser
+from weightlora.runs.files import ADAPTER, RESULTS_FILE
 
 
 def add_parser(commands: Any) -> None:
@@ -22,30 +30,51 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, then print the heat map and the metrics."""
-    from weightlora.errors import require_extra
+    """Train, then print the heat map, the metrics, where the adapter is, and what to do next."""
     from weightlora.runs.recipe import read_recipe
 
-    require_extra("matplotlib", "report")  # before the work begins
+    start = time.perf_counter()
     recipe = read_recipe(arguments.config, arguments.rest)  # a mistake is told before torch is imported
 
-    from weightlora.cli._console import PlainConsole
+    from weightlora.cli._console import PlainConsole, draws_pictures, shown_log
+    from weightlora.cli._progress import ProgressLines
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.model.distributed import is_first
     from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.plan.plan import AdapterPlan
-    from weightlora.runs.files import ADAPTER
     from weightlora.runs.train import HEATMAP_FILE, train
     from weightlora.trainer.guard import PLAN_FILE
 
-    with quiet_libraries():
-        results = train(recipe)
+    console = PlainConsole()
+    done = (recipe.output_dir / RESULTS_FILE).exists()
+    recipe.training.disable_tqdm = bool(recipe.training.disable_tqdm) or not sys.stderr.isatty()
+    lines = () if console.is_terminal else (ProgressLines(partial(console.print, highlight=False)),)
+    with quiet_libraries(), shown_log(console):
+        results = train(recipe, callbacks=lines)
     if not is_first():
         return
-    console = PlainConsole()
     plan = AdapterPlan.load(recipe.output_dir / ADAPTER / PLAN_FILE)
-    draw_heatmap(plan, recipe.output_dir / HEATMAP_FILE)
+    if draws_pictures(console):
+        draw_heatmap(plan, recipe.output_dir / HEATMAP_FILE)
+    if done:
+        console.print("already done: this is what the run left; another output_dir trains again", highlight=False)
     console.print(terminal_heatmap(plan))
-    for name, value in results["metrics"].items():
-        console.print(f"{name:<28} {value:.4f}")
-    console.print(f"wrote {recipe.output_dir}", soft_wrap=True)
+    for line in _ending(recipe.output_dir, results, None if done else time.perf_counter() - start):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _ending(output: Path, results: Mapping[str, Any], seconds: float | None) -> list[str]:
+    """The lines at the end of a run: its metrics, what it cost, where its adapter is, and the next commands."""
+    share = results["adapter_parameters"] / results["lora_parameters"]
+    rows = {name: f"{value:.4f}" for name, value in results["metrics"].items()}
+    rows["parameters"] = f"{results['adapter_parameters']:,} ({100 * share:.0f} % of LoRA's)"
+    rows |= {name: f"{results[f'{name}_seconds']:.1f} s" for name in ("selection", "training")}
+    if seconds is not None:
+        rows["in all"] = f"{duration(seconds)}, with loading and measuring"
+    folder, page = (shlex.quote(str(path)) for path in (output, output / "report.html"))
+    return [
+        *(f"{name:<28} {value}" for name, value in rows.items()),
+        f"{'adapter, stock PEFT':<28} {output / ADAPTER}",
+        f"next: weightlora report {folder} --output {page}",
+        f"      weightlora check {folder} --for all",
+    ]

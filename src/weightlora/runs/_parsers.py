@@ -74,7 +74,7 @@ def training_names(kind: Kind) -> set[str]:
     return names
 
 
-def training_parser(arguments: type[TrainingArguments], output_dir: str) -> HfArgumentParser:
+def training_parser(arguments: type[TrainingArguments], defaults: Mapping[str, Any]) -> HfArgumentParser:
     """Return the parser of a class of training arguments; it says in one line what is wrong."""
     from transformers import HfArgumentParser
 
@@ -83,7 +83,7 @@ def training_parser(arguments: type[TrainingArguments], output_dir: str) -> HfAr
             raise OptionError(message)
 
     parser = OneLine(arguments, allow_abbrev=False, add_help=False)  # pyright: ignore[reportArgumentType]
-    parser.set_defaults(output_dir=output_dir)
+    parser.set_defaults(**defaults)
     return parser
 
 

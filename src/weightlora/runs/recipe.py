@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from weightlora.selection.rules.base import Rule
 
 
+#: The learning rate where a recipe names none. Transformers' 5e-5 suits whole models: at it adapters hardly move.
+ADAPTER_RATE = 1e-3
+#: Losses are logged after this share of the steps: at least ten times in ten steps or more.
+_LOGGED = 0.05
+
+
 def _option(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
 
@@ -229,7 +235,10 @@ def read_recipe(
     if names:  # mistyped names are found before the seconds that the classes' import takes
         typed = [word for word in rest if word.startswith("--") and option_name(word).removeprefix("no_") not in names]
         _require_known(where, content, typed, own | names)
-    theirs = training_parser(kind_of(task).arguments_class(), output_dir)
+    defaults: dict[str, Any] = {"output_dir": output_dir, "logging_steps": _LOGGED}
+    if method.method != "full":
+        defaults["learning_rate"] = ADAPTER_RATE
+    theirs = training_parser(kind_of(task).arguments_class(), defaults)
     known = {**actions_of(ours), **actions_of(theirs)}
     lists = {name for name, action in known.items() if action.nargs in ("*", "+")}
     for key, value in content.items():
@@ -277,8 +286,9 @@ def _require_known(where: str, content: Mapping[str, Any], words: Sequence[str],
 
 
 def _settings(ours: Sequence[Any], training: Any) -> dict[str, Any]:
-    # Named in any case: what is trained depends on the machine where they are not given.
-    named = {name: getattr(training, name) for name in ("output_dir", "use_cpu", "bf16", "fp16")}
+    # Named in any case: the default is ours, or depends on the machine.
+    names = ("output_dir", "use_cpu", "bf16", "fp16", "learning_rate", "logging_steps")
+    named = {name: getattr(training, name) for name in names}
     # Now or never: making training arguments resets accelerate's state, which a trainer made before relies on.
     default = type(training)(**named)
     if training.deepspeed_plugin is not None:  # from_pretrained asks for the last one made, and the default's is gone

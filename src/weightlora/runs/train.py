@@ -12,14 +12,17 @@ output_dir/results.json  metrics, parameters and seconds, written last
 
 from __future__ import annotations
 
+import logging
+import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import OptionError
+from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.files import only_writer, write_json, written
 from weightlora.methods import Method, entry_of
 from weightlora.model.distributed import from_first, is_first
@@ -37,9 +40,10 @@ from weightlora.runs._folder import (
 from weightlora.runs._head_rate import require_head, require_one_piece, use_head_rate
 from weightlora.runs._hub import push_adapter, require_hub
 from weightlora.runs._load import make_trainer
+from weightlora.runs._loss import loss_fault
 from weightlora.runs._trainable import check_arguments, require_trainable
 from weightlora.runs.files import ADAPTER, BATCH_FILE, BEFORE_FILE, RESULTS_FILE
-from weightlora.runs.recipe import Recipe
+from weightlora.runs.recipe import ADAPTER_RATE, Recipe
 from weightlora.tasks import find_task
 from weightlora.tasks.base import Prepared
 from weightlora.trainer.attach import adopt, method_for
@@ -49,6 +53,7 @@ from weightlora.trainer.placement import require_measurable
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
+_LOG = logging.getLogger(__name__)
 HEATMAP_FILE, KNEE_FILE = "heatmap.png", "knee.png"
 
 
@@ -98,7 +103,11 @@ def _train(recipe: Recipe, callbacks: Sequence[TrainerCallback]) -> dict[str, An
     begin = time.perf_counter()
     fit(run, method)
     seconds = {"selection_seconds": planned - start, "training_seconds": time.perf_counter() - begin}
-    return export(run, method, before=before, **{name: round(value, 2) for name, value in seconds.items()})
+    results = export(run, method, before=before, **{name: round(value, 2) for name, value in seconds.items()})
+    fault = loss_fault(_logged(run.trainer), recipe.training.learning_rate)
+    if fault is not None and is_first():
+        warnings.warn(fault, WeightLoraWarning, stacklevel=2)
+    return results
 
 
 def prepare(
@@ -144,6 +153,9 @@ def plan(run: Run) -> Method:
         OptionError: An option does not fit, or ``output_dir`` holds another plan.
     """
     options, trainer = run.recipe.method, run.trainer
+    if is_first():
+        rate = run.recipe.training.learning_rate
+        _LOG.info("learning rate %g%s", rate, " (default for adapters)" if rate == ADAPTER_RATE else "")
     if options.plan is not None:
         method = adopt(trainer, AdapterPlan.load(options.plan), seed=run.recipe.training.seed, fast=options.fast)
     else:
@@ -212,6 +224,12 @@ def export(run: Run, method: Method, *, before: dict[str, Any] | None, **seconds
     if is_first():
         write_json(recipe.output_dir / RESULTS_FILE, results)
     return results
+
+
+def _logged(trainer: Trainer) -> list[float]:
+    """The logged losses; NaN where the gradient was not finite: the Trainer hides such losses behind others' mean."""
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [entry["loss"] if math.isfinite(entry.get("grad_norm", 0)) else math.nan for entry in entries]
 
 
 def _measured_before(run: Run, method: Method) -> dict[str, Any] | None:

@@ -9,6 +9,8 @@ model = plan.expand().attach(model)        # WeightLoRA+: the same budget as pla
 
 from __future__ import annotations
 
+import logging
+import time
 import warnings
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -25,7 +27,7 @@ from weightlora.cost.knapsack import CostBudget
 from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.fast.dropout import Dropout
 from weightlora.fast.enable import enable_fast_lora
-from weightlora.model.distributed import require_agreement
+from weightlora.model.distributed import is_first, require_agreement
 from weightlora.model.gathering import why_not_attachable
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
@@ -43,10 +45,11 @@ from weightlora.selection.batches import Loss, cycled, in_parts, model_loss, pee
 from weightlora.selection.rules import require_training_rule, rule_of, settings_of
 from weightlora.selection.rules.base import Rule, require
 from weightlora.selection.stage import Stage, head_of, with_plain_lora
-from weightlora.selection.steps import Steps, check_steps, reading_times, settled, warmup_steps
+from weightlora.selection.steps import Steps, check_steps, reading_times, scoring_cost, settled, warmup_steps
 
 #: Steps in which a new head is trained alone, unless the rule says otherwise.
 HEAD_STEPS = 20
+_LOG = logging.getLogger(__name__)
 
 
 def select(
@@ -224,16 +227,18 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
     adapters: dict[str, tuple[Tensor, Tensor]] = {}
     whole: dict[str, Tensor] = {}
 
+    start = time.perf_counter()
     with with_plain_lora(model, lora, sites, seed=seed) as attached:
         head = head_of(attached)
         head_steps = _head_steps(rule, bool(head))
+        total = head_steps + rule.batches(times)
+        level = _tell_cost(total, asked.total_steps, most=steps == "auto")
         if fast is not None:
             enable_fast_lora(attached, fast)
         if isinstance(budget, Limit):
             first, batches = peeked(batches)
             with untouched(model, seed=seed):  # the scores are as if nothing had been measured
                 budget = measured_budget(budget, attached, partial(in_parts, model, first, loss_fn), sites, lora)
-        total = head_steps + rule.batches(times)
         with tqdm(total=total, disable=None if asked.progress else True, leave=False) as bar:
             stage = Stage(model, lora_layers(attached), head, cycled(batches, total), loss_fn, bar, lr, asked.head_lr)
             stage.train_head(head_steps)
@@ -244,6 +249,8 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
         if asked.warm_start:
             adapters, whole = adapter_copies(stage.layers, scores.gates, kept), head_copies(attached, head)
 
+    if is_first():
+        _LOG.log(level, "selection took %.1f s", time.perf_counter() - start)
     measured: dict[str, Any] = {"scored": scored} if steps == "auto" else {}
     measured |= {"cost": budget.price(kept)} if isinstance(budget, CostBudget) else {}
     measured |= {} if scores.halves is None else {"agreement": agreement_of(scores.halves)}
@@ -262,6 +269,16 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
         target_parameters=found.parameters,
     )
     return Trained(plan, adapters, whole)
+
+
+def _tell_cost(scoring: int, training: int | None, *, most: bool) -> int:
+    """Log what scoring will cost, where the training's steps are known; return the level."""
+    if not (scoring and training):
+        return logging.INFO
+    level, line = scoring_cost(scoring, training, most=most)
+    if is_first():
+        _LOG.log(level, line)
+    return level
 
 
 def _options(asked: _Asked, ranking: Ranking, steps: Steps, head_steps: int) -> dict[str, Any]:

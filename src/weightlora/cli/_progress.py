@@ -1,0 +1,53 @@
+"""How far a training is, where no bar can be shown: a line every half minute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from weightlora.cli._durations import duration
+
+
+class ProgressLines(TrainerCallback):
+    """Says now and then which step a training has reached, its last logged loss, and how long it will take.
+
+    Args:
+        say: Prints a line.
+        now: A clock, in seconds.
+    """
+
+    every = 30.0
+    """Seconds from line to line."""
+
+    def __init__(self, say: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
+        self._say, self._now = say, now
+        self._loss: float | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock; a resumed training does not begin at step 0."""
+        self._begin = self._last = self._now()
+        self._first = state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Keep the loss."""
+        self._loss = (logs or {}).get("loss", self._loss)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Say the line where it is time."""
+        now = self._now()
+        if now - self._last < self.every or not state.is_world_process_zero:
+            return
+        self._last = now
+        left = (now - self._begin) / (state.global_step - self._first) * (state.max_steps - state.global_step)
+        loss = "" if self._loss is None else f", loss {self._loss:.4g}"
+        self._say(f"step {state.global_step} of {state.max_steps}{loss}, {duration(left)} left")

@@ -1,0 +1,113 @@
+"""The screens of ``weightlora train`` and ``select``: what scoring costs, how far a run is, what comes next."""
+
+import json
+import re
+import shlex
+import sys
+from types import SimpleNamespace
+
+import pytest
+from small_run import words, write_base
+from transformers import TrainerState
+
+from weightlora.cli import main
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer, tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"), tokenizer)
+
+
+@pytest.fixture
+def without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+def screen(capsys, asked):
+    """What a command prints, in one line."""
+    assert main(asked) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def select_words(base, output, **changed):
+    return ["select", *words(base, output, validation_file=None, **changed)[1:]]
+
+
+@pytest.mark.usefixtures("without_matplotlib")
+def test_pictures_are_left_out_where_they_cannot_be_drawn(base, tmp_path, capsys):
+    run, plan = tmp_path / "train", tmp_path / "select"
+    assert "no pictures: they need matplotlib; run: pip install 'weightlora[report]'" in screen(
+        capsys, words(base, run)
+    )
+    assert {"results.json", "adapter"} < {path.name for path in run.iterdir()}
+    assert "pip install 'weightlora[report]'" in screen(capsys, select_words(base, plan))
+    assert {path.name for path in plan.iterdir()} >= {"plan.json"}
+    assert not [*run.rglob("*.png"), *plan.rglob("*.png")]
+
+
+def test_train_ends_with_what_it_cost_and_what_comes_next(base, tmp_path, capsys):
+    run, asked = tmp_path / "run", words(base, tmp_path / "run")
+    first = screen(capsys, asked)
+    results = json.loads((run / "results.json").read_text())
+    expected = [
+        "learning rate 0.01 scoring takes 2 steps, 33 % of the 6 steps of the training: it pays back in time only "
+        "where a step of the plan takes less than 0.67 of LoRA's",
+        "selection took",
+        f"validation_accuracy {results['metrics']['validation_accuracy']:.4f}",
+        f"selection {results['selection_seconds']:.1f} s training {results['training_seconds']:.1f} s in all",
+        f"stock PEFT {run / 'adapter'} next: weightlora report {run}",
+    ]
+    assert [first.count(part) for part in expected] == [1] * len(expected), first
+    assert sorted(expected, key=first.index) == expected
+    again = screen(capsys, asked)
+    assert again.startswith("already done: ")
+    assert expected[2] in again
+    assert expected[3].removesuffix(" in all") in again
+    assert expected[4] in again
+    assert "scoring" not in again
+
+
+def test_the_commands_that_come_next_run(base, tmp_path, capsys):
+    assert main(words(base, tmp_path / "my run")) == 0
+    report, check = re.findall(r"^(?:next:)? +weightlora (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert main(shlex.split(report)) == 0
+    assert (tmp_path / "my run" / "report.html").exists()
+    assert main(shlex.split(check)) in (0, 1)  # 1: a runtime that cannot serve it
+    assert main(select_words(base, tmp_path / "my plan")) == 0
+    (plan,) = re.findall(r"^next: weightlora train --plan (.*), with", capsys.readouterr().out, re.MULTILINE)
+    planned = words(base, tmp_path / "planned", "--plan", *shlex.split(plan), keep=None, steps=None, rule_options=None)
+    assert main(planned) == 0
+
+
+def test_the_default_rate_is_on_the_screen(base, tmp_path, capsys):
+    assert "learning rate 0.001 (default for adapters) scoring" in screen(
+        capsys, select_words(base, tmp_path / "plan", learning_rate=None)
+    )
+
+
+def test_a_rule_that_reads_no_batches_costs_nothing(base, tmp_path, capsys):
+    asked = select_words(base, tmp_path / "plan", rule="stratified", steps=None, rule_options=None)
+    assert "scoring takes" not in screen(capsys, asked)
+
+
+def test_a_training_without_a_terminal_says_a_line_every_half_minute():
+    from weightlora.cli._progress import ProgressLines
+
+    clock, said = SimpleNamespace(seconds=0.0), []
+    lines = ProgressLines(said.append, now=lambda: clock.seconds)
+    state = TrainerState(max_steps=100, global_step=40)  # resumed
+    lines.on_train_begin(None, state, None)
+    for _ in range(60):  # 8 seconds a step
+        clock.seconds += 8
+        state.global_step += 1
+        if state.global_step == 46:
+            lines.on_log(None, state, None, logs={"loss": 0.5})
+            lines.on_log(None, state, None, logs={"eval_loss": 0.7})
+        lines.on_step_end(None, state, None)
+    assert said[:2] == ["step 44 of 100, 7 min left", "step 48 of 100, loss 0.5, 7 min left"]  # 56 and 52 steps of 8 s
+    assert len(said) == 60 // 4
+    said.clear()
+    state.is_world_process_zero = False
+    clock.seconds += 99
+    lines.on_step_end(None, state, None)
+    assert said == []
