@@ -283,3 +283,21 @@ def test_estimate_prints_three_lines_and_three_more_for_the_fast_step(minilm, tm
     assert saved["plan, fast"] < saved["plan"]
     assert main(["estimate", str(tmp_path / "plan.json"), "--batch", "2 of 16"]) == 2
     assert "32x512" in capsys.readouterr().err
+
+
+def test_a_limit_in_bytes_does_not_count_what_dora_saves():
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    batches = [{"x": torch.ones(2, 8)}] * 2
+
+    def loss(model, batch):
+        return model(batch["x"]).square().mean()
+
+    def kept(keep, dora):
+        lora = LoraConfig(r=2, target_modules=["0", "1"], use_dora=dora)
+        return select(net, batches, lora=lora, keep=keep, steps=2, loss_fn=loss, progress=False).names
+
+    with pytest.raises(OptionError, match=r"keep='1MB' is measured with plain LoRA.*leave use_dora out") as caught:
+        kept("1MB", dora=True)
+    assert "\n" not in str(caught.value)
+    assert len(kept("1MB", dora=False)) == 2
+    assert len(kept(1, dora=True)) == 1

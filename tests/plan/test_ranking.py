@@ -1,6 +1,7 @@
 """How sites compete for a budget: closed forms, and properties of every budget and score."""
 
 from fractions import Fraction
+from math import ceil
 
 import pytest
 from hypothesis import given
@@ -34,8 +35,25 @@ def test_a_quota_stays_within_the_budget_and_the_share_of_each_family(sites, lim
     assert kept == sorted(set(kept))
     for family in set(families):
         own = [i for i in range(len(sizes)) if families[i] == family]
-        share = limit * sum(costs[i] for i in own) / sum(costs)
+        share = Fraction(limit * sum(costs[i] for i in own), sum(costs))
+        share = ceil(share) if {*costs} == {1} else share  # sites that are counted
         assert sum(costs[i] for i in kept if i in own) <= max(share, min(costs[i] for i in own))
+
+
+@given(candidates(), st.integers(1, 8))
+def test_a_quota_keeps_as_many_sites_as_were_asked_for(sites, k):
+    _, families, sizes = sites
+    n = len(sizes)
+    kept = Quota(Budget.of_count(min(k, n), n=n), families).choose(sizes)
+    assert len(kept) == min(k, n)
+
+
+def test_five_of_nine_by_quota_are_the_best_of_each_type_and_the_two_best_left():
+    """Each of three types has a share of 5/3: one, and one more for the types whose second site is best."""
+    sites = [Site(f"layer.{i}.{kind}", 4, 4) for i in range(3) for kind in "qkv"]
+    sizes = [9.0, 3.0, 6.0, 8.0, 2.0, 5.0, 7.0, 1.0, 4.0]  # q: 9 8 7, k: 3 2 1, v: 6 5 4
+    parameters = {site.name: 8 for site in sites}
+    assert ranked(Budget.of_count(5, n=9), "quota", sites, parameters).choose(sizes) == [0, 1, 2, 3, 5]
 
 
 def test_without_a_quota_one_family_takes_all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -17,7 +18,8 @@ Ranking = Literal["score", "per_parameter", "quota", "spread"]
 
 - ``"score"``: the highest score first.
 - ``"per_parameter"``: the highest score ÷ parameters first.
-- ``"quota"``: the highest score first, and each projection type gets at most its share of the budget.
+- ``"quota"``: the highest score first, and each projection type gets at most its share of the budget. Shares of a
+  number of adapters are rounded up for the types with the best sites left, until the number is kept.
 - ``"spread"``: the highest score first within each part of the depth, and each part gets its share of the budget.
 """
 RANKINGS: tuple[str, ...] = get_args(Ranking)
@@ -44,6 +46,8 @@ class PerParameter:
 class Quota:
     """A budget of which each family of sites gets at most its share, rounded up to its cheapest site.
 
+    A number of sites is kept whole: what rounding down leaves of it goes to the best sites left, at most one a family.
+
     Example:
         >>> Quota(Budget.of_count(2, n=4), families=("up", "up", "down", "down")).choose([4.0, 3.0, 2.0, 1.0])
         [0, 2]
@@ -62,11 +66,22 @@ class Quota:
             limit = max(share, min(costs[i] for i in own))
             chosen = Budget(tuple(costs[i] for i in own), limit).choose([sizes[i] for i in own])
             allowed |= {own[place] for place in chosen}
+        if {*costs} == {1}:
+            allowed |= self._best_left(sizes, allowed)
         # Rounding up may have let in more than the budget holds.
         lowest = min(sizes) - 1
         return [
             i for i in self.budget.choose([s if i in allowed else lowest for i, s in enumerate(sizes)]) if i in allowed
         ]
+
+    def _best_left(self, sizes: Sequence[float], allowed: set[int]) -> set[int]:
+        """The best site left of each family that has less than its share, as many as are missing."""
+        k, n = self.budget.limit, len(sizes)
+        had = Counter(self.families[i] for i in allowed)
+        short = {family for family, count in Counter(self.families).items() if had[family] * n < k * count}
+        left = sorted({*range(n)} - allowed, key=lambda i: sizes[i])
+        best = {self.families[i]: i for i in left if self.families[i] in short}
+        return {*sorted(best.values(), key=lambda i: -sizes[i])[: max(0, k - len(allowed))]}
 
 
 @dataclass(frozen=True)

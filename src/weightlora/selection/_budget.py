@@ -60,12 +60,17 @@ def _beside(besides: int, keep: Keep, budget: Budget) -> Budget:
     return replace(budget, limit=left)
 
 
-def require_measurable(limit: Limit, model: nn.Module) -> None:
+def require_measurable(limit: Limit, model: nn.Module, lora: LoraConfig) -> None:
     """Raise where a step of ``model`` does not take the memory and time that a training takes.
 
     Raises:
-        OptionError: Its weights are loaded for each module.
+        OptionError: Its weights are loaded for each module, or the training is DoRA, which needs other memory.
     """
+    if limit.unit == "bytes" and lora.use_dora:
+        raise OptionError(
+            f"keep={limit.text!r} is measured with plain LoRA, and use_dora=True saves about twice as much for the "
+            "backward pass; leave use_dora out, or give a fraction, a number of adapters or '300k parameters'"
+        )
     if is_offloaded(model) or is_partitioned(model):
         raise OptionError(
             f"keep={limit.text!r} is measured on a step, and this model's weights are loaded from elsewhere in each; "
@@ -78,7 +83,7 @@ def measured_budget(
 ) -> CostBudget:
     """Return the budget of ``limit``, measured on a step of plain LoRA; all processes use the first one's numbers.
 
-    Bytes also count the parameters that ``lora`` adds to plain LoRA's: DoRA's magnitudes and the adapters' biases.
+    Bytes also count the biases that ``lora`` adds to plain LoRA's parameters.
     """
     in_bytes = limit.unit == "bytes"
     if in_bytes:

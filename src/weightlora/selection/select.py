@@ -99,7 +99,7 @@ def select(
         head_lr: That of a new head; None stands for ``lr``.
         seed: Decides A's random start, dropout and a shuffling loader's order, whatever the global generators hold.
         ranking: How sites compete for the budget: ``"score"``, ``"per_parameter"`` (score ÷ parameters), ``"quota"``
-            (each projection type gets at most its share) or ``"spread"`` (each part of the depth gets its share, for
+            (each projection type gets its share, rounded) or ``"spread"`` (each part of the depth gets its share, for
             its best sites). None is ``"score"`` for a budget in memory or step time and for all rules but
             ``first_order``, and ``"spread"`` elsewhere.
         loss_fn: ``loss_fn(model, batch)`` → scalar tensor, or an iterator over the losses of micro-batches, whose
@@ -221,7 +221,7 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
     sites = found.sites
     budget = asked_budget(keep, ranking, sites, lora, besides=sum(each.parameters for each in found.parameters))
     if isinstance(budget, Limit):
-        require_measurable(budget, model)
+        require_measurable(budget, model, lora)
     _warn_of_attach(model, lora)
     loss_fn = asked.loss_fn or model_loss
     adapters: dict[str, tuple[Tensor, Tensor]] = {}
