@@ -394,7 +394,9 @@ def failure(capsys, command, text):
 def test_a_plan_for_another_model_lists_what_does_not_match(tmp_path, capsys):
     sites = find_sites(torch.nn.ModuleDict({"other": torch.nn.Linear(2, 2)}), LoraConfig(r=8, lora_alpha=16)).sites
     make_plan(sites, LoraConfig(r=8, lora_alpha=16), ["other"]).save(tmp_path / "plan.json")
-    assert "other" in failure(capsys, words(tmp_path / "out", plan=tmp_path / "plan.json"), "another model|missing")
+    assert "other" in failure(
+        capsys, words(tmp_path / "out", plan=tmp_path / "plan.json", lora_dropout=0), "another model|missing"
+    )
 
 
 def test_a_checkpoint_without_its_plan_is_named(unbroken, tmp_path, capsys):

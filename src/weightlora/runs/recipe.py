@@ -195,6 +195,8 @@ class Recipe:
     training: TrainingArguments
     settings: Mapping[str, Any]
     """The effective options as YAML can hold them: all of ours, and the training's that are not the default."""
+    given: frozenset[str] = frozenset()
+    """The options that the file or the command line names; the others are defaults."""
 
     @property
     def output_dir(self) -> Path:
@@ -256,7 +258,9 @@ def read_recipe(
     settings = _settings((model, rows, method), training)
     if training.device.type == "cpu":  # there is nothing to pin memory for, and each loader would warn of it
         training.dataloader_pin_memory = False
-    return Recipe(model, rows, method, training, settings)
+    given = {str(key) for key, value in content.items() if value not in (None, [])}
+    given |= {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    return Recipe(model, rows, method, training, settings, frozenset(given))
 
 
 def named_options(content: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from weightlora.runs._head_rate import require_head, require_one_piece, use_head
 from weightlora.runs._hub import push_adapter, require_hub
 from weightlora.runs._load import make_trainer
 from weightlora.runs._loss import loss_fault
+from weightlora.runs._planned import require_candidates, with_plan
 from weightlora.runs._trainable import check_arguments, require_trainable
 from weightlora.runs.files import ADAPTER, BATCH_FILE, BEFORE_FILE, RESULTS_FILE
 from weightlora.runs.recipe import ADAPTER_RATE, Recipe
@@ -84,6 +85,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
         PlanMismatchError: The plan was made for another model.
         OutputError: The disk is full, or a file cannot be written.
     """
+    recipe = with_plan(recipe)
     output = recipe.output_dir
     settings = recipe.settings  # before there is a trainer: making training arguments resets accelerate's state
     with ExitStack() as stack, written(output):
@@ -95,10 +97,10 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
 
 def _train(recipe: Recipe, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     run = prepare(recipe, callbacks)
-    from_first(lambda: write_config(recipe.output_dir, recipe.settings))  # a mistake leaves nothing behind
     start = time.perf_counter()
     method = plan(run)
     planned = time.perf_counter()
+    from_first(lambda: write_config(recipe.output_dir, recipe.settings))  # a mistake leaves nothing behind
     before = _measured_before(run, method)
     begin = time.perf_counter()
     fit(run, method)
@@ -157,7 +159,9 @@ def plan(run: Run) -> Method:
         rate = run.recipe.training.learning_rate
         _LOG.info("learning rate %g%s", rate, " (default for adapters)" if rate == ADAPTER_RATE else "")
     if options.plan is not None:
-        method = adopt(trainer, AdapterPlan.load(options.plan), seed=run.recipe.training.seed, fast=options.fast)
+        made = AdapterPlan.load(options.plan)
+        require_candidates(options, made, trainer.model)  # pyright: ignore[reportArgumentType]
+        method = adopt(trainer, made, seed=run.recipe.training.seed, fast=options.fast)
     else:
         method = method_for(trainer, options.method, fast=options.fast, **options.given)
     if options.grow_batch:

@@ -1,0 +1,122 @@
+"""A recipe with ``plan``: what the plan decides is its own, and an option that says something else is a mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from weightlora.errors import OptionError
+from weightlora.methods import METHODS
+from weightlora.options import read_pairs
+from weightlora.plan.budget import check_keep
+from weightlora.plan.plan import AdapterPlan
+from weightlora.runs.recipe import MethodOptions, Recipe
+from weightlora.selection.rules import RULES, rule_of, settings_of
+from weightlora.selection.steps import check_steps
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: Options that act on the training of a plan; the plan decides the others of a method.
+_FREE = ("plan", "head_learning_rate", "fast", "grow_batch", "lora_target_modules")
+
+
+def with_plan(recipe: Recipe) -> Recipe:
+    """Return the recipe with the values of its plan; one without a plan is returned as it is.
+
+    Raises:
+        OptionError: An option that was given has another value than the plan.
+        PlanError: The plan cannot be read.
+    """
+    options = recipe.method
+    if options.plan is None:
+        return recipe
+    plan = AdapterPlan.load(options.plan)
+    there, now = _planned(plan), _asked(options, recipe.given, plan)
+    pairs = read_pairs("method_options", options.method_options)
+    now |= pairs
+    changed = [k for k in now if (k in there or k in pairs) and json.dumps(there.get(k)) != json.dumps(now[k])]
+    if changed:
+        faults = "; ".join(f"{name}={there.get(name)!r:.60} there, {now[name]!r:.60} now" for name in changed)
+        raise OptionError(
+            f"{options.plan} decides the adapters, and was made with other options ({faults}); leave these out, or "
+            "leave plan out to select anew"
+        )
+    own = {name: there.get(name) for name in _names() if name in there or name not in recipe.given}
+    own |= {name: str(own[name]) for name in ("keep", "steps") if own.get(name) is not None}
+    own |= {name: [] for name in ("rule_options", "method_options") if own.get(name, []) is None}
+    # Several ranks, or an alpha that is not whole, have no option.
+    own |= {name: None for name in ("lora_r", "lora_alpha") if name in own and type(own[name]) is not int}
+    known = {name: value for name, value in own.items() if value is not None}
+    return replace(recipe, method=replace(options, **known), settings={**recipe.settings, **own})
+
+
+def require_candidates(options: MethodOptions, plan: AdapterPlan, model: nn.Module) -> None:
+    """Raise where ``lora_target_modules`` names other candidates than the plan has.
+
+    Args:
+        options: The recipe's.
+        plan: Its plan.
+        model: With LoRA on what the options name.
+
+    Raises:
+        OptionError: It does.
+    """
+    from weightlora.model.layers import lora_layers
+
+    named, planned = set(lora_layers(model)), set(plan.ranks)
+    if options.lora_target_modules and named != planned:
+        one = min(named ^ planned)
+        raise OptionError(
+            f"lora_target_modules={options.lora_target_modules} are not the candidates of {options.plan}, {one} among "
+            f"the {len(named ^ planned)} that differ; leave lora_target_modules out, or leave plan out to select anew"
+        )
+
+
+def _names() -> list[str]:
+    return [each.name for each in dataclasses.fields(MethodOptions) if each.name not in _FREE]
+
+
+def _planned(plan: AdapterPlan) -> dict[str, Any]:
+    """What the plan was made with, as far as it records it: by option, or by setting of its rule."""
+    ruled = any(plan.rule == entry.name for entry in RULES)
+    ranks, alphas = {entry.lora_r for entry in plan.entries}, {entry.lora_alpha for entry in plan.entries}
+    made: dict[str, Any] = {
+        **plan.options,
+        "seed": plan.seed,
+        "lora_r": ranks.pop() if len(ranks) == 1 else sorted(ranks),
+        "lora_alpha": alphas.pop() if len(alphas) == 1 else sorted(alphas),
+        "lora_dropout": float(plan.lora.get("lora_dropout", 0.0)),
+        "lora_modules_to_save": list(plan.lora.get("modules_to_save", [])),
+        "use_rslora": bool(plan.lora.get("use_rslora", False)),
+        "use_dora": bool(plan.lora.get("use_dora", False)),
+    }
+    if ruled:
+        default = settings_of(rule_of(plan.rule))
+        own = [name for name in default if plan.options.get(name, default[name]) != default[name]]
+        made |= {"rule": plan.rule, "ranking": plan.options.get("ranking", "score")}
+        made |= {"method": "weightlora_plus" if "expand" in plan.options else "weightlora"}
+        made |= {"rule_options": [f"{name}={plan.options[name]}" for name in own]}
+        made |= {"warm_start": plan.options.get("warm_start", False), "alpha": plan.options.get("expand", "scale")}
+    elif any(plan.rule == entry.name for entry in METHODS):
+        made |= {"method": plan.rule}
+    return made
+
+
+def _asked(options: MethodOptions, given: frozenset[str], plan: AdapterPlan) -> dict[str, Any]:
+    """The same of the options that were given."""
+    asked = {name: getattr(options, name) for name in _names() if name in given}
+    asked |= {"keep": check_keep(options.keep)} if "keep" in given else {}
+    asked |= {"steps": check_steps(asked["steps"])} if "steps" in given else {}
+    asked |= {"lora_dropout": float(options.lora_dropout)} if "lora_dropout" in given else {}
+    if {"rule", "rule_options"} & given and any(plan.rule == entry.name for entry in RULES):
+        asked |= _rule_asked(options.rule if "rule" in given else plan.rule, options.rule_options)
+    return {name: value for name, value in asked.items() if name not in ("rule_options", "method_options")}
+
+
+def _rule_asked(name: str, texts: list[str]) -> Mapping[str, Any]:
+    rule = rule_of(name, **read_pairs("rule_options", texts))
+    return {"rule": rule.name, **{k: v for k, v in settings_of(rule).items() if v is not None}}
