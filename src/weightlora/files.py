@@ -311,7 +311,11 @@ def is_deep(content: Any) -> bool:
     """
     level: list[Any] = [content]
     for _ in range(_DEEPEST + 1):
-        inner = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        inner = [
+            list(one.values()) if isinstance(one, dict) else one
+            for one in level
+            if isinstance(one, dict | list | tuple)
+        ]
         if not inner:
             return False
         if sum(map(len, inner)) > _MOST:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+_MANY = 1_000_000
+
 
 def closest(word: str, known: Iterable[str]) -> str:
     """Return a hint with the most similar known word, for the end of an error; empty if none is similar.
@@ -45,6 +47,17 @@ def printable(text: str) -> str:
     return "".join(
         char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
     )
+
+
+def rounded(value: float) -> str:
+    """Return a number with four significant digits; whole ones below a million are exact.
+
+    Example:
+        >>> [rounded(value) for value in (0.123456, 15, 331776, 20.0, 1234.56, 1e300, float("nan"))]
+        ['0.1235', '15', '331,776', '20', '1,235', '1e+300', 'nan']
+    """
+    short = value if value in range(-_MANY, _MANY) else float(f"{value:.4g}")
+    return f"{short:,.0f}" if 1000 <= abs(short) < _MANY else f"{short:.4g}"
 
 
 def one_line(text: str) -> str:

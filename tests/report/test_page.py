@@ -1,11 +1,14 @@
 """The page of ``weightlora report``, opened in a real browser where one is installed."""
 
 import json
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from html.parser import HTMLParser
 
 import pytest
 from user_texts import texts
@@ -14,7 +17,7 @@ from weightlora.cli import main
 from weightlora.errors import DataError, PlanError
 from weightlora.model.sites import Site
 from weightlora.plan.plan import AdapterPlan, PlannedSite
-from weightlora.report.page import make_page, read_run, write_page
+from weightlora.report.page import StoredRun, make_page, read_run, write_page
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on the PATH")
@@ -44,14 +47,19 @@ def runs(tmp_path):
         folder.mkdir()
         plan_of(seed=i).save(folder / "plan.json")
         losses = [[step, 2.0 / step + i] for step in range(1, 9)]
-        (folder / "results.json").write_text(json.dumps({"losses": losses, "metrics": {"eval_loss": 0.5 + i}}))
-        (folder / "config.yaml").write_text(f"task: rotten_tomatoes\nseed: {i}\n")
+        results = {"losses": losses, "metrics": {"eval_loss": 0.123456 + i, f"only_{name}": 1234.56}}
+        results |= {"selection_seconds": 9.5678, "training_seconds": 61.0 + i, "steps": 8}
+        (folder / "results.json").write_text(json.dumps(results))
+        os.utime(folder / "results.json", (i * 86_400, i * 86_400))
+        (folder / "config.yaml").write_text(
+            f"task: rotten_tomatoes\nmodel_name_or_path: embedded/minilm\nmethod: {name}d\nseed: {i}\n"
+        )
     return [tmp_path / "one", tmp_path / "two"]
 
 
 def test_a_page_holds_what_was_stored(runs, tmp_path):
     write_page(runs, tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text().replace("<wbr>", "")
     plan = AdapterPlan.load(runs[0] / "plan.json")
     for entry in plan.entries:
         assert f"{entry.site.name}: {f'rank {entry.r}' if entry.r else 'no adapter'}, score {entry.score:.4g}" in text
@@ -61,6 +69,128 @@ def test_a_page_holds_what_was_stored(runs, tmp_path):
     differ = sum(plan.ranks[name] != r for name, r in other.ranks.items())
     assert 0 < differ < len(plan.entries)
     assert f"{differ} sites have another rank" in text
+
+
+def parsed(page):
+    """Tables of a page as lists of rows of texts, each with the heading above it, and its text in all."""
+    found, text = [], []
+    state = {"heading": "", "in": ""}
+    parser = HTMLParser()
+
+    def start(tag, _):
+        state["in"] = tag
+        if tag in ("h1", "h2", "h3", "summary"):
+            state["heading"] = ""
+        elif tag == "table":
+            found.append((state["heading"], []))
+        elif tag == "tr":
+            found[-1][1].append([])
+        elif tag in ("td", "th"):
+            found[-1][1][-1].append("")
+
+    def end(tag):
+        state["in"] = "" if tag in ("h1", "h2", "h3", "summary", "table", "script", "style") else state["in"]
+
+    def data(part):
+        if state["in"] in ("script", "style"):
+            return
+        text.append(part)
+        if state["in"] in ("h1", "h2", "h3", "summary"):
+            state["heading"] += part
+        elif found and found[-1][1] and found[-1][1][-1] and state["in"]:
+            found[-1][1][-1][-1] += part
+
+    parser.handle_starttag, parser.handle_endtag, parser.handle_data = start, end, data
+    parser.feed(page)
+    tables = [(heading, [[" ".join(cell.split()) for cell in row] for row in rows]) for heading, rows in found]
+    return tables, " ".join(" ".join(text).split())
+
+
+def test_the_runs_are_side_by_side_first(runs, tmp_path):
+    """One table before all others: metrics, parameters, seconds and dates, a dash where a run has none."""
+    plan_of().save(tmp_path / "bare.json")
+    page = make_page([read_run(path) for path in (*runs, tmp_path / "bare.json")])
+    plan = AdapterPlan.load(runs[0] / "plan.json")
+    heading, rows = parsed(page)[0][0]
+    assert heading == "Runs side by side"
+    assert rows == [
+        ["run", "one", "two", "bare"],
+        ["method", "oned", "twod", "first_order"],
+        ["eval_loss", "0.1235", "1.123", "–"],
+        ["only_one", "1,235", "–", "–"],
+        ["only_two", "–", "1,235", "–"],
+        ["training loss, last logged", "0.25", "1.25", "–"],  # 2 / 8, and one more
+        ["adapters", *["10 of 20"] * 3],
+        ["parameters", *[f"{plan.parameters:,}"] * 3],
+        ["share of LoRA on all sites", *["50.0%"] * 3],
+        ["selection, s", "9.568", "9.568", "–"],
+        ["training, s", "61", "62", "–"],
+        ["steps", "8", "8", "–"],
+        ["results written, UTC", "1970-01-01 00:00", "1970-01-02 00:00", "–"],
+    ]
+    heads = re.findall(r"<h[12][^>]*>(.*?)</h[12]>", page)
+    titles = ["Runs side by side", "Training loss", "Differences of sites"]
+    assert heads == ["rotten_tomatoes on embedded/minilm", *titles, "one", "two", "bare"]
+    assert "<title>rotten_tomatoes on embedded/minilm: one, two, bare</title>" in page
+
+
+FOLDED = r"<details>.*?</details>"
+
+
+def test_differences_and_options_are_folded(runs):
+    page = make_page([read_run(path) for path in runs])
+    assert "<details open" not in page
+    folded, shown = " ".join(re.findall(FOLDED, page, re.DOTALL)), re.sub(FOLDED, "", page, flags=re.DOTALL)
+    for part in ("have another rank", "Options of the selection", "model_name_or_path: embedded/minilm"):
+        assert part in folded
+        assert part not in shown
+    assert len(re.findall("<details>", page)) == 1 + 2 * 2  # the pair of runs, and two of each run
+
+
+def test_the_map_has_a_scale_of_its_colours(runs):
+    """A colour's depth is the root of the score's share, so the middle one is at a quarter of the span."""
+    run = read_run(runs[0])
+    scores = run.plan.scores.values()
+    low, high = min(scores), max(scores)
+    page = make_page([run])
+    scale = re.search(r'<ul class="scale".*?</ul>', page, re.DOTALL)[0]
+    found = re.findall(r'--level: (\d+)"></span>([\d.]+)', scale)
+    shares = {0: 0, 25: 1 / 16, 50: 1 / 4, 75: 9 / 16, 100: 1}
+    assert found == [(str(level), f"{low + (high - low) * share:.4g}") for level, share in shares.items()]
+    flat = run_of(plan_of(), score=0.5)
+    assert "0.5 (all sites)" in make_page([flat])
+
+
+def run_of(plan, score):
+    entries = tuple(replace(entry, score=score) for entry in plan.entries)
+    return StoredRun("flat", replace(plan, entries=entries), {}, (), {})
+
+
+def figures(page):
+    return json.loads(re.search(r'<script type="application/json" id="plots">(.*?)</script>', page, re.DOTALL)[1])
+
+
+@pytest.mark.parametrize(("count", "mode"), [(1, "markers"), (2, "markers"), (3, "lines+markers"), (200, "lines")])
+def test_no_line_is_drawn_through_two_points(count, mode):
+    losses = tuple((float(step), 1.23456789 / (step + 1)) for step in range(count))
+    [curve] = figures(make_page([StoredRun("a", plan_of(), {}, losses, {})]))["curves"]["data"]
+    assert curve["mode"] == mode
+    assert curve["y"][:2] == [1.235, 0.6173][:count]  # four digits
+
+
+def test_rows_of_the_history_have_short_names():
+    plan = plan_of()
+    history = figures(make_page([StoredRun("a", plan, {}, (), {})]))["history-0"]
+    axis = history["layout"]["yaxis"]
+    best = max(plan.entries, key=lambda entry: entry.score)
+    assert axis["tickvals"] == history["data"][0]["y"]
+    assert axis["tickvals"][-1] == best.site.name
+    layer, projection = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", best.site.name).groups()
+    assert axis["ticktext"][-1] == f"{layer} {projection}"
+    many = plan_of(layers=30)  # 150 sites, of which every fourth is named, the best too
+    axis = figures(make_page([StoredRun("a", many, {}, (), {})]))["history-0"]["layout"]["yaxis"]
+    assert len(axis["ticktext"]) == len(axis["tickvals"]) == 38
+    assert axis["tickvals"][-1] == max(many.entries, key=lambda entry: entry.score).site.name
 
 
 def test_losses_of_a_run_that_has_not_ended(tmp_path):
@@ -84,7 +214,6 @@ def test_plans_of_other_models_are_not_compared(tmp_path):
 @pytest.mark.parametrize("text", [*texts(seed=0, count=20), "</script><i>", "</SCRIPT ><i>"])
 def test_no_name_of_a_user_becomes_markup(text):
     """Compared with the page of a plain name: the same tags and the same scripts."""
-    from html.parser import HTMLParser
 
     def tags(page):
         found = []
@@ -101,8 +230,6 @@ def test_no_name_of_a_user_becomes_markup(text):
 
 
 def read_run_of(plan, name):
-    from weightlora.report.page import StoredRun
-
     return StoredRun(name, plan, {"model": name}, ((1.0, 2.0),), {})
 
 
@@ -112,7 +239,18 @@ def read_run_of(plan, name):
         ("results.json", "{", DataError),
         ("results.json", '{"losses": [[1, "x"]]}', DataError),
         ("results.json", '{"metrics": 3}', DataError),
+        ("results.json", '{"training_seconds": "long"}', DataError),
+        ("results.json", "[]", DataError),
+        ("results.json", '{"metrics": {"loss": 1' + "0" * 400 + "}}", DataError),
+        ("results.json", '{"losses": [[1, 1' + "0" * 400 + "]]}", DataError),
+        ("results.json", '{"losses": [[1, {}]]}', DataError),
+        ("results.json", '{"losses": [5]}', DataError),
+        ("results.json", "[" * 100_000, DataError),
         ("config.yaml", "a: [", DataError),
+        ("config.yaml", "[1]", DataError),
+        ("config.yaml", "a: " + "[" * 60 + "]" * 60, DataError),
+        ("config.yaml", "a: &a [*a]", DataError),
+        ("config.yaml", "a: " + "[" * 5000, DataError),
         ("plan.json", "{}", PlanError),
     ],
 )
@@ -123,6 +261,68 @@ def test_damaged_files_are_one_line(file, content, error, runs, tmp_path, capsys
     assert main(["report", str(runs[0]), "--output", str(tmp_path / "r.html")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *("[]", "3", "{", '{"log_history": 3}', '{"log_history": [3]}', '{"log_history": [{"loss": 1}]}'),
+        '{"log_history": [{"step": 1, "loss": 1' + "0" * 400 + "}]}",
+    ],
+)
+def test_a_damaged_state_of_a_trainer_is_one_line(state, tmp_path, capsys):
+    plan_of().save(tmp_path / "plan.json")
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(state)
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "r.html")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert str(tmp_path / "checkpoint-2" / "trainer_state.json") in said
+    assert not (tmp_path / "r.html").exists()
+
+
+CONFIGS = {
+    "a date": ("when: 2020-01-02\n2021-03-04: x\ntask: 2022-05-06", ("2020-01-02", "2021-03-04", "2022-05-06")),
+    "a set": ("some: !!set {one, two}\ntask: {a: 1}", ("one", "two")),
+    "bytes": ("some: !!binary aGVsbG8=", ("aGVsbG8=",)),
+    "half a letter": ('some: "\\ud800"\ntask: "\\ud800"\nmethod: "\\ud800"', ("ud800",)),
+    "aliases": ("\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 1}]" for i in range(7)), ("*id001",)),
+}
+
+
+@pytest.mark.parametrize(("text", "shown"), CONFIGS.values(), ids=CONFIGS)
+def test_whatever_yaml_holds_is_shown(text, shown, runs, tmp_path):
+    (runs[0] / "config.yaml").write_text(text)
+    write_page(runs, tmp_path / "report.html")
+    found = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for part in shown:
+        assert part in found
+    assert len(found) < 10_000_000
+
+
+def test_metrics_of_any_size_are_shown(runs):
+    metrics = {"huge": 1e300, "tiny": 1e-300, "none": float("nan"), "endless": float("-inf"), "half \ud800": 1.0}
+    (runs[0] / "results.json").write_text(json.dumps({"metrics": metrics, "losses": [[1, 1e300], [2, float("inf")]]}))
+    rows = {row[0]: row[1] for row in parsed(make_page([read_run(runs[0])]))[0][0][1]}
+    assert [rows[name] for name in list(metrics)[:4]] == ["1e+300", "1e-300", "nan", "-inf"]
+    assert rows["half \\ud800"] == "1"
+    assert rows["training loss, last logged"] == "inf"
+
+
+@pytest.mark.parametrize("depth", [60, 500, 900])
+@pytest.mark.parametrize("kind", [list, dict])
+@pytest.mark.parametrize("place", ["options", "lora", "versions"])
+def test_a_plan_that_is_nested_deeply_is_one_line(depth, kind, place, runs, tmp_path, capsys):
+    content = json.loads((runs[0] / "plan.json").read_text())
+    value = 1
+    for _ in range(depth):
+        value = [value] if kind is list else {"a": value}
+    content[place]["x"] = value
+    (runs[0] / "plan.json").write_text(json.dumps(content))
+    assert main(["report", str(runs[0]), "--output", str(tmp_path / "r.html")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert str(runs[0] / "plan.json") in said
 
 
 def test_no_torch_is_loaded(runs, tmp_path):
@@ -265,12 +465,31 @@ def test_a_page_of_560_sites_is_readable(large, width, opened):
         assert -1 <= part_box["y"] < part_box["y"] + part_box["height"] <= 901  # half a pixel is rounding
     assert status.inner_text() == last.get_attribute("data-text")
     assert page.evaluate("document.documentElement.scrollHeight") < 9000  # 268 different sites are a list to scroll
+    cut = section.locator(".cut")
+    assert cut.is_visible()  # 80 layers are not all in sight, and the page says so
+    assert "560" in page.locator("table.runs").inner_text()
     assert page.errors == []
+
+
+@needs_browser
+def test_a_grid_that_is_whole_says_nothing_of_scrolling(runs, tmp_path, opened):
+    write_page(runs, tmp_path / "report.html")
+    page = opened(tmp_path / "report.html", viewport={"width": 1280, "height": 900})
+    assert not page.locator("#run-0 .cut").is_visible()
+    page.set_viewport_size({"width": 250, "height": 900})
+    page.wait_for_function("!document.querySelector('#run-0 .cut').hidden")
+
+
+@needs_browser
+def test_a_huge_loss_is_drawn(runs, tmp_path, opened):
+    (runs[0] / "results.json").write_text(json.dumps({"losses": [[1, 1.0], [2, 1e300], [1e300, 3]], "metrics": {}}))
+    write_page(runs, tmp_path / "report.html")
+    assert opened(tmp_path / "report.html").errors == []
 
 
 def test_sites_with_another_rank_stand_in_the_order_of_the_layers(large):
     text = large.read_text(encoding="utf-8")
-    table = text[text.index("have another rank") : text.index('id="run-0"')]
+    table = text[text.index("have another rank") : text.index('id="run-0"')].replace("<wbr>", "")
     layers = [int(number) for number in re.findall(r"model\.layers\.(\d+)\.", table)]
     assert len(layers) > 100
     assert layers == sorted(layers)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from weightlora import __version__
 from weightlora.errors import DataError, PlanError, require_extra
-from weightlora.files import read_json, read_mapping, write_text
+from weightlora.files import is_deep, read_json, read_mapping, write_text
 from weightlora.plan.from_adapter import read_adapter
 from weightlora.plan.heatmap import short_blocks
 from weightlora.plan.plan import AdapterPlan
@@ -19,12 +21,15 @@ from weightlora.plan.projection_order import ordered_projections
 from weightlora.report._plots import Figure, curves_plot, history_plot, knee_plot
 from weightlora.report.knee import has_gain, knee_text, make_knee
 from weightlora.runs.files import CONFIG_FILE, RESULTS_FILE, checkpoints
-from weightlora.text import natural, printable
+from weightlora.text import natural, one_line, printable, rounded
 
 if TYPE_CHECKING:
     from weightlora.plan.plan import PlannedSite
 
 _TEMPLATE = Path(__file__).with_name("page.html")
+_REPAIR = "correct it, or move it away"
+#: Entries of the results that are shown, and their names.
+_NUMBERS = {"selection_seconds": "selection, s", "training_seconds": "training, s", "steps": "steps"}
 #: Bytes of a number in fp32, and of AdamW's two moments of it.
 _NUMBER, _MOMENTS = 4, 8
 
@@ -40,6 +45,10 @@ class StoredRun:
     losses: tuple[tuple[float, float], ...]
     """Step and training loss."""
     metrics: Mapping[str, float]
+    numbers: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Seconds and steps, those that its results have."""
+    written: str = ""
+    """When its results were written, in UTC."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +75,23 @@ def read_run(path: str | Path) -> StoredRun:
     if not path.is_dir():
         raise PlanError(f"{path} does not exist; give a run's folder, an adapter or a plan.json")
     config = read_mapping(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
-    results: dict[str, Any] = {}
-    if (path / RESULTS_FILE).is_file():
-        found = read_json(path / RESULTS_FILE)
-        results = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
-    log = results.get("losses") or _logged(path)
-    try:
-        losses = tuple((float(step), float(loss)) for step, loss in log)
+    if is_deep(config):
+        raise DataError(f"{path / CONFIG_FILE} is nested too deeply; {_REPAIR}")
+    file = path / RESULTS_FILE
+    results = _mapping(file) if file.is_file() else {}
+    with _named(file):
+        losses = _points(results.get("losses") or [])
         metrics = {str(name): float(value) for name, value in dict(results.get("metrics") or {}).items()}
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{path / RESULTS_FILE} is damaged: {error}") from error
-    return StoredRun(path.resolve().name, read_adapter(path), config, losses, metrics)
+        numbers = {name: float(results[name]) for name in _NUMBERS if results.get(name) is not None}
+    return StoredRun(
+        name=path.resolve().name,
+        plan=read_adapter(path),
+        config=config,
+        losses=losses or _logged(path),
+        metrics=metrics,
+        numbers=numbers,
+        written=f"{datetime.fromtimestamp(file.stat().st_mtime, timezone.utc):%Y-%m-%d %H:%M}" if results else "",
+    )
 
 
 def make_page(runs: Sequence[StoredRun]) -> str:
@@ -94,6 +109,8 @@ def make_page(runs: Sequence[StoredRun]) -> str:
     from plotly.offline import get_plotlyjs
 
     named = dict(_numbered(runs))
+    tasks = _distinct(run.config.get("task") for run in runs)
+    models = _distinct(run.config.get("model_name_or_path") or run.plan.base_model for run in runs)
     plots: dict[str, Figure] = {}
     sections = [_section(i, name, run, plots) for i, (name, run) in enumerate(named.items())]
     losses = {name: run.losses for name, run in named.items() if run.losses}
@@ -102,8 +119,11 @@ def make_page(runs: Sequence[StoredRun]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         version=__version__,
+        today=f"{datetime.now(timezone.utc):%Y-%m-%d}",
+        title=" on ".join(filter(None, (tasks, models))) or "weightlora report",
         sections=sections,
-        losses=losses,
+        lines=list(_lines(named)),
+        has_losses=bool(losses),
         differences=list(_differences(named)),
         plots=_script(plots),
         plotly=get_plotlyjs(),
@@ -122,13 +142,35 @@ def write_page(paths: Sequence[str | Path], output: str | Path) -> None:
     write_text(output, make_page([read_run(path) for path in paths]))
 
 
-def _logged(folder: Path) -> list[tuple[Any, Any]]:
+def _logged(folder: Path) -> tuple[tuple[float, float], ...]:
     """The losses in the state of the last checkpoint, for a run that has not ended."""
     for checkpoint in reversed(checkpoints(folder)):
-        if (checkpoint / "trainer_state.json").is_file():
-            state = read_json(checkpoint / "trainer_state.json")
-            return [(entry["step"], entry["loss"]) for entry in state.get("log_history", ()) if "loss" in entry]
-    return []
+        file = checkpoint / "trainer_state.json"
+        if file.is_file():
+            state = _mapping(file)
+            with _named(file):
+                return _points((one["step"], one["loss"]) for one in state.get("log_history", ()) if "loss" in one)
+    return ()
+
+
+def _points(pairs: Iterable[Any]) -> tuple[tuple[float, float], ...]:
+    return tuple((float(step), float(loss)) for step, loss in pairs)
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise DataError(f"{file} is damaged: it holds a {type(content).__name__}; {_REPAIR}")
+    return cast("dict[str, Any]", content)
+
+
+@contextmanager
+def _named(file: Path) -> Generator[None]:
+    """Say in which file there is something else than numbers."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{file} is damaged: {one_line(str(error))}; {_REPAIR}") from error
 
 
 def _numbered(runs: Sequence[StoredRun]) -> Iterator[tuple[str, StoredRun]]:
@@ -139,12 +181,15 @@ def _numbered(runs: Sequence[StoredRun]) -> Iterator[tuple[str, StoredRun]]:
 
 def _section(i: int, name: str, run: StoredRun, plots: dict[str, Figure]) -> dict[str, Any]:
     """What the page says of one run; its plots are added to ``plots``."""
+    import yaml
+
     plan = run.plan
     knee = make_knee(plan) if has_gain(plan) else None
     if knee is not None:
         plots[f"knee-{i}"] = knee_plot(knee)
     if len(plan.history) > 1:
         plots[f"history-{i}"] = history_plot(plan)
+    options = {"rule": plan.rule, "seed": plan.seed, **plan.options}
     blocks = sorted({entry.site.block for entry in plan.entries}, key=natural)
     columns = ordered_projections(entry.site.projection for entry in plan.entries)
     cells = _cells(plan)
@@ -160,11 +205,42 @@ def _section(i: int, name: str, run: StoredRun, plots: dict[str, Figure]) -> dic
         "rows": rows,
         "knee": None if knee is None else knee_text(knee),
         "has_history": f"history-{i}" in plots,
+        "scale": _scale(plan),
         "costs": list(_costs(plan)),
-        "metrics": run.metrics,
-        "config": json.dumps(run.config, indent=1, ensure_ascii=False) if run.config else "",
-        "options": {"rule": plan.rule, "seed": plan.seed, **plan.options},
+        "config": yaml.safe_dump(dict(run.config), allow_unicode=True, sort_keys=False) if run.config else "",
+        "options": {name: rounded(one) if type(one) is float else one for name, one in options.items()},
     }
+
+
+def _lines(named: Mapping[str, StoredRun]) -> Iterator[tuple[str, list[str]]]:
+    """What the runs are compared by: its name, and the text of each run."""
+    runs = list(named.values())
+    yield "method", [printable(f"{run.config.get('method') or run.plan.rule!s:.40}") for run in runs]
+    for metric in dict.fromkeys(metric for run in runs for metric in run.metrics):
+        yield printable(metric), [_shown(run.metrics.get(metric)) for run in runs]
+    yield "training loss, last logged", [_shown(run.losses[-1][1] if run.losses else None) for run in runs]
+    yield "adapters", [f"{len(run.plan.names)} of {len(run.plan.entries)}" for run in runs]
+    yield "parameters", [f"{run.plan.parameters:,}" for run in runs]
+    yield "share of LoRA on all sites", [f"{run.plan.parameters / run.plan.lora_parameters:.1%}" for run in runs]
+    for number, name in _NUMBERS.items():
+        yield name, [_shown(run.numbers.get(number)) for run in runs]
+    yield "results written, UTC", [run.written or "–" for run in runs]
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else rounded(value)
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    """The values as texts, each once."""
+    return ", ".join(dict.fromkeys(printable(f"{value!s:.80}") for value in values if value))
+
+
+def _scale(plan: AdapterPlan) -> list[tuple[int, str]]:
+    """Depths of colour and their scores, for the legend; one where all scores are equal."""
+    scores = plan.scores.values()
+    low, span = min(scores), max(scores) - min(scores)
+    return [(level, rounded(low + span * (level / 100) ** 2)) for level in ((0, 25, 50, 75, 100) if span else (0,))]
 
 
 def _cells(plan: AdapterPlan) -> dict[tuple[str, str], _Cell]:
