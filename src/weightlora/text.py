@@ -61,7 +61,12 @@ def rounded(value: float) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return ``text`` as :func:`printable` does, with spaces in place of line breaks."""
+    r"""Return ``text`` as :func:`printable` does, with spaces in place of line breaks.
+
+    Example:
+        >>> one_line("two\nlines\x07")
+        'two lines\\x07'
+    """
     return " ".join(printable(text).splitlines())
 
 
