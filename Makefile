@@ -20,7 +20,7 @@ $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
-demo: setup    ## the main job on the embedded model and data, at most six minutes on two cores
+demo: setup    ## limits in time and parameters beside LoRA on the embedded model and data, a few minutes on two cores
 	$(BIN)/weightlora demo --output_dir runs/demo
 
 test: setup    ## all tests, about twenty minutes on two cores
@@ -39,7 +39,7 @@ fuzz: setup    ## the generators of cases at full size, about an hour on two cor
 zero3: setup    ## the guide's DeepSpeed commands in two processes, about two minutes
 	.ci/zero3
 
-fresh:         ## the built wheel without extras in two new environments, about four minutes
+fresh:         ## the built wheel without extras in two new environments, then README's commands, about fifteen minutes
 	PYTHON=$(PYTHON) .ci/fresh
 
 examples:      ## the built wheel in a new environment runs each example, about five minutes

@@ -76,6 +76,9 @@ def here(tmp_path, small_model, monkeypatch):
     base.save_pretrained("base")
     lora = LoraConfig(target_modules=["v_proj"], task_type="CAUSAL_LM")
     get_peft_model(LlamaForCausalLM.from_pretrained("base"), lora).save_pretrained("adapter")
+    shutil.copytree("adapter", "runs/train/adapter")
+    shutil.copy("plan.json", "runs/train")
+    shutil.copy("recipe.yaml", "runs/train/config.yaml")
     return tmp_path
 
 

@@ -1,8 +1,10 @@
 """The demo, on fewer sentences: what it leaves behind is whole, stock and what the table says."""
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from weightlora.tasks.classification import load_classifier
 from weightlora.tasks.embedded import WHEELS
 from weightlora.tasks.embedded import minilm as minilm_folder
 
-METHODS = ("lora", "random", "weightlora", "weightlora_plus")
+ROWS = ("0.6_of_the_time", "LoRA", "LoRA_of_rank_1", "half_the_parameters")
 TEXTS = ["a joy from start to end", "two hours lost"]
 
 
@@ -25,24 +27,33 @@ TEXTS = ["a joy from start to end", "two hours lost"]
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
     few = ["--max_train_samples", "8", "--max_eval_samples", "8", "--num_train_epochs", "1", "--seed", "3", "--use_cpu"]
-    assert main(["demo", *few, "--fast", "--output_dir", str(folder)]) == 0
+    with redirect_stdout(io.StringIO()) as screen:
+        assert main(["demo", *few, "--fast", "--output_dir", str(folder)]) == 0
+    (folder.parent / "screen").write_text(screen.getvalue())
     return folder
+
+
+@pytest.fixture
+def screen(demo):
+    return (demo.parent / "screen").read_text()
 
 
 @pytest.fixture(scope="module")
 def records(demo):
-    return {record["options"]["method"]: record for record in read_records(demo / "records.jsonl")}
+    """By the row of the table: in its order."""
+    names = ("LoRA", "0.6_of_the_time", "half_the_parameters", "LoRA_of_rank_1")
+    return dict(zip(names, read_records(demo / "records.jsonl"), strict=True))
 
 
 def kept(demo):
-    """The folders of the adapters by method; names begin with the task and end with the run's key."""
+    """The folders of the adapters by row; names begin with the task and end with the run's key."""
     return {folder.name.split("-")[1]: folder for folder in sorted((demo / "adapters").iterdir())}
 
 
 def test_it_leaves_what_it_promises(demo):
     left = {path.name for path in demo.iterdir() if not path.name.startswith(".")}
     assert left == {"plan.json", "heatmap.png", "table.md", "table.tex", "records.jsonl", "adapters"}
-    assert tuple(kept(demo)) == METHODS
+    assert tuple(sorted(kept(demo))) == ROWS
     assert (demo / "heatmap.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -71,7 +82,7 @@ def test_each_adapter_is_stock(demo, tokenizer):
     done = subprocess.run([*probe, *TEXTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     loaded = json.loads(done.stdout)
-    assert [name.split("-")[1] for name in loaded] == [*METHODS]
+    assert sorted(name.split("-")[1] for name in loaded) == [*ROWS]
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     for folder, logits in loaded.items():
         by_hand = slow_logits(demo / "adapters" / folder, load_classifier(minilm_folder(), labels=2, seed=0), batch)
@@ -79,25 +90,38 @@ def test_each_adapter_is_stock(demo, tokenizer):
 
 
 def test_the_numbers_are_those_of_the_plans(demo, records):
-    assert set(records) == set(METHODS)
-    for method, record in records.items():
-        plan = AdapterPlan.load(kept(demo)[method] / "plan.json")
+    assert tuple(sorted(records)) == ROWS
+    for row, record in records.items():
+        plan = AdapterPlan.load(kept(demo)[row] / "plan.json")
         assert (record["status"], record["adapters"]) == ("ok", len(plan.names))
         assert record["adapter_parameters"] == plan.parameters
         assert record["options"]["seed"] == 3
-    lora = records["lora"]["adapter_parameters"]
-    assert 2 * records["weightlora"]["adapter_parameters"] <= lora
-    assert lora // 2 < records["weightlora_plus"]["adapter_parameters"] <= lora
+    lora, few, half, rank_1 = (record["adapter_parameters"] for record in records.values())
+    assert max(few, 2 * half) <= lora == 10 * rank_1
 
 
 def test_it_selects_with_the_fast_step(demo):
     assert AdapterPlan.load(demo / "plan.json").options["fast"] == "input"
 
 
-def test_plus_has_the_sites_of_weightlora(demo):
-    chosen, plus = (AdapterPlan.load(kept(demo)[n] / "plan.json") for n in ("weightlora", "weightlora_plus"))
-    assert plus.names == chosen.names
-    assert AdapterPlan.load(demo / "plan.json") == chosen
+def test_the_plan_on_the_screen_is_that_of_the_time_limit(demo, screen):
+    plan = AdapterPlan.load(demo / "plan.json")
+    assert plan == AdapterPlan.load(kept(demo)["0.6_of_the_time"] / "plan.json")
+    assert plan.options["keep"] == "0.6x"
+    assert f"{len(plan.names)} of 36 sites kept" in screen
+
+
+def test_the_screen_explains_itself(demo, records, screen):
+    header = next(line for line in screen.splitlines() if line.strip().startswith("method"))
+    explained = screen[screen.index("rate: ") :]
+    for column in header.split()[1:]:
+        assert column in ("rotten_tomatoes",) or f"{column}" in explained
+    assert "one seed" in explained
+    text = " ".join(screen.split())
+    accuracy = 100 * records["0.6_of_the_time"]["metrics"]["validation_accuracy"]
+    assert f"loaded in plain PEFT, without weightlora: accuracy {accuracy:.1f} %; the table's: {accuracy:.1f} %" in text
+    assert "weightlora train --task text_classification" in text
+    assert max(len(line) for line in screen.splitlines() if str(demo) not in line and not line[0:1].isdigit()) <= 80
 
 
 def test_another_option_of_a_recipe_is_checked(tmp_path, capsys):
