@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+import weightlora
 from weightlora.errors import PlanMismatchError, SiteError, WeightLoraWarning
 from weightlora.model.sites import Candidates, find_sites
 from weightlora.plan.make import make_plan
@@ -68,7 +69,7 @@ def looked_for(model: nn.Module, entries: list[str]) -> tuple[Candidates | None,
 
 
 def test_no_requested_name_vanishes_without_a_word():
-    counts = dict.fromkeys(["silent", "warned", "refused", "compared with PEFT"], 0)
+    counts = dict.fromkeys(["silent", "warned", "refused", "misspelt", "compared with PEFT"], 0)
     for seed in range(800):
         rng = random.Random(seed)
         model = any_model(rng)
@@ -78,11 +79,16 @@ def test_no_requested_name_vanishes_without_a_word():
         if found is None:
             counts["refused"] += 1
             assert "\n" not in error
+            if "no module is named" in error:
+                counts["misspelt"] += 1
+                assert all(repr(e) in error for e in sorted(e for e in entries if not matched[e])[:3])
+                continue
             wanted = [name for names in matched.values() for name in names if not name.endswith("out_proj")]
             assert not any(isinstance(model.get_submodule(name), (nn.Linear, Conv1D)) for name in wanted)
             continue
         sites, skipped = {site.name for site in found.sites}, {skip.name for skip in found.skipped}
-        asked = {name for names in matched.values() for name in names} | {e for e in entries if not matched[e]}
+        assert all(matched.values())
+        asked = {name for names in matched.values() for name in names}
         assert asked <= sites | skipped
         assert bool(asked - sites) == bool(caught), (entries, asked - sites)
         counts["warned" if caught else "silent"] += 1
@@ -107,13 +113,26 @@ def llama() -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        (["q_proj", "v_prj"], r"'v_prj' \(closest: 'v_proj'\)"),
+        (["q_proj", "self_attn.v_prj"], r"'self_attn.v_prj' \(closest: 'self_attn.v_proj'\)"),
+        (["q_proj", "query"], "'query'"),  # of another architecture
+        (["q_proj", "v_prj", "k_prj"], r"'k_prj' \(closest: 'k_proj'\), 'v_prj' \(closest: 'v_proj'\)"),
+    ],
+)
+def test_a_misspelt_target_among_others_is_an_error_that_names_the_closest(targets, named):
+    model = llama()
+    with pytest.raises(SiteError, match=f"no module is named {named}; correct") as caught:
+        find_sites(model, LoraConfig(target_modules=targets))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SiteError, match=named):
+        weightlora.select(model, [{}], lora=LoraConfig(target_modules=targets), loss_fn=lambda *_: 1 / 0)
+
+
+@pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"target_modules": ["q_proj", "v_prj"]}, r"v_prj: no module has this name \(closest: 'v_proj'\)"),
-        (
-            {"target_modules": ["q_proj", "self_attn.v_prj"]},
-            r"self_attn.v_prj: no module has this name \(closest: 'self_attn.v_proj'\)",
-        ),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "model.embed_tokens: Embedding is no linear layer"),
         ({"target_modules": ["q_proj", "mlp"]}, "model.layers.0.mlp: LlamaMLP is no linear layer"),
         ({"target_modules": r".*(q_proj|norm)"}, "LlamaRMSNorm is no linear layer; and 2 more"),  # 2·2 + 1 norms

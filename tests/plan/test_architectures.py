@@ -157,6 +157,7 @@ def test_methods_that_choose_carry_them_too(method):
     assert made.export(attached) is attached
 
 
+@pytest.mark.filterwarnings("ignore:keep=1.0")
 def test_a_number_of_parameters_is_for_all_adapters():
     plan, _, _ = selected("OLMoE", LoraConfig(**ALL), keep=1.0)
     besides = sum(each.parameters for each in plan.target_parameters)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightlora.errors import OptionError
+from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.plan.budget import (
     Budget,
     GainShare,
@@ -71,6 +71,7 @@ def test_a_keep_out_of_range_is_one_line_with_the_value(keep):
 
 
 @pytest.mark.parametrize("keep", [1, 4, 0.17, 1.0, "10 parameters", "0.5", "3"])
+@pytest.mark.filterwarnings("ignore:keep=1.0")
 def test_the_ends_of_the_range_are_allowed(keep):
     assert 1 <= len(read_budget(keep, FOUR).choose([4, 3, 2, 1])) <= 4
 
@@ -78,6 +79,15 @@ def test_the_ends_of_the_range_are_allowed(keep):
 @pytest.mark.parametrize("keep", [1, 7, 10, "7"])
 def test_a_whole_number_is_a_count(keep):
     assert read_budget(keep, sized([5] * 10)) == Budget(costs=(1,) * 10, limit=int(keep))
+
+
+@pytest.mark.parametrize("keep", [1.0, "1.0"])
+def test_one_as_a_fraction_says_that_nothing_is_selected(keep):
+    with pytest.warns(WeightLoraWarning, match=r"nothing is selected; keep=1 is one adapter") as caught:
+        assert read_budget(keep, sized([5, 5])).limit == 10
+    assert len(caught) == 1
+    assert read_budget(1, sized([5, 5])).limit == 1  # without a word
+    assert read_budget("0.999", sized([5, 5])).limit == 9
 
 
 @pytest.mark.parametrize(
@@ -92,6 +102,7 @@ def test_a_whole_number_is_a_count(keep):
         (1e-05, [1] * 100_000, 1),
     ],
 )
+@pytest.mark.filterwarnings("ignore:keep=.*1.0")
 def test_a_fraction_is_that_share_of_the_parameters(keep, costs, limit):
     if limit >= min(costs):
         assert read_budget(keep, sized(costs)) == Budget(costs=tuple(costs), limit=limit)
@@ -100,6 +111,7 @@ def test_a_fraction_is_that_share_of_the_parameters(keep, costs, limit):
             read_budget(keep, sized(costs))
 
 
+@pytest.mark.filterwarnings("ignore:keep=1.0")
 def test_a_hundredth_is_a_hundredth():
     read = [read_budget(k / 100, sized([1] * 100)).limit for k in range(1, 101)]
     assert read == list(range(1, 101))
@@ -112,6 +124,7 @@ def test_half_of_the_parameters_is_not_half_of_the_sites():
     assert read_budget(2, FOUR).choose([1, 2, 3, 4]) == [2, 3]
 
 
+@pytest.mark.filterwarnings("ignore:keep=1.0")
 @given(st.floats(0, 1, exclude_min=True), st.lists(st.integers(1, 1000), min_size=1, max_size=40), st.data())
 def test_a_fraction_is_never_exceeded_and_all_are_kept_at_one(keep, costs, data):
     scores = data.draw(st.lists(st.floats(-9, 9), min_size=len(costs), max_size=len(costs)))

@@ -301,6 +301,7 @@ def test_first_order_spreads_its_sites_unless_asked_or_not_counted(minilm, revie
     assert chosen(rule="fisher").names == chosen(rule="fisher", ranking="score").names
 
 
+@pytest.mark.filterwarnings("ignore:keep=1.0")
 def test_auto_keeps_the_sites_that_have_three_quarters_of_the_scores():
     def of_each_layer(model, batch):  # the best site has more than half of the scores, the best two more than 75 %
         return 2 * squared(model[:1], batch) + 0.5 * squared(model[:4], batch) + squared(model, batch)

@@ -322,14 +322,18 @@ def test_the_options_decide_what_the_arguments_leave_open(plain, tiny, arguments
 
 def test_rows_that_do_not_fit_are_named(plain, tiny, arguments):
     # In SmolLM2's tokens each digit and sign is one: "1+2=" is 4 long, "555+6=" 6, and then come the sum and the end.
-    def make_trainer(max_length):
+    def make_trainer(most, **given):
         rows = DatasetDict(train=Dataset.from_list(OWN))
-        prepared = prepare(task_of("completion"), rows, plain, RowOptions(max_length=max_length))
-        return prepared.make_trainer(tiny, arguments(), [])
+        prepared = prepare(task_of("completion"), rows, plain, RowOptions(max_length=most))
+        return prepared.make_trainer(tiny, arguments(**given), [])
 
-    with pytest.raises(DataError, match="fill max_length=4; raise max_length"):
+    with pytest.raises(DataError, match="fill max_length=3; raise max_length"):
+        make_trainer(4, max_length=3)  # TRL's option, where the user set it
+    with pytest.raises(DataError, match="fill max_seq_length=4; raise max_seq_length"):
         make_trainer(4)
-    with pytest.warns(WeightLoraWarning, match=r"of 4 rows of the split 'train', max_length=6 drops 1 .*cuts up to 3"):
+    with pytest.warns(
+        WeightLoraWarning, match=r"of 4 rows of the split 'train', max_seq_length=6 drops 1 .*cuts up to 3"
+    ):
         assert len(make_trainer(6).train_dataset) == 3
     assert len(make_trainer(11).train_dataset) == 4  # 6 + 3 + 1 = 10: nothing is cut, and nothing is said
 

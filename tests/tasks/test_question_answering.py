@@ -294,13 +294,15 @@ def test_a_slow_tokenizer_is_refused():
 
 
 def test_a_stride_as_long_as_the_window_is_refused(tokenizer):
-    with pytest.raises(OptionError, match=r"doc_stride=128 must be smaller than the 120 tokens that max_length=128"):
+    with pytest.raises(
+        OptionError, match=r"doc_stride=128 must be smaller than the 120 tokens that max_seq_length=128"
+    ):
         prepare(find_task("squad"), splits(*ANSWERED), tokenizer, RowOptions(max_length=128, doc_stride=128))
 
 
 def test_a_question_that_fills_the_window_is_refused(tokenizer):
     rows = splits(row(0, "why " * 25, TOWER, "Paris"))
-    with pytest.raises(OptionError, match=r"the 4 tokens that max_length=32 leaves after a question of 25"):
+    with pytest.raises(OptionError, match=r"the 4 tokens that max_seq_length=32 leaves after a question of 25"):
         prepare(find_task("squad"), rows, tokenizer, OPTIONS)
 
 

@@ -72,3 +72,19 @@ def test_every_task_has_a_kind_and_a_name_of_its_own():
 def test_a_missing_package_is_one_line_that_says_what_to_install():
     with pytest.raises(MissingPackageError, match=r"^no_such is not installed; run: pip install 'weightlora\[llm\]'$"):
         require_extra("no_such", "llm")
+
+
+@pytest.mark.parametrize(
+    ("validation", "says"),
+    [
+        (None, "no file {0}/a.csv$"),
+        ("b.csv", "no file {0}/a.csv and no file {0}/b.csv"),
+        ("c.csv", "no file {0}/a.csv$"),
+    ],
+    ids=["none", "missing", "there"],
+)
+def test_a_missing_training_file_is_named_first(validation, says, tmp_path):
+    (tmp_path / "c.csv").write_text("text,label\na,b\nc,d\n")
+    given = None if validation is None else str(tmp_path / validation)
+    with pytest.raises(DataError, match=says.format(tmp_path)):
+        load_rows(find_task("text_classification"), Source(train_file=str(tmp_path / "a.csv"), validation_file=given))

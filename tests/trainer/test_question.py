@@ -130,6 +130,7 @@ def test_the_same_question_takes_the_plan_without_scoring(ask, monkeypatch, what
         ask("elsewhere")  # the control
 
 
+@pytest.mark.filterwarnings("ignore:keep=1.0")
 def test_one_adapter_and_all_of_them_are_two_questions(ask):
     ask(keep=1)
     with pytest.raises(OptionError, match=r"keep=1 there, 1.0 now"):

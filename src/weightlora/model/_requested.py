@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from weightlora.errors import WeightLoraWarning
+from weightlora.errors import SiteError, WeightLoraWarning
 from weightlora.text import closest
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def unmatched_targets(
     linear: Collection[str],
     parameters: Collection[str],
 ) -> dict[str, str]:
-    """The listed targets that are the name or the ending of no module or parameter, each with a reason to skip it.
+    """The listed target parameters that the model has not, each with a reason to skip it.
 
     Args:
         lora: The wanted adapters.
@@ -31,6 +31,9 @@ def unmatched_targets(
         modules: Names of all modules.
         linear: Names of the linear layers, among which the closest name is looked for.
         parameters: Names of the parameters that get an adapter.
+
+    Raises:
+        SiteError: An entry of the list ``target_modules`` is the name or the ending of no module.
     """
     fused = (
         set()
@@ -38,10 +41,12 @@ def unmatched_targets(
         else set(lora.target_modules or ()) - set(read.target_modules or ())
     )
     missing = set(_missing(lora.target_modules, modules)) - (fused if parameters else set())
-    unmatched = {entry: f"no module has this name{_hint(entry, linear)}" for entry in sorted(missing)}
+    if missing:
+        named = ", ".join(f"{entry!r}{_hint(entry, linear)}" for entry in sorted(missing)[:_SHOWN])
+        raise SiteError(f"target_modules: no module is named {named}; correct the name, or leave it out")
     wanted = sorted(lora.target_parameters or ())
     nowhere = [entry for entry in wanted if not any(f".{name}".endswith(f".{entry}") for name in parameters)]
-    return unmatched | dict.fromkeys(nowhere, "no parameter has this name")
+    return dict.fromkeys(nowhere, "no parameter has this name")
 
 
 def warn_of_leftovers(

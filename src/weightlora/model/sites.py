@@ -87,8 +87,8 @@ def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
     ``modules_to_save``. With ``target_modules=None`` every linear layer is a candidate except the output head and the
     pooler; ``"all-linear"`` includes the pooler.
 
-    Skipped are all other linear layers, modules of other kinds that ``target_modules`` names, such as embeddings, and
-    names in that list that no module has. Skipped with a warning are layers on which PEFT puts no adapter: Mamba's
+    Skipped are all other linear layers, and modules of other kinds that ``target_modules`` names, such as embeddings.
+    Skipped with a warning are layers on which PEFT puts no adapter: Mamba's
     ``out_proj``, routers that return a tuple, and layers whose names transformers gives to fused experts.
 
     Fused experts are no candidates: they are one parameter. Those that ``target_parameters`` or ``target_modules`` name
@@ -99,14 +99,14 @@ def find_sites(model: nn.Module, lora: LoraConfig | None = None) -> Candidates:
         lora: The wanted adapters; None means ``LoraConfig()``.
 
     Raises:
-        SiteError: There is no linear layer, ``target_modules`` match none (the text names the closest), PEFT cannot
-            adapt one of ``target_parameters``, or the model is compiled or inside ``DataParallel``.
+        SiteError: There is no linear layer, a name in ``target_modules`` matches none (the text names the closest),
+            PEFT cannot adapt one of ``target_parameters``, or the model is compiled or inside ``DataParallel``.
         OptionError: ``lora`` is no ``LoraConfig``, PEFT adapts no parameter under it, or ``target_modules`` names a
             part of a fused one.
 
     Warns:
-        WeightLoraWarning: ``target_modules`` asks for a module that gets no adapter, or a name in ``target_modules``,
-            ``exclude_modules``, ``rank_pattern`` or ``alpha_pattern`` matches nothing.
+        WeightLoraWarning: ``target_modules`` asks for a module that gets no adapter, or a name in ``exclude_modules``,
+            ``rank_pattern`` or ``alpha_pattern`` matches nothing.
 
     Example:
         >>> from torch import nn

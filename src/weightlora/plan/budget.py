@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral, Real
 from typing import Literal, Protocol
 
-from weightlora.errors import OptionError
+from weightlora.errors import OptionError, WeightLoraWarning
 
 Keep = float | int | str
 """How much of plain LoRA to keep.
@@ -136,6 +137,9 @@ def read_budget(keep: Keep, parameters: Mapping[str, int], fixed: Sequence[int] 
     Raises:
         OptionError: ``keep`` is out of its range, no site fits it, or it is a :class:`Limit`.
 
+    Warns:
+        WeightLoraWarning: ``keep`` is 1.0, so that nothing is selected.
+
     Example:
         >>> parameters = {"a": 10, "b": 10, "c": 20, "d": 20}
         >>> read_budget(2, parameters).choose([4, 3, 2, 1])
@@ -152,6 +156,9 @@ def read_budget(keep: Keep, parameters: Mapping[str, int], fixed: Sequence[int] 
             raise OptionError(f"keep={number} exceeds the {n} adapter sites; lower keep or widen target_modules")
         return Budget.of_count(number, n=n)
     if isinstance(number, float):
+        if number == 1.0:
+            text = f"keep={keep!r} is all of LoRA's parameters, so nothing is selected; keep=1 is one adapter"
+            warnings.warn(f"{text}, keep=0.5 half of the parameters", WeightLoraWarning, stacklevel=2)
         # The decimal that the user wrote, not the float nearest to it: 0.1 of 30 parameters are 3.
         limit = math.floor(Fraction(str(float(number))) * total)
         share = f" ({limit:,} of plain LoRA's {total:,} parameters)"

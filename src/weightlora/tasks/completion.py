@@ -162,8 +162,9 @@ def _make_trainer(
         arguments.dataset_text_field = "text"
     elif arguments.completion_only_loss is None:
         arguments.completion_only_loss = True
-    if arguments.max_length == SFTConfig.max_length:  # the user did not set it
-        arguments.max_length = options.max_length
+    option = "max_length"  # TRL's own, where the user set it
+    if arguments.max_length == SFTConfig.max_length:
+        arguments.max_length, option = options.max_length, "max_seq_length"
     try:
         trainer = SFTTrainer(
             model=model,
@@ -176,22 +177,25 @@ def _make_trainer(
     except ValueError as error:  # what TRL refuses, such as an adapter on the output head
         raise OptionError(" ".join(str(error).split())) from error
     if not arguments.packing:
-        _check_lengths(trainer, {split: len(some) for split, some in examples.items()}, arguments.max_length)
+        _check_lengths(trainer, {split: len(some) for split, some in examples.items()}, arguments.max_length, option)
     return trainer
 
 
-def _check_lengths(trainer: SFTTrainer, given: Mapping[str, int], max_length: int | None) -> None:
-    """Warn of rows that TRL drops silently because their prompt fills ``max_length``, and of those that it cuts."""
+def _check_lengths(trainer: SFTTrainer, given: Mapping[str, int], max_length: int | None, option: str) -> None:
+    """Warn of rows that TRL drops silently because their prompt fills ``max_length``, and of those that it cuts.
+
+    ``option`` is what the user sets it with.
+    """
     for split, rows in {"train": trainer.train_dataset, **_tokenised(trainer, given)}.items():
         kept: list[list[int]] = rows["input_ids"]  # pyright: ignore
         dropped, full = given[split] - len(kept), sum(len(ids) == max_length for ids in kept)
         if not kept:
-            raise DataError(f"the prompts of the split {split!r} fill max_length={max_length}; raise max_length")
+            raise DataError(f"the prompts of the split {split!r} fill {option}={max_length}; raise {option}")
         lost = [f"drops {dropped} rows whose prompts fill it"] if dropped else []
         lost += [f"cuts up to {full} rows at their end"] if full else []
         if lost:
-            text = f"of {given[split]} rows of the split {split!r}, max_length={max_length} {' and '.join(lost)}"
-            warnings.warn(f"{text}; raise max_length", WeightLoraWarning, stacklevel=3)
+            text = f"of {given[split]} rows of the split {split!r}, {option}={max_length} {' and '.join(lost)}"
+            warnings.warn(f"{text}; raise {option}", WeightLoraWarning, stacklevel=3)
 
 
 def _tokenised(trainer: Trainer, splits: Iterable[str]) -> dict[str, Any]:

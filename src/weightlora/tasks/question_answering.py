@@ -222,8 +222,8 @@ def _check_lengths(questions: Sequence[str], tokenizer: Any, options: RowOptions
     left = options.max_length - tokenizer.num_special_tokens_to_add(pair=True) - longest
     if options.doc_stride >= left:
         raise OptionError(
-            f"doc_stride={options.doc_stride} must be smaller than the {left} tokens that max_length="
-            f"{options.max_length} leaves after a question of {longest}; lower doc_stride or raise max_length"
+            f"doc_stride={options.doc_stride} must be smaller than the {left} tokens that max_seq_length="
+            f"{options.max_length} leaves after a question of {longest}; lower doc_stride or raise max_seq_length"
         )
 
 

@@ -134,6 +134,9 @@ def _hold_out(rows: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def _files(task: Task, source: Source, measured: bool) -> Mapping[str, tuple[Dataset, Place]]:
+    missing = [file for file in (source.train_file, source.validation_file) if file and not Path(file).is_file()]
+    if missing:
+        raise DataError(f"there is no file {' and no file '.join(missing)}")
     if measured and source.validation_file is None:
         raise OptionError("train_file needs a validation_file: rows to measure on that are not trained on")
     files = {
