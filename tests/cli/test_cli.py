@@ -315,3 +315,19 @@ def test_a_wrong_budget_is_found_before_anything_is_loaded(command, tmp_path, mo
     monkeypatch.setattr("weightlora.runs._load.load_rows", lambda *_, **__: pytest.fail("rows were loaded"))
     assert "keep='2.5' is not allowed" in failure(capsys, *command.split(), "--keep", "2.5", "--output_dir", "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_ordinary_training_prints_nothing_but_its_own_lines_to_standard_error(tmp_path):
+    """A GGUF file and TRL: of all bases and tasks those of which the libraries say most."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"sentence number {i}"}) + "\n" for i in range(4)))
+    words = ["train", "--task", "language_modelling", "--model_name_or_path", "embedded/smollm2", "--method", "random"]
+    words += ["--train_file", "text.jsonl", "--validation_file", "text.jsonl", "--max_steps", "1", "--save_steps", "1"]
+    words += ["--max_seq_length", "16", "--disable_tqdm", "true", "--report_to", "none", "--output_dir", "run"]
+    command = [sys.executable, "-m", "weightlora", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    bars = re.compile(r".*(%\||\d(it|s|B)/(s|it)).*")  # of GGUF's conversion
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not bars.fullmatch(line)]
+    assert [line for line in lines if not line.startswith("weightlora: ")] == []
+    assert "config file" not in done.stderr
+    assert "pin_memory" not in done.stderr

@@ -90,8 +90,8 @@ def test_show_writes_the_knee_plot_that_it_is_asked_for(plan, tmp_path, monkeypa
     # Three quarters need the 2 and the 3. One order in six begins with them: 50 %. Half of them end with one: 100 %.
     monkeypatch.chdir(tmp_path)  # a long path would be one long line
     printed = " ".join(screen(capsys, "show", plan, "--knee", "k.png").split())
-    assert "75 % of the gain is in 2 of 4 sites with 50 % of the parameters (random: " in printed
-    assert "8 of 10 orders 50 % to 100 %)" in printed
+    assert "75 % of the gain is in 2 of 4 sites with 50 % of the parameters; random sites need " in printed
+    assert " % of the parameters for as much (8 of 10 orders: 50 % to 100 %)" in printed
     assert (tmp_path / "k.png").read_bytes().startswith(b"\x89PNG")
 
 

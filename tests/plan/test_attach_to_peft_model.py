@@ -79,6 +79,13 @@ def test_a_plan_selected_on_a_peft_model_is_attached_to_it():
     assert model.get_nb_trainable_parameters()[0] == plan.expand().parameters
 
 
+@pytest.mark.filterwarnings("error:`is_gradient_checkpointing`:FutureWarning")
+def test_a_word_of_transformers_to_peft_is_not_shown():
+    model, ids = llama(), torch.arange(16).reshape(2, 8)
+    plan = weightlora.select(model, [{"input_ids": ids, "labels": ids}] * 2, keep=2, steps=2, progress=False)
+    plan.attach(model)
+
+
 def test_a_further_attach_replaces_the_plan_before():
     model = llama()
     plan = plan_of(model)

@@ -209,8 +209,8 @@ def test_the_line_names_sites_parameters_and_random_orders():
     knee = make_knee(stack([1.0, 1.0, 1.0, 9.0], sizes=[10, 10, 10, 20]))
     spread = knee.auto_by_chance
     assert knee_text(knee) == (
-        "75 % of the gain is in 1 of 4 sites with 40 % of the parameters "
-        f"(random: {100 * spread.mean:.0f} %, 8 of 10 orders 40 % to 100 %)"
+        "75 % of the gain is in 1 of 4 sites with 40 % of the parameters; "
+        f"random sites need {100 * spread.mean:.0f} % of the parameters for as much (8 of 10 orders: 40 % to 100 %)"
     )
 
 

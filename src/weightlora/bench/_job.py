@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shutil
 import threading
@@ -116,13 +117,18 @@ def _one_line(message: Warning | str, *_: object, **__: object) -> str:
     return f"weightlora: warning: {message}\n"
 
 
+def _says_no_kernel(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in record.getMessage()
+
+
 def _quiet() -> None:
     from datasets import disable_progress_bars
-    from transformers.utils import logging
+    from transformers.utils import logging as reports
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    reports.set_verbosity_error()
+    reports.disable_progress_bar()
     disable_progress_bars()
     getLogger("weightlora").setLevel(ERROR)  # what scoring costs is in the record
     warnings.formatwarning = _one_line  # this process runs the job alone
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_says_no_kernel)  # see cli/_quiet.py

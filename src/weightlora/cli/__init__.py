@@ -26,7 +26,7 @@ from weightlora.cli import (
     train,
 )
 from weightlora.cli._output import CheckedOutput, say
-from weightlora.cli._quiet import quiet_imports
+from weightlora.cli._quiet import one_line_warnings, quiet_imports
 from weightlora.errors import OptionError, WeightLoraError
 from weightlora.fast.allocator import keep_freed_memory
 from weightlora.text import printable
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if " ".join(words[:2]) in commands.choices:  # a command of two words
         words[:2] = [" ".join(words[:2])]
     try:
-        with CheckedOutput():
+        with CheckedOutput(), one_line_warnings():
             chosen, rest = parser.parse_known_args(words)
             if rest and not chosen.takes_recipe:  # its options are checked when the recipe is read
                 parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -27,7 +27,7 @@ def quiet_casts() -> None:
 
 @contextmanager
 def quiet_libraries() -> Generator[None]:
-    """Silence transformers' reports and bars for the block; our own warnings are printed as one line each."""
+    """Silence transformers' reports and bars for the block."""
     from transformers.utils import logging as reports
 
     level = reports.get_verbosity()
@@ -37,19 +37,23 @@ def quiet_libraries() -> Generator[None]:
         from datasets import disable_progress_bars
 
         disable_progress_bars()
-    with one_line_warnings():
-        try:
-            yield
-        finally:
-            reports.set_verbosity(level)
-            reports.enable_progress_bar()
+    try:
+        yield
+    finally:
+        reports.set_verbosity(level)
+        reports.enable_progress_bar()
 
 
 @contextmanager
 def one_line_warnings() -> Generator[None]:
-    """Print warnings without the line of code they came from, for the block; deprecations are not the user's."""
+    """Print warnings without the line of code they came from, for the block; deprecations are not the user's.
+
+    Nor is PEFT's that a base model without a ``config.json``, such as a GGUF file, has none: nobody resized its
+    vocabulary here.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", "Could not find a config file in ", UserWarning)
         warnings.showwarning = _one_line  # the documented hook; catch_warnings puts the old one back
         yield
 

@@ -81,11 +81,12 @@ def take_tuner(model: PeftModel, other: PeftModel) -> None:
 
 @contextmanager
 def unchecked_patterns() -> Generator[None]:
-    """Ignore PEFT's warning that keys of a pattern match no module, for the block.
+    """Ignore PEFT's warning that keys of a pattern match no module, and one that is for PEFT itself, for the block.
 
     PEFT does not look among ``target_parameters``. :func:`weightlora.find_sites` and ``AdapterPlan.check`` do.
     """
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
         yield
 

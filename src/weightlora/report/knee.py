@@ -159,8 +159,10 @@ def knee_text(knee: Knee) -> str:
     Both count whole sites. Random sites need about as large a share of the parameters, and more where sites are few.
     """
     cost, chance = knee.parameters.auto[0], knee.auto_by_chance
-    by_chance = f"random: {chance.mean:.0%}, 8 of 10 orders {chance.low:.0%} to {chance.high:.0%}"
-    parameters = f"{cost:.0%} of the parameters ({by_chance})".replace("%", " %")
+    by_chance = (
+        f"{chance.mean:.0%} of the parameters for as much (8 of 10 orders: {chance.low:.0%} to {chance.high:.0%})"
+    )
+    parameters = f"{cost:.0%} of the parameters; random sites need {by_chance}".replace("%", " %")
     return f"{AUTO_GAIN} is in {knee.auto} of {len(knee.order)} sites with {parameters}"
 
 
@@ -191,7 +193,7 @@ def draw_knee(knee: Knee, path: str | Path) -> None:
         axes.set_xlabel(label, fontsize=9)
     all_axes[0].set_ylabel("gain")
     all_axes[0].legend(fontsize=7, loc="lower right")
-    text = knee_text(knee).replace(" (random", "\n(random")
+    text = knee_text(knee).replace("; random", ";\nrandom")
     figure.suptitle(f"{knee.rule}: {text}", size=9)
     figure.supxlabel(caption, fontsize=7)
     with whole_file(path) as draft:
