@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
         "demo",
         help="compare limits with LoRA on the embedded model and data",
         description=paragraph(
-            "Train MiniLM on 1,280 film reviews with LoRA, with 0.6 of its step time, with half of its parameters and "
+            "Train MiniLM on 960 film reviews with LoRA, with 0.6 of its step time, with half of its parameters and "
             "with a tenth of them, then load an adapter in plain PEFT; takes a few minutes on two cores. It is a "
             "benchmark like those of weightlora bench."
         ),
