@@ -17,16 +17,16 @@ from weightlora.files import (
     read_json,
     read_mapping,
     whole_file,
-    whole_folder,
     writable_folder,
     write_json,
     written,
 )
+from weightlora.folders import whole_folder
 
 
 def write(path, text, *, fail_with=None):
     """Write ``text`` to a file, or to a file in a folder, raising midway where asked to."""
-    with (whole_folder if path.suffix == "" else whole_file)(path) as draft:
+    with whole_file(path) if path.suffix else whole_folder(path, "a test") as draft:
         (draft / "part.txt" if draft.is_dir() else draft).write_text(text)
         if fail_with:
             raise fail_with
@@ -92,20 +92,21 @@ def test_a_place_that_cannot_be_written_is_one_line_that_names_it(tmp_path, name
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_a_folder_replaces_a_link_and_not_what_it_points_to(tmp_path):
+def test_a_link_stays_and_the_folder_that_it_points_to_is_replaced(tmp_path):
     write(tmp_path / "elsewhere", "old")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name in ("link", "dangling"):
         write(tmp_path / name, "new")
         assert read(tmp_path / name) == "new"
-    assert read(tmp_path / "elsewhere") == "old"
-    assert names(tmp_path) == ["dangling", "elsewhere", "link"]
+        assert (tmp_path / name).is_symlink()
+    assert read(tmp_path / "elsewhere") == read(tmp_path / "nowhere") == "new"
+    assert names(tmp_path) == ["dangling", "elsewhere", "link", "nowhere"]
 
 
 def test_a_folder_does_not_replace_a_file(tmp_path):
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(OutputError, match="notes: a file is there"), whole_folder(tmp_path / "notes"):
+    with pytest.raises(OutputError, match="notes: a file is there"), whole_folder(tmp_path / "notes", "a test"):
         pytest.fail("the work began")
     assert (tmp_path / "notes").read_text() == "mine"
 
@@ -135,7 +136,8 @@ def test_an_output_error_is_an_os_error(tmp_path):
 FULL_DISK = """
 import resource, signal, sys
 from weightlora.errors import OutputError
-from weightlora.files import whole_folder, write_json
+from weightlora.files import write_json
+from weightlora.folders import whole_folder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that write() fails as it does on a full disk
 limit, kind = int(sys.argv[1]), sys.argv[2]
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -143,7 +145,7 @@ try:
     if kind == "file":
         write_json("result", "x" * 10_000)
     else:
-        with whole_folder("result") as draft:
+        with whole_folder("result", "a test") as draft:
             (draft / "small").write_text("fits")
             (draft / "large").write_text("x" * 10_000)
 except OutputError as error:
@@ -159,15 +161,15 @@ def test_a_full_disk_keeps_the_old_content_and_leaves_no_draft(tmp_path, kind):
 
     old = tmp_path / "result"
     if kind == "folder":
-        old.mkdir()
-        (old / "small").write_text("old")
+        with whole_folder(old, "a test") as draft:
+            (draft / "small").write_text("old")
     else:
         old.write_text("old")
     assert run(5_000).startswith("cannot write result: File too large")
     assert names(tmp_path) == ["result"]
     assert (old / "small" if kind == "folder" else old).read_text() == "old"
     if kind == "folder":
-        assert names(old) == ["small"]
+        assert names(old) == [".weightlora.json", "small"]
     assert run(20_000) == "", "with room enough the same script writes"
     assert (old / "large" if kind == "folder" else old).stat().st_size >= 10_000
 

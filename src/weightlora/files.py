@@ -1,4 +1,4 @@
-"""Write files and folders atomically: complete, or not at all."""
+"""Write files atomically: complete, or not at all. ``folders.py`` does the same with folders."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def written(folder: str | Path) -> Generator[None]:
         found = _unwritten(error, Path(folder).absolute())
         if found is None:
             raise
-        raise _cannot_write(Path(folder), found) from error
+        raise cannot_write(Path(folder), found) from error
 
 
 def _unwritten(error: BaseException | None, folder: Path) -> OSError | None:
@@ -93,46 +93,10 @@ def whole_file(path: str | Path) -> Generator[Path]:
         yield draft
         draft.replace(path)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         if draft is not None:
             draft.unlink(missing_ok=True)
-
-
-@contextmanager
-def whole_folder(path: str | Path) -> Generator[Path]:
-    """Yield a temporary folder that replaces ``path`` when the block ends without an error.
-
-    Where ``path`` is a symbolic link, the link is replaced, and what it points to stays.
-
-    Raises:
-        OutputError: The parent folder cannot be written, ``path`` is a file, or the disk is full.
-    """
-    path = Path(path)
-    require_folder(path)
-    draft: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=_DRAFT))
-        draft.chmod(0o777 & ~_umask())
-        yield draft
-        if path.is_symlink():
-            path.unlink()
-        if path.exists():
-            # Move the old folder first: whatever happens, one of the two is complete.
-            old = draft.with_name(draft.name + "-old")
-            path.replace(old)
-            draft.replace(path)
-            shutil.rmtree(old)
-        else:
-            draft.replace(path)
-    except OutputError:
-        raise
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextmanager
@@ -143,9 +107,9 @@ def scratch_folder(parent: Path) -> Generator[Path]:
         OutputError: ``parent`` cannot be written.
     """
     try:
-        scratch = tempfile.TemporaryDirectory(dir=parent, prefix=_DRAFT)
+        scratch = tempfile.TemporaryDirectory(dir=parent, prefix=_DRAFT, ignore_cleanup_errors=True)
     except OSError as error:
-        raise _cannot_write(parent, error) from error
+        raise cannot_write(parent, error) from error
     with scratch as name:
         yield Path(name)
 
@@ -157,16 +121,6 @@ def remove_drafts(folder: Path) -> None:
             shutil.rmtree(draft, ignore_errors=True)
         else:
             draft.unlink(missing_ok=True)
-
-
-def require_folder(path: Path) -> None:
-    """Raise where a folder cannot be written at ``path`` because a file is there.
-
-    Raises:
-        OutputError: It is a file.
-    """
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"cannot write the folder {path}: a file is there; move it, or choose another output folder")
 
 
 @contextmanager
@@ -183,13 +137,13 @@ def only_writer(folder: Path) -> Generator[None]:
     Warns:
         WeightLoraWarning: The file system has no locks.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     file = folder / ".lock"
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
     mine = False
     try:
         # Its holder may have removed the file after it was opened here; a lock on a removed file keeps nobody out.
@@ -228,17 +182,6 @@ def _lock(descriptor: int, folder: Path) -> bool:
             stacklevel=3,
         )
     return True
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Move the folder ``source`` to ``target``, in the place of what is there.
-
-    Raises:
-        OutputError: The folder cannot be moved.
-    """
-    with whole_folder(target) as draft:
-        draft.rmdir()
-        shutil.move(source, draft)
 
 
 def write_json(path: str | Path, value: Any, *, default: Callable[[Any], Any] | None = None) -> None:
@@ -338,11 +281,12 @@ def writable_folder(path: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     return path
 
 
-def _cannot_write(path: Path, error: OSError) -> OutputError:
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """Return the error that says why ``path`` cannot be written."""
     return OutputError(f"cannot write {path}: {error.strerror or error}; choose another output folder")
 
 

@@ -246,6 +246,6 @@ def test_an_adapter_of_a_row_named_like_a_folder_above_is_kept_with_its_record(t
     assert records == recorded(grid)
     [kept] = (grid.output_dir / "adapters").iterdir()
     assert (kept / "adapter_model.safetensors").is_file()
-    assert {path.name for path in grid.output_dir.iterdir()} == {"adapters", "records.jsonl"}
+    assert {path.name for path in grid.output_dir.glob("[!.]*")} == {"adapters", "records.jsonl"}
     assert {path.name for path in tmp_path.iterdir()} == {"b.yaml", "out"}
     assert json.loads((kept / "adapter_config.json").read_text())["r"] == 8

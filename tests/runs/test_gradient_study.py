@@ -127,7 +127,7 @@ def test_what_is_written_says_what_the_plan_and_the_largest_share(found):
     assert data["overlap"]["by_chance"] == pytest.approx(25 / 12)
     assert data["settings"]["learning_rate"] == RATE
     assert (found / "dot_product.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in found.iterdir()) == ["dot_product.json", "dot_product.png", "plan.json"]
+    assert sorted(path.name for path in found.glob("[!.]*")) == ["dot_product.json", "dot_product.png", "plan.json"]
 
 
 def test_a_plan_that_is_given_is_the_one_compared_with(folder, tmp_path, capsys):

@@ -129,7 +129,7 @@ def test_the_command_pushes_the_adapter_with_plan_card_and_picture(pushed):
     hub, _, folder = pushed
     files = hub.repositories["me/sentiment"]
     adapter = folder / "sentiment" / "adapter"
-    assert files == {path.name: path.read_bytes() for path in adapter.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in adapter.glob("[!.]*")}
     assert ADAPTER | {"plan.png"} <= files.keys()
     assert ("me/sentiment", "End of training") in hub.commits
     assert_card(files)

@@ -130,6 +130,9 @@ def test_other_options_are_refused_also_where_the_plan_is_gone(base, whole, tmp_
 @pytest.mark.parametrize("command", ["train", "select"])
 def test_a_second_process_is_refused_before_it_reads_a_row(base, whole, tmp_path, capsys, monkeypatch, command):
     run = interrupted(whole, tmp_path / "run")
+    if command == "select":
+        shutil.rmtree(run)
+        assert main([command, *words(base, run)[1:]]) == 0
     before = (run / "plan.json").read_bytes()
     with only_writer(run):
         monkeypatch.setattr("weightlora.runs._load.load_rows", lambda *_, **__: pytest.fail("rows were loaded"))

@@ -205,7 +205,7 @@ def test_an_output_is_replaced_whole(tmp_path, monkeypatch):
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
     monkeypatch.undo()
     emit_plan(PLANS["one rank"][1], "llamafactory", out)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["llamafactory.yaml"]
+    assert [path.name for path in tmp_path.rglob("[!.]*") if path.is_file()] == ["llamafactory.yaml"]
 
 
 def fail(*_, **__):
@@ -228,7 +228,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         (["--for", "axolotle"], "closest: 'axolotl'"),
         (["--for", "litgpt"], "LitGPT 0.5.13 adapts a projection in all layers or in none, and the plan has"),
         (["--for", "swift"], "one rank for all adapters, and the plan has 2 to 8; give --output"),
-        (["--for", "swift", "--output", "."], "plan.json, which would be deleted"),
+        (["--for", "swift", "--output", "."], "holds plan.json, which"),
     ],
 )
 def test_a_mistake_is_one_line(words, said, tmp_path, monkeypatch, capsys):

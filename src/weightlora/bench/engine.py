@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from weightlora.bench.grid import Grid, Point, Record, by_key, key_of, unrecorde
 from weightlora.bench.records import append_record, read_runs
 from weightlora.bench.schedule import seconds_left
 from weightlora.errors import OptionError
-from weightlora.files import only_writer, remove_drafts, replace_folder, write_text, written
-from weightlora.runs.files import ADAPTER
+from weightlora.files import only_writer, remove_drafts, write_text, written
+from weightlora.folders import own_files, replace_folder, require_replaceable
+from weightlora.runs.files import ADAPTER, RECORDS_FILE
+from weightlora.runs.output import BENCH, require_output
 
-RECORDS_FILE = "records.jsonl"
-_RUNS, _ADAPTERS, _LOGS = "runs", "adapters", "logs"
+_ADAPTERS, _LOGS = "adapters", "logs"
+#: Where the runs work: hidden, so that it meets no folder of the user.
+_RUNS = ".weightlora-runs"
 #: Of each part of a folder's name; the key alone tells the folders apart.
 _LETTERS = 32
 
@@ -104,7 +108,9 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-def run_grid(grid: Grid, *, where: Where = HERE, retry: bool = False, report: Report) -> list[Record]:
+def run_grid(
+    grid: Grid, *, where: Where = HERE, retry: bool = False, report: Report, writer: str = BENCH
+) -> list[Record]:
     """Run what has no record yet, first what the learning rates are chosen with, and return all records.
 
     Args:
@@ -112,17 +118,20 @@ def run_grid(grid: Grid, *, where: Where = HERE, retry: bool = False, report: Re
         where: Processes of this machine, or Ray.
         retry: Run again what failed.
         report: Told of each run.
+        writer: The command that the benchmark's folder belongs to.
 
     Raises:
         OptionError: Another process works on the same benchmark, or Ray lacks the resources of a run.
-        OutputError: The disk is full, or a file cannot be written; the same call goes on.
+        OutputError: The folder belongs to another command, or a file of the user would be lost. Or the disk is full, or
+            a file cannot be written; the same call goes on.
     """
     folder = grid.output_dir
     with only_writer(folder), written(folder):
+        require_output(folder, writer, new=[RECORDS_FILE])
         remove_drafts(folder / _ADAPTERS)
-        _run_missing(grid, grid.tuning, where, retry, report)
-        _run_missing(grid, grid.tested(by_key(recorded(grid))), where, retry, report)
-        shutil.rmtree(folder / _RUNS, ignore_errors=True)
+        _run_missing(grid, grid.tuning, where, retry, report, writer)
+        _run_missing(grid, grid.tested(by_key(recorded(grid))), where, retry, report, writer)
+        _remove_runs(folder / _RUNS)
     return recorded(grid)
 
 
@@ -153,10 +162,21 @@ def final(records: Sequence[Record], *, retry: bool) -> dict[str, Record]:
     return {key: record for key, record in by_key(records).items() if not (retry and record["status"] == "failed")}
 
 
-def _run_missing(grid: Grid, wanted: Sequence[Point], where: Where, retry: bool, report: Report) -> None:
+def _remove_runs(folder: Path) -> None:
+    """Remove what runs of this and earlier calls left where they worked."""
+    for run in folder.glob("*"):
+        if re.fullmatch("[0-9a-f]{12}", run.name):
+            shutil.rmtree(run, ignore_errors=True)
+    with suppress(OSError):  # not empty, or not there
+        folder.rmdir()
+
+
+def _run_missing(grid: Grid, wanted: Sequence[Point], where: Where, retry: bool, report: Report, writer: str) -> None:
     points = unrecorded(wanted, final(recorded(grid), retry=retry))
     if not points:
         return
+    for point in points if grid.keep_adapters else ():
+        require_replaceable(adapter_folder(grid, point), writer)
     folder = (grid.output_dir / _RUNS).absolute()
     jobs = [Job(point.options, folder / point.key, grid.timing_rounds, where.threads) for point in points]
     left = {point.key: point for point in points}
@@ -168,11 +188,13 @@ def _run_missing(grid: Grid, wanted: Sequence[Point], where: Where, retry: bool,
         seconds = seconds_left(grid, others, slots)
         report(Progress(record, len(points) - len(left), len(points), failed, running, seconds))
 
+    with own_files(grid.output_dir, writer):
+        pass  # the folder is the writer's from now on
     tell(None)
     for record in where.finished(jobs):
         point = left.pop(key_of(record["options"]))
         if grid.keep_adapters and record["status"] == "ok":
-            replace_folder(folder / point.key / ADAPTER, adapter_folder(grid, point))
+            replace_folder(folder / point.key / ADAPTER, adapter_folder(grid, point), writer)
         _keep_log(log_file(grid, record), record)
         append_record(grid.output_dir / RECORDS_FILE, {k: v for k, v in record.items() if k != LOG})
         shutil.rmtree(folder / point.key, ignore_errors=True)

@@ -12,6 +12,8 @@ from weightlora.bench.grid import Record, by_key
 from weightlora.bench.records import differing, mixed, read_runs
 from weightlora.errors import DataError, OptionError
 from weightlora.files import only_writer, write_text
+from weightlora.folders import own_files, writer_of
+from weightlora.runs.output import BENCH, BENCHES, require_output
 
 #: Entries that two runs with the same options need not share: they tell of the machine, and how a run failed.
 _PASSING = {"selection_seconds", "training_seconds", "run_seconds", "step_ratio", "provenance"}
@@ -60,13 +62,17 @@ def write_merged(records: Sequence[Record], output: Path, folders: Sequence[Path
 
     Raises:
         OptionError: ``output`` holds records that were not merged, or another process works there.
-        OutputError: The file cannot be written.
+        OutputError: ``output`` belongs to a command that makes no records, or the file cannot be written.
     """
     file = output / RECORDS_FILE
     with only_writer(output):
+        owner = writer_of(output)
+        writer = owner if owner in BENCHES else BENCH
+        require_output(output, writer)
         if file.exists() and output.resolve() not in [folder.resolve() for folder in folders]:
             raise OptionError(f"{file} is there already; choose another --output, or merge that folder too")
-        write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        with own_files(output, writer):
+            write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def _require_equal(key: str, one: tuple[Path, Record], other: tuple[Path, Record]) -> None:

@@ -52,17 +52,22 @@ def look(recipe: Recipe, formats: Sequence[str]) -> None:
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.files import only_writer, write_json, written
+    from weightlora.folders import own_files
     from weightlora.report.bars import draw_bars, overlap_text, terminal_bars
     from weightlora.runs.gradient_study import dot_product_study
+    from weightlora.runs.output import ANALYSE, require_output
 
     output = recipe.output_dir
-    numbers, *pictures = (output / f"dot_product.{ending}" for ending in ("json", *formats))
+    names = [f"dot_product.{ending}" for ending in ("json", *formats)]
     with only_writer(output), written(output):
+        require_output(output, ANALYSE, names)
         with quiet_libraries():
             found = dot_product_study(recipe)
-        write_json(numbers, {**found.to_json(), "settings": dict(recipe.settings)})
-        for picture in pictures:
-            draw_bars(found, picture)
+        with own_files(output, ANALYSE) as draft:
+            write_json(draft / names[0], {**found.to_json(), "settings": dict(recipe.settings)})
+            for name in names[1:]:
+                draw_bars(found, draft / name)
+    numbers, *pictures = (output / name for name in names)
     console = PlainConsole()
     console.print(terminal_bars(found))
     console.print(overlap_text(found), soft_wrap=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from weightlora.bench.grid import Grid, Point, Record
 
+TABLES = ("table.md", "table.tex")
 _EXAMPLE = "weightlora bench --config benchmarks/table1.yaml --workers 2"
 
 
@@ -81,6 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.bench.table import to_terminal
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
+    from weightlora.runs.output import BENCH, require_output
 
     console = PlainConsole()
     with quiet_libraries():
@@ -92,8 +94,9 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.dry_run:
             print_cost(grid, console, **flags)
             return
+        require_output(grid.output_dir, BENCH, TABLES)
         records = recorded(grid) if arguments.table else run_with_progress(grid, console, **flags)
-    print_table(grid, records, console)
+    print_table(grid, records, console, BENCH)
     if arguments.against:
         console.print(to_terminal(make_differences(grid, records, arguments.against)))
 
@@ -121,17 +124,18 @@ def print_cost(grid: Grid, console: Console, **flags: Any) -> None:
     console.print(cost_text(found, on_ray=flags["where"].on_ray), highlight=False)
 
 
-def print_table(grid: Grid, records: list[Record], console: Console) -> None:
+def print_table(grid: Grid, records: list[Record], console: Console, writer: str) -> None:
     """Write table.md and table.tex, and print the table."""
     from weightlora.bench.engine import log_file
     from weightlora.bench.grid import by_key
     from weightlora.bench.table import make_table, to_latex, to_markdown, to_terminal
     from weightlora.cli._bench_progress import describe
-    from weightlora.files import write_text
+    from weightlora.folders import own_files
 
     table = make_table(grid, records)
-    write_text(grid.output_dir / "table.md", to_markdown(table))
-    write_text(grid.output_dir / "table.tex", to_latex(table))
+    with own_files(grid.output_dir, writer) as draft:
+        for name, text in zip(TABLES, (to_markdown(table), to_latex(table)), strict=True):
+            (draft / name).write_text(text, encoding="utf-8")
     console.print(to_terminal(table))
     failed = [record for record in by_key(records).values() if record["status"] == "failed"]
     count = f"{len(records)} records in {grid.output_dir}" + (f", {len(failed)} of them failures" if failed else "")

@@ -48,23 +48,30 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.bench.engine import adapter_folder
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
-    from weightlora.cli.bench import print_table, run_with_progress
+    from weightlora.cli.bench import TABLES, print_table, run_with_progress
+    from weightlora.folders import own_files
     from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.plan.plan import AdapterPlan
+    from weightlora.runs.files import HEATMAP_FILE
+    from weightlora.runs.output import DEMO as WRITER
+    from weightlora.runs.output import require_output
+    from weightlora.trainer.guard import PLAN_FILE
 
     start, console = time.perf_counter(), PlainConsole()
     with quiet_libraries():
-        records = run_with_progress(grid, console)
+        require_output(grid.output_dir, WRITER, (*TABLES, PLAN_FILE, HEATMAP_FILE))
+        records = run_with_progress(grid, console, writer=WRITER)
     row = next(row for row in grid.rows if row.options["method"] == "weightlora")
     point = Point(row, row.learning_rates[0], grid.seeds[0])
     chosen = adapter_folder(grid, point)
     if chosen.exists():
-        plan = AdapterPlan.load(chosen / "plan.json")
-        plan.save(grid.output_dir / "plan.json")
-        draw_heatmap(plan, grid.output_dir / "heatmap.png")
+        plan = AdapterPlan.load(chosen / PLAN_FILE)
+        with own_files(grid.output_dir, WRITER) as draft:
+            plan.save(draft / PLAN_FILE)
+            draw_heatmap(plan, draft / HEATMAP_FILE)
         console.print(f"\nthe plan of '{row.label}':", highlight=False)
         console.print(terminal_heatmap(plan))
-    print_table(grid, records, console)
+    print_table(grid, records, console, WRITER)
     console.print(_COLUMNS, highlight=False)
     if chosen.exists():
         accuracy = row.tested(by_key(records)[point.key])

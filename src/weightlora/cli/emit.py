@@ -33,5 +33,5 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         from weightlora.cli._console import PlainConsole
 
-        names = " and ".join(sorted(path.name for path in arguments.output.iterdir()))
+        names = " and ".join(sorted(path.name for path in arguments.output.glob("[!.]*")))
         PlainConsole().print(f"wrote {names} in {arguments.output}", highlight=False, soft_wrap=True)

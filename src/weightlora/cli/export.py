@@ -19,7 +19,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("adapter", type=Path, help="a LoRA adapter's folder, as PEFT saves it, or a run's")
     parser.add_argument("--for", dest="reader", required=True, help="a runtime such as vllm or sglang, or everywhere")
-    parser.add_argument("--output", type=Path, required=True, help="the new directory; an old one is replaced")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="the new directory; an earlier export in it is replaced"
+    )
     parser.add_argument("--base", help="folder or hub name of the base model; default: the one that the adapter names")
     parser.add_argument(
         "--converter",

@@ -89,6 +89,7 @@ def _run_grid(study: Study, arguments: argparse.Namespace, console: Console) -> 
     from weightlora.cli.bench import print_cost, run_with_progress
     from weightlora.errors import require_extra
     from weightlora.paper.results import results_of
+    from weightlora.runs.output import PAPER
 
     size, flags = arguments.size, {"where": Where(arguments.workers), "retry": arguments.retry}
     if study.kind != "table":
@@ -100,7 +101,8 @@ def _run_grid(study: Study, arguments: argparse.Namespace, console: Console) -> 
         if arguments.dry_run:
             print_cost(grid, console, **flags)
             return
-        records = recorded(grid) if arguments.draw else run_with_progress(grid, console, **flags)
+        _require_own(study, arguments)
+        records = recorded(grid) if arguments.draw else run_with_progress(grid, console, **flags, writer=PAPER)
     _show(study, results_of(study, size, grid, records), arguments, console)
     _print_state(grid, console)
 
@@ -116,6 +118,7 @@ def _compute(study: Study, arguments: argparse.Namespace, console: Console) -> N
             f"{study.name} is computed at this size and takes no options of a run; leave out {arguments.rest[0]}"
         )
     require_extra("matplotlib", "report")
+    _require_own(study, arguments)
     quiet_casts()
     with quiet_libraries():
         results = computed_results(study, arguments.size)
@@ -142,25 +145,35 @@ def _run_dot_product(study: Study, arguments: argparse.Namespace) -> None:
         console.print(note, highlight=False)
 
 
+def _require_own(study: Study, arguments: argparse.Namespace) -> None:
+    """Raise where a file of the user would be lost."""
+    from weightlora.runs.output import PAPER, require_output
+
+    names = [f"{study.name}.{ending}" for ending in ("md", "tex", "png", "pdf")]
+    require_output(arguments.output_dir / arguments.size, PAPER, names)
+
+
 def _show(study: Study, results: Results, arguments: argparse.Namespace, console: Console) -> None:
     """Write table and figure, and print the table."""
     from weightlora.bench.table import parts_that_fit, to_latex, to_markdown, to_terminal
-    from weightlora.files import write_text
+    from weightlora.folders import own_files
     from weightlora.paper.picture import draw
+    from weightlora.runs.output import PAPER
 
     folder = arguments.output_dir / arguments.size
-    files = [folder / f"{study.name}.{ending}" for ending in ("md", "tex")]
-    write_text(files[0], to_markdown(results.captioned))
-    write_text(files[1], to_latex(results.captioned))
-    if results.picture is not None:
-        for ending in ("png", "pdf"):
-            files.append(folder / f"{study.name}.{ending}")
-            draw(results.picture, files[-1])
+    files = [f"{study.name}.{ending}" for ending in ("md", "tex")]
+    with own_files(folder, PAPER) as draft:
+        (draft / files[0]).write_text(to_markdown(results.captioned), encoding="utf-8")
+        (draft / files[1]).write_text(to_latex(results.captioned), encoding="utf-8")
+        if results.picture is not None:
+            for ending in ("png", "pdf"):
+                files.append(f"{study.name}.{ending}")
+                draw(results.picture, draft / files[-1])
     for part in parts_that_fit(results.table, console.width):
         console.print(to_terminal(part))
     for note in results.notes:
         console.print(note, highlight=False)
-    console.print(f"wrote {' '.join(map(str, files))}", soft_wrap=True, highlight=False)
+    console.print(f"wrote {' '.join(str(folder / name) for name in files)}", soft_wrap=True, highlight=False)
 
 
 def _print_state(grid: Grid, console: Console) -> None:

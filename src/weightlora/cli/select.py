@@ -35,10 +35,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     from weightlora.cli._console import PlainConsole, draws_pictures, shown_log
     from weightlora.cli._quiet import quiet_libraries
+    from weightlora.folders import own_files, remove_own_file
     from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.report.knee import draw_knee, has_gain, knee_text, make_knee
+    from weightlora.runs.files import HEATMAP_FILE, KNEE_FILE
+    from weightlora.runs.output import SELECT
     from weightlora.runs.select import select_plan
-    from weightlora.runs.train import HEATMAP_FILE, KNEE_FILE
     from weightlora.trainer.guard import PLAN_FILE
 
     console = PlainConsole()
@@ -46,14 +48,16 @@ def run(arguments: argparse.Namespace) -> None:
         plan = select_plan(recipe)
     plan_file, heatmap, knee_file = (recipe.output_dir / name for name in (PLAN_FILE, HEATMAP_FILE, KNEE_FILE))
     knee = make_knee(plan) if has_gain(plan) else None
-    knee_file.unlink(missing_ok=True)  # an earlier selection's
+    for file in (heatmap, knee_file):
+        remove_own_file(file, SELECT)  # an earlier selection's
     wrote = [plan_file]
     if draws_pictures(console):
-        draw_heatmap(plan, heatmap)
-        wrote.append(heatmap)
-        if knee is not None:
-            draw_knee(knee, knee_file)
-            wrote.append(knee_file)
+        with own_files(recipe.output_dir, SELECT) as draft:
+            draw_heatmap(plan, draft / HEATMAP_FILE)
+            wrote.append(heatmap)
+            if knee is not None:
+                draw_knee(knee, draft / KNEE_FILE)
+                wrote.append(knee_file)
     console.print(terminal_heatmap(plan))
     if "agreement" in plan.options:
         agreement = plan.options["agreement"]

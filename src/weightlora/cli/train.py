@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 from weightlora.cli._durations import duration
 from weightlora.cli._options import add_recipe_parser
-from weightlora.runs.files import ADAPTER, RESULTS_FILE
+from weightlora.runs.files import ADAPTER, HEATMAP_FILE, RESULTS_FILE
 
 
 def add_parser(commands: Any) -> None:
@@ -39,14 +40,16 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.cli._console import PlainConsole, draws_pictures, shown_log
     from weightlora.cli._progress import ProgressLines
     from weightlora.cli._quiet import quiet_libraries
+    from weightlora.folders import own_files
     from weightlora.model.distributed import is_first
     from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.plan.plan import AdapterPlan
-    from weightlora.runs.train import HEATMAP_FILE, train
+    from weightlora.runs.output import TRAIN
+    from weightlora.runs.train import train
     from weightlora.trainer.guard import PLAN_FILE
 
     console = PlainConsole()
-    done = (recipe.output_dir / RESULTS_FILE).exists()
+    done = os.path.exists(recipe.output_dir / RESULTS_FILE)  # noqa: PTH110  # False for a name that is too long
     recipe.training.disable_tqdm = bool(recipe.training.disable_tqdm) or not sys.stderr.isatty()
     lines = () if console.is_terminal else (ProgressLines(partial(console.print, highlight=False)),)
     with quiet_libraries(), shown_log(console):
@@ -54,8 +57,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not is_first():
         return
     plan = AdapterPlan.load(recipe.output_dir / ADAPTER / PLAN_FILE)
-    if draws_pictures(console):
-        draw_heatmap(plan, recipe.output_dir / HEATMAP_FILE)
+    if not (recipe.output_dir / HEATMAP_FILE).exists() and draws_pictures(console):
+        with own_files(recipe.output_dir, TRAIN) as draft:
+            draw_heatmap(plan, draft / HEATMAP_FILE)
     if done:
         console.print("already done: this is what the run left; another output_dir trains again", highlight=False)
     console.print(terminal_heatmap(plan))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from weightlora.errors import OptionError, PlanError, PlanMismatchError
-from weightlora.files import whole_folder
+from weightlora.folders import whole_folder
 from weightlora.model.parameters import TargetParameter
 from weightlora.model.sites import Site
 from weightlora.plan._match import require_adapters, require_parameters, require_room, require_sites
@@ -328,18 +328,19 @@ class AdapterPlan:
         """Write ``model``'s adapter as a stock PEFT directory with ``plan.json``; a failed write leaves no directory.
 
         The model card shows the plan, as a picture too where matplotlib is installed (``plan.png``). The directory can
-        be uploaded as it is: ``HfApi().upload_folder(repo_id=..., folder_path=path)``.
+        be uploaded as it is: ``HfApi().upload_folder(repo_id=..., folder_path=path)``. What an earlier call wrote to
+        ``path`` is replaced; a folder with anything else is refused.
 
         Raises:
             PlanMismatchError: The model does not carry the plan.
-            OutputError: The folder cannot be written.
+            OutputError: The folder holds other files, or cannot be written.
         """
         from safetensors import SafetensorError
 
         from weightlora.plan.card import write_card
 
         self.check(model)
-        with whole_folder(path) as draft:
+        with whole_folder(path, "save_adapter") as draft:
             try:
                 model.save_pretrained(str(draft))
             except SafetensorError as error:  # raised when the disk is full

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlora.files import whole_folder
+from weightlora.folders import own_files, whole_folder
 from weightlora.model.distributed import is_first
-from weightlora.plan.card import write_card
+from weightlora.plan.card import CARD_FILE, write_card
+from weightlora.plan.from_adapter import ADAPTER_FILES
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import write_base_model_name
+from weightlora.runs.output import TRAIN
 from weightlora.trainer.guard import PLAN_FILE
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ def save_adapter(trainer: Trainer, plan: AdapterPlan, path: Path) -> None:
     if not is_first():  # DeepSpeed gives the others nothing
         return
     weights = {name.replace("_orig_mod.", ""): weight for name, weight in found.items()}  # torch.compile's prefix
-    with whole_folder(path) as draft:
+    with whole_folder(path, TRAIN) as draft:
         model: Any = trainer.accelerator.unwrap_model(trainer.model)  # type: ignore[arg-type]
         model.save_pretrained(str(draft), state_dict=weights)
         write_base_model_name(draft, model)
@@ -37,4 +40,8 @@ def write_metrics(trainer: Trainer, plan: AdapterPlan, path: Path, metrics: Mapp
     """Write the card of a saved adapter anew, with what was measured."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)  # type: ignore[arg-type]
     if is_first():
-        write_card(path, plan, model, metrics=metrics)
+        with own_files(path, TRAIN) as draft:
+            for name in (CARD_FILE, ADAPTER_FILES[0], "tokenizer_config.json"):  # what the card is made of
+                if (path / name).exists():
+                    shutil.copyfile(path / name, draft / name)
+            write_card(draft, plan, model, metrics=metrics)

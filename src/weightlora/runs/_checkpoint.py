@@ -7,11 +7,12 @@ silently begins anew; damaged files make it fail with errors that do not name th
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import warnings
 from collections import Counter
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from weightlora.runs.files import checkpoints, step_of
 from weightlora.trainer.guard import PLAN_FILE
 
 _STATE, _OPTIMIZER, _SCHEDULER, _SCALER = "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt"
+#: Of a process or a step, in the name of a file or folder.
+_NUMBER = re.compile("[0-9]+")
 #: Weights that the Trainer would load in the place of the adapter's.
 _FOREIGN = (
     "model.safetensors",
@@ -123,8 +126,9 @@ class _WholeCheckpoints(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remove the card of a checkpoint that a killed start began: PEFT would keep what is there of it."""
-        if args.should_save:
-            (_folder(args, state.global_step) / "README.md").unlink(missing_ok=True)
+        folder = _folder(args, state.global_step)
+        if args.should_save and not (folder / PLAN_FILE).exists():
+            (folder / "README.md").unlink(missing_ok=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Delete the oldest; the last and the best stay."""
@@ -137,8 +141,24 @@ class _WholeCheckpoints(TrainerCallback):
         steps = [step_of(folder) or 0 for folder in checkpoints(Path(str(args.output_dir)))]
         steps = [step for step in steps if step <= state.global_step]
         old = [step for step in steps if step not in (keep or (*steps[-1:], state.best_global_step))]
-        for step in old[: max(0, len(steps) - max(self._limit, len(steps) - len(old)))]:
-            shutil.rmtree(_folder(args, step), ignore_errors=True)
+        doomed = old[: max(0, len(steps) - max(self._limit, len(steps) - len(old)))]
+        for step in doomed:
+            _remove(_folder(args, step), like=_folder(args, max({*steps} - {*doomed})))
+
+
+def _remove(folder: Path, like: Path) -> None:
+    """Remove what a checkpoint has like another one of the run; what the user put there stays."""
+    alike = {_NUMBER.sub("", path.name) for path in like.iterdir()}
+    # First the plan, without which a checkpoint is none.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != PLAN_FILE):
+        if _NUMBER.sub("", path.name) not in alike:
+            continue
+        if path.is_dir() and not path.is_symlink():  # DeepSpeed's and FSDP's shards
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty
+        folder.rmdir()
 
 
 def _folder(args: TrainingArguments, step: int) -> Path:

@@ -7,15 +7,29 @@ from pathlib import Path
 from typing import Any, cast
 
 from weightlora.errors import DataError, OptionError
-from weightlora.files import read_json, read_mapping, remove_drafts, require_folder, write_text
+from weightlora.files import read_json, read_mapping, remove_drafts
+from weightlora.folders import own_files, remove_own_file
 from weightlora.plan.from_adapter import ADAPTER_FILES, tensor_shapes
 from weightlora.plan.plan import AdapterPlan
-from weightlora.runs.files import ADAPTER, BATCH_FILE, BEFORE_FILE, CONFIG_FILE, RESULTS_FILE, checkpoints
+from weightlora.runs.files import (
+    ADAPTER,
+    BATCH_FILE,
+    BEFORE_FILE,
+    CONFIG_FILE,
+    HEATMAP_FILE,
+    RESULTS_FILE,
+    checkpoints,
+)
+from weightlora.runs.output import TRAIN, require_output
 from weightlora.trainer.batch_size import Batch
 from weightlora.trainer.guard import PLAN_FILE
 
 #: Options that do not say what is trained: where a run is, from where it resumes, and what it shows.
 _UNTRAINED = ("output_dir", "resume_from_checkpoint", "disable_tqdm")
+#: What a run writes into its folder once its options are there, and never replaces.
+_NEW = (HEATMAP_FILE, BEFORE_FILE, RESULTS_FILE)
+#: What the Trainer copies there to push checkpoints.
+_PUSHED = (*ADAPTER_FILES, "training_args.bin")
 #: What the results of every run hold.
 _RESULTS = (
     "metrics",
@@ -42,12 +56,15 @@ def require_same_run(output: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         OptionError: With the options that differ.
         DataError: The run's options cannot be read.
-        OutputError: A file is where the adapter will be written.
+        OutputError: Another command wrote there, or a file of the user would be lost.
     """
-    require_folder(output / ADAPTER)
     file = output / CONFIG_FILE
+    new = [*_NEW, *(_PUSHED if settings.get("push_to_hub") else ())]
+    require_output(output, TRAIN, new=() if file.exists() else new)
     trained = bool(checkpoints(output)) or (output / RESULTS_FILE).exists()
     if not trained and not (file.exists() and (output / PLAN_FILE).exists()):
+        if not _is_same(file, settings):
+            require_output(output, TRAIN, [CONFIG_FILE], new)
         return
     there = read_mapping(file) if file.exists() else {}
     if not there:
@@ -55,19 +72,34 @@ def require_same_run(output: Path, settings: Mapping[str, Any]) -> None:
             f"{output} holds a trained run, but its options are not in {file}; choose another output_dir, or delete "
             "what is there"
         )
-    changed = [key for key in sorted({*there, *settings}, key=str) if there.get(key) != settings.get(key)]
-    faults = [f"{key}: {there.get(key)!r} there, {settings.get(key)!r} now" for key in changed if key not in _UNTRAINED]
-    if faults:
+    changed = _changed(there, settings)
+    if changed:
+        faults = [f"{key}: {there.get(key)!r} there, {settings.get(key)!r} now" for key in changed]
         raise OptionError(
             f"{output} holds a run with other options ({'; '.join(faults[:5])}); choose another output_dir"
         )
 
 
 def write_config(output: Path, settings: Mapping[str, Any]) -> None:
-    """Write the effective options of a run."""
+    """Write the effective options of a run, where they are not there; the folder is the run's from now on."""
     import yaml
 
-    write_text(output / CONFIG_FILE, yaml.safe_dump(dict(settings), allow_unicode=True, sort_keys=False))
+    with own_files(output, TRAIN) as draft:
+        if not _is_same(output / CONFIG_FILE, settings):
+            text = yaml.safe_dump(dict(settings), allow_unicode=True, sort_keys=False)
+            (draft / CONFIG_FILE).write_text(text, encoding="utf-8")
+            remove_own_file(output / HEATMAP_FILE, TRAIN)  # of a plan that is there no more
+
+
+def _is_same(file: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a file holds the options of this run."""
+    return file.exists() and not _changed(read_mapping(file), settings)
+
+
+def _changed(there: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """The options that say what is trained, and differ."""
+    names = sorted({*there, *settings} - {*_UNTRAINED}, key=str)
+    return [name for name in names if there.get(name) != settings.get(name)]
 
 
 def stored_results(output: Path) -> dict[str, Any] | None:

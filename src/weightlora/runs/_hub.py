@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError, OutputError
+from weightlora.folders import RECORD_FILE
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -40,6 +41,7 @@ def push_adapter(folder: Path, repository: Any, arguments: TrainingArguments) ->
         HfApi(token=_token(arguments.hub_token)).upload_folder(
             repo_id=repository,
             folder_path=folder,
+            ignore_patterns=[RECORD_FILE],
             commit_message="End of training",
             revision=arguments.hub_revision,
         )

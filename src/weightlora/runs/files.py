@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 
 CONFIG_FILE, BEFORE_FILE, RESULTS_FILE, BATCH_FILE = "config.yaml", "before.json", "results.json", "batch.json"
+HEATMAP_FILE, KNEE_FILE = "heatmap.png", "knee.png"
 ADAPTER = "adapter"
+#: Of a benchmark.
+RECORDS_FILE = "records.jsonl"
 
 
 def adapter_in(folder: Path) -> Path:

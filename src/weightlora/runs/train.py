@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.files import only_writer, write_json, written
+from weightlora.folders import require_replaceable
 from weightlora.methods import Method, entry_of
 from weightlora.model.distributed import from_first, is_first
 from weightlora.plan.plan import AdapterPlan
@@ -44,6 +45,7 @@ from weightlora.runs._loss import loss_fault
 from weightlora.runs._planned import require_candidates, with_plan
 from weightlora.runs._trainable import check_arguments, require_trainable
 from weightlora.runs.files import ADAPTER, BATCH_FILE, BEFORE_FILE, RESULTS_FILE
+from weightlora.runs.output import TRAIN
 from weightlora.runs.recipe import ADAPTER_RATE, Recipe
 from weightlora.tasks import find_task
 from weightlora.tasks.base import Prepared
@@ -55,7 +57,6 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
 
 _LOG = logging.getLogger(__name__)
-HEATMAP_FILE, KNEE_FILE = "heatmap.png", "knee.png"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
         OptionError: ``output_dir`` holds another run, another process works there, or an option does not fit.
         DataError: Rows, model or checkpoint are missing or malformed.
         PlanMismatchError: The plan was made for another model.
-        OutputError: The disk is full, or a file cannot be written.
+        OutputError: ``output_dir`` belongs to another command, a file of the user would be lost, the disk is full, or a
+            file cannot be written.
     """
     recipe = with_plan(recipe)
     output = recipe.output_dir
@@ -96,6 +98,7 @@ def train(recipe: Recipe, *, callbacks: Sequence[TrainerCallback] = ()) -> dict[
 
 
 def _train(recipe: Recipe, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+    from_first(partial(require_replaceable, recipe.output_dir / ADAPTER, TRAIN))
     run = prepare(recipe, callbacks)
     start = time.perf_counter()
     method = plan(run)

@@ -8,6 +8,7 @@ adapters of zeros complete the layers and the fused matrices.
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from weightlora.errors import OptionError, ServingError
-from weightlora.files import whole_folder, write_json
+from weightlora.errors import OptionError, OutputError, ServingError
+from weightlora.files import write_json
+from weightlora.folders import require_replaceable, whole_folder
 from weightlora.model.sites import Site
 from weightlora.plan.card import CARD_FILE, LABELS_FILE, PICTURE_FILE
 from weightlora.plan.from_adapter import ADAPTER_FILES
@@ -34,6 +36,8 @@ from weightlora.serving.check import Problem, find_problems, needed_option
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_WRITER = "weightlora export"
 
 
 #: What a stranger loads the adapter with: its card and picture, the names of its classes and its tokenizer.
@@ -62,14 +66,14 @@ def export_adapter(
 ) -> Path:
     """Write the adapter in ``folder`` so that ``reader`` computes what PEFT computes, and return ``output``.
 
-    The adapter is read and written one matrix at a time. ``output`` is replaced if it exists, and stays as it was if
-    the export fails.
+    The adapter is read and written one matrix at a time. What an earlier export wrote to ``output`` is replaced, and
+    stays as it was if this one fails; a folder with anything else is refused.
 
     Args:
         folder: A directory that PEFT saved a LoRA adapter into.
         reader: ``"vllm"``, ``"sglang"``, ``"tgi"``, ``"lorax"``, ``"llama.cpp"``, ``"ollama"``, ``"mlx"``, or
             ``"everywhere"`` for the layout that all but MLX and Ollama's own conversion read.
-        output: The new directory.
+        output: The new directory, outside of ``folder``.
         base: Folder or hub name of the base model, whose configuration tells the shapes of adapters that are added.
             None takes the name in the adapter's configuration.
         converter: llama.cpp's convert_lora_to_gguf.py, which then writes ``adapter.gguf`` beside PEFT's files, for
@@ -80,17 +84,19 @@ def export_adapter(
         PlanError: The folder holds no LoRA adapter.
         ServingError: The runtime cannot read this adapter in any layout, such as one of DoRA; or the converter fails.
         DataError: The base model's configuration is needed and cannot be read.
-        OutputError: The folder cannot be written.
+        OutputError: The folder holds other files, is or contains ``folder`` or lies in it, or cannot be written.
     """
     target = _target(reader, converter)
     adapter = read_files(folder)
+    _require_apart(adapter.folder, Path(output))
+    require_replaceable(output, _WRITER)
     known = base or base_name(adapter)
     layers = _base_of(adapter, known) if base or is_here(known) else BaseModel()
     problems = _problems(adapter, target, layers)
     if problems and not layers.layers and _has_holes(adapter, target):
         layers = _base_of(adapter, known)
         problems = _problems(adapter, target, layers)
-    with whole_folder(output) as draft:
+    with whole_folder(output, _WRITER) as draft:
         if problems:
             _write(draft, adapter, target, _pieces(adapter, target, layers.layers))
         else:
@@ -152,6 +158,13 @@ def _target(reader: str, converter: str | Path | None) -> Reader:
         names = ", ".join(own.name for own in READERS if own.gguf)
         raise OptionError(f"converter makes a GGUF file, which {reader} does not read; export for one of {names}")
     return reader_of("llama.cpp") if reader == "ollama" else target
+
+
+def _require_apart(folder: Path, output: Path) -> None:
+    """Raise where writing ``output`` would touch the adapter."""
+    here, there = (Path(os.path.realpath(path)) for path in (folder, output))
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        raise OutputError(f"{output} and the adapter {folder} overlap; choose an --output outside of the adapter")
 
 
 def _named(adapter: Adapter, base: str) -> str:

@@ -10,8 +10,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weightlora.errors import OptionError, OutputError, StackError
-from weightlora.files import whole_folder, write_json, write_text
+from weightlora.errors import OptionError, StackError
+from weightlora.files import write_json, write_text
+from weightlora.folders import whole_folder
 from weightlora.model.sites import TASK_HEADS
 from weightlora.plan.from_adapter import ADAPTER_FILES
 from weightlora.serving.adapter import matrix_name
@@ -38,7 +39,7 @@ def emit_plan(plan: AdapterPlan, stack: str, output: str | Path | None = None) -
         stack: ``"peft"``, ``"trl"``, ``"axolotl"``, ``"llamafactory"``, ``"swift"``, ``"unsloth"``, ``"torchtune"`` or
             ``"litgpt"``.
         output: A new folder for the configuration and, where the stack's options cannot express the plan, the adapter
-            directory that it continues from. A folder of an earlier call is replaced; after an error it is as it was.
+            directory that it continues from. What an earlier call wrote is replaced; after an error it is as it was.
 
     Raises:
         OptionError: There is no such stack, or an adapter directory is needed and ``output`` is None.
@@ -75,8 +76,7 @@ def emit_plan(plan: AdapterPlan, stack: str, output: str | Path | None = None) -
         _require_plain(fields, reason)
         written = own.continuation(str(Path(output) / _ADAPTER))
     if output is not None:
-        _require_ours(Path(output), written.file)
-        with whole_folder(output) as draft:
+        with whole_folder(output, "weightlora emit") as draft:
             write_text(draft / written.file, written.text)
             if lacking is not None:
                 _write_adapter(draft / _ADAPTER, plan, fields)
@@ -93,14 +93,6 @@ def _require_plain(fields: Fields, reason: str) -> None:
             f"{reason}, and a new adapter with {', '.join(others)} needs the base model; write it in Python: "
             "plan.attach(model).save_pretrained(folder)"
         )
-
-
-def _require_ours(output: Path, file: str) -> None:
-    """Raise where replacing ``output`` would delete something that another call did not write."""
-    there = [path.name for path in output.iterdir()] if output.is_dir() else []
-    others = sorted(name for name in there if name not in (file, _ADAPTER))
-    if others:
-        raise OutputError(f"{output} holds {', '.join(others[:3])}, which would be deleted; choose a new folder")
 
 
 def _write_adapter(folder: Path, plan: AdapterPlan, fields: Fields) -> None:

@@ -207,6 +207,7 @@ def keep_plan(plan: AdapterPlan, path: Path) -> None:
     Raises:
         OptionError: There is another.
     """
-    if path.exists() and AdapterPlan.load(path).ranks != plan.ranks:
+    if not path.exists():
+        plan.save(path)
+    elif AdapterPlan.load(path).ranks != plan.ranks:
         raise OptionError(f"{path} is another plan; choose another output_dir, or delete that file")
-    plan.save(path)
