@@ -84,13 +84,13 @@ class AdapterPlan:
 
     def __str__(self) -> str:
         """Return one screen: what is kept, by which rule, where, and how to go on."""
-        from weightlora.plan.summary import summary
+        from weightlora.plan._summary import summary
 
         return summary(self)
 
     def __repr__(self) -> str:
         """Return one line."""
-        from weightlora.plan.summary import headline
+        from weightlora.plan._summary import headline
 
         return f"AdapterPlan({headline(self)}, rule={self.rule!r:.60})"
 
