@@ -12,35 +12,48 @@ import re
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def steps(text: str) -> Iterator[list[str]]:
+def steps(text: str) -> Iterator[tuple[str, str]]:
     """Yield what a reader would type: the commands of a shell block one by one, a Python block as a whole."""
     for language, block in _BLOCK.findall(text):
-        if language == "python":
-            yield ["python", "-c", block]
-        else:
-            for line in block.replace("\\\n", " ").splitlines():
-                yield ["bash", "-c", line]
+        lines = [block] if language == "python" else block.replace("\\\n", " ").splitlines()
+        yield from ((language, line.strip()) for line in lines if line.strip())
+
+
+def run(language: str, code: str, session: dict[str, Any]) -> int:
+    """Run a command, or a block in the session of the blocks before it; return its exit code."""
+    if language == "python":
+        try:
+            exec(compile(code, "README.md", "exec"), session)
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+            return 1
+        return 0
+    done = subprocess.run(
+        ["bash", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    print(re.sub(r"[^\n]*\r", "", done.stdout), end="")  # of a bar, what is left in the end
+    return done.returncode
 
 
 def main(readme: Path) -> int:
     times: list[str] = []
-    for words in steps(readme.read_text(encoding="utf-8")):
-        shown = words[-1].strip() if words[0] == "bash" else "python <<'...'\n" + words[-1].strip()
-        print(f"\n$ {shown}", flush=True)
+    session: dict[str, Any] = {"__name__": "readme"}
+    for language, code in steps(readme.read_text(encoding="utf-8")):
+        print(f"\n{'$' if language == 'sh' else '>>>'} {code}", flush=True)
         start = time.monotonic()
-        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        name = shown.splitlines()[0] if words[0] == "bash" else "a block of Python"
-        times.append(f"{time.monotonic() - start:7.1f} s, exit {done.returncode}: {name}")
-        seen = re.sub(r"[^\n]*\r", "", done.stdout)  # of a bar, what is left in the end
-        print(f"{seen}[{times[-1].strip()}]", flush=True)
-        allowed = (0, 1) if shown.startswith("weightlora check ") else (0,)
-        if done.returncode not in allowed:
+        returned = run(language, code, session)
+        name = code if language == "sh" else "a block of Python"
+        times.append(f"{time.monotonic() - start:7.1f} s, exit {returned}: {name}")
+        print(f"[{times[-1].strip()}]", flush=True)
+        if returned > code.startswith("weightlora check "):
             return 1
     print("\n== wall time of each", *times, sep="\n")
     return 0
