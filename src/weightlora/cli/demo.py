@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -43,6 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.bench.grid import DEMO, Point, by_key, read_grid
 
     _require_packages()
+    # Where others use the processor, threads that spin while they wait double the demo's time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     grid = read_grid(DEMO, arguments.output_dir, arguments.rest)  # a mistake is told before torch is imported
 
     from weightlora.bench.engine import adapter_folder
