@@ -69,8 +69,8 @@ def here(tmp_path, small_model, monkeypatch):
         (tmp_path / name).write_text("\n".join(["review,label", *ROWS]))
     for name in ("mine.yaml", "select.yaml", "recipe.yaml"):
         (tmp_path / name).write_text("task: rotten_tomatoes\nkeep: 5\n")
-    select = ["select", "--model_name_or_path", str(small_model), *SHORT, "--output_dir", "runs/select"]
-    assert main(select) == 0
+    recipe = ["--config", "recipe.yaml", "--model_name_or_path", str(small_model), *SHORT]
+    assert main(["select", *recipe, "--output_dir", "runs/select"]) == 0
     AdapterPlan.load("runs/select/plan.json").save("plan.json")
     base = LlamaForCausalLM(LlamaConfig(vocab_size=40, num_hidden_layers=2, **SIZES))
     base.save_pretrained("base")
