@@ -153,7 +153,7 @@ class MethodOptions:
         entry_of(self.method)  # names and numbers that need no import; the rest is checked when the method is made
         rule_entry(self.rule)
         check_keep(self.keep)
-        if self.steps is not None:
+        if self.steps is not None and self.plan is None:  # beside a plan they are those of a study
             check_steps(self.steps)
 
     @property
