@@ -360,11 +360,12 @@ def lasting(records):
 
 
 def left(out):
-    """Everything in a benchmark's folder: records as above, bytes of adapters; tables, which tell times, by name."""
+    """Everything in a benchmark's folder: records as above, bytes of adapters; tables, which tell times, and their hashes by name."""
     files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     records = [json.loads(line) for line in files.pop("records.jsonl").splitlines()]
     assert len(records) == 6
-    return {**files, "table.md": b"", "table.tex": b"", "records": lasting(records)}
+    timed = dict.fromkeys(("table.md", "table.tex", ".weightlora.json"), b"")
+    return {**files, **timed, "records": lasting(records)}
 
 
 def kill(process, _):
