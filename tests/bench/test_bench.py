@@ -360,7 +360,7 @@ def lasting(records):
 
 
 def left(out):
-    """Everything in a benchmark's folder: records as above, bytes of adapters; tables, which tell times, and their hashes by name."""
+    """Everything in a benchmark's folder: records as above, bytes of adapters; tables, which tell times, by name."""
     files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     records = [json.loads(line) for line in files.pop("records.jsonl").splitlines()]
     assert len(records) == 6
