@@ -16,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from weightlora.cli import main
 from weightlora.errors import OutputError
+from weightlora.files import DRAFT
+from weightlora.folders import whole_folder
 from weightlora.plan.from_adapter import read_adapter
 
 #: They write beside what is there; the others replace a folder.
@@ -250,6 +252,18 @@ def test_a_deleted_checkpoint_leaves_the_file_of_the_user(bed, tmp_path):
     assert everything(output / "checkpoint-2") == {Path("thesis.txt"): b"years of work"}
     assert (output / "checkpoint-6" / "plan.json").exists()
     assert not (output / "checkpoint-4").exists()
+
+
+def test_what_a_killed_process_had_not_finished_is_nobodys(tmp_path):
+    output = tmp_path / NAME
+    for text in ("first", "second"):
+        with whole_folder(output, "weightlora export") as draft:
+            (draft / "card.md").write_text(text)
+        add(output, f"{DRAFT}killed/card.md")
+    assert (output / "card.md").read_text() == "second"
+    add(output, "own/card.md")
+    with pytest.raises(OutputError, match="own/card.md"), whole_folder(output, "weightlora export"):
+        pass
 
 
 # -- particular folders ----------------------------------------------------------------------------------------------

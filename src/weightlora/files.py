@@ -18,7 +18,7 @@ from typing import Any
 from weightlora.errors import DataError, OptionError, OutputError, WeightLoraError, WeightLoraWarning
 
 #: How the names begin of files and folders that are being written.
-_DRAFT = ".weightlora-draft-"
+DRAFT = ".weightlora-draft-"
 _DEEPEST, _MOST = 50, 10_000_000
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: How safetensors, and torch where it saves, say that they cannot write; neither raises an OSError.
@@ -86,7 +86,7 @@ def whole_file(path: str | Path) -> Generator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Keep the suffix: savers such as matplotlib choose the format by it.
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_DRAFT, suffix=path.suffix)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=DRAFT, suffix=path.suffix)
         os.close(descriptor)
         draft = Path(name)
         draft.chmod(0o666 & ~_umask())  # mkstemp creates private files
@@ -107,7 +107,7 @@ def scratch_folder(parent: Path) -> Generator[Path]:
         OutputError: ``parent`` cannot be written.
     """
     try:
-        scratch = tempfile.TemporaryDirectory(dir=parent, prefix=_DRAFT, ignore_cleanup_errors=True)
+        scratch = tempfile.TemporaryDirectory(dir=parent, prefix=DRAFT, ignore_cleanup_errors=True)
     except OSError as error:
         raise cannot_write(parent, error) from error
     with scratch as name:
@@ -116,7 +116,7 @@ def scratch_folder(parent: Path) -> Generator[Path]:
 
 def remove_drafts(folder: Path) -> None:
     """Remove the unfinished files and folders that a killed process left in ``folder``; nobody may be writing there."""
-    for draft in folder.glob(f"{_DRAFT}*"):
+    for draft in folder.glob(f"{DRAFT}*"):
         if draft.is_dir():
             shutil.rmtree(draft, ignore_errors=True)
         else:

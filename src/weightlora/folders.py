@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightlora.errors import OutputError
-from weightlora.files import cannot_write, scratch_folder, write_json
+from weightlora.files import DRAFT, cannot_write, scratch_folder, write_json
 
 RECORD_FILE = ".weightlora.json"
 
@@ -168,8 +168,12 @@ def require_own_files(folder: Path, writer: str, names: Iterable[str]) -> None:
 
 
 def _first_foreign(folder: Path, own: frozenset[tuple[str, str]]) -> str | None:
-    """The first file in a folder, or in a folder below, that is not in ``own``; an empty folder counts as a file."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    """The first file in a folder, or in a folder below, that is not in ``own``; an empty folder counts as a file.
+
+    What a killed process had not finished is nobody's.
+    """
+    paths = (path.relative_to(folder) for path in folder.rglob("*"))
+    names = sorted(path.as_posix() for path in paths if not path.parts[0].startswith(DRAFT))
     for name in names:
         path = folder / name
         if path.is_dir() and not path.is_symlink():

@@ -84,6 +84,12 @@ def test_an_option_that_the_plan_decides_otherwise_is_refused(base, plan, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_that_is_made_is_not_selected(base, plan, tmp_path, capsys):
+    assert main(["select", *words(base, tmp_path / "run", plan=plan)[1:]]) == 2
+    assert "is made already and weightlora select makes a new one" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_acts_on_the_training_of_a_plan_is_accepted(base, plan, whole, tmp_path):
     assert main(words(base, tmp_path, plan=plan, head_learning_rate=1e-4, fast="rank")) == 0
     assert config(tmp_path)["head_learning_rate"] == 1e-4

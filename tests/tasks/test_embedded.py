@@ -12,6 +12,7 @@ from transformers import DataCollatorWithPadding
 from transformers.trainer_utils import validate_quantization_for_training
 
 from weightlora.errors import DataError, MissingPackageError
+from weightlora.folders import RECORD_FILE
 from weightlora.model.sites import find_sites
 from weightlora.plan.make import make_plan
 from weightlora.plan.provenance import base_model_name
@@ -224,7 +225,7 @@ def test_a_saved_adapter_names_the_embedded_model_and_no_folder(minilm, tmp_path
     }
     assert {"adapter_config.json", "plan.json", "README.md"} <= texts.keys()
     for name, text in texts.items():
-        assert MINILM in text, name
+        assert MINILM in text or name == RECORD_FILE, name
         assert str(minilm_folder().parent) not in text, name
     assert f"base_model:adapter:{MINILM}" in texts["README.md"]
 

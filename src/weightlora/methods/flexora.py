@@ -93,7 +93,7 @@ def _choose(
     found = find_sites(model, lora)
     sites = found.sites
     units = [(site.block or site.name) if options.unit == "block" else site.name for site in sites]
-    budget = read_budget(1.0 if options.keep is None else options.keep, adapter_parameters(sites, lora))
+    budget = read_budget(len(sites) if options.keep is None else options.keep, adapter_parameters(sites, lora))
     steps = max(20, math.ceil(total_steps / 10)) if options.steps is None else options.steps
     options = replace(options, steps=steps)
     used = _interleaved(batches, steps, options.validation)

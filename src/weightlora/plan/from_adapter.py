@@ -34,7 +34,7 @@ def read_adapter(folder: str | Path) -> AdapterPlan:
         return AdapterPlan.load(folder / "plan.json")
     config = adapter_config(folder)
     shapes = {key: shape for key, shape in tensor_shapes(folder).items() if len(shape) == 2}
-    alpha, base = config.get("lora_alpha", 1), config.get("base_model_name_or_path")
+    alpha, base = config.get("lora_alpha", 8), config.get("base_model_name_or_path")
     if not is_number(alpha, 0, MOST_ALPHA) or alpha == 0:
         raise PlanError(f"{folder} has lora_alpha={alpha!r:.40}; give a positive number up to {MOST_ALPHA:g}")
     _require_name(folder, base)

@@ -37,6 +37,11 @@ def select_plan(recipe: Recipe) -> AdapterPlan:
             f"weightlora select is one process, and this is one of {os.environ['WORLD_SIZE']}; start it without "
             "torchrun or accelerate, or let `weightlora train` select with all of them (docs/guides/distributed.md)"
         )
+    if recipe.method.plan is not None:
+        raise OptionError(
+            f"plan={recipe.method.plan!r} is made already and weightlora select makes a new one; leave plan out, or "
+            "train the plan with `weightlora train --plan`"
+        )
     with only_writer(recipe.output_dir), written(recipe.output_dir):
         require_output(recipe.output_dir, SELECT, (PLAN_FILE, HEATMAP_FILE, KNEE_FILE))
         with scratch_folder(recipe.output_dir) as scratch:  # a trainer reuses the plan that it finds in its own folder

@@ -160,7 +160,7 @@ class _Case:
         lost = [name for name in others if not any(word in name for word in known) and not self._is_head(name)]
         if lost:
             yield Problem(
-                f"{len(lost)} other tensors are not read, {lost[0].removeprefix('base_model.model.')} among them; "
+                f"tensors that are not read: {len(lost)}, {lost[0].removeprefix('base_model.model.')} among them; "
                 f"{_MERGE}",
                 mended=False,
             )
