@@ -1,6 +1,6 @@
 """Small models of many architectures, each with random weights from a seed and a batch; the table of the documents.
 
-``python tests/architectures.py`` writes the table into docs/guides/architectures.md.
+``python tests/architectures.py`` writes the table into docs/lab/architectures.md.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ import weightlora
 from weightlora.errors import WeightLoraError, WeightLoraWarning
 from weightlora.model.sites import find_sites
 
-PAGE = Path(__file__).parent.parent / "docs" / "guides" / "architectures.md"
+PAGE = Path(__file__).parent.parent / "docs" / "lab" / "architectures.md"
 ROWS, TOKENS, LABELS = 4, 8, 2
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

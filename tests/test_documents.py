@@ -102,7 +102,7 @@ def test_code_blocks_run(document, tmp_path, monkeypatch):
 
 def test_there_are_blocks_to_run():
     assert sum(len(list(blocks(path.read_text(encoding="utf-8")))) for path in DOCUMENTS) >= 10
-    for guide in ("getting-started", "training", "budgets", "methods", "fast-step"):
+    for guide in ("start", "train", "budgets", "methods", "fast-step"):
         assert list(blocks((ROOT / "docs" / "guides" / f"{guide}.md").read_text(encoding="utf-8")))
 
 

@@ -176,7 +176,7 @@ def read_grid(
     """Return the benchmark of a YAML file, each of its recipes checked.
 
     Args:
-        path: The file; see docs/guides/benchmarks.md. Of several files the later one wins, option by option in
+        path: The file; see docs/guides/methods.md. Of several files the later one wins, option by option in
             ``base``: a model with its rows in one file, what is compared in another.
         output_dir: Wins over the file's.
         words: Options of a recipe from the command line; they win over the file's ``base``, and ``--keep``,

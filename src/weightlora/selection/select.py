@@ -87,7 +87,7 @@ def select(
             for the backward pass of the first batch) or ``"0.8x"`` (step time on the first batch, relative to LoRA on
             all sites), or ``"auto"``: as many parameters as the smallest set that has three quarters of the sum of the
             scores, ``"60% gain"`` for another share. Memory and step time are those of plain LoRA with the step that
-            ``fast`` names; see docs/guides/budgets.md.
+            ``fast`` names; see docs/guides/choose.md.
         rule: ``"first_order"`` (default) takes the size of the mean ∂L/∂B at B = 0 and trains nothing; ``"paper"`` is
             the paper's; or a rule with settings of its own, such as ``StoIHT(gate_lr=1.0)``.
         steps: T, warm-up steps in which sites are scored, at least 2; None stands for 0.5 % of ``total_steps``, at
