@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DOCS   := $(VENV)/.docs
 
-.PHONY: setup demo test check fuzz fresh examples zero3 bench docs clean
+.PHONY: setup demo test test-all check fuzz fresh examples zero3 bench docs clean
 
 setup: $(STAMP)
 
@@ -23,8 +23,15 @@ $(DOCS): $(STAMP)
 demo: setup    ## limits in time and parameters beside LoRA on the embedded model and data, a few minutes on two cores
 	$(BIN)/weightlora demo --output_dir runs/demo
 
-test: setup    ## all tests, about twenty minutes on two cores
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test: setup    ## every kind of thing once, at most six minutes on two cores; `make check` and `make docs` have tests of their own
+	$(PYTEST) --short $(addprefix --ignore tests/,test_imports.py test_documents.py test_docstrings.py)
+
+test-all: setup  ## all tests, about twenty minutes on two cores; then the examples and DeepSpeed in two processes
+	$(PYTEST)
+	PYTHON=$(PYTHON) .ci/examples
+	.ci/zero3
 
 check: setup   ## format, lint, types, import order
 	$(BIN)/ruff format --check src tests benchmarks examples

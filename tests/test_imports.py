@@ -1,10 +1,12 @@
 """Imports run one way, the package loads nothing heavy, and no shortcuts are taken."""
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -41,6 +43,7 @@ REGISTERED = re.compile(r"methods\.[a-z_]+|selection\.rules\.[a-z_]+|stacks\.[a-
 HEAVY = {"torch", "peft", "transformers", "numpy", "matplotlib"}
 
 
+@cache
 def modules() -> dict[str, str]:
     """Source of every module by its dotted name, without the package itself."""
     found = {path.relative_to(SOURCE).with_suffix("").parts: path for path in sorted(SOURCE.rglob("*.py"))}
@@ -48,9 +51,14 @@ def modules() -> dict[str, str]:
     return {name: path.read_text(encoding="utf-8") for name, path in named.items() if name not in ("", "__main__")}
 
 
-def imported(source: str) -> Iterator[str]:
+@cache
+def imported(source: str) -> tuple[str, ...]:
     """Everything of weightlora that is imported, anywhere: in functions and under TYPE_CHECKING too."""
-    for node in ast.walk(ast.parse(source)):
+    return tuple(_imported(ast.parse(source)))
+
+
+def _imported(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level:
@@ -89,12 +97,20 @@ def wrong_imports(module: str, source: str) -> list[str]:
     return wrong
 
 
-def users_outside(module: str) -> list[str]:
-    """Modules of other rooms, benchmarks and public names that import ``module``."""
-    others = {name: source for name, source in modules().items() if room_of(name) != room_of(module)}
-    others |= {str(path): path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py")}
-    others["weightlora"] = (SOURCE / "__init__.py").read_text(encoding="utf-8")
-    return [name for name, source in others.items() if any(f"{n}.".startswith(f"{module}.") for n in imported(source))]
+@cache
+def imported_by_room() -> dict[str, set[str]]:
+    """What each room, the benchmarks and the public names import of weightlora."""
+    found: dict[str, set[str]] = {"": set(imported((SOURCE / "__init__.py").read_text(encoding="utf-8")))}
+    for name, source in modules().items():
+        found.setdefault(room_of(name), set()).update(imported(source))
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        found[""].update(imported(path.read_text(encoding="utf-8")))
+    return found
+
+
+def is_used_outside(module: str) -> bool:
+    others = (names for room, names in imported_by_room().items() if room != room_of(module))
+    return any(f"{name}.".startswith(f"{module}.") for name in itertools.chain(*others))
 
 
 def test_every_module_belongs_to_a_room():
@@ -103,26 +119,30 @@ def test_every_module_belongs_to_a_room():
     assert len(modules()) >= 20
 
 
-@pytest.mark.parametrize("module", modules())
-def test_imports_run_one_way(module):
-    assert wrong_imports(module, modules()[module]) == []
+def test_imports_run_one_way():
+    wrong = {module: wrong_imports(module, source) for module, source in modules().items()}
+    assert {module: names for module, names in wrong.items() if names} == {}
 
 
-@pytest.mark.parametrize("module", [name for name in modules() if "." in name])
-def test_a_file_is_private_exactly_where_only_its_room_uses_it(module):
-    shared = module.startswith("methods.common")  # the room's own, named so
-    package = (SOURCE / module.replace(".", "/")).is_dir()
-    if not (shared or package or REGISTERED.fullmatch(module)):
-        assert is_private(f"{module}.") == (not users_outside(module))
+def test_a_file_is_private_exactly_where_only_its_room_uses_it():
+    wrong: list[str] = []
+    for module in (name for name in modules() if "." in name):
+        shared = module.startswith("methods.common")  # the room's own, named so
+        package = (SOURCE / module.replace(".", "/")).is_dir()
+        if not (shared or package or REGISTERED.fullmatch(module)):
+            wrong += [module] if is_private(f"{module}.") == is_used_outside(module) else []
+    assert wrong == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.name)
-def test_a_test_of_a_room_uses_the_private_files_of_that_room_alone(path):
-    room, *inside = path.relative_to(ROOT / "tests").parts
-    private = [name for name in imported(path.read_text(encoding="utf-8")) if is_private(f"{name}.")]
-    if inside:  # the others are about the whole package
-        assert room in ROOMS
-        assert {room_of(name) for name in private} <= {room}
+def test_a_test_of_a_room_uses_the_private_files_of_that_room_alone():
+    wrong: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        room, *inside = path.relative_to(ROOT / "tests").parts
+        private = [name for name in imported(path.read_text(encoding="utf-8")) if is_private(f"{name}.")]
+        foreign = {name for name in private if room_of(name) != room}
+        if inside and foreign:  # the others are about the whole package
+            wrong[str(path)] = foreign
+    assert wrong == {}
 
 
 def test_the_docs_show_the_rooms_in_their_order():
@@ -247,9 +267,8 @@ def shortcuts(source: str) -> set[str]:
     return used & FORBIDDEN.keys()
 
 
-@pytest.mark.parametrize("module", modules())
-def test_no_shortcuts(module):
-    assert shortcuts(modules()[module]) == set()
+def test_no_shortcuts():
+    assert {module: found for module, source in modules().items() if (found := shortcuts(source))} == {}
 
 
 def test_the_walk_sees_shortcuts_and_nothing_else():
