@@ -262,7 +262,7 @@ def test_what_a_killed_process_had_not_finished_is_nobodys(tmp_path):
         add(output, f"{DRAFT}killed/card.md")
     assert (output / "card.md").read_text() == "second"
     add(output, "own/card.md")
-    with pytest.raises(OutputError, match="own/card.md"), whole_folder(output, "weightlora export"):
+    with pytest.raises(OutputError, match=r"own/card\.md"), whole_folder(output, "weightlora export"):
         pass
 
 
