@@ -21,7 +21,19 @@ from typing import Any
 
 #: Packages of the extras: none may be needed below, so none may be installed.
 EXTRAS = ("datasets", "sklearn", "rouge_score", "matplotlib", "gguf", "trl", "lm_eval", "reasoning_gym", "ray")
-SHOWN = ("weightlora", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pyyaml", "rich", "tqdm")
+SHOWN = (
+    "weightlora",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "pydantic",
+    "pyyaml",
+    "rich",
+    "tqdm",
+)
 COMMAND = Path(sys.executable).with_name("weightlora")
 
 
