@@ -73,7 +73,8 @@ bench: setup   ## the measurements of docs/: hours on two cores; each goes on wh
 	OMP_NUM_THREADS=1 BIN=$(BIN) benchmarks/choice/study
 
 docs: export NO_MKDOCS_2_WARNING := 1
-docs: $(DOCS)  ## run every code block of README.md and docs/, build the site into build/site
+docs: $(DOCS)  ## run every code block of README.md and docs/, make the notebooks, build the site into build/site
+	$(BIN)/python tests/notebooks.py
 	$(BIN)/python -m pytest tests/test_documents.py tests/test_docstrings.py
 	$(BIN)/mkdocs build --strict
 

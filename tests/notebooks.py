@@ -1,6 +1,6 @@
 """Write the notebooks in ``examples/`` from the scripts there: the same code, cell by cell.
 
-python tests/notebooks.py        # tests/test_examples.py fails where a notebook differs from its script
+python tests/notebooks.py        # as `make docs` does; git does not track them
 
 A script's docstring becomes the first cell, ``# %% Title`` starts a cell with a heading above it. One call differs: a
 notebook has no command line, so that ``parse_args()`` reads an empty one and the settings are the defaults.

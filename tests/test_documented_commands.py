@@ -153,7 +153,7 @@ def test_a_benchmark_of_the_guide(here, small_model, capsys):
 
 def test_differences_that_a_readme_quotes(tmp_path, monkeypatch, capsys):
     results = ROOT / "docs" / "results" / "paper"
-    shutil.copy(results / "embedded" / "records.jsonl", tmp_path)
+    shutil.copy(results / "embedded" / "records.jsonl.gz", tmp_path)
     monkeypatch.chdir(ROOT / "recipes" / "paper")
     for row in ("random, K = 1", "random, K = 5", "random, K = 10", "lora"):
         changed = ["--output_dir", str(tmp_path), "--against", row]

@@ -6,8 +6,8 @@
     python benchmarks/choice/selections.py roget --dtype float32 --output_dir benchmarks/results/choice/selections
 
 Seconds of two machines or precisions have no common table, so the last command keeps its own records. Plans are left in
-``plans`` beside the records, by default those of the bed; a benchmark can train one on another bed. Beside each is a
-control, whose ranks are dealt at random to sites of the same shape.
+``plans`` beside the records, by default those of the bed, each with a control, whose ranks are dealt at random to sites
+of the same shape. Those that ``transfer.yaml`` trains on another bed are in ``results/choice/plans`` under their hash.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/readers --vllm vllm-0.33.0-*.whl --sglang sglang-0.5.23-*.whl --tgi text-generation-inference.git
         --lorax lorax.git --llama-cpp llama.cpp/convert_lora_to_gguf.py
 
-prints Markdown and writes benchmarks/results/readers.jsonl. Everything runs on a CPU. A runtime that is not given, or
+prints Markdown and writes benchmarks/results/readers.jsonl.gz. All runs on a CPU. A runtime that is not given, or
 whose code is missing, is left out with one line; MLX and llama.cpp's inference are Python packages (``mlx-lm``,
 ``mlx-cpu``, ``xllamacpp``). The wheels are not installed: their files that read adapters are imported, and stand-ins
 take the place of what these import and do not use.
@@ -12,6 +12,7 @@ take the place of what these import and do not use.
 from __future__ import annotations
 
 import argparse
+import gzip
 import importlib
 import json
 import shutil
@@ -33,7 +34,7 @@ from weightlora.serving.base_model import read_base
 from weightlora.serving.check import find_problems, needed_option
 from weightlora.serving.export import export_adapter
 
-RESULTS = Path(__file__).parents[1] / "results" / "readers.jsonl"
+RESULTS = Path(__file__).parents[1] / "results" / "readers.jsonl.gz"
 #: By runtime: its module here, and the option that says where its code is.
 MODULES = {
     "vllm": ("read_vllm", "vllm"),
@@ -90,7 +91,8 @@ def main() -> None:
     finally:
         shutil.rmtree(work)
     if not arguments.only:
-        RESULTS.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        text = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
+        RESULTS.write_bytes(gzip.compress(text.encode(), mtime=0))
     print(_table(rows, readers))
 
 

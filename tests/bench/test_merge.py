@@ -1,6 +1,7 @@
 """``weightlora bench merge``: records of several machines are one benchmark, or one line says why not."""
 
 import json
+import subprocess
 from copy import deepcopy
 
 import pytest
@@ -163,6 +164,18 @@ def test_what_cannot_be_merged_is_one_line(merge, tmp_path):
     both = ["bench", "merge", str(tmp_path / "all"), str(tmp_path / "machine0"), "--output", str(tmp_path / "all")]
     assert main(both) == 0
     assert len(read_records(tmp_path / "all" / "records.jsonl")) == 2
+
+
+def test_packed_records_are_merged_and_nothing_is_twice(merge, tmp_path):
+    assert merge([record(0)], [record(1)])[0] == 0
+    for folder in ("machine1", "all"):
+        subprocess.run(["gzip", "-n9", tmp_path / folder / "records.jsonl"], check=True)
+    code, said, found = merge([record(2)])
+    assert (code, found) == (2, [record(0), record(1)])
+    assert "is there already" in said
+    again = ["bench", "merge", *(str(tmp_path / name) for name in ("all", "machine1", "machine0"))]
+    assert main([*again, "--output", str(tmp_path / "all")]) == 0
+    assert read_records(tmp_path / "all" / "records.jsonl") == [record(0), record(1), record(2)]
 
 
 def test_a_caption_is_below_the_table_and_a_comment_in_latex():

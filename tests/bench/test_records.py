@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import weightlora
 from weightlora.bench.records import append_record, provenance, read_records
+from weightlora.errors import DataError
 from weightlora.files import read_json, write_json
 
 RECORD = {"method": "weightlora", "accuracy": 0.75, "note": "ω"}
@@ -77,6 +78,19 @@ def test_what_a_crash_left_is_passed_over(tmp_path):
     path.write_bytes(path.read_bytes() + b'{"seed": 1, "opt' + b"\n" + b"\0" * 40 + b"\n\n")
     append_record(path, {"seed": 2})
     assert stored(path) == [{"seed": 0}, {"seed": 2}]
+
+
+def test_packed_records_come_first_and_more_are_packed_behind_them(tmp_path):
+    """As ``gzip`` packs them; what is written anew is beside the packed lines."""
+    path = tmp_path / "records.jsonl"
+    for seed in range(2):
+        append_record(path, {"seed": seed})
+        subprocess.run(f"gzip -n9c {path} >> {path}.gz && rm {path}", shell=True, check=True)
+    append_record(path, {"seed": 2})
+    assert stored(path) == [{"seed": 0}, {"seed": 1}, {"seed": 2}]
+    (tmp_path / "records.jsonl.gz").write_bytes((tmp_path / "records.jsonl.gz").read_bytes()[:-5])
+    with pytest.raises(DataError, match=r"records.jsonl.gz is no gzip file"):
+        read_records(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])

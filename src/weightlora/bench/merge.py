@@ -9,7 +9,7 @@ from typing import Any
 
 from weightlora.bench.engine import RECORDS_FILE
 from weightlora.bench.grid import Record, by_key
-from weightlora.bench.records import differing, mixed, read_runs
+from weightlora.bench.records import differing, mixed, packed, read_runs
 from weightlora.errors import DataError, OptionError
 from weightlora.files import only_writer, write_text
 from weightlora.folders import own_files, writer_of
@@ -35,7 +35,7 @@ def merge_records(folders: Sequence[Path], *, mixed_revisions: bool = False) -> 
     merged: dict[str, Record] = {}
     origin: dict[str, Path] = {}
     for file in (folder / RECORDS_FILE for folder in folders):
-        if not file.exists():
+        if not (file.exists() or packed(file).exists()):
             raise DataError(f"there is no {file}; give folders of benchmarks")
         for key, record in by_key(read_runs(file)).items():
             known = merged.get(key)
@@ -69,10 +69,13 @@ def write_merged(records: Sequence[Record], output: Path, folders: Sequence[Path
         owner = writer_of(output)
         writer = owner if owner in BENCHES else BENCH
         require_output(output, writer)
-        if file.exists() and output.resolve() not in [folder.resolve() for folder in folders]:
+        if (file.exists() or packed(file).exists()) and output.resolve() not in [
+            folder.resolve() for folder in folders
+        ]:
             raise OptionError(f"{file} is there already; choose another --output, or merge that folder too")
         with own_files(output, writer):
             write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+            packed(file).unlink(missing_ok=True)  # all of its records are in the file
 
 
 def _require_equal(key: str, one: tuple[Path, Record], other: tuple[Path, Record]) -> None:

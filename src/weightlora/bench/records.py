@@ -1,12 +1,19 @@
-"""Records: one JSON line a run, with where it came from; a sweep that was stopped goes on where it was."""
+"""Records: one JSON line a run, with where it came from; a sweep that was stopped goes on where it was.
+
+A file may be packed: ``gzip -n9 records.jsonl``. Readers take the packed lines first, then those of ``records.jsonl``.
+New records go there, so that a packed study goes on as any other. ``gzip -n9c records.jsonl >> records.jsonl.gz`` packs
+them, too.
+"""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import platform
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
@@ -24,12 +31,12 @@ _DEEP = "its values are nested too deeply"
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Return the records of a file; a last line that a stopped run cut off is passed over.
+    """Return the records of a file and of its packed lines; a last line that a stopped run cut off is passed over.
 
     Raises:
         DataError: A line is no record; its number is named.
     """
-    return [record for _, record in _numbered(Path(path))]
+    return [record for _, record in _placed(Path(path))]
 
 
 def read_runs(path: str | Path) -> list[dict[str, Any]]:
@@ -38,12 +45,18 @@ def read_runs(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         DataError: A line is no record of a run; its number is named.
     """
-    found = list(_numbered(Path(path)))
-    for number, record in found:
+    found: list[dict[str, Any]] = []
+    for place, record in _placed(Path(path)):
         fault = _fault(record)
         if fault:
-            raise _damaged(Path(path), number, fault)
-    return [record for _, record in found]
+            raise _damaged(place, fault)
+        found.append(record)
+    return found
+
+
+def packed(path: Path) -> Path:
+    """Return where the packed lines of a file are, if there are any: ``records.jsonl.gz``."""
+    return path.with_name(f"{path.name}.gz")
 
 
 def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
@@ -113,28 +126,39 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each record with the number of its line."""
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
-        try:
-            record: Any = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            if line.startswith(b"{") or not line.strip(b" \0"):  # cut off: by a kill, or when the machine went down
-                continue
-            raise _damaged(path, number, "it is no JSON") from error
-        except ValueError as error:  # a number of thousands of digits
-            raise _damaged(path, number, " ".join(str(error).split())) from error
-        except RecursionError as error:
-            raise _damaged(path, number, _DEEP) from error
-        if is_deep(record):
-            raise _damaged(path, number, _DEEP)
-        if not isinstance(record, dict):
-            raise _damaged(path, number, f"{record!r:.40} is no record")
-        yield number, cast("dict[str, Any]", record)
+def _placed(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each record with its file and line."""
+    for file, content in ((packed(path), _unpacked(packed(path))), (path, path.read_bytes() if path.exists() else b"")):
+        for number, line in enumerate(content.splitlines(), start=1):
+            place = f"{file}, line {number}"
+            try:
+                record: Any = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                if line.startswith(b"{") or not line.strip(b" \0"):  # cut off: by a kill, or when the machine went down
+                    continue
+                raise _damaged(place, "it is no JSON") from error
+            except ValueError as error:  # a number of thousands of digits
+                raise _damaged(place, " ".join(str(error).split())) from error
+            except RecursionError as error:
+                raise _damaged(place, _DEEP) from error
+            if is_deep(record):
+                raise _damaged(place, _DEEP)
+            if not isinstance(record, dict):
+                raise _damaged(place, f"{record!r:.40} is no record")
+            yield place, cast("dict[str, Any]", record)
 
 
-def _damaged(path: Path, number: int, fault: str) -> DataError:
-    return DataError(f"{path}, line {number}: {fault}; correct the line, or delete it and run the benchmark again")
+def _unpacked(file: Path) -> bytes:
+    try:
+        return gzip.decompress(file.read_bytes()) if file.exists() else b""
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{file} is no gzip file ({error}); restore it, or remove it and run the benchmark again"
+        ) from error
+
+
+def _damaged(place: str, fault: str) -> DataError:
+    return DataError(f"{place}: {fault}; correct the line, or delete it and run the benchmark again")
 
 
 def _fault(record: Mapping[str, Any]) -> str | None:
