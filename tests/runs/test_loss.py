@@ -30,7 +30,7 @@ FALLING = [1.4 - 0.02 * i + noise for i, noise in enumerate(NOISE)]
     ],
 )
 def test_a_loss_that_has_fallen_or_is_hardly_logged_is_not_talked_about(losses):
-    from weightlora.runs._loss import loss_fault
+    from weightlora.runs._trainable import loss_fault
 
     assert loss_fault(losses, 1e-3) is None
 
@@ -46,7 +46,7 @@ def test_a_loss_that_has_fallen_or_is_hardly_logged_is_not_talked_about(losses):
     ],
 )
 def test_one_that_has_not_is_one_line(losses, says):
-    from weightlora.runs._loss import loss_fault
+    from weightlora.runs._trainable import loss_fault
 
     told = loss_fault(losses, 1e-3)
     assert told is not None

@@ -309,7 +309,7 @@ def test_the_command_trains_with_the_attention_that_is_asked_for(small_folder, t
     [
         ({"attn_implementation": "fast"}, 'Specified `attn_implementation="fast"` is not supported'),
         ({"load_in_8bit": True, "load_in_4bit": True}, "exclude each other"),
-        ({"dtype": "float31"}, "invalid choice: 'float31'"),
+        ({"dtype": "float31"}, "dtype='float31' is not allowed"),
         ({"load_in_8bit": True}, "requires bitsandbytes: `pip install"),
     ],
 )

@@ -36,7 +36,7 @@ def test_fast_alone_means_the_dropout_of_peft(written):
         *(None, "input", "rank")
     ]
     assert read_recipe(written({"fast": "input"})).method.fast == "input"
-    with pytest.raises(OptionError, match="invalid choice: 'both'"):
+    with pytest.raises(OptionError, match="fast='both' is not allowed: give 'input' or 'rank'"):
         read_recipe(words=["--fast=both"])
 
 
@@ -108,7 +108,7 @@ def test_bf16_is_chosen_by_trl_where_the_device_has_it(has_it, monkeypatch):
         ({"steps": 1}, [], r"steps=1 is not allowed: give at least 2"),
         ({"learning_rate": "fast"}, [], r"--learning_rate.*: invalid float value: 'fast'"),
         ({"lr_scheduler_type": "cosin"}, [], r"--lr_scheduler_type.*: invalid choice: 'cosin'"),
-        ({"load_in_8bit": "perhaps"}, [], r"--load_in_8bit.*: .*perhaps"),
+        ({"load_in_8bit": "perhaps"}, [], "load_in_8bit='perhaps' is not allowed: give true or false"),
         ({"save_strategy": "steps", "eval_strategy": "epoch", "load_best_model_at_end": True}, [], "load_best_model"),
     ],
 )

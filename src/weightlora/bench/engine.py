@@ -20,8 +20,7 @@ from weightlora.bench.schedule import seconds_left
 from weightlora.errors import OptionError
 from weightlora.files import only_writer, remove_drafts, write_text, written
 from weightlora.folders import own_files, replace_folder, require_replaceable
-from weightlora.runs.files import ADAPTER, RECORDS_FILE
-from weightlora.runs.output import BENCH, require_output
+from weightlora.runs.files import ADAPTER, BENCH, RECORDS_FILE, require_output
 
 _ADAPTERS, _LOGS = "adapters", "logs"
 #: Where the runs work: hidden, so that it meets no folder of the user.

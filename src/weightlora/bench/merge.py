@@ -13,7 +13,7 @@ from weightlora.bench.records import differing, mixed, packed, read_runs
 from weightlora.errors import DataError, OptionError
 from weightlora.files import only_writer, write_text
 from weightlora.folders import own_files, writer_of
-from weightlora.runs.output import BENCH, BENCHES, require_output
+from weightlora.runs.files import BENCH, BENCHES, require_output
 
 #: Entries that two runs with the same options need not share: they tell of the machine, and how a run failed.
 _PASSING = {"selection_seconds", "training_seconds", "run_seconds", "step_ratio", "provenance"}

@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.bench.table import to_terminal
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
-    from weightlora.runs.output import BENCH, require_output
+    from weightlora.runs.files import BENCH, require_output
 
     console = PlainConsole()
     with quiet_libraries():

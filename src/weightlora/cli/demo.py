@@ -55,9 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.folders import own_files
     from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.plan.plan import AdapterPlan
-    from weightlora.runs.files import HEATMAP_FILE
-    from weightlora.runs.output import DEMO as WRITER
-    from weightlora.runs.output import require_output
+    from weightlora.runs.files import DEMO as WRITER
+    from weightlora.runs.files import HEATMAP_FILE, require_output
     from weightlora.trainer.guard import PLAN_FILE
 
     start, console = time.perf_counter(), PlainConsole()

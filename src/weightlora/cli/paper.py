@@ -89,7 +89,7 @@ def _run_grid(study: Study, arguments: argparse.Namespace, console: Console) -> 
     from weightlora.cli.bench import print_cost, run_with_progress
     from weightlora.errors import require_extra
     from weightlora.paper.results import results_of
-    from weightlora.runs.output import PAPER
+    from weightlora.runs.files import PAPER
 
     size, flags = arguments.size, {"where": Where(arguments.workers), "retry": arguments.retry}
     if study.kind != "table":
@@ -147,7 +147,7 @@ def _run_dot_product(study: Study, arguments: argparse.Namespace) -> None:
 
 def _require_own(study: Study, arguments: argparse.Namespace) -> None:
     """Raise where a file of the user would be lost."""
-    from weightlora.runs.output import PAPER, require_output
+    from weightlora.runs.files import PAPER, require_output
 
     names = [f"{study.name}.{ending}" for ending in ("md", "tex", "png", "pdf")]
     require_output(arguments.output_dir / arguments.size, PAPER, names)
@@ -158,7 +158,7 @@ def _show(study: Study, results: Results, arguments: argparse.Namespace, console
     from weightlora.bench.table import parts_that_fit, to_latex, to_markdown, to_terminal
     from weightlora.folders import own_files
     from weightlora.paper.picture import draw
-    from weightlora.runs.output import PAPER
+    from weightlora.runs.files import PAPER
 
     folder = arguments.output_dir / arguments.size
     files = [f"{study.name}.{ending}" for ending in ("md", "tex")]

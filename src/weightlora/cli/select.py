@@ -38,9 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.folders import own_files, remove_own_file
     from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.report.knee import draw_knee, has_gain, knee_text, make_knee
-    from weightlora.runs.files import HEATMAP_FILE, KNEE_FILE
-    from weightlora.runs.output import SELECT
-    from weightlora.runs.select import select_plan
+    from weightlora.runs.files import HEATMAP_FILE, KNEE_FILE, SELECT
+    from weightlora.runs.train import select_plan
     from weightlora.trainer.guard import PLAN_FILE
 
     console = PlainConsole()

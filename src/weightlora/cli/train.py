@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.model.distributed import is_first
     from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.plan.plan import AdapterPlan
-    from weightlora.runs.output import TRAIN
+    from weightlora.runs.files import TRAIN
     from weightlora.runs.train import train
     from weightlora.trainer.guard import PLAN_FILE
 

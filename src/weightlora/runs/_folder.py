@@ -1,16 +1,20 @@
-"""A run's folder: its options, and the small files that an earlier start left there."""
+"""A run's folder: its options, the small files that an earlier start left there, and the trained adapter."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from weightlora.errors import DataError, OptionError
+from weightlora.errors import DataError, OptionError, OutputError
 from weightlora.files import read_json, read_mapping, remove_drafts
-from weightlora.folders import own_files, remove_own_file
+from weightlora.folders import RECORD_FILE, own_files, remove_own_file, whole_folder
+from weightlora.model.distributed import is_first
+from weightlora.plan.card import CARD_FILE, write_card
 from weightlora.plan.from_adapter import ADAPTER_FILES, tensor_shapes
 from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.provenance import write_base_model_name
 from weightlora.runs.files import (
     ADAPTER,
     BATCH_FILE,
@@ -18,11 +22,15 @@ from weightlora.runs.files import (
     CONFIG_FILE,
     HEATMAP_FILE,
     RESULTS_FILE,
+    TRAIN,
     checkpoints,
+    require_output,
 )
-from weightlora.runs.output import TRAIN, require_output
 from weightlora.trainer.batch_size import Batch
 from weightlora.trainer.guard import PLAN_FILE
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
 
 #: Options that do not say what is trained: where a run is, from where it resumes, and what it shows.
 _UNTRAINED = ("output_dir", "resume_from_checkpoint", "disable_tqdm")
@@ -175,3 +183,80 @@ def _require_metrics(path: Path, metrics: Any, what: str) -> None:
     values = list(cast("dict[str, Any]", metrics).values()) if isinstance(metrics, dict) else [metrics]
     if not values or not all(type(value) in (int, float) for value in values):
         raise DataError(f"{path} holds no metrics, or some that are not numbers; delete it to {what}")
+
+
+# -- the adapter -------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(trainer: Trainer, plan: AdapterPlan, path: Path) -> None:
+    """Write the trained adapter as a stock PEFT folder with its plan and card, whole or not at all."""
+    found: Any = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # on all processes: each may hold a shard
+    if not is_first():  # DeepSpeed gives the others nothing
+        return
+    weights = {name.replace("_orig_mod.", ""): weight for name, weight in found.items()}  # torch.compile's prefix
+    with whole_folder(path, TRAIN) as draft:
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)  # type: ignore[arg-type]
+        model.save_pretrained(str(draft), state_dict=weights)
+        write_base_model_name(draft, model)
+        tokenizer: Any = trainer.processing_class
+        tokenizer.save_pretrained(str(draft))
+        plan.save(draft / PLAN_FILE)
+        write_card(draft, plan, model)
+
+
+def write_metrics(trainer: Trainer, plan: AdapterPlan, path: Path, metrics: Mapping[str, float]) -> None:
+    """Write the card of a saved adapter anew, with what was measured."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)  # type: ignore[arg-type]
+    if is_first():
+        with own_files(path, TRAIN) as draft:
+            for name in (CARD_FILE, ADAPTER_FILES[0], "tokenizer_config.json"):  # what the card is made of
+                if (path / name).exists():
+                    shutil.copyfile(path / name, draft / name)
+            write_card(draft, plan, model, metrics=metrics)
+
+
+def require_hub(token: str | None) -> None:
+    """Raise where nothing could be pushed; better before the training than after it.
+
+    Raises:
+        OptionError: The hub does not answer, or knows no such token.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi(token=_token(token)).whoami()
+    except Exception as error:  # the hub's own kin, and what its transport raises
+        raise OptionError(
+            f"push_to_hub: the hub knows no such user: {_first_line(error)}; log in with `hf auth login`, give "
+            "hub_token, or leave push_to_hub out"
+        ) from error
+
+
+def push_adapter(folder: Path, repository: Any, arguments: TrainingArguments) -> None:
+    """Upload an adapter directory over what the checkpoints pushed.
+
+    Raises:
+        OutputError: The hub did not take it.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi(token=_token(arguments.hub_token)).upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            ignore_patterns=[RECORD_FILE],
+            commit_message="End of training",
+            revision=arguments.hub_revision,
+        )
+    except Exception as error:  # as above
+        raise OutputError(
+            f"cannot push {folder} to {repository}: {_first_line(error)}; the same command tries again"
+        ) from error
+
+
+def _token(token: Any) -> str | None:
+    return None if token is None else str(token)  # transformers gives its type a bool too
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from argparse import Action, ArgumentParser, ArgumentTypeError
+from argparse import SUPPRESS, Action, ArgumentParser
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_origin, get_type_hints
 
 from weightlora.errors import MissingPackageError, OptionError
 from weightlora.tasks.base import Kind
+from weightlora.validation import MOST_SEED, Count, Natural, NotNegative, Positive, Seed, Share, checked
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
@@ -26,13 +26,27 @@ _SOURCES: Mapping[Kind, Sequence[tuple[str, str]]] = {
     "summarisation": (_TRAINING, ("transformers", "training_args_seq2seq.py")),
     "completion": (_TRAINING, *_OF_TRL),
 }
+#: Training arguments of which transformers' own classes do not check the range.
+_KINDS: Mapping[str, Any] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), Count),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "torch_empty_cache_steps"), Count),
+    **dict.fromkeys(("max_length", "generation_max_length", "generation_num_beams"), Count),
+    **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor"), Count),
+    **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "eval_delay"), NotNegative),
+    **dict.fromkeys(("learning_rate", "neftune_noise_alpha"), NotNegative),
+    "dataloader_num_workers": Natural,
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), Share),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps", "num_train_epochs"), Positive),
+    "max_steps": Count | Literal[-1],
+    **dict.fromkeys(("seed", "data_seed"), Seed),
+}
 
 
 class Parser(ArgumentParser):
-    """Reads the options of dataclasses as transformers' ``HfArgumentParser`` does, which takes seconds to import."""
+    """Splits words as transformers' ``HfArgumentParser`` does, which takes seconds to import; pydantic reads them."""
 
     def __init__(self, *parts: type) -> None:
-        super().__init__(allow_abbrev=False, add_help=False)
+        super().__init__(allow_abbrev=False, add_help=False, argument_default=SUPPRESS)
         self._parts = parts
         for part in parts:
             hints = get_type_hints(part)
@@ -52,7 +66,10 @@ class Parser(ArgumentParser):
         """
         values, rest = self.parse_known_args(list(words))
         given = vars(values)
-        made = [part(**{field.name: given[field.name] for field in dataclasses.fields(part)}) for part in self._parts]
+        made = [
+            part(**{k: checked(h, given[k], k, strict=False) for k, h in get_type_hints(part).items() if k in given})
+            for part in self._parts
+        ]
         return made, rest
 
 
@@ -128,26 +145,28 @@ def option_name(word: str) -> str:
     return word.lstrip("-").partition("=")[0].replace("-", "_")
 
 
+def check_training(arguments: TrainingArguments) -> None:
+    """Raise where a training argument is out of its range.
+
+    Raises:
+        OptionError: With the value and what is allowed.
+    """
+    for field in dataclasses.fields(arguments):
+        name, value = field.name, getattr(arguments, field.name)
+        if name.endswith("_kwargs") and isinstance(value, str):
+            raise OptionError(f'{name}={value!r:.80} is not allowed: give an object, such as {{"name": 1}}')
+        if name == "optim_args" and value and not all("=" in part for part in value.split(",")):
+            raise OptionError(f"optim_args={value!r:.80} is not allowed: give name=value, ...")
+        if value is None or isinstance(value, str):  # left out; or a word that transformers gives a meaning
+            continue
+        if isinstance(value, (int, float)) and not abs(value) <= MOST_SEED:
+            raise OptionError(f"{name}={value!r:.80} is not allowed: give a number of at most {MOST_SEED}")
+        checked(_KINDS.get(name, Any), value, name)
+
+
 def _how(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
-    """How argparse reads a field."""
-    if get_origin(hint) in (Union, UnionType):
-        [hint] = [kind for kind in get_args(hint) if kind is not type(None)]
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    how = {**{name: value for name, value in field.metadata.items() if name in ("nargs", "const")}, "default": default}
-    if get_origin(hint) is Literal:
-        return {**how, "choices": get_args(hint)}
+    """How many words argparse takes for a field."""
+    how = {name: value for name, value in field.metadata.items() if name in ("nargs", "const")}
     if hint is bool:
-        return {**how, "type": _truth, "nargs": "?", "const": True}
-    if get_origin(hint) is list:
-        return {**how, "type": get_args(hint)[0], "nargs": "+"}
-    return {**how, "type": hint}
-
-
-def _truth(text: str) -> bool:
-    values = {
-        **dict.fromkeys(("yes", "true", "t", "y", "1"), True),
-        **dict.fromkeys(("no", "false", "f", "n", "0"), False),
-    }
-    if text.lower() not in values:
-        raise ArgumentTypeError(f"{text!r} is not allowed: give true or false")
-    return values[text.lower()]
+        return {**how, "nargs": "?", "const": "true"}
+    return {**how, "nargs": "+"} if get_origin(hint) is list else how

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError
 from weightlora.methods import METHODS
-from weightlora.options import read_pairs
 from weightlora.plan.budget import check_keep
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs.recipe import MethodOptions, Recipe
 from weightlora.selection.rules import RULES, rule_of, settings_of
 from weightlora.selection.steps import check_steps
+from weightlora.validation import read_pairs
 
 if TYPE_CHECKING:
     from torch import nn

@@ -1,24 +1,33 @@
-"""Training arguments that only the training itself would refuse, found before anything is loaded or scored."""
+"""What a training is asked for: arguments that it would refuse late, a rate for the head, and whether the loss fell."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import MissingPackageError, OptionError
 from weightlora.model.restore import seeded
+from weightlora.model.sites import TASK_HEADS
+from weightlora.tasks import find_task, kind_of
 from weightlora.text import closest
 from weightlora.trainer.loader import planned_steps
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
+    from weightlora.runs.recipe import Recipe
+
 #: What the task decides, since it computes the metrics from the logits of all rows and their labels.
 _OF_THE_TASK = ("label_names", "eval_do_concat_batches", "batch_eval_metrics", "prediction_loss_only")
+#: Fewer logged losses than this say nothing.
+_FEWEST = 10
 #: What transformers measures beside the loss.
 _TIMES = ("runtime", "samples_per_second", "steps_per_second")
 
@@ -146,3 +155,87 @@ def _require_metric(name: str, known: Sequence[str]) -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+# -- a rate for the head -----------------------------------------------------------------------------------------------
+
+
+def require_head(recipe: Recipe) -> None:
+    """Raise where ``head_learning_rate`` has nothing to act on.
+
+    Raises:
+        OptionError: The task has no new head, and no module is trained whole.
+    """
+    task = recipe.task.task
+    if not (TASK_HEADS.get(kind_of(find_task(task)).TASK_TYPE) or recipe.method.lora_modules_to_save):
+        raise OptionError(
+            f"head_learning_rate={recipe.method.head_learning_rate}: {task} has no new head; leave it out, or give "
+            "modules that are trained whole in lora_modules_to_save"
+        )
+
+
+def require_one_piece(trainer: Trainer) -> None:
+    """Raise where an optimizer that is made now would not be the one that trains.
+
+    Raises:
+        OptionError: DeepSpeed or FSDP splits the model first.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise OptionError(
+            "head_learning_rate is not supported with DeepSpeed and FSDP, which split the model before there is an "
+            "optimizer; leave it out"
+        )
+
+
+def use_head_rate(trainer: Trainer, rate: float) -> None:
+    """Make the trainer's optimizer, with another learning rate for the parameters of what is trained whole.
+
+    The schedule of the training scales both rates.
+
+    Args:
+        trainer: With its adapters attached, before it trains.
+        rate: Of the head; the adapters keep ``learning_rate``.
+    """
+    model: Any = trainer.model
+    head = {id(p) for name, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in name}
+    optimizer = trainer.create_optimizer()
+    for group in list(optimizer.param_groups):
+        whole = [p for p in group["params"] if id(p) in head]
+        if whole:
+            group["params"] = [p for p in group["params"] if id(p) not in head]
+            optimizer.add_param_group({**group, "params": whole, "lr": rate})
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+def loss_fault(losses: Sequence[float], rate: float) -> str | None:
+    """Return what to tell the user of a loss that has not fallen; None where it has, or where few losses are logged.
+
+    The loss has fallen where the mean of the last fifth is below that of the first fifth by more than the median change
+    from one logged loss to the next.
+
+    Args:
+        losses: As logged; one that is no finite number stands for a step that failed.
+        rate: The learning rate, for the text.
+
+    Example:
+        >>> loss_fault([1.4, 1.3, 1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5], 1e-3)
+        >>> loss_fault([1.4] * 10, 5e-5)[:73]
+        'the loss has not fallen: 1.4 in the first fifth of the training, 1.4 in t'
+    """
+    if len(losses) < _FEWEST:
+        return None
+    if not all(map(math.isfinite, losses)):
+        return f"the loss was no finite number in the training (learning_rate={rate:g}); try a lower learning_rate"
+    fifth = len(losses) // 5
+    first, last = statistics.mean(losses[:fifth]), statistics.mean(losses[-fifth:])
+    spread = statistics.median(abs(a - b) for a, b in pairwise(losses))
+    if first - last > spread:
+        return None
+    advice = "a lower" if last - first > spread else "a higher"
+    return (
+        f"the loss has not fallen: {first:.4g} in the first fifth of the training, {last:.4g} in the last, with "
+        f"changes of {spread:.2g} from one logged loss to the next (learning_rate={rate:g}); try {advice} "
+        "learning_rate or more steps, and look at the rows and their labels"
+    )

@@ -11,18 +11,27 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from weightlora.errors import OptionError
 from weightlora.files import read_mapping
 from weightlora.methods import entry_of, make_method, options_of
-from weightlora.options import read_pairs
 from weightlora.plan.budget import check_keep
-from weightlora.runs._parsers import Parser, actions_of, option_name, read_training, training_names, training_parser
-from weightlora.runs._ranges import check_ranges
+from weightlora.runs._parsers import (
+    Parser,
+    actions_of,
+    check_training,
+    option_name,
+    read_training,
+    training_names,
+    training_parser,
+)
 from weightlora.selection.rules import RULES, rule_entry, rule_of
 from weightlora.selection.steps import check_steps
 from weightlora.text import closest
+from weightlora.validation import Count, Natural, NotNegative, Share, Text, check_fields, read_pairs
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -30,6 +39,8 @@ if TYPE_CHECKING:
     from weightlora.selection.rules.base import Rule
 
 
+#: More than any layer is wide.
+Rank = Annotated[int, Field(ge=1, le=65_536)]
 #: The learning rate where a recipe names none. Transformers' 5e-5 suits whole models: at it adapters hardly move.
 ADAPTER_RATE = 1e-3
 #: Losses are logged after this share of the steps: at least ten times in ten steps or more.
@@ -40,25 +51,17 @@ def _option(default: Any, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": text, **more})
 
 
-def _check_texts(options: Any) -> None:
-    """Raise where a text is empty: ``--train_file=`` in a script whose variable is not set."""
-    for one in dataclasses.fields(options):
-        value = getattr(options, one.name)
-        if any(not text.strip() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)):
-            raise OptionError(f"{one.name}={value!r} is not allowed: give a text that is not empty, or leave it out")
-
-
 @dataclass
 class ModelOptions:
     """The base model."""
 
-    model_name_or_path: str = _option("embedded/minilm", "hub name, folder, embedded/minilm or embedded/smollm2")
-    model_revision: str = _option("main", "branch, tag or commit on the hub")
-    gguf_file: str | None = _option(None, "a GGUF file in that folder")
+    model_name_or_path: Text = _option("embedded/minilm", "hub name, folder, embedded/minilm or embedded/smollm2")
+    model_revision: Text = _option("main", "branch, tag or commit on the hub")
+    gguf_file: Text | None = _option(None, "a GGUF file in that folder")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "auto, float32, bfloat16 or float16: how the base is loaded"
     )
-    attn_implementation: str | None = _option(
+    attn_implementation: Text | None = _option(
         None, "eager, sdpa, flash_attention_2 or another of transformers; default: the model's own"
     )
     load_in_8bit: bool = _option(False, "quantise the base to 8 bit with bitsandbytes")
@@ -66,7 +69,7 @@ class ModelOptions:
     trust_remote_code: bool = _option(False, "run code that comes with the model")
 
     def __post_init__(self) -> None:
-        _check_texts(self)
+        check_fields(self)
         if self.load_in_8bit and self.load_in_4bit:
             raise OptionError("load_in_8bit and load_in_4bit exclude each other; give one")
 
@@ -75,27 +78,26 @@ class ModelOptions:
 class TaskOptions:
     """The rows, and how they become tokens."""
 
-    task: str = _option("rotten_tomatoes", "name of a task; `weightlora methods --tasks` lists them")
-    dataset_name: str | None = _option(None, "hub name or folder, instead of the task's own")
-    dataset_config_name: str | None = _option(None, "configuration of the data set; of a generator: setting=value ...")
-    train_file: str | None = _option(None, ".csv, .json, .jsonl or .parquet, instead of dataset_name")
-    validation_file: str | None = _option(None, "rows that are measured")
-    columns: list[str] = field(default_factory=list[str], metadata={"help": "role=column, where yours differ"})
-    max_train_samples: int | None = _option(None, "only so many rows to train on")
-    max_eval_samples: int | None = _option(None, "only so many rows a measured split")
-    held_out_samples: int = _option(0, "training rows set aside and measured, to choose options on")
-    max_seq_length: int = _option(128, "tokens of a row or source text")
-    max_target_length: int = _option(128, "tokens of a summary or generated answer")
-    doc_stride: int = _option(128, "tokens that pieces of a long context share")
-    num_beams: int = _option(1, "beams of a generated summary")
+    task: Text = _option("rotten_tomatoes", "name of a task; `weightlora methods --tasks` lists them")
+    dataset_name: Text | None = _option(None, "hub name or folder, instead of the task's own")
+    dataset_config_name: Text | None = _option(None, "configuration of the data set; of a generator: setting=value ...")
+    train_file: Text | None = _option(None, ".csv, .json, .jsonl or .parquet, instead of dataset_name")
+    validation_file: Text | None = _option(None, "rows that are measured")
+    columns: list[Text] = field(default_factory=list[str], metadata={"help": "role=column, where yours differ"})
+    max_train_samples: Count | None = _option(None, "only so many rows to train on")
+    max_eval_samples: Count | None = _option(None, "only so many rows a measured split")
+    held_out_samples: Natural = _option(0, "training rows set aside and measured, to choose options on")
+    max_seq_length: Count = _option(128, "tokens of a row or source text")
+    max_target_length: Count = _option(128, "tokens of a summary or generated answer")
+    doc_stride: Natural = _option(128, "tokens that pieces of a long context share")
+    num_beams: Count = _option(1, "beams of a generated summary")
     teacher_forced: bool = _option(
         False, "measure loss and exact match of the given answers in one forward pass; generate none"
     )
-    harness_path: str | None = _option(None, "folder of your own lm-evaluation-harness tasks")
+    harness_path: Text | None = _option(None, "folder of your own lm-evaluation-harness tasks")
 
     def __post_init__(self) -> None:
-        _check_texts(self)
-        check_ranges(self)
+        check_fields(self)
         if self.validation_file is not None and self.train_file is None:
             raise OptionError(f"validation_file={self.validation_file!r} needs a train_file; give both")
         for name in ("dataset_name", "dataset_config_name"):
@@ -107,36 +109,38 @@ class TaskOptions:
 class MethodOptions:
     """The budget, and how it is spent."""
 
-    method: str = _option("weightlora", "name of a method; `weightlora methods` lists them")
-    plan: str | None = _option(None, "a plan.json to train, instead of a method")
-    keep: str = _option(
+    method: Text = _option("weightlora", "name of a method; `weightlora methods` lists them")
+    plan: Text | None = _option(None, "a plan.json to train, instead of a method")
+    keep: Text = _option(
         "0.5", 'fraction of LoRA\'s parameters, number of adapters, "300k parameters", 512MB, 0.8x, "60% gain" or auto'
     )
-    rule: str = _option("first_order", f"how sites are scored: {', '.join(entry.name for entry in RULES)}")
+    rule: Text = _option("first_order", f"how sites are scored: {', '.join(entry.name for entry in RULES)}")
     ranking: Literal["score", "per_parameter", "quota", "spread"] | None = _option(
         None,
         "how sites compete: by score, score per parameter, within each projection type (quota) or part of the depth "
         "(spread); default: spread for first_order, score for other rules and for budgets in memory or step time",
     )
-    rule_options: list[str] = field(
+    rule_options: list[Text] = field(
         default_factory=list[str], metadata={"help": "settings of the rule, as name=value: head_steps=0 gate_lr=5.0"}
     )
-    steps: str | None = _option(
+    steps: Text | None = _option(
         None, "T, warm-up steps, or auto; default: 0.5 % of all, at least 20, or as the rule needs"
     )
-    method_options: list[str] = field(
+    method_options: list[Text] = field(
         default_factory=list[str], metadata={"help": "settings of the method, as name=value"}
     )
-    lora_r: int = _option(8, "rank of plain LoRA: the budget")
-    lora_alpha: int = _option(16, "lora_alpha of plain LoRA")
-    lora_dropout: float = _option(0.0, "dropout of the adapters")
-    lora_target_modules: list[str] = field(
+    lora_r: Rank = _option(8, "rank of plain LoRA: the budget")
+    lora_alpha: Count = _option(16, "lora_alpha of plain LoRA")
+    lora_dropout: Share = _option(0.0, "dropout of the adapters")
+    lora_target_modules: list[Text] = field(
         default_factory=list[str], metadata={"help": "default: every linear layer but head and pooler"}
     )
-    lora_modules_to_save: list[str] = field(
+    lora_modules_to_save: list[Text] = field(
         default_factory=list[str], metadata={"help": "modules to train whole, in addition to the task's head"}
     )
-    head_learning_rate: float | None = _option(None, "of modules trained whole, such as a head; default: learning_rate")
+    head_learning_rate: NotNegative | None = _option(
+        None, "of modules trained whole, such as a head; default: learning_rate"
+    )
     use_rslora: bool = _option(False, "scale by alpha/√r")
     use_dora: bool = _option(False, "train DoRA on the chosen sites")
     fast: Literal["input", "rank"] | None = _option(
@@ -148,8 +152,7 @@ class MethodOptions:
     grow_batch: bool = _option(False, "train larger batches with less accumulation, within the memory of plain LoRA")
 
     def __post_init__(self) -> None:
-        _check_texts(self)
-        check_ranges(self)
+        check_fields(self)
         entry_of(self.method)  # names and numbers that need no import; the rest is checked when the method is made
         rule_entry(self.rule)
         check_keep(self.keep)
@@ -251,7 +254,7 @@ def read_recipe(
             allowed = "a list of words" if key in lists else "one value"
             raise OptionError(f"{where}{key}={value!r:.80} is not allowed: give {allowed}")
     training, rest = read_training(theirs, rest)
-    check_ranges(training)
+    check_training(training)
     _require_known(where, content, rest, known)
     if method.plan is None:  # mistakes are found before anything is loaded
         make_method(method.method, **method.given)

@@ -1,4 +1,4 @@
-"""A recipe → base model, plan, trained stock adapter, metrics; the same command resumes an interrupted run.
+"""A recipe → base model, plan, trained stock adapter, metrics; or its plan alone. The same command resumes a run.
 
 output_dir/config.yaml   the effective options, written once all of them are checked
 output_dir/before.json   metrics of the base model, with eval_on_start
@@ -14,43 +14,62 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError, WeightLoraWarning
-from weightlora.files import only_writer, write_json, written
-from weightlora.folders import require_replaceable
+from weightlora.files import only_writer, scratch_folder, write_json, written
+from weightlora.folders import own_files, require_replaceable
 from weightlora.methods import Method, entry_of
 from weightlora.model.distributed import from_first, is_first
 from weightlora.plan.plan import AdapterPlan
-from weightlora.runs._adapter import save_adapter, write_metrics
 from weightlora.runs._checkpoint import resume, resume_point, whole_checkpoints
 from weightlora.runs._folder import (
+    push_adapter,
     remove_drafts_of_checkpoints,
+    require_hub,
     require_same_run,
+    save_adapter,
     stored_batch,
     stored_before,
     stored_results,
     write_config,
+    write_metrics,
 )
-from weightlora.runs._head_rate import require_head, require_one_piece, use_head_rate
-from weightlora.runs._hub import push_adapter, require_hub
 from weightlora.runs._load import make_trainer
-from weightlora.runs._loss import loss_fault
 from weightlora.runs._planned import require_candidates, with_plan
-from weightlora.runs._trainable import check_arguments, require_trainable
-from weightlora.runs.files import ADAPTER, BATCH_FILE, BEFORE_FILE, RESULTS_FILE
-from weightlora.runs.output import TRAIN
+from weightlora.runs._trainable import (
+    check_arguments,
+    loss_fault,
+    require_head,
+    require_one_piece,
+    require_trainable,
+    use_head_rate,
+)
+from weightlora.runs.files import (
+    ADAPTER,
+    BATCH_FILE,
+    BEFORE_FILE,
+    HEATMAP_FILE,
+    KNEE_FILE,
+    RESULTS_FILE,
+    SELECT,
+    TRAIN,
+    require_output,
+)
 from weightlora.runs.recipe import ADAPTER_RATE, Recipe
 from weightlora.tasks import find_task
 from weightlora.tasks.base import Prepared
 from weightlora.trainer.attach import adopt, method_for
 from weightlora.trainer.batch_size import Batch, grown_batch, require_growable, use_batch
+from weightlora.trainer.guard import PLAN_FILE
 from weightlora.trainer.placement import require_measurable
 
 if TYPE_CHECKING:
@@ -113,6 +132,42 @@ def _train(recipe: Recipe, callbacks: Sequence[TrainerCallback]) -> dict[str, An
     if fault is not None and is_first():
         warnings.warn(fault, WeightLoraWarning, stacklevel=2)
     return results
+
+
+def select_plan(recipe: Recipe) -> AdapterPlan:
+    """Return the plan that ``weightlora train`` would train, and write it to ``output_dir/plan.json``.
+
+    The plan of an earlier call is replaced once the new one is made.
+
+    Args:
+        recipe: Model, task, method and training arguments.
+
+    Raises:
+        OptionError: This is one of several processes, another one works in ``output_dir``, or an option does not fit.
+        DataError: Rows or model are missing or malformed.
+        SelectionError: See :func:`weightlora.select`.
+        OutputError: ``output_dir`` belongs to another command, a file of the user would be lost, the disk is full, or a
+            file cannot be written.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptionError(
+            f"weightlora select is one process, and this is one of {os.environ['WORLD_SIZE']}; start it without "
+            "torchrun or accelerate, or let `weightlora train` select with all of them (docs/guides/distributed.md)"
+        )
+    if recipe.method.plan is not None:
+        raise OptionError(
+            f"plan={recipe.method.plan!r} is made already and weightlora select makes a new one; leave plan out, or "
+            "train the plan with `weightlora train --plan`"
+        )
+    with only_writer(recipe.output_dir), written(recipe.output_dir):
+        require_output(recipe.output_dir, SELECT, (PLAN_FILE, HEATMAP_FILE, KNEE_FILE))
+        with scratch_folder(recipe.output_dir) as scratch:  # a trainer reuses the plan that it finds in its own folder
+            training = copy(recipe.training)
+            training.output_dir = str(scratch / "run")
+            made = plan(prepare(replace(recipe, training=training), measured=False)).plan
+        with own_files(recipe.output_dir, SELECT) as draft:
+            made.save(draft / PLAN_FILE)
+    return made
 
 
 def prepare(

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError, OptionError, require_extra
-from weightlora.options import read_pairs
 from weightlora.tasks import kind_of
 from weightlora.tasks._labels import check_labels, number_labels
 from weightlora.tasks._place import Place
 from weightlora.tasks._read_file import check_columns, read_file
 from weightlora.tasks.base import Task
+from weightlora.validation import read_pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
