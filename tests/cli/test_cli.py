@@ -201,7 +201,7 @@ def test_fast_changes_no_score(reviews, tmp_path):
         ("--steps", "1", "steps=1"),
         ("--rule", "loudest", "rule='loudest'"),
         ("--rule_options", "gate_lr=1", "rule first_order has no setting 'gate_lr'"),
-        ("--fast", "very", "--fast: invalid choice: 'very'"),
+        ("--fast", "very", "fast='very' is not allowed: give 'input' or 'rank'"),
         ("--learning_rate", "0", "lr=0.0"),
         ("--seed", "x", "--seed"),
         ("--lora_target_modules", "qerry", "query"),
