@@ -133,7 +133,7 @@ def test_a_recipe_of_the_repository(tmp_path, monkeypatch):
 
 
 def test_a_benchmark_of_the_guide(here, small_model, capsys):
-    guide = (ROOT / "docs" / "guides" / "benchmarks.md").read_text()
+    guide = (ROOT / "docs" / "guides" / "methods.md").read_text()
     (here / "b.yaml").write_text(guide.partition("```yaml\n")[2].partition("```")[0])
     changed = ["--model_name_or_path", str(small_model), *SHORT, "--max_steps", "2", "--held_out_samples", "4"]
     changed += ["--keep", "5", "--learning_rate", "1e-3", "--seed", "0"]  # in the place of its lists
