@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 from peft import LoraConfig
 
 from weightlora.cost.comparison import MemoryLine, compare_memory
 from weightlora.cost.empty_model import make_empty_model
 from weightlora.cost.made_up_batch import make_loss_of
 from weightlora.cost.memory import Setting
+from weightlora.paper.study import read_study, recipe_of
 
 PAPER = Path(__file__).parents[1] / "recipes" / "paper"
 CONFIGS = PAPER / "configs"
@@ -103,7 +103,8 @@ def _compare(
 
 
 def _recipe(name: str) -> dict[str, Any]:
-    return yaml.safe_load((PAPER / f"{name}.yaml").read_text(encoding="utf-8"))
+    study, _, task = name.partition("-")
+    return recipe_of(read_study(study, PAPER), task)
 
 
 def _lora(recipe: dict[str, Any], task: str) -> LoraConfig:

@@ -88,7 +88,8 @@ def own(words):
     """The words that ``weightlora`` is given, whatever launches it; None where it is another program."""
     if "-m" in words:
         words = words[words.index("-m") + 1 :]
-    return words[1:] if words[0] == "weightlora" else None
+    written = words.index(">") if ">" in words else None  # into a file
+    return words[1:written] if words[0] == "weightlora" else None
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)

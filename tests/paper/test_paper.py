@@ -299,20 +299,3 @@ def test_figure_2_comes_through_the_same_command(base, tmp_path, capsys):
         assert (folder / f"dot_product.{ending}").read_bytes().startswith(start)
     assert main(["paper", *words]) == 0
     assert "bars embedded 1 1 –" in " ".join(capsys.readouterr().out.split())
-
-
-#: Of a grid of the paper's size: the recipes whose options it has.
-RECIPES = {name: name for name in NAMES if name.startswith("table")} | {"table7": "table1"}
-
-
-@pytest.mark.parametrize("name", [name for name in RECIPES if (name, "full") in GRIDS])
-def test_a_grid_of_the_papers_size_has_the_options_of_the_recipes(name, tmp_path):
-    grid = read_study(name, FOLDER).grid("full", tmp_path, checked=False)
-    recipes = {path.stem.partition("-")[2]: path for path in FOLDER.glob(f"{RECIPES[name]}-*.yaml")}
-    assert {row.task for row in grid.rows} == set(recipes)
-    decided = {"method", "keep", "learning_rate", "seed", "lora_r"}  # by the grid
-    for row in grid.rows:
-        wanted = yaml.safe_load(recipes[row.task].read_text())
-        own = {"rule", "rule_options"} if row.label.startswith("first_order") else set()
-        for option in wanted.keys() - decided - own:
-            assert row.options[option] == wanted[option], (row.label, option)

@@ -14,8 +14,10 @@ from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from safetensors import safe_open
 from transformers import BitsAndBytesConfig, TrainerCallback
 
+from weightlora.cli import main
 from weightlora.errors import OptionError
 from weightlora.model.sites import adapter_parameters, find_sites
+from weightlora.paper.study import read_study, recipe_of
 from weightlora.plan.budget import read_budget, read_keep
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs.recipe import Recipe, read_recipe
@@ -24,7 +26,6 @@ from weightlora.selection.rules.stoiht import StoIHT
 from weightlora.tasks import find_task, kind_of
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "paper"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 DEBERTA, BART = "microsoft/deberta-v3-base", "facebook/bart-large"
 LLAMA, QWEN = "meta-llama/Meta-Llama-3-8B", "Qwen/Qwen3-8B"
 
@@ -38,6 +39,7 @@ TABLES = {
     "table5": ("squad", "squad_v2"),
     "table6": ("cnn_dailymail", "xsum"),
 }
+NAMES = [f"{table}-{task}" for table, tasks in TABLES.items() for task in tasks]
 #: n of Tables 8 to 12. BART-large has 12 · 6 linear layers in its encoder and 12 · 10 in its decoder: the parameters
 #: of Table 6 are theirs, and the 72 of Table 12 is DeBERTa's. Qwen's are 252 of the paper's 253: see its recipes.
 SITES = {"table1": 36, "table2": 72, "table3": 224, "table4": 252, "table5": 72, "table6": 192}
@@ -50,16 +52,50 @@ EPOCHS |= {"squad": 10, "squad_v2": 15, "xsum": 35, "cnn_dailymail": 25}
 STEPS = {"mnli": 256, "qnli": 256, "rte": 256, "stsb": 256, "sst2": 128, "mrpc": 512, "cola": 1024, "qqp": 1024}
 
 
+@cache
+def options_of(name: str) -> dict:
+    """The recipe as ``weightlora paper`` makes it."""
+    table, _, task = name.partition("-")
+    return recipe_of(read_study(table, FOLDER), task)
+
+
 def read(name: str, *words: str) -> Recipe:
     """The recipe; bf16 needs a GPU, or the word that there is none."""
-    return read_recipe(FOLDER / f"{name}.yaml", ["--use_cpu", "true", *words])
+    return read_recipe(options_of(name), ["--use_cpu", "true", *words])
 
 
-# -- what stands in the files ----------------------------------------------------------------------------------------
+# -- what is in them ------------------------------------------------------------------------------------------------
 
 
-def test_every_column_of_the_tables_has_a_file():
-    assert sorted(f"{table}-{task}" for table, tasks in TABLES.items() for task in tasks) == NAMES
+@pytest.mark.parametrize("name", list(TABLES))
+def test_every_column_of_the_tables_has_a_recipe(name):
+    rows = read_study(name, FOLDER).grid("full", Path(), checked=False).rows
+    assert {row.task for row in rows} == set(TABLES[name])
+
+
+def test_the_command_prints_a_recipe_that_is_read(tmp_path, capsys):
+    assert main(["paper", "table1-rte"]) == 0
+    (tmp_path / "rte.yaml").write_text(capsys.readouterr().out)
+    assert read_recipe(tmp_path / "rte.yaml", ["--use_cpu", "true"]) == read("table1-rte")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["table1-rtee"],
+            "table1 has no recipe of 'rtee' (closest: 'rte'); there are mnli, sst2, cola, qqp, qnli, rte",
+        ),
+        (["figure6-rte"], "figure6 has no recipe of 'rte'; it has none"),
+        (["tabel1-rte"], "no study 'tabel1' (closest: 'table1')"),
+        (["table1-rte", "--seed", "1"], "table1-rte is printed as it is; give --seed to weightlora train"),
+    ],
+)
+def test_a_recipe_that_there_is_not_is_one_line(words, says, capsys):
+    assert main(["paper", *words]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,7 +104,7 @@ def test_every_line_is_read_as_it_is_written(name):
     options = {
         k: v for part in (recipe.model, recipe.task, recipe.method, recipe.training) for k, v in vars(part).items()
     }
-    for key, value in yaml.safe_load((FOLDER / f"{name}.yaml").read_text()).items():
+    for key, value in options_of(name).items():
         assert options[key] == type(options[key])(value), key
 
 
@@ -92,7 +128,7 @@ def test_the_values_are_those_of_the_tables(name):
 
 def test_a_misspelt_line_is_refused_with_the_closest(tmp_path):
     file = tmp_path / "table1-rte.yaml"
-    text = (FOLDER / "table1-rte.yaml").read_text()
+    text = yaml.safe_dump(options_of("table1-rte"))
     file.write_text(text.replace("warmup_steps", "warm_up_steps"))
     with pytest.raises(OptionError, match=r"table1-rte.yaml: unknown option 'warm_up_steps' \(closest: 'warmup_steps'"):
         read_recipe(file, ["--use_cpu", "true"])

@@ -28,7 +28,7 @@ Record = dict[str, Any]
 #: The benchmark that ``weightlora demo`` runs.
 DEMO = Path(__file__).with_name("demo.yaml")
 #: A run is an entry of the records and leaves nothing else behind; all of it can be overridden in ``base``.
-_QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def read_grid(
 
 def _rows(given: Mapping[str, Any]) -> Iterator[Row]:
     """Every method on every task, with every budget where it takes one."""
-    base, tasks = {**_QUIET, **given["base"]}, names(given["tasks"])
+    base, tasks = {**QUIET, **given["base"]}, names(given["tasks"])
     for label, own in names(given["methods"]).items():
         own = {"method": label, **own}
         takes_budget = "keep" in options_of(own["method"])

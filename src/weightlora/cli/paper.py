@@ -34,7 +34,10 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "study", nargs="?", metavar="NAME", help="table1 to table7, figure2 to figure8; default: list them"
+        "study",
+        nargs="?",
+        metavar="NAME",
+        help="table1 to table7, figure2 to figure8; table1-rte prints the recipe of that task; default: list them",
     )
     parser.add_argument(
         "--size",
@@ -60,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.cli._console import PlainConsole
     from weightlora.cli._quiet import quiet_libraries
     from weightlora.errors import OptionError
-    from weightlora.paper.study import read_study, recipes_folder
+    from weightlora.paper.study import read_study, recipes_folder, study_names
 
     console = PlainConsole()
     folder = recipes_folder() if arguments.recipes is None else arguments.recipes
@@ -72,6 +75,10 @@ def run(arguments: argparse.Namespace) -> None:
         with quiet_libraries():
             console.print(listing(folder, arguments.output_dir))
         return
+    name, _, task = arguments.study.partition("-")
+    if task and arguments.study not in study_names(folder):
+        _print_recipe(read_study(name, folder), task, arguments)
+        return
     study = read_study(arguments.study, folder)
     kind = study.kind_of(arguments.size)
     if kind == "dot_product":
@@ -80,6 +87,18 @@ def run(arguments: argparse.Namespace) -> None:
         _compute(study, arguments, console)
     else:
         _run_grid(study, arguments, console)
+
+
+def _print_recipe(study: Study, task: str, arguments: argparse.Namespace) -> None:
+    """Print the recipe of one run of a table, as a file of ``weightlora train``."""
+    import yaml
+
+    from weightlora.errors import OptionError
+    from weightlora.paper.study import recipe_of
+
+    if arguments.rest:
+        raise OptionError(f"{study.name}-{task} is printed as it is; give {arguments.rest[0]} to weightlora train")
+    print(yaml.safe_dump(recipe_of(study, task), sort_keys=False), end="")
 
 
 def _run_grid(study: Study, arguments: argparse.Namespace, console: Console) -> None:

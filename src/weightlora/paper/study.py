@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from weightlora.bench.grid import Grid, read_grid
+from weightlora.bench.grid import QUIET, Grid, read_grid
 from weightlora.errors import DataError, OptionError
 from weightlora.files import read_mapping
 from weightlora.text import closest
@@ -101,6 +102,32 @@ class Study:
             checked: See :func:`weightlora.bench.grid.read_grid`.
         """
         return read_grid(self.setup(size).configs, output_dir, words, checked=checked)
+
+
+def recipe_of(study: Study, task: str) -> dict[str, Any]:
+    """Return the recipe of one run at the paper's size, for ``weightlora train``.
+
+    It is WeightLoRA at rank 8 with the most adapters that the table has, at the middle one of its rates, and seed 0.
+
+    Args:
+        study: A table.
+        task: One of its columns.
+
+    Raises:
+        OptionError: The study trains no WeightLoRA at rank 8, or not on this task.
+    """
+    rows = study.grid("full", Path(), checked=False).rows if study.setup("full").configs else ()
+    rows = [r for r in rows if (r.options["method"], r.options["rule"], r.options.get("lora_r")) == _OF_RECIPE]
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    if task not in tasks:
+        known = f"there are {', '.join(tasks)}" if tasks else "it has none"
+        raise OptionError(f"{study.name} has no recipe of {task!r:.80}{closest(task, tasks)}; {known}")
+    row = [row for row in rows if row.task == task][-1]
+    own = {name: value for name, value in row.options.items() if name not in (*QUIET, "held_out_samples")}
+    return {**own, "keep": int(own["keep"]), "learning_rate": statistics.median(row.learning_rates), "seed": 0}
+
+
+_OF_RECIPE = ("weightlora", "paper", 8)
 
 
 def study_names(folder: Path) -> list[str]:
