@@ -8,8 +8,7 @@ from rich.console import Console
 
 from weightlora.bench.dry_run import DryRun, Kind
 from weightlora.bench.engine import Progress
-from weightlora.cli._bench_cost import cost_table, cost_text
-from weightlora.cli._bench_progress import progress_table, shown_progress
+from weightlora.cli.bench import cost_table, cost_text, progress_table, shown_progress
 
 
 def test_the_live_table_counts_and_names_what_is_running():

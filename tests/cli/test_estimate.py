@@ -5,8 +5,8 @@ import json
 import pytest
 
 from weightlora.cli import main
-from weightlora.cli._config_memory import _table
-from weightlora.cli._console import PlainConsole
+from weightlora.cli._screen import PlainConsole
+from weightlora.cli.estimate import _memory_table
 from weightlora.cost.comparison import MemoryLine
 from weightlora.cost.memory import Memory
 
@@ -57,7 +57,7 @@ def test_a_quantised_model_is_not_tuned_in_full(config_file, monkeypatch, capsys
 def test_the_table_of_the_largest_numbers_fits(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     most = Memory(999_990_000_000, *[9_999_000_000_000] * 6)
-    PlainConsole().print(_table([MemoryLine("WeightLoRA+ lower", 99_999, most, 9_999_999)], "GB", "24GB"))
+    PlainConsole().print(_memory_table([MemoryLine("WeightLoRA+ lower", 99_999, most, 9_999_999)], "GB", "24GB"))
     assert "9,999,999" in capsys.readouterr().out
 
 
@@ -72,7 +72,10 @@ def test_the_table_of_the_largest_numbers_fits(monkeypatch, capsys):
         (["--model_name_or_path", "CONFIG", "--batch", "4x32", "--keep", "29"], "keep=29 exceeds the 28 adapter sites"),
         (["--model_name_or_path", "CONFIG", "--batch", "4x32", "--keep", "2x"], "keep='2x' is not allowed"),
         (["--model_name_or_path", "CONFIG", "--batch", "4x32", "--optim", "adam"], "optim='adam' is unknown"),
-        (["--model_name_or_path", "CONFIG", "--batch", "4x32", "--fsdp", "0"], "--fsdp 0 is not allowed"),
+        (
+            ["--model_name_or_path", "CONFIG", "--batch", "4x32", "--fsdp", "0"],
+            "--fsdp=0 is not allowed: give a number of at least 1",
+        ),
         (["--model_name_or_path", "CONFIG", "--batch", "4x32", "--double_quant"], "needs --load_in_4bit"),
         (["--model_name_or_path", "CONFIG", "--batch", "4x32", "--fast"], "--fast needs a plan"),
         (["--model_name_or_path", "./none.json", "--batch", "4x32"], "cannot read a config from --model_name_or_path"),

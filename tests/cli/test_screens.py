@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from weightlora.cli import main
-from weightlora.cli._option_help import options_help
+from weightlora.cli._help import options_help
 from weightlora.cost.estimate import estimate
 from weightlora.model.sites import Site
 from weightlora.plan.plan import AdapterPlan, PlannedSite

@@ -9,8 +9,8 @@ from user_texts import assert_plain, plan_with, texts
 
 from weightlora.bench.table import Cell, Table, to_terminal
 from weightlora.cli import main
-from weightlora.cli._console import PlainConsole
-from weightlora.cli._quiet import one_line_warnings
+from weightlora.cli._screen import PlainConsole
+from weightlora.cli._streams import one_line_warnings
 from weightlora.text import natural
 
 

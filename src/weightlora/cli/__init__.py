@@ -25,8 +25,7 @@ from weightlora.cli import (
     show,
     train,
 )
-from weightlora.cli._output import CheckedOutput, say
-from weightlora.cli._quiet import one_line_warnings, quiet_imports
+from weightlora.cli._streams import CheckedOutput, one_line_warnings, quiet_imports, say
 from weightlora.errors import OptionError, WeightLoraError
 from weightlora.fast.allocator import keep_freed_memory
 from weightlora.text import printable

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from weightlora.cli._durations import duration
+from weightlora.cli._screen import duration
 
 
 class ProgressLines(TrainerCallback):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlora.cli._option_help import paragraph
-from weightlora.cli._options import recipe_epilog
+from weightlora.cli._help import add_command
 
 if TYPE_CHECKING:
     from weightlora.runs.recipe import Recipe
@@ -16,28 +14,24 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Any) -> None:
     """Add the command; its options are those of ``weightlora train``."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "analyse",
-        help="look into a model: what single adapters would move",
-        epilog="example: weightlora analyse dot-product --task rotten_tomatoes --keep 0.5 --steps 5",
-    )
+    asked = "weightlora analyse dot-product --task rotten_tomatoes --keep 0.5 --steps 5"
+    text = "look into a model: what single adapters would move"
+    parser = add_command(commands, "analyse", run, help=text, examples=[asked])
     studies = parser.add_subparsers(dest="study", required=True, metavar="study")
-    study: argparse.ArgumentParser = studies.add_parser(
+    add_command(
+        studies,
         "dot-product",
+        run,
         help="the paper's Figure 2: adapters trained alone, along the frozen model's gradient",
-        description=paragraph(
-            "Train the adapter of each site alone for --steps batches and take its dot product with the frozen model's "
-            "gradient (section 2.1 of the paper); then compare the largest with the plan of the recipe, given by "
-            "--plan or chosen on the spot. Writes dot_product.json and dot_product.png."
+        description=(
+            "Train the adapter of each site alone for --steps batches and take its dot product with the frozen "
+            "model's gradient (section 2.1 of the paper); then compare the largest with the plan of the recipe, given "
+            "by --plan or chosen on the spot. Writes dot_product.json and dot_product.png."
         ),
-        epilog=recipe_epilog(
-            "weightlora analyse dot-product --task rotten_tomatoes --keep 0.5 --steps 5 --output_dir runs/dot"
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        examples=[f"{asked} --output_dir runs/dot"],
+        recipe=True,
+        config=True,
     )
-    study.add_argument("--config", type=Path, help="YAML file of 'option: value' lines")
-    parser.set_defaults(run=run, takes_recipe=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -49,8 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def look(recipe: Recipe, formats: Sequence[str]) -> None:
     """Run the study of a recipe; write its numbers and a picture of each format, then print both."""
-    from weightlora.cli._console import PlainConsole
-    from weightlora.cli._quiet import quiet_libraries
+    from weightlora.cli._screen import PlainConsole
+    from weightlora.cli._streams import quiet_libraries
     from weightlora.files import only_writer, write_json, written
     from weightlora.folders import own_files
     from weightlora.report.bars import draw_bars, overlap_text, terminal_bars

@@ -6,21 +6,21 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from weightlora.cli._option_help import example, paragraph
+from weightlora.cli._help import add_command
 
 
 def add_parser(commands: Any) -> None:
     """Add the command, whose name is two words."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "bench merge",
+        run,
         help="put the records of several machines together",
-        description=paragraph(
+        description=(
             "Write the records of several benchmark folders into one. A run that two folders have is kept once; "
             "different results of the same run are an error, and so are different revisions or versions."
         ),
-        epilog=example("weightlora bench merge runs/here runs/there --output runs/both"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        examples=["weightlora bench merge runs/here runs/there --output runs/both"],
     )
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="a benchmark's output_dir")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where records.jsonl is written")
@@ -29,13 +29,12 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="merge records of different git revisions or versions; the table's caption names them",
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Merge, and say what to do next."""
     from weightlora.bench.merge import merge_records, write_merged
-    from weightlora.cli._console import PlainConsole
+    from weightlora.cli._screen import PlainConsole
 
     records = merge_records(arguments.folders, mixed_revisions=arguments.mixed_revisions)
     write_merged(records, arguments.output, arguments.folders)

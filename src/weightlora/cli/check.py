@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightlora.cli._help import add_command
+
 if TYPE_CHECKING:
     from weightlora.serving import Reader
     from weightlora.serving.adapter import Adapter
@@ -15,24 +17,27 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "check",
+        run,
         help="whether vLLM, SGLang, llama.cpp and others read an adapter right",
-        description="Print whether a runtime computes with an adapter what PEFT computes, and each reason why not. "
-        "Only the adapter's files are read, and the configuration of its base model where that is a folder. Exit code "
-        "0: it does; 1: it does not, or this is not known; 2: a mistake.",
-        epilog="example: weightlora check runs/sums/adapter --for all",
+        description=(
+            "Print whether a runtime computes with an adapter what PEFT computes, and each reason why not. Only the "
+            "adapter's files are read, and the configuration of its base model where that is a folder. Exit code 0: "
+            "it does; 1: it does not, or this is not known; 2: a mistake."
+        ),
+        examples=["weightlora check runs/sums/adapter --for all"],
     )
     parser.add_argument("adapter", type=Path, help="a LoRA adapter's folder, as PEFT saves it, or a run's")
     parser.add_argument("--for", dest="reader", required=True, help="a runtime such as vllm or sglang, or all")
     parser.add_argument("--base", help="folder or hub name of the base model; default: the one that the adapter names")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the verdicts; return 1 where one of them is no."""
-    from weightlora.cli._console import PlainConsole
-    from weightlora.cli._quiet import quiet_libraries
+    from weightlora.cli._screen import PlainConsole
+    from weightlora.cli._streams import quiet_libraries
     from weightlora.runs.files import adapter_in
     from weightlora.serving import READERS, reader_of
     from weightlora.serving.adapter import base_name, read_files

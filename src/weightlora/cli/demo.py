@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import subprocess
@@ -12,9 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlora.cli._durations import duration
-from weightlora.cli._option_help import paragraph
-from weightlora.cli._options import recipe_epilog
+from weightlora.cli._help import add_command
 from weightlora.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,20 +22,20 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Any) -> None:
     """Add the command; options of a recipe override those of the demo's."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "demo",
+        run,
         help="compare limits with LoRA on the embedded model and data",
-        description=paragraph(
+        description=(
             "Train MiniLM on 960 film reviews with LoRA, with 0.6 of its step time, with half of its parameters and "
             "with a tenth of them, then load an adapter in plain PEFT; takes a few minutes on two cores. It is a "
             "benchmark like those of weightlora bench."
         ),
-        epilog=recipe_epilog("weightlora demo --output_dir runs/demo --seed 1"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        examples=["weightlora demo --output_dir runs/demo --seed 1"],
+        recipe=True,
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="default: %(default)s")
-    parser.set_defaults(run=run, takes_recipe=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -49,8 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     grid = read_grid(DEMO, arguments.output_dir, arguments.rest)  # a mistake is told before torch is imported
 
     from weightlora.bench.engine import adapter_folder
-    from weightlora.cli._console import PlainConsole
-    from weightlora.cli._quiet import quiet_libraries
+    from weightlora.cli._screen import PlainConsole, duration
+    from weightlora.cli._streams import quiet_libraries
     from weightlora.cli.bench import TABLES, print_table, run_with_progress
     from weightlora.folders import own_files
     from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
@@ -108,12 +107,39 @@ def _reloaded(adapter: Path, point: Point) -> str:
     base, _ = embedded_model(recipe.model.model_name_or_path) or (recipe.model.model_name_or_path, None)
     rows = load_rows(find_task(recipe.task.task), Source(max_eval_samples=recipe.task.max_eval_samples))["validation"]
     asked = {"text": list(rows["text"]), "label": list(rows["label"]), "length": recipe.task.max_seq_length}
-    code = Path(__file__).with_name("_plain_peft.py").read_text(encoding="utf-8")
+    code = f"{inspect.getsource(_measure_in_plain_peft)}\n\n{_measure_in_plain_peft.__name__}()"
     words = [sys.executable, "-c", code, str(adapter), base]
     done = subprocess.run(words, input=json.dumps(asked), capture_output=True, text=True, check=False)
     if done.returncode:
         raise DataError(f"stock PEFT cannot load {adapter}: {done.stderr.strip().splitlines()[-1]}")
     return f"{adapter} loaded in plain PEFT, without weightlora: accuracy {100 * float(done.stdout):.1f} %"
+
+
+def _measure_in_plain_peft() -> None:
+    """Print how many of the rows on standard input get their label; a new Python is given this text.
+
+    Its words are the adapter and its base model. PEFT and transformers are all that it needs.
+    """
+    import json
+    import sys
+
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    adapter, base = sys.argv[1:]
+    rows = json.load(sys.stdin)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    right = 0
+    for start in range(0, len(rows["text"]), 100):
+        texts, labels = (rows[name][start : start + 100] for name in ("text", "label"))
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=rows["length"], return_tensors="pt")
+        with torch.no_grad():
+            right += int((model(**batch).logits.argmax(-1) == torch.tensor(labels)).sum())
+    assert "weightlora" not in sys.modules
+    print(right / len(rows["text"]))
 
 
 def _require_packages() -> None:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from weightlora.cli._help import add_command
+
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
     from rich.table import Table
@@ -25,14 +27,17 @@ _USES = {
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    add_command(
+        commands,
         "doctor",
+        run,
         help="versions, devices, and what is missing for which command",
-        description="Print the installed versions, the devices, and which packages each command still needs. Exit code "
-        "1: a package that every command needs is missing or too old.",
-        epilog="example: weightlora doctor",
+        description=(
+            "Print the installed versions, the devices, and which packages each command still needs. Exit code 1: a "
+            "package that every command needs is missing or too old."
+        ),
+        examples=["weightlora doctor"],
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:  # noqa: ARG001 - there are no options
@@ -40,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:  # noqa: ARG001 - there are no op
     import platform
 
     from weightlora import __version__
-    from weightlora.cli._console import PlainConsole
+    from weightlora.cli._screen import PlainConsole
 
     console = PlainConsole()
     console.print(f"weightlora {__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}")

@@ -6,20 +6,25 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from weightlora.cli._help import add_command
+
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "emit",
+        run,
         help="write a plan as the configuration of TRL, Axolotl, LLaMA-Factory and others",
-        description="Print a plan in the configuration of a training stack: exactly its sites, ranks and alphas. Where "
-        "the stack's options cannot express it, --output gets an adapter directory that the stack continues from.",
-        epilog="example: weightlora emit runs/select/plan.json --for axolotl",
+        description=(
+            "Print a plan in the configuration of a training stack: exactly its sites, ranks and alphas. Where the "
+            "stack's options cannot express it, --output gets an adapter directory that the stack continues from."
+        ),
+        examples=["weightlora emit runs/select/plan.json --for axolotl"],
     )
     parser.add_argument("plan", type=Path, help="a plan.json")
     parser.add_argument("--for", dest="stack", required=True, help="a training stack such as trl or axolotl")
     parser.add_argument("--output", type=Path, help="a new folder for the file; default: print it")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -31,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output is None:
         print(text, end="")
     else:
-        from weightlora.cli._console import PlainConsole
+        from weightlora.cli._screen import PlainConsole
 
         names = " and ".join(sorted(path.name for path in arguments.output.glob("[!.]*")))
         PlainConsole().print(f"wrote {names} in {arguments.output}", highlight=False, soft_wrap=True)

@@ -1,34 +1,45 @@
-"""``weightlora estimate``: what training a plan takes, next to plain LoRA and WeightLoRA+."""
+"""``weightlora estimate``: what training a plan takes next to plain LoRA, or each method's memory from a config."""
 
 from __future__ import annotations
 
 import argparse
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlora.cli._config_memory import add_options, print_memory, require_defaults
-from weightlora.errors import OptionError
+from weightlora.cli._help import add_command
+from weightlora.errors import DataError, OptionError
 from weightlora.model.loaders import LOADERS
+from weightlora.validation import Count, Share, checked
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from weightlora.cost.comparison import MemoryLine
     from weightlora.cost.estimate import Estimate
     from weightlora.plan.plan import AdapterPlan
+
+_BYTES = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "estimate",
+        run,
         help="memory and step time of a plan, or memory from a config alone",
-        description="With a plan: print parameters, memory and step time of LoRA, of the plan and of WeightLoRA+. "
-        "Without a plan: print the memory of full fine-tuning, LoRA, WeightLoRA and WeightLoRA+ on one device. That "
-        "needs only the model's config.json; nothing is loaded or trained.",
-        epilog="example: weightlora estimate runs/demo/plan.json --batch 32x512, or without a plan "
-        "weightlora estimate --model_name_or_path Qwen/Qwen3-8B --batch 8x512 --memory 24GB",
+        description=(
+            "With a plan: print parameters, memory and step time of LoRA, of the plan and of WeightLoRA+. Without a "
+            "plan: print the memory of full fine-tuning, LoRA, WeightLoRA and WeightLoRA+ on one device. That needs "
+            "only the model's config.json; nothing is loaded or trained."
+        ),
+        examples=[
+            "weightlora estimate runs/demo/plan.json --batch 32x512",
+            "weightlora estimate --model_name_or_path Qwen/Qwen3-8B --batch 8x512 --memory 24GB",
+        ],
     )
     parser.add_argument("path", type=Path, nargs="?", help="plan.json; without it, see the options without a plan")
     parser.add_argument("--batch", required=True, help="rows x tokens, such as 32x512")
@@ -44,8 +55,52 @@ def add_parser(commands: Any) -> None:
         help="three more lines, with the fast LoRA step; its dropout drops elements of the adapter's input (default), "
         "or of the rank-sized activation",
     )
-    add_options(parser.add_argument_group("options without a plan"))
-    parser.set_defaults(run=run)
+    group = parser.add_argument_group("options without a plan")
+    alone = [group.add_argument(f"--{name}", help=text, **how) for name, text, how in _ALONE]
+    parser.set_defaults(alone={one.dest: one.default for one in alone})
+
+
+#: The options without a plan: name, help, and how argparse reads them.
+_ALONE: Sequence[tuple[str, str, dict[str, Any]]] = (
+    (
+        "keep",
+        "budgets: numbers of adapters or fractions of the parameters; default: n/2 n/4 n/10",
+        {"nargs": "+", "metavar": "K"},
+    ),
+    ("memory", "memory of a device, such as 24GB or 24GiB: also print the largest batch that fits", {}),
+    (
+        "optim",
+        "adamw_torch, adamw_torch_fused, adamw_8bit, adafactor or sgd; default: %(default)s",
+        {"default": "adamw_torch"},
+    ),
+    ("gradient_checkpointing", "with gradient checkpointing", {"action": "store_true"}),
+    (
+        "fsdp",
+        "devices that share weights, gradients and optimizer; default: %(default)s",
+        {"type": int, "default": 1, "metavar": "N"},
+    ),
+    ("load_in_4bit", "linear layers in 4 bit (NF4), as bitsandbytes stores them", {"action": "store_true"}),
+    ("load_in_8bit", "linear layers in 8 bit, as bitsandbytes stores them", {"action": "store_true"}),
+    ("double_quant", "with --load_in_4bit: scales in 8 bit", {"action": "store_true"}),
+    ("dtype", "of the weights; default: the config's", {"choices": ("float32", "bfloat16", "float16")}),
+    (
+        "task_type",
+        f"{', '.join(LOADERS)}; default: what the config is for",
+        {"choices": tuple(LOADERS), "metavar": "TYPE"},
+    ),
+    ("device", "whose kernels: cuda (default) or cpu", {"choices": ("cuda", "cpu"), "default": "cuda"}),
+    ("lora_r", "rank of plain LoRA; default: %(default)s", {"type": int, "default": 8, "metavar": "R"}),
+    (
+        "lora_dropout",
+        "dropout of the adapters; default: %(default)s",
+        {"type": float, "default": 0.0, "metavar": "P"},
+    ),
+    (
+        "lora_target_modules",
+        "default: every linear layer but head and pooler",
+        {"nargs": "+", "metavar": "NAME"},
+    ),
+)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -54,12 +109,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.path is None:
         if arguments.fast:
             raise OptionError("--fast needs a plan; leave it out")
-        print_memory(arguments, rows, length)
+        _print_memory(arguments, rows, length)
         return
-    require_defaults(arguments)
+    for name, default in arguments.alone.items():
+        if getattr(arguments, name) != default:
+            raise OptionError(f"--{name} is for estimates without a plan; leave out --{name}, or {arguments.path}")
 
-    from weightlora.cli._console import PlainConsole
-    from weightlora.cli._quiet import quiet_libraries
+    from weightlora.cli._screen import PlainConsole
+    from weightlora.cli._streams import quiet_libraries
     from weightlora.cost.estimate import estimate
     from weightlora.plan.plan import AdapterPlan
 
@@ -131,3 +188,149 @@ def _model_and_loss(plan: AdapterPlan, path: str | None, length: int) -> tuple[A
     model: Any = load_pretrained(LOADERS[task], folder, seed=0, **({} if gguf is None else {"gguf_file": gguf}))
     require_length(model.config, length)
     return model, make_loss_of(task, length, model.device)
+
+
+# -- without a plan ----------------------------------------------------------------------------------------------------
+
+
+def _print_memory(arguments: argparse.Namespace, rows: int, length: int) -> None:
+    """Print the table."""
+    if arguments.model_name_or_path is None:
+        raise OptionError("give a plan.json, or --model_name_or_path with a hub name, a folder or a config.json")
+    if arguments.double_quant and not arguments.load_in_4bit:
+        raise OptionError("--double_quant needs --load_in_4bit")
+    if arguments.load_in_4bit and arguments.load_in_8bit:
+        raise OptionError("--load_in_4bit and --load_in_8bit exclude each other; give one")
+    for name, kind in (("fsdp", Count), ("lora_r", Count), ("lora_dropout", Share)):
+        checked(kind, getattr(arguments, name), f"--{name}")
+    limit = None if arguments.memory is None else _read_memory(arguments.memory)
+
+    from peft import LoraConfig
+
+    from weightlora.cli._screen import PlainConsole
+    from weightlora.cli._streams import quiet_casts, quiet_libraries
+    from weightlora.cost.comparison import compare_memory
+    from weightlora.cost.made_up_batch import make_loss_of, require_length
+    from weightlora.cost.memory import Setting
+    from weightlora.plan.budget import check_keep
+
+    keep = [check_keep(text) for text in arguments.keep or ()]
+    quiet_casts()
+    with quiet_libraries():
+        config = _load_config(arguments.model_name_or_path)
+        task = arguments.task_type or _task_type(config)
+        require_length(config, length)
+        dtype = arguments.dtype or _dtype_of(config)
+        setting = Setting(rows, arguments.optim, arguments.gradient_checkpointing, arguments.fsdp, arguments.device)
+        lora = LoraConfig(
+            r=arguments.lora_r,
+            lora_dropout=arguments.lora_dropout,
+            target_modules=arguments.lora_target_modules,
+            task_type=task,
+        )
+        lines = compare_memory(
+            lambda: _make_model(config, task, dtype, arguments),
+            make_loss_of(task, length, "meta"),
+            lora,
+            setting,
+            keep=keep,
+            limit=limit,
+        )
+    words = [f"{rows} rows of {length} tokens", f"r = {lora.r}", arguments.optim]
+    words.append("4 bit" if arguments.load_in_4bit else "8 bit" if arguments.load_in_8bit else dtype)
+    words += ["checkpointing"] if setting.gradient_checkpointing else []
+    words += [f"{setting.shards} devices"] if setting.shards > 1 else []
+    console = PlainConsole()
+    console.print(_memory_table(lines, f"computed GB on one device: {', '.join(words)}", arguments.memory))
+    console.print(_MEMORY_LEGEND, highlight=False)
+
+
+def _read_memory(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([MG]i?B)\s*", text, re.IGNORECASE)
+    units = {unit.lower(): size for unit, size in _BYTES.items()}
+    amount = int(Fraction(match[1]) * units[match[2].lower()]) if match else 0
+    if not 0 < amount < 2**60:
+        raise OptionError(f"--memory {text!r} is not allowed: give the memory of a device, such as 24GB or 24GiB")
+    return amount
+
+
+def _load_config(path: str) -> Any:
+    """The config of a hub name, a folder or a file."""
+    from transformers import AutoConfig
+
+    from weightlora.tasks.embedded import base_files
+
+    folder, _ = base_files(path) or (path, None)
+    try:
+        return AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"cannot read a config from --model_name_or_path {path}: {text}") from error
+
+
+def _task_type(config: Any) -> str:
+    """The task of the class that the config names; else a causal model where transformers has no masked one."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    if config.is_encoder_decoder:
+        return "SEQ_2_SEQ_LM"
+    for architecture in config.architectures or ():
+        for task, loader in LOADERS.items():
+            if architecture.endswith(loader.removeprefix("AutoModel")):
+                return task
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    return "CAUSAL_LM" if is_causal else "SEQ_CLS"
+
+
+def _dtype_of(config: Any) -> str:
+    return "float32" if config.dtype is None else str(config.dtype).removeprefix("torch.")
+
+
+def _make_model(config: Any, task: str, dtype: str, arguments: argparse.Namespace) -> Any:
+    import torch
+
+    from weightlora.cost.empty_model import make_empty_model
+
+    bits = 4 if arguments.load_in_4bit else 8 if arguments.load_in_8bit else None
+    return make_empty_model(config, task, dtype=getattr(torch, dtype), bits=bits, double=arguments.double_quant)
+
+
+#: What the rows and columns are.
+_MEMORY_LEGEND = """\
+upper, lower WeightLoRA keeps the uppermost or the lowest sites; the backward
+             pass ends at the lowest one
+WeightLoRA+  the first of these budgets, at the rank that uses LoRA's parameters
+sites        linear layers that carry an adapter
+trained      parameters that are trained, with a new task head
+weights      all parameters; with FSDP a share, and the blocks that are gathered
+saved        what the forward pass keeps for the backward pass
+logits       logits, loss and their gradients
+peak         the most at one moment; the parts are the most of each, and not
+             all there at the same time
+rows         the largest batch that fits --memory"""
+
+
+def _memory_table(lines: Sequence[MemoryLine], title: str, memory: str | None) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
+    table.add_column(no_wrap=True)
+    rows = () if memory is None else ("rows",)
+    for header in ("sites", "trained", "weights", "grads", "optim", "saved", "logits", "peak", *rows):
+        table.add_column(header, justify="right", no_wrap=True)
+    for line in lines:
+        m = line.memory
+        in_gb = [_gb(n) for n in (m.weights, m.gradients, m.optimizer, m.saved, m.logits, m.peak)]
+        rows = () if line.largest_batch is None else (f"{line.largest_batch:,}",)
+        table.add_row(line.name, str(line.sites or ""), _millions(m.trained), *in_gb, *rows)
+    return table
+
+
+def _gb(count: int) -> str:
+    gb = count / 1e9
+    return f"{gb:,.2f}" if gb < 99.995 else f"{gb:,.1f}" if gb < 999.95 else f"{gb:,.0f}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:,.2f}B" if count >= 1e9 else f"{count / 1e6:,.2f}M"

@@ -7,15 +7,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+from weightlora.cli._help import add_command
+
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "export",
+        run,
         help="write an adapter in the layout that a runtime reads right",
-        description="Write an adapter so that a runtime computes with it what PEFT computes: padded to one rank, the "
-        "scales multiplied into B, and missing layers filled with zeros, as far as this runtime needs it.",
-        epilog="example: weightlora export runs/sums/adapter --for sglang --output served",
+        description=(
+            "Write an adapter so that a runtime computes with it what PEFT computes: padded to one rank, the scales "
+            "multiplied into B, and missing layers filled with zeros, as far as this runtime needs it."
+        ),
+        examples=["weightlora export runs/sums/adapter --for sglang --output served"],
     )
     parser.add_argument("adapter", type=Path, help="a LoRA adapter's folder, as PEFT saves it, or a run's")
     parser.add_argument("--for", dest="reader", required=True, help="a runtime such as vllm or sglang, or everywhere")
@@ -28,13 +34,12 @@ def add_parser(commands: Any) -> None:
         type=Path,
         help="llama.cpp's convert_lora_to_gguf.py, to write adapter.gguf, too, for llama.cpp and ollama",
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the directory, and say where it is, how long that took and what comes next."""
-    from weightlora.cli._console import PlainConsole
-    from weightlora.cli._quiet import quiet_libraries
+    from weightlora.cli._screen import PlainConsole
+    from weightlora.cli._streams import quiet_libraries
     from weightlora.runs.files import adapter_in
     from weightlora.serving import reader_of
     from weightlora.serving.adapter import base_name, read_files

@@ -6,27 +6,30 @@ import argparse
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from weightlora.cli._help import add_command
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "methods",
+        run,
         help="list the methods with their papers, the rules or the tasks",
         description="List the methods of weightlora train with their papers.",
-        epilog="example: weightlora methods --tasks",
+        examples=["weightlora methods --tasks"],
     )
     lists = parser.add_mutually_exclusive_group()
     lists.add_argument("--rules", action="store_true", help="list the rules that score sites instead")
     lists.add_argument("--tasks", action="store_true", help="list the tasks instead")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print a registry."""
-    from weightlora.cli._console import PlainConsole
+    from weightlora.cli._screen import PlainConsole
 
     console = PlainConsole()
     if arguments.tasks:

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlora.cli._option_help import example, paragraph
+from weightlora.cli._help import add_command
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-    from weightlora.bench.grid import Grid
+    from weightlora.bench.grid import Grid, Record
     from weightlora.paper.results import Results
     from weightlora.paper.study import Study
-
-_EXAMPLE = "weightlora paper table7 --workers 2"
 
 
 def add_parser(commands: Any) -> None:
     """Add the command; options of a recipe win over those of the study."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "paper",
+        run,
         help="the paper's tables and figures: run what has no record, then draw",
-        description=paragraph(
+        description=(
             "Run a table or a figure of the paper and draw it with the paper's values. Without a name, list all of "
-            "them with runs, state and cost. The same command resumes. Options of `weightlora train` win over its own."
+            "them with runs, state and cost. The same command resumes. Options of `weightlora train` win over its "
+            "own."
         ),
-        epilog="\n".join(
-            [example("weightlora paper"), example(_EXAMPLE), example("weightlora paper figure6 --size full")]
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        examples=["weightlora paper", "weightlora paper table7 --workers 2", "weightlora paper figure6 --size full"],
     )
     parser.add_argument(
         "study",
@@ -54,14 +54,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--dry_run", action="store_true", help="time a few steps of each kind of run; record nothing")
     parser.add_argument("--draw", action="store_true", help="run nothing; draw what is recorded")
     parser.add_argument("--retry", action="store_true", help="run again what failed")
+    parser.set_defaults(takes_recipe=True)
     parser.add_argument("--recipes", type=Path, metavar="DIR", help="folder of studies; default: those of the package")
-    parser.set_defaults(run=run, takes_recipe=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """List the studies, or run and draw one."""
-    from weightlora.cli._console import PlainConsole
-    from weightlora.cli._quiet import quiet_libraries
+    from weightlora.cli._screen import PlainConsole
+    from weightlora.cli._streams import quiet_libraries
     from weightlora.errors import OptionError
     from weightlora.paper.study import read_study, recipes_folder, study_names
 
@@ -70,10 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.study is None:
         if arguments.rest:
             raise OptionError(f"unrecognized arguments: {' '.join(arguments.rest)} (see weightlora paper --help)")
-        from weightlora.cli._paper_list import listing
-
         with quiet_libraries():
-            console.print(listing(folder, arguments.output_dir))
+            console.print(_listing(folder, arguments.output_dir))
         return
     name, _, task = arguments.study.partition("-")
     if task and arguments.study not in study_names(folder):
@@ -104,7 +102,7 @@ def _print_recipe(study: Study, task: str, arguments: argparse.Namespace) -> Non
 def _run_grid(study: Study, arguments: argparse.Namespace, console: Console) -> None:
     """Run what has no record, and draw."""
     from weightlora.bench.engine import Where, recorded
-    from weightlora.cli._quiet import quiet_libraries
+    from weightlora.cli._streams import quiet_libraries
     from weightlora.cli.bench import print_cost, run_with_progress
     from weightlora.errors import require_extra
     from weightlora.paper.results import results_of
@@ -128,7 +126,7 @@ def _run_grid(study: Study, arguments: argparse.Namespace, console: Console) -> 
 
 def _compute(study: Study, arguments: argparse.Namespace, console: Console) -> None:
     """Compute and draw; there are no runs and no records."""
-    from weightlora.cli._quiet import quiet_casts, quiet_libraries
+    from weightlora.cli._streams import quiet_casts, quiet_libraries
     from weightlora.errors import OptionError, require_extra
     from weightlora.paper.results import computed_results
 
@@ -146,7 +144,7 @@ def _compute(study: Study, arguments: argparse.Namespace, console: Console) -> N
 
 def _run_dot_product(study: Study, arguments: argparse.Namespace) -> None:
     """Run ``weightlora analyse dot-product`` with the study's recipe."""
-    from weightlora.cli._console import PlainConsole
+    from weightlora.cli._screen import PlainConsole
     from weightlora.cli.analyse import look
     from weightlora.errors import OptionError
     from weightlora.paper.results import notes_of
@@ -197,6 +195,92 @@ def _show(study: Study, results: Results, arguments: argparse.Namespace, console
 
 def _print_state(grid: Grid, console: Console) -> None:
     """Say how many runs of the study have a record, and which failed."""
-    from weightlora.cli._paper_list import state_of
+    console.print(_state_of(grid).text, highlight=False)
 
-    console.print(state_of(grid).text, highlight=False)
+
+# -- the list ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _State:
+    """Runs of a study."""
+
+    records: tuple[Record, ...]
+    left: int
+
+    @property
+    def done(self) -> int:
+        """Runs with a record."""
+        return len(self.records)
+
+    @property
+    def failed(self) -> int:
+        """Those whose record is a failure."""
+        return sum(record["status"] == "failed" for record in self.records)
+
+    @property
+    def text(self) -> str:
+        """How many runs have a record."""
+        failed = f", {self.failed} of them failures" if self.failed else ""
+        return f"{self.done} of {self.done + self.left} runs have records{failed}."
+
+
+def _state_of(grid: Grid) -> _State:
+    """Return how many runs of a grid have a record; those of other studies in the folder are not counted."""
+    from weightlora.bench.engine import recorded
+    from weightlora.bench.grid import by_key
+
+    known = by_key(recorded(grid))
+    keys = {point.key for point in (*grid.tuning, *grid.tested(known))} & known.keys()
+    return _State(tuple(known[key] for key in keys), sum(map(len, grid.left(known))))
+
+
+def _listing(folder: Path, output_dir: Path) -> Table:
+    """Return a line for each study and size."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from weightlora.paper.study import read_study, study_names
+
+    caption = (
+        "Cost: one run at a time, from the records, or on a CPU core as the study says. Where it is not known, "
+        "--dry_run measures it."
+    )
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), caption=caption)
+    for name in ("study", "size", "runs", "recorded", "cost of the rest"):
+        table.add_column(name, justify="right" if name in ("runs", "recorded") else "left", no_wrap=True)
+    table.add_column("what")
+    for name in study_names(folder):
+        for line in _lines(read_study(name, folder), output_dir):
+            table.add_row(*line)
+    return table
+
+
+def _lines(study: Study, output_dir: Path) -> Iterator[tuple[str, ...]]:
+    for number, size in enumerate(study.setups):
+        kind = study.kind_of(size)
+        if kind == "memory":
+            cells = ("–", "–", "computed: a minute")
+        elif kind == "dot_product":
+            found = (output_dir / size / study.name / "dot_product.json").exists()
+            cells = ("1", str(int(found)), "–" if found else _cost(1, study.setup(size).seconds_a_run))
+        else:
+            cells = _grid_cells(study, size, output_dir)
+        yield ("" if number else study.name, size, *cells, "" if number else study.title)
+
+
+def _grid_cells(study: Study, size: str, output_dir: Path) -> tuple[str, str, str]:
+    from weightlora.bench.schedule import seconds_left
+    from weightlora.cli._screen import duration
+
+    grid = study.grid(size, output_dir / size, checked=False)
+    state = _state_of(grid)
+    measured = seconds_left(grid, state.records, 1)
+    cost = _cost(state.left, study.setup(size).seconds_a_run) if measured is None else duration(measured)
+    return str(state.done + state.left), str(state.done), cost if state.left else "–"
+
+
+def _cost(runs: int, seconds: float | None) -> str:
+    from weightlora.cli._screen import duration
+
+    return "not known" if seconds is None else duration(runs * seconds)

@@ -7,22 +7,25 @@ import shlex
 import time
 from typing import Any
 
-from weightlora.cli._durations import duration
-from weightlora.cli._options import add_recipe_parser
+from weightlora.cli._help import add_command
 
 
 def add_parser(commands: Any) -> None:
     """Add the command; its options are those of ``weightlora train``."""
-    parser = add_recipe_parser(
+    add_command(
         commands,
         "select",
+        run,
         help="choose the adapters: plan.json and its plots",
-        description="Run the warm-up of a recipe and write plan.json, heatmap.png and, where sites have different "
-        "scores, knee.png into --output_dir (default: runs/select). The options are those of weightlora train, in the "
-        "YAML file or here, where they win.",
-        command="weightlora select --task text_classification --train_file reviews.csv --keep 0.5",
+        description=(
+            "Run the warm-up of a recipe and write plan.json, heatmap.png and, where sites have different scores, "
+            "knee.png into --output_dir (default: runs/select). The options are those of weightlora train, in the "
+            "YAML file or here, where they win."
+        ),
+        examples=["weightlora select --task text_classification --train_file reviews.csv --keep 0.5"],
+        recipe=True,
+        config=True,
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -33,8 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     # A mistake is told before torch is imported.
     recipe = read_recipe(arguments.config, arguments.rest, output_dir="runs/select")
 
-    from weightlora.cli._console import PlainConsole, draws_pictures, shown_log
-    from weightlora.cli._quiet import quiet_libraries
+    from weightlora.cli._screen import PlainConsole, draws_pictures, duration, shown_log
+    from weightlora.cli._streams import quiet_libraries
     from weightlora.folders import own_files, remove_own_file
     from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.report.knee import draw_knee, has_gain, knee_text, make_knee

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightlora.cli._help import add_command
 from weightlora.errors import OptionError, require_extra
 
 if TYPE_CHECKING:
@@ -54,21 +55,22 @@ _BUDGETS = {
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = add_command(
+        commands,
         "show",
+        run,
         help="show a plan or an adapter directory",
         description="Print which layers carry an adapter, how many parameters that is, and how they were chosen.",
-        epilog="example: weightlora show runs/demo/plan.json",
+        examples=["weightlora show runs/demo/plan.json"],
     )
     parser.add_argument("path", type=Path, help="plan.json, or a directory that PEFT saved an adapter into")
     parser.add_argument("--png", type=Path, help="also write the heat map as a PNG; needs weightlora[report]")
     parser.add_argument("--knee", type=Path, help="also write the knee plot of the scores as a PNG; needs the same")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print what the plan keeps, where, and how it was found."""
-    from weightlora.cli._console import PlainConsole
+    from weightlora.cli._screen import PlainConsole
     from weightlora.plan.from_adapter import read_adapter
     from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
     from weightlora.plan.plan import AdapterPlan

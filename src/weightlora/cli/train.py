@@ -12,22 +12,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weightlora.cli._durations import duration
-from weightlora.cli._options import add_recipe_parser
+from weightlora.cli._help import add_command
 from weightlora.runs.files import ADAPTER, HEATMAP_FILE, RESULTS_FILE
 
 
 def add_parser(commands: Any) -> None:
     """Add the command; its options are those of a recipe and of transformers' TrainingArguments."""
-    parser = add_recipe_parser(
+    add_command(
         commands,
         "train",
+        run,
         help="train a recipe: plan, stock adapter, metrics",
-        description="Train a recipe. Every option can be in the YAML file or here, where it wins; the same command "
-        "resumes an interrupted run.",
-        command="weightlora train --task rotten_tomatoes --keep 0.5 --learning_rate 2e-3",
+        description=(
+            "Train a recipe. Every option can be in the YAML file or here, where it wins; the same command resumes an "
+            "interrupted run."
+        ),
+        examples=["weightlora train --task rotten_tomatoes --keep 0.5 --learning_rate 2e-3"],
+        recipe=True,
+        config=True,
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -37,9 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     recipe = read_recipe(arguments.config, arguments.rest)  # a mistake is told before torch is imported
 
-    from weightlora.cli._console import PlainConsole, draws_pictures, shown_log
     from weightlora.cli._progress import ProgressLines
-    from weightlora.cli._quiet import quiet_libraries
+    from weightlora.cli._screen import PlainConsole, draws_pictures, shown_log
+    from weightlora.cli._streams import quiet_libraries
     from weightlora.folders import own_files
     from weightlora.model.distributed import is_first
     from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
@@ -69,6 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _ending(output: Path, results: Mapping[str, Any], seconds: float | None) -> list[str]:
     """The lines at the end of a run: its metrics, what it cost, where its adapter is, and the next commands."""
+    from weightlora.cli._screen import duration
+
     share = results["adapter_parameters"] / results["lora_parameters"]
     rows = {name: f"{value:.4f}" for name, value in results["metrics"].items()}
     rows["parameters"] = f"{results['adapter_parameters']:,} ({100 * share:.0f} % of LoRA's)"

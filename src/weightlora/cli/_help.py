@@ -1,22 +1,68 @@
-"""Help for the options of a recipe: type, default and meaning of each, wrapped to the width of the terminal."""
+"""The parsers of the commands; help for the options of a recipe, wrapped to the width of the terminal."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import shutil
 import textwrap
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from weightlora.runs.recipe import MethodOptions, ModelOptions, TaskOptions
 
 _TYPES: Mapping[Any, str] = {str: "TEXT", int: "INT", float: "FLOAT", bool: "true|false"}
 #: As argparse has it, which leaves two columns free.
 _MARGIN = 2
 
 
-def paragraph(text: str, width: int | None = None) -> str:
-    """Return ``text`` wrapped to the terminal, for parsers whose help keeps its own line breaks."""
-    return "\n".join(_wrapped(text, _columns(width), ""))
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    *,
+    help: str,
+    description: str = "",
+    examples: Sequence[str],
+    recipe: bool = False,
+    config: bool = False,
+) -> argparse.ArgumentParser:
+    """Add and return a command.
+
+    Args:
+        commands: Where it is added.
+        name: Of the command.
+        run: What it does.
+        help: A line of ``weightlora --help``.
+        description: What it does, in its own help.
+        examples: How it is called; the last lines of its help.
+        recipe: It also takes the options of a recipe, which ``main`` leaves as words.
+        config: And a YAML file of them.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=_paragraph(description),
+        epilog="\n".join([*([_recipe_help()] if recipe else []), *map(example, examples)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if config:
+        parser.add_argument("--config", type=Path, help="YAML file of 'option: value' lines")
+    parser.set_defaults(run=run, takes_recipe=recipe)
+    return parser
+
+
+def _recipe_help() -> str:
+    """Type, default and meaning of a recipe's own options."""
+    note = _paragraph("Options of the recipe. Those of transformers' TrainingArguments are options too.")
+    return f"{note}\n\n{options_help(ModelOptions, TaskOptions, MethodOptions)}\n"
+
+
+def _paragraph(text: str) -> str:
+    return "\n".join(_wrapped(text, _columns(None), ""))
 
 
 def example(command: str, width: int | None = None) -> str:
