@@ -31,7 +31,7 @@ from transformers import (
 
 from weightlora.errors import WeightLoraError
 from weightlora.methods import alora, dynamic_lora, flexlora, increlora, pruned_lora, riemannian
-from weightlora.methods.common import callback, importance
+from weightlora.methods.common import moving
 from weightlora.model.distributed import process_count
 from weightlora.trainer.attach import method_for
 
@@ -185,15 +185,15 @@ class Worker:
 
     def own_statistics(self):
         """Each process decides on its own rows."""
-        for name, module in (("increlora", importance), ("alora", alora)):
-            with unshared(module, import_module(f"weightlora.methods.{name}")):
+        for name, module in (("increlora", increlora), ("alora", alora)):
+            with unshared(module):
                 self.error(f"own-{name}", trained, "sentences", name, self.folder / f"own-{name}")
 
     def resumed(self, name):
         saving = {"save_strategy": "steps", "save_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2}
         self.train(f"whole-{name}", "texts", name, **saving)
         saving |= {"save_strategy": "no", "resume": str(self.folder / f"whole-{name}" / "checkpoint-4")}
-        with Replaced(*[(callback, "_read", no_file)] * self.process):  # as on another node's disk
+        with Replaced(*[(moving, "_read", no_file)] * self.process):  # as on another node's disk
             self.train(f"resumed-{name}", "texts", name, folder=f"whole-{name}", **saving)
 
     def skipping(self):

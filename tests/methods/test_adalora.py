@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerControl,
 
 from weightlora.errors import DataError, OptionError, SelectionError, WeightLoraWarning
 from weightlora.methods import make_method
-from weightlora.methods.common.schedules import cubic_budget
+from weightlora.methods.adalora import cubic_budget
 from weightlora.model.layers import lora_layers
 
 STEPS = 12
@@ -30,7 +30,7 @@ def train(method, model, steps=STEPS, acts=True, note=id):
     """A loop of one's own around the mover; returns nothing, the model is trained."""
     (callback,) = method.callbacks()
     if acts:
-        callback.mover.begin(STEPS)
+        callback.mover.before_training(STEPS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
     for step in range(1, steps + 1):
         (model(batch(step)) - 1).square().mean().backward()
@@ -72,7 +72,7 @@ def test_the_ranks_are_those_of_a_slow_reference():
     """S = Ī·Ū of every entry; a triplet's score is that of e and the means of those of its row of A and column of B."""
     method, model = attached()
     (callback,) = method.callbacks()
-    callback.mover.begin(STEPS)
+    callback.mover.before_training(STEPS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
     average, spread, compared = {}, {}, []
     for step in range(1, STEPS - 3 + 1):

@@ -45,7 +45,7 @@ def nothing(_step, _model):
 def train(method, model, look=nothing, note=nothing, steps=STEPS):
     """A loop of one's own around the mover."""
     (callback,) = method.callbacks()
-    callback.mover.begin(STEPS)
+    callback.mover.before_training(STEPS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2, weight_decay=0.1)
     for step in range(1, steps + 1):
         loss(model, batch(step)).backward()

@@ -404,14 +404,14 @@ def doubled(data):
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [
-        ("dot_product", {"steps": 0}, "steps=0 is not allowed: give at least 1"),
+        ("dot_product", {"steps": 0}, "steps=0 is not allowed: give a number of at least 1"),
         ("dot_product", {"by": "sign"}, "by='sign' is not allowed: give 'magnitude' or 'descent'"),
         ("dot_product", {"keep": 0}, "keep=0 is not allowed"),
-        ("lora_drop", {"energy": 1.1}, "energy=1.1 is not allowed: give a share in"),
-        ("eva", {"rho": 0.5}, "rho=0.5 is not allowed: give 1 or more"),
+        ("lora_drop", {"energy": 1.1}, "energy=1.1 is not allowed: give a number of more than 0 and at most 1"),
+        ("eva", {"rho": 0.5}, "rho=0.5 is not allowed: give a number of at least 1"),
         ("eva", {"most": 5}, "most=5 is not allowed: give more than steps=20"),
         ("eva", {"rho": 9}, "rho=9 asks for 18 directions at 0, whose inputs have 6; lower rho or r"),
-        ("flexora", {"validation": 0}, "validation=0 is not allowed: give at least 1"),
+        ("flexora", {"validation": 0}, "validation=0 is not allowed: give a number of at least 1"),
         ("flexora", {"unit": "layer"}, "unit='layer' is not allowed: give 'block' or 'site'"),
         ("lora_drop", {"steps": 0}, "steps=0 is not allowed"),
     ],

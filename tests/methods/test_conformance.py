@@ -31,7 +31,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from weightlora.bench.step_cost import Peak
 from weightlora.methods import METHODS, entry_of, options_of
-from weightlora.methods.common.callback import take_up
+from weightlora.methods.common.moving import take_up
 from weightlora.selection.rules.first_order import FirstOrder
 from weightlora.trainer.attach import method_for
 

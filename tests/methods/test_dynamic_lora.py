@@ -37,7 +37,7 @@ def nothing(_step, _model):
 def train(method, model, look=nothing, note=nothing):
     """A loop of one's own around the mover."""
     (callback,) = method.callbacks()
-    callback.mover.begin(STEPS)
+    callback.mover.before_training(STEPS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
     for step in range(1, STEPS + 1):
         (model(batch(step)) - 1).square().mean().backward()
@@ -100,7 +100,7 @@ def test_shares_need_no_whole_matrix():
 def test_the_penaltys_gradient_is_autograds():
     method, model = attached(variance_weight=0.7)
     (callback,) = method.callbacks()
-    callback.mover.begin(STEPS)
+    callback.mover.before_training(STEPS)
     layers = lora_layers(model)
     matrices = [(layer.lora_A["default"], 1) for layer in layers.values()]
     matrices += [(layer.lora_B["default"], 0) for layer in layers.values()]

@@ -40,7 +40,7 @@ def nothing(_step):
 def train(method, model, steps=STEPS, *, fresh=True, look=nothing, trained=nothing, note=nothing):
     """A loop of one's own around the mover, with a fresh optimizer for each turn, or with one for all."""
     mover = method.callbacks()[0].mover
-    mover.begin(steps)
+    mover.before_training(steps)
     optimizer, turn = adamw(model), 0
     for step in range(1, steps + 1):
         (model(batch(step)) - 1).square().mean().backward()
@@ -201,7 +201,7 @@ def test_ranks_from_that_of_the_update_on_lose_nothing(rank):
 def test_each_turn_begins_with_a_fresh_optimizer():
     method, model = attached()
     (callback,) = method.callbacks()
-    callback.mover.begin(STEPS)
+    callback.mover.before_training(STEPS)
     optimizer = adamw(model)
     remembered = {}
     for step in range(1, STEPS + 1):
@@ -224,8 +224,8 @@ def test_without_its_callback_it_warns_and_cannot_be_exported():
 @pytest.mark.parametrize(
     ("options", "steps", "text"),
     [
-        ({"clients": 0}, 9, "clients=0 is not allowed: give at least 1"),
-        ({"rounds": 0}, 9, "rounds=0 is not allowed: give at least 1"),
+        ({"clients": 0}, 9, "clients=0 is not allowed: give a number of at least 1"),
+        ({"rounds": 0}, 9, "rounds=0 is not allowed: give a number of at least 1"),
         ({"ranks": [2, 2]}, 9, r"ranks=\[2, 2\] is not allowed: give one of at least 1 for each of clients=3"),
         ({"ranks": 0}, 9, r"ranks=\[0, 0, 0\] is not allowed"),
         ({"ranks": [2, 0, 2]}, 9, r"ranks=\[2, 0, 2\] is not allowed"),

@@ -9,8 +9,7 @@ from torch import nn
 
 from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
 from weightlora.methods import make_method
-from weightlora.methods.common.importance import sensitivity, watch_backward
-from weightlora.methods.common.triplets import orthogonality_gradient
+from weightlora.methods.increlora import orthogonality_gradient, sensitivity, watch_backward
 from weightlora.model.layers import lora_layers
 
 STEPS, SITES = 20, 3
@@ -42,7 +41,7 @@ def nothing(_step, _model):
 def train(method, model, look=nothing, note=nothing, steps=STEPS, lr=5e-2, weight_decay=0.1):
     """A loop of one's own around the mover."""
     (callback,) = method.callbacks()
-    callback.mover.begin(STEPS)
+    callback.mover.before_training(STEPS)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
     for step in range(1, steps + 1):
@@ -107,7 +106,7 @@ def test_an_uncertain_site_grows_before_a_steady_one():
     """Nothing heard in the step: 2.55·(0.85·1 + 0.15·2.55) = 3.14 against 1.7·(0.85·2 + 0.15·1.7) = 3.32."""
     method, _ = attached()
     (callback,) = method.callbacks()
-    callback.mover.begin(STEPS)
+    callback.mover.before_training(STEPS)
     averages = {"average": torch.tensor([3.0, 2.0, 0.0]), "uncertainty": torch.tensor([1.0, 2.0, 0.0])}
     callback.mover.restore({**callback.mover.state(), **averages})
     callback.mover.after_step(4)
@@ -187,7 +186,7 @@ def test_what_is_not_promoted_is_as_it_should_be_and_has_no_gradient():
 def test_an_optimizers_averages_of_what_is_not_there_are_zero():
     method, model = attached()
     (callback,) = method.callbacks()
-    callback.mover.begin(STEPS)
+    callback.mover.before_training(STEPS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for step in (1, 2, 3):
         optimizer.zero_grad()
@@ -205,7 +204,7 @@ def test_what_a_round_adds_starts_with_small_steps():
     """Grown at step 4 with restart=4: a quarter of the optimizer's step at step 5, all of it at step 8."""
     method, model = attached(restart=4, orth_reg_weight=0.0)
     (callback,) = method.callbacks()
-    callback.mover.begin(STEPS)
+    callback.mover.before_training(STEPS)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     paces = {}
@@ -234,7 +233,7 @@ def test_the_sensitivity_needs_no_whole_matrix():
     torch.manual_seed(3)
     lora = LoraConfig(r=2, lora_alpha=6, lora_dropout=0.5)
     method, model = attached(lora, lambda: nn.Sequential(nn.Linear(4096, 600)))
-    method.callbacks()[0].mover.begin(STEPS)
+    method.callbacks()[0].mover.before_training(STEPS)
     (layer,) = lora_layers(model).values()
     heard = []
     handles = watch_backward(layer, lambda x, g: heard.append((x, g)))
@@ -257,7 +256,7 @@ def test_the_penaltys_gradient_is_autograds():
     """λ/(2n)·Σ‖A·Aᵀ − I‖ + ‖Bᵀ·B − I‖ over what is there: the first component and its two reserves."""
     method, model = attached(orth_reg_weight=0.7)
     (callback,) = method.callbacks()
-    callback.mover.begin(STEPS)
+    callback.mover.before_training(STEPS)
     pairs = [(layer.lora_A["default"], layer.lora_B["default"]) for layer in lora_layers(model).values()]
     rest = [m @ m.T - torch.eye(3) for a, b in pairs for m in (a[:3], b.T[:3])]
     matrices = [matrix for pair in pairs for matrix in pair]

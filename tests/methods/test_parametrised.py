@@ -90,7 +90,7 @@ def attached():
 def test_the_steps_are_those_of_pefts_optimizer():
     (idle, theirs), (method, ours) = attached(), attached()
     for each in (idle, method):
-        each.callbacks()[0].mover.begin(5)
+        each.callbacks()[0].mover.before_training(5)
     plain, own = (
         trained(attached_plain()),
         torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], lr=5e-2),

@@ -31,7 +31,7 @@ def attached(**options):
 
 def train(method, model, steps=STEPS, note=id):
     (callback,) = method.callbacks()
-    callback.mover.begin(STEPS)
+    callback.mover.before_training(STEPS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
     for step in range(1, steps + 1):
         (model(batch(step)) - 1).square().mean().backward()
@@ -126,7 +126,7 @@ def test_a_component_that_does_nothing_goes_first():
             layer.lora_B["default"].weight[:, 1] = 0
             layer.lora_A["default"].weight[1] = 0
     (callback,) = method.callbacks()
-    callback.mover.begin(STEPS)
+    callback.mover.before_training(STEPS)
     (model(batch(1)) - 1).square().mean().backward()
     callback.mover.before_step(3)
     assert [mask.tolist() for mask in method._masks.values()] == [[True, False, True]] * 2

@@ -6,6 +6,7 @@ model = make_method("weightlora", keep=0.5).attach(model, lora, batches, total_s
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -165,15 +166,25 @@ METHODS = (
 
 #: What an option means is the same for all methods that have it, and so is its range.
 _RANGES: Mapping[str, Range] = {
-    **dict.fromkeys(("r", "init_r", "max_r", "outer_r", "vector_length"), Range(1)),
+    **dict.fromkeys(("r", "init_r", "max_r", "outer_r", "vector_length", "num_vectors", "n_mini", "rho"), Range(1)),
+    **dict.fromkeys(("steps", "interval", "deltaT", "restart", "rounds", "count", "clients"), Range(1)),
+    **dict.fromkeys(("probe_rows", "validation", "power"), Range(1)),
     **dict.fromkeys(("tinit", "tfinal", "orth_reg_weight", "variance_weight", "projection_prng_key"), Range(0)),
-    **dict.fromkeys(("beta", "beta1", "beta2"), Range(0, 1, open_most=True)),
-    **dict.fromkeys(
-        ("lr", "head_lr", "alpha_lr", "d_initial", "init_logits_std", "init_vector_bank_bound"),
-        Range(0, open_least=True),
-    ),
+    **dict.fromkeys(("beta", "beta1", "beta2", "begin"), Range(0, 1, open_most=True)),
+    **dict.fromkeys(("energy", "tau"), Range(0, 1, open_least=True)),
+    **dict.fromkeys(("lr", "head_lr", "alpha_lr", "d_initial", "reg", "damping"), Range(0, open_least=True)),
+    **dict.fromkeys(("init_logits_std", "init_vector_bank_bound"), Range(0, open_least=True)),
 }
-_WORDS: Mapping[str, Sequence[str | None]] = {"alpha": ("scale", "keep"), "fast": (None, "input", "rank")}
+_WORDS: Mapping[str, Sequence[str]] = {
+    "alpha": ("scale", "keep"),
+    "by": ("magnitude", "descent"),
+    "fast": ("input", "rank"),
+    "recover": ("none", "eta"),
+    "unit": ("block", "site"),
+}
+
+#: WeightLoRA's ``steps`` may be a word.
+_NUMBER = re.compile(r"\b(int|float)\b")
 
 #: Names that are looked for here, and where they are.
 _ELSEWHERE = {
@@ -198,17 +209,17 @@ def make_method(name: str, **options: Any) -> Method:
     known = options_of(name)
     for option in sorted(set(options) - known):
         raise OptionError(f"{name} has no option {option!r}{closest(option, sorted(known))}")
-    parameters = inspect.signature(_build_of(name)).parameters
-    check_types({option: parameter.annotation for option, parameter in parameters.items()}, options)
-    none = {option for option, value in options.items() if value is None and "None" in parameters[option].annotation}
-    for option, value in options.items():
-        if option == "keep" and option not in none:
+    annotations = {option: str(each.annotation) for option, each in _parameters_of(name).items()}
+    check_types(annotations, options)
+    given: dict[str, Any] = {
+        option: value for option, value in options.items() if value is not None or "None" not in annotations[option]
+    }
+    for option, value in given.items():
+        if option == "keep":
             check_keep(value)
         elif option in _WORDS and value not in _WORDS[option]:
-            raise OptionError(
-                f"{option}={value!r:.80} is not allowed: give one of {', '.join(map(repr, _WORDS[option]))}"
-            )
-        elif option in _RANGES and option not in none and not _RANGES[option].allows(value):
+            raise OptionError(f"{option}={value!r:.80} is not allowed: give {' or '.join(map(repr, _WORDS[option]))}")
+        elif option in _RANGES and _NUMBER.search(annotations[option]) and not _RANGES[option].allows(value):
             raise OptionError(f"{option}={value} is not allowed: give {_RANGES[option]}")
     return _build_of(name)(**options)
 
@@ -238,7 +249,7 @@ def options_of(name: str) -> set[str]:
         >>> sorted(options_of("random"))
         ['keep', 'seed']
     """
-    return set(inspect.signature(_build_of(name)).parameters)
+    return set(_parameters_of(name))
 
 
 def defaults_of(name: str) -> dict[str, Any]:
@@ -251,7 +262,11 @@ def defaults_of(name: str) -> dict[str, Any]:
         >>> defaults_of("random")
         {'keep': 0.5, 'seed': 0}
     """
-    return {option: each.default for option, each in inspect.signature(_build_of(name)).parameters.items()}
+    return {option: each.default for option, each in _parameters_of(name).items()}
+
+
+def _parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(_build_of(name)).parameters
 
 
 def _build_of(name: str) -> Callable[..., Method]:

@@ -8,24 +8,18 @@ none get as many new ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from weightlora.errors import OptionError, SelectionError
-from weightlora.methods.base import AttachedPlan, Method
-from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
-from weightlora.methods.common.export import Factors, become_stock, factors_plan
-from weightlora.methods.common.schedules import growth
-from weightlora.methods.common.triplets import plan_under, require_steps, triplet_plan
+from weightlora.methods.common.moving import MovingMethod, growth, wide_lora
 from weightlora.model.distributed import average, from_first, process_count, require_agreement
-from weightlora.model.layers import lora_layers
-from weightlora.model.sites import find_sites, require_uniform
+from weightlora.model.sites import Site
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import Loss, held_out, in_parts, model_loss, rows_of
 from weightlora.selection.stage import evaluated
@@ -33,33 +27,11 @@ from weightlora.selection.stage import evaluated
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from torch import nn
-    from torch.utils.hooks import RemovableHandle
 
 
-@dataclass(frozen=True)
-class _Options:
-    max_r: int | None
-    rounds: int
-    count: int | None
-    begin: float
-    interval: int | None
-    probe_rows: int
-    seed: int
-    loss_fn: Loss | None
-
-
-def build(
-    *,
-    max_r: int | None = None,
-    rounds: int = 8,
-    count: int | None = None,
-    begin: float = 0.1,
-    interval: int | None = None,
-    probe_rows: int = 32,
-    seed: int = 0,
-    loss_fn: Loss | None = None,
-) -> Method:
-    """Return the method.
+@dataclass(kw_only=True, eq=False)
+class ALora(MovingMethod):
+    """ALoRA.
 
     Args:
         max_r: Largest rank of a site. None: 1.5·r, rounded up.
@@ -70,107 +42,64 @@ def build(
         probe_rows: Rows that a rank is measured on; whole batches are held out until there are as many.
         seed: Decides the initial weights of new ranks.
         loss_fn: As in :func:`weightlora.select`.
-
-    Raises:
-        OptionError: An argument is out of its range.
     """
-    for name, value in (("rounds", rounds), ("count", count), ("interval", interval), ("probe_rows", probe_rows)):
-        if value is not None and value < 1:
-            raise OptionError(f"{name}={value} is not allowed: give at least 1")
-    if not 0 <= begin < 1:
-        raise OptionError(f"begin={begin} is not allowed: give a share of the training in [0, 1)")
-    return ALora(_Options(max_r, rounds, count, begin, interval, probe_rows, seed, loss_fn))
 
+    max_r: int | None = None
+    rounds: int = 8
+    count: int | None = None
+    begin: float = 0.1
+    interval: int | None = None
+    probe_rows: int = 32
+    seed: int = 0
+    loss_fn: Loss | None = None
+    name = "alora"
 
-class ALora:
-    """ALoRA as a method, and the mover that its callback calls."""
-
-    _plan = AttachedPlan()
-
-    def __init__(self, options: _Options) -> None:
-        self._options = options
-        self._callback = MoverCallback(self)
-
-    @property
-    def plan(self) -> AdapterPlan:
-        """``max_r`` at each site before the training, as in its checkpoints; then the current ranks."""
-        plan = self._plan
-        return plan_under(plan, dict(zip(self._layers, self._live, strict=True)) if self._begun else None)
-
-    def budget(self, step: int) -> int:  # noqa: ARG002 - the same at every step
-        """Return plain LoRA's ranks: moving them keeps their sum."""
-        return len(self._layers) * self._r
-
-    def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:
+    def _start(
+        self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site], batches: Iterable[Any], /
+    ) -> tuple[AdapterPlan, PeftModel]:
         """Put LoRA of rank ``max_r`` on all sites, of which r ranks are used, and hold rows out."""
-        options, sites = self._options, find_sites(model, lora).sites
-        max_r = math.ceil(1.5 * lora.r) if options.max_r is None else options.max_r
-        require_uniform("alora", lora)
+        max_r = math.ceil(1.5 * lora.r) if self.max_r is None else self.max_r
         if max_r <= lora.r:
             raise OptionError(f"max_r={max_r} is not allowed: give more than r={lora.r}, or no site can gain a rank")
-        self._rounds = _rounds(options, total_steps)
-        self._total, self._r, self._max_r = total_steps, lora.r, max_r
-        self._count = options.count or len(sites)
-        self._held_out = _held_out(batches, options.probe_rows)
-        record = {"max_r": max_r, "rounds": self._rounds, "count": self._count, "seed": options.seed}
-        record["probe_rows"] = process_count() * sum(map(rows_of, self._held_out))
-        plan = triplet_plan(model, lora, sites, max_r, rule="alora", options=record)
-        alpha = lora.lora_alpha * max_r / lora.r  # each rank has plain LoRA's scale
-        self._plan = replace(plan, entries=tuple(replace(e, alpha=alpha) for e in plan.entries))
-        attached = self._plan.attach(model)
-        self._model, self._layers = model, dict[str, Any](lora_layers(attached))
+        self._rounds, self._moved, self._model = self._schedule(), self.count or len(sites), model
+        self._held_out = _held_out(batches, self.probe_rows)
         self._live = torch.arange(max_r).expand(len(sites), -1) < lora.r
-        self._used, self._step, self._begun = self._live, 0, False
-        self._guards: list[RemovableHandle] = []
-        tuner: Any = attached.base_model
-        self._remove_watch = warn_unless_begun([tuner, tuner.model], "alora")
-        return attached
+        self._used, self._step = self._live, 0
+        record = {"max_r": max_r, "rounds": self._rounds, "count": self._moved, "seed": self.seed}
+        record["probe_rows"] = process_count() * sum(map(rows_of, self._held_out))
+        return wide_lora(self.name, model, lora, sites, max_r, record)
 
-    def callbacks(self) -> list[TrainerCallback]:
-        """Return the callback that measures and moves ranks after an optimizer step."""
-        return [self._callback]
-
-    def export(self, model: PeftModel) -> PeftModel:
-        """Return stock LoRA of the used ranks.
-
-        Raises:
-            SelectionError: The method did not run to its end.
-        """
-        done = sum(step <= self._step for step in self._rounds)
-        if done < len(self._rounds):
-            raise SelectionError(
-                f"alora has had {done} of its {len(self._rounds)} rounds: it did not run to its end; give the trainer "
-                "callbacks=method.callbacks(), and train all of the steps"
+    def _schedule(self) -> list[int]:
+        """Return the steps after which ranks move; the training continues after the last."""
+        first = max(1, math.ceil(round(self.begin * self._total, 6)))
+        interval = self.interval or max(1, self._total // 40)
+        last = first + (self.rounds - 1) * interval
+        if last >= self._total:
+            raise OptionError(
+                f"rounds={self.rounds} every {interval} steps from step {first} on take until step {last}, and the "
+                f"training has {self._total}; lower rounds, interval or begin, or train longer"
             )
-        masks = dict(zip(self._layers, self._live, strict=True))
-        factors = {name: _factors(layer, masks[name]) for name, layer in lora_layers(model).items()}
-        self._plan, self._begun = factors_plan(self._plan, factors), False
-        self._remove_watch()
-        return become_stock(model, self._plan, factors)
+        return list(range(first, last + 1, interval))
 
-    def begin(self, total_steps: int) -> None:
+    def _in_force(self) -> Mapping[str, Tensor]:
+        return dict(zip(self._layers, self._live, strict=True))
+
+    def _missing(self, ranks: int) -> str | None:  # noqa: ARG002 - the rounds tell
+        done = sum(step <= self._step for step in self._rounds)
+        return None if done == len(self._rounds) else f"has had {done} of its {len(self._rounds)} rounds"
+
+    def before_training(self, total_steps: int) -> None:
         """Mask the gradient of B's unused ranks; that of A is zero, since B is zero there.
 
         Raises:
             OptionError: The training takes more steps than the schedule was made for, or fewer.
         """
-        require_steps("alora", self._total, total_steps)
-        self._remove_watch()
-        for guard in self._guards:
-            guard.remove()
-        self._begun = True
-        self._guards = [
-            layer.lora_B["default"].weight.register_hook(partial(self._masked, i))
-            for i, layer in enumerate(self._layers.values())
-        ]
-
-    def before_step(self, step: int) -> None:
-        """Do nothing."""
+        super().before_training(total_steps)
+        self._mask_gradients([layer.lora_B["default"].weight for layer in self._layers.values()], self._masked)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Set unused ranks to zero again, as the optimizer's momentum may move them; in a round, move ranks."""
-        self._remove_watch()
         self._step = step
         self._zero_unused()
         if step in self._rounds:
@@ -181,7 +110,7 @@ class ALora:
                     f"step {step}: the loss of the held-out rows is not finite, so ranks cannot be compared; lower "
                     "the learning rate or check the first batches"
                 )
-            off, gains = from_first(partial(moves, scores, self._live, count=self._count))
+            off, gains = from_first(partial(moves, scores, self._live, count=self._moved))
             self._move(off, gains, step)
 
     def state(self) -> dict[str, Tensor]:
@@ -204,7 +133,7 @@ class ALora:
 
     def _loss(self) -> float:
         """Return the mean loss of the held-out rows."""
-        loss_fn = self._options.loss_fn or model_loss
+        loss_fn = self.loss_fn or model_loss
         total = 0.0
         for batch in self._held_out:
             total += rows_of(batch) * sum(float(part) for part in in_parts(self._model, batch, loss_fn))
@@ -212,7 +141,7 @@ class ALora:
 
     def _move(self, off: Tensor, gains: Sequence[int], step: int) -> None:
         """Remove the ranks ``off`` and start new ones: A as at the start of a training, B = 0."""
-        generator = torch.Generator().manual_seed(self._options.seed + step)
+        generator = torch.Generator().manual_seed(self.seed + step)
         live = self._live & ~off
         for i, (layer, gain) in enumerate(zip(self._layers.values(), gains, strict=True)):
             # Ranks that were never used come first: for the others the optimizer still has moments.
@@ -223,6 +152,9 @@ class ALora:
             live[i, new] = True
         self._live, self._used = live, self._used | live
         self._zero_unused()
+
+
+build = ALora
 
 
 def contributions(layers: Sequence[Any], live: Tensor, loss: Callable[[], float]) -> Tensor:
@@ -293,22 +225,3 @@ def _held_out(batches: Iterable[Any], rows: int) -> list[Any]:
     taken = held_out(batches, -(-rows // process_count()))
     require_agreement(str([rows_of(batch) for batch in taken]), "the number of rows that alora holds out")
     return taken
-
-
-def _rounds(options: _Options, total_steps: int) -> list[int]:
-    """Return the steps after which ranks move; the training continues after the last."""
-    first = max(1, math.ceil(round(options.begin * total_steps, 6)))
-    interval = options.interval or max(1, total_steps // 40)
-    last = first + (options.rounds - 1) * interval
-    if last >= total_steps:
-        raise OptionError(
-            f"rounds={options.rounds} every {interval} steps from step {first} on take until step {last}, and the "
-            f"training has {total_steps}; lower rounds, interval or begin, or train longer"
-        )
-    return list(range(first, last + 1, interval))
-
-
-def _factors(layer: Any, live: Tensor) -> Factors:
-    a, b = (matrix["default"].weight.detach() for matrix in (layer.lora_A, layer.lora_B))
-    kept = live.to(a.device)
-    return Factors(a[kept], b[:, kept], layer.scaling["default"])

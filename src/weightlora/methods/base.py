@@ -1,17 +1,20 @@
-"""The protocol of all methods, and two ways to implement it: by a plan, or by other trained parameters."""
+"""The protocol of all methods, and two ways to implement it: by a plan, or by other trained parameters.
+
+The third, for methods that act while they train, is ``common/moving.py``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from weightlora.errors import PlanError
-from weightlora.methods.common.export import Factors, become_stock, factors_plan
-from weightlora.model.layers import adapter_layers, without_adapters
-from weightlora.model.sites import Site, require_uniform
+from weightlora.methods.common.export import Factors, become_stock, factors_plan, layer_factors
+from weightlora.model.layers import adapter_layers, lora_layers, without_adapters
+from weightlora.model.sites import Candidates, Site, find_sites, require_uniform
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import base_model_name
@@ -89,17 +92,19 @@ class AttachedPlan:
         vars(method)[self._key] = plan
 
 
-class ChoosingMethod:
+class PlanningMethod:
     """A :class:`Method` that does all its work in ``attach``: it makes a plan.
 
-    Args:
-        choose: Makes the plan; the model is left as it was.
+    A method is a dataclass of its options that derives from this and writes :meth:`choose`.
     """
 
     _plan = AttachedPlan()
 
-    def __init__(self, choose: Choose) -> None:
-        self.choose = choose
+    def choose(
+        self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int, /
+    ) -> AdapterPlan | Prepared:
+        """Make the plan; the model is left as it was."""
+        raise NotImplementedError
 
     @property
     def plan(self) -> AdapterPlan:
@@ -130,24 +135,49 @@ class ChoosingMethod:
         return model
 
 
-Attach = Callable[["nn.Module", "LoraConfig"], tuple[AdapterPlan, "PeftModel"]]
-"""``attach(model, lora)``: puts the trained parameters on the sites; returns the plan as stock LoRA, and the model."""
+class ChoosingMethod(PlanningMethod):
+    """The method whose plan a function makes.
+
+    Args:
+        choose: See :meth:`PlanningMethod.choose`.
+    """
+
+    def __init__(self, choose: Choose) -> None:
+        self._choose = choose
+
+    def choose(
+        self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int, /
+    ) -> AdapterPlan | Prepared:
+        """Call the function."""
+        return self._choose(model, lora, batches, total_steps)
 
 
 class ExpandedMethod:
     """A :class:`Method` that trains other parameters than A and B and computes A and B from them at the end.
 
-    No rank changes during training, and whatever is trained or frozen is in PEFT's own checkpoint.
-
-    Args:
-        attach: Puts the adapters on the sites.
-        factors: Computes A and B of one layer.
+    No rank changes during training, and whatever is trained or frozen is in PEFT's own checkpoint. A method is a
+    dataclass of its options that derives from this.
     """
 
     _plan = AttachedPlan()
 
-    def __init__(self, attach: Attach, factors: Callable[[Any], Factors]) -> None:
-        self._attach, self._factors = attach, factors
+    def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
+        """Return the ranks of the stock LoRA at the end, and the options as they are used."""
+        raise NotImplementedError
+
+    def _put(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> PeftModel:  # noqa: ARG002
+        """Put what is trained on the sites, by default stock LoRA that :meth:`_change` changes."""
+        attached = self._plan.attach(model)
+        self._change(lora_layers(attached))
+        return attached
+
+    def _change(self, layers: Mapping[str, Any]) -> None:
+        """Put what is trained in the place of A and B of the layers."""
+        raise NotImplementedError
+
+    def _factors(self, layer: Any) -> Factors:
+        """Return A and B of a layer at the end."""
+        return layer_factors(layer)
 
     @property
     def plan(self) -> AdapterPlan:
@@ -156,13 +186,13 @@ class ExpandedMethod:
 
     def budget(self, step: int) -> int:  # noqa: ARG002 - the same at every step
         """Plain LoRA's ranks, or as many as were asked for."""
-        return self._budget
+        return max(sum(entry.lora_r for entry in self._plan.entries), sum(self._plan.ranks.values()))
 
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:  # noqa: ARG002
         """Put what is trained on all sites."""
-        self._plan, attached = self._attach(model, lora)
-        self._budget = max(sum(entry.lora_r for entry in self._plan.entries), sum(self._plan.ranks.values()))
-        return attached
+        sites = find_sites(model, lora).sites
+        self._plan = self._planned(model, lora, sites)
+        return self._put(model, lora, sites)
 
     def callbacks(self) -> list[TrainerCallback]:
         """Nothing moves during training."""
@@ -174,6 +204,35 @@ class ExpandedMethod:
         factors = {name: self._factors(layer) for name, layer in adapter_layers(model).items()}
         self._plan = factors_plan(self._plan, factors)
         return become_stock(model, self._plan, factors)
+
+
+def plan_of(
+    model: nn.Module,
+    lora: LoraConfig,
+    found: Candidates,
+    kept: Sequence[str] | None = None,
+    scores: Sequence[float] | None = None,
+    **record: Any,
+) -> AdapterPlan:
+    """Return the plan of stock LoRA on the candidates ``kept``, and on the parameters that ``lora`` names.
+
+    Args:
+        model: The base model.
+        lora: The budget.
+        found: All candidates.
+        kept: Names of the sites that carry an adapter; None: of all.
+        scores: One for each candidate.
+        record: Further fields of the plan: rule, options, seed, history.
+    """
+    names = [site.name for site in found.sites] if kept is None else kept
+    record = {"target_parameters": found.parameters, "base_model": base_model_name(model), **record}
+    return make_plan(found.sites, lora, names, scores, **record)
+
+
+def recorded(method: Any, **settled: Any) -> dict[str, Any]:
+    """Return a method's options for its plan, without seed and loss; ``settled`` are those that were None."""
+    own = {field.name: getattr(method, field.name) for field in fields(method)}
+    return {name: value for name, value in (own | settled).items() if name not in ("seed", "loss_fn")}
 
 
 def uniform_plan(
@@ -197,7 +256,7 @@ def uniform_plan(
     return replace(plan, entries=tuple(replace(entry, r=r, alpha=alpha) for entry in plan.entries))
 
 
-def with_question(method: ChoosingMethod, question: Mapping[str, Any]) -> Method:
+def with_question(method: PlanningMethod, question: Mapping[str, Any]) -> Method:
     """Return the method whose plan records what was asked; see :attr:`AdapterPlan.question`."""
 
     def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> AdapterPlan | Prepared:

@@ -11,11 +11,9 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError
-from weightlora.methods.base import ChoosingMethod, Method
+from weightlora.methods.base import ChoosingMethod, Method, plan_of
 from weightlora.model.sites import find_sites
-from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
-from weightlora.plan.provenance import base_model_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -32,13 +30,4 @@ def _choose(model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_
         raise OptionError("lora_bias=True is not allowed with DoRA, which PEFT gives no bias; leave it out")
     dora = copy(lora)
     dora.use_dora = True
-    found = find_sites(model, dora)
-    sites = found.sites
-    return make_plan(
-        sites,
-        dora,
-        [site.name for site in sites],
-        rule="dora",
-        base_model=base_model_name(model),
-        target_parameters=found.parameters,
-    )
+    return plan_of(model, dora, find_sites(model, dora), rule="dora")

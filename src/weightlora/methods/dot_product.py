@@ -8,18 +8,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from weightlora.errors import OptionError, SelectionError
-from weightlora.methods.base import ChoosingMethod, Method
+from weightlora.errors import SelectionError
+from weightlora.methods.base import PlanningMethod, plan_of, recorded
 from weightlora.model.sites import Site, adapter_parameters, find_sites
 from weightlora.plan.budget import Keep, read_budget
-from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
-from weightlora.plan.provenance import base_model_name
 from weightlora.selection.batches import Loss, cycled
 from weightlora.selection.stage import Stage, adapter_weights, let_train, probed, train_adapters
 
@@ -28,30 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@dataclass(frozen=True)
-class _Options:
-    keep: Keep
-    steps: int
-    alone: bool
-    by: Literal["magnitude", "descent"]
-    lr: float
-    head_lr: float | None
-    seed: int
-    loss_fn: Loss | None
-
-
-def build(
-    *,
-    keep: Keep = 0.5,
-    steps: int = 20,
-    alone: bool = False,
-    by: Literal["magnitude", "descent"] = "magnitude",
-    lr: float = 1e-3,
-    head_lr: float | None = None,
-    seed: int = 0,
-    loss_fn: Loss | None = None,
-) -> Method:
-    """Return the method.
+@dataclass(kw_only=True, eq=False)
+class DotProduct(PlanningMethod):
+    """The gradient dot product.
 
     Args:
         keep: As in :func:`weightlora.select`.
@@ -64,42 +40,33 @@ def build(
         head_lr: That of a new head; None stands for ``lr``.
         seed: Decides A's random start and dropout.
         loss_fn: As in :func:`weightlora.select`.
-
-    Raises:
-        OptionError: An argument is out of its range.
     """
-    if steps < 1:
-        raise OptionError(f"steps={steps} is not allowed: give at least 1 batch")
-    if by not in ("magnitude", "descent"):
-        raise OptionError(f"by={by!r} is not allowed: give 'magnitude' or 'descent'")
 
-    return ChoosingMethod(partial(_choose, _Options(keep, steps, alone, by, lr, head_lr, seed, loss_fn)))
+    keep: Keep = 0.5
+    steps: int = 20
+    alone: bool = False
+    by: Literal["magnitude", "descent"] = "magnitude"
+    lr: float = 1e-3
+    head_lr: float | None = None
+    seed: int = 0
+    loss_fn: Loss | None = None
+
+    def choose(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], _total_steps: int, /) -> AdapterPlan:
+        """Keep the sites with the largest products."""
+        found = find_sites(model, lora)
+        sites, names = found.sites, [site.name for site in found.sites]
+        budget = read_budget(self.keep, adapter_parameters(sites, lora))
+        rates: dict[str, Any] = {"lr": self.lr, "head_lr": self.head_lr, "seed": self.seed, "loss_fn": self.loss_fn}
+        products = dot_products(model, lora, sites, batches, steps=self.steps, alone=self.alone, **rates)
+        scores = [abs(products[name]) if self.by == "magnitude" else -products[name] for name in names]
+        kept = [names[i] for i in budget.choose(scores) if scores[i] > 0]
+        if not kept:
+            raise SelectionError("no adapter moved along its gradient; raise steps or lr, or take by='magnitude'")
+        record = {"rule": "dot_product", "options": recorded(self), "seed": self.seed}
+        return plan_of(model, lora, found, kept, scores, **record)
 
 
-def _choose(
-    options: _Options, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], _total_steps: int
-) -> AdapterPlan:
-    found = find_sites(model, lora)
-    sites = found.sites
-    budget = read_budget(options.keep, adapter_parameters(sites, lora))
-    names = [site.name for site in sites]
-    training = {name: getattr(options, name) for name in ("steps", "alone", "lr", "head_lr", "seed", "loss_fn")}
-    products = dot_products(model, lora, sites, batches, **training)
-    scores = [abs(products[name]) if options.by == "magnitude" else -products[name] for name in names]
-    kept = [i for i in budget.choose(scores) if scores[i] > 0]
-    if not kept:
-        raise SelectionError("no adapter moved along its gradient; raise steps or lr, or take by='magnitude'")
-    return make_plan(
-        sites,
-        lora,
-        [names[i] for i in kept],
-        scores,
-        rule="dot_product",
-        options={name: getattr(options, name) for name in ("keep", "steps", "alone", "by", "lr", "head_lr")},
-        seed=options.seed,
-        base_model=base_model_name(model),
-        target_parameters=found.parameters,
-    )
+build = DotProduct
 
 
 def dot_products(
@@ -123,12 +90,12 @@ def dot_products(
         lora: The adapters' configuration; dropout is switched off.
         sites: All candidates.
         batches: As in :func:`weightlora.select`; the first ``head_steps`` train the head, ``steps`` more all the rest.
-        steps: As in :func:`build`.
-        alone: As in :func:`build`.
-        lr: As in :func:`build`.
-        head_lr: As in :func:`build`.
+        steps: As in :class:`DotProduct`.
+        alone: As in :class:`DotProduct`.
+        lr: As in :class:`DotProduct`.
+        head_lr: As in :class:`DotProduct`.
         head_steps: Steps in which a new task head is trained before any adapter.
-        seed: As in :func:`build`.
+        seed: As in :class:`DotProduct`.
         loss_fn: As in :func:`weightlora.select`.
     """
     runs = [[site.name] for site in sites] if alone else [[site.name for site in sites]]

@@ -8,30 +8,18 @@ window of the training.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
-from weightlora.errors import OptionError
-from weightlora.methods.base import AttachedPlan, Method
-from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
-from weightlora.methods.common.schedules import require_window, window
-from weightlora.methods.common.triplets import (
-    Alpha,
-    attach_triplets,
-    export_triplets,
-    plan_under,
-    require_steps,
-    switch_off,
-    triplet_plan,
-)
+from weightlora.methods.base import recorded
+from weightlora.methods.common.moving import packed, require_window, unpacked, window
+from weightlora.methods.common.triplets import Alpha, TripletMethod
 from weightlora.model.distributed import from_first
-from weightlora.model.layers import lora_layers
-from weightlora.model.sites import find_sites
+from weightlora.model.sites import Site
 from weightlora.plan.plan import AdapterPlan
 
 if TYPE_CHECKING:
@@ -39,28 +27,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@dataclass(frozen=True)
-class _Options:
-    init_r: int | None
-    begin: float
-    end: float
-    interval: int
-    beta: float
-    variance_weight: float
-    alpha: Alpha
-
-
-def build(
-    *,
-    init_r: int | None = None,
-    begin: float = 0.15,
-    end: float = 0.5,
-    interval: int = 100,
-    beta: float = 0.9,
-    variance_weight: float = 0.1,
-    alpha: Alpha = "scale",
-) -> Method:
-    """Return the method.
+@dataclass(kw_only=True, eq=False)
+class DynamicLora(TripletMethod):
+    """Dynamic LoRA.
 
     Args:
         init_r: Components of a site at the start. None: 1.5·r, rounded up.
@@ -72,94 +41,51 @@ def build(
         alpha: ``"scale"`` scales every rank by alpha/r as in plain LoRA, ``"keep"`` by alpha/init_r.
 
     Raises:
-        OptionError: An argument is out of its range.
+        OptionError: ``begin`` does not come before ``end``.
     """
-    require_window(begin, end)
-    if interval < 1:
-        raise OptionError(f"interval={interval} is not allowed: give at least 1 step")
-    if not 0 <= beta < 1:
-        raise OptionError(f"beta={beta} is not allowed: give a number in [0, 1)")
-    return DynamicLora(_Options(init_r, begin, end, interval, beta, variance_weight, alpha))
 
+    init_r: int | None = None
+    begin: float = 0.15
+    end: float = 0.5
+    interval: int = 100
+    beta: float = 0.9
+    variance_weight: float = 0.1
+    alpha: Alpha = "scale"
+    name = "dynamic_lora"
 
-class DynamicLora:
-    """Dynamic LoRA as a method, and the mover that its callback calls."""
-
-    _plan = AttachedPlan()
-
-    def __init__(self, options: _Options) -> None:
-        self._options = options
-        self._callback = MoverCallback(self)
-        self._mask: dict[str, Tensor] | None = None
-
-    @property
-    def plan(self) -> AdapterPlan:
-        """The current ranks: pruned after each pruning, full before the first and between two of them."""
-        return plan_under(self._plan, self._mask)
+    def __post_init__(self) -> None:
+        require_window(self.begin, self.end)
 
     def budget(self, step: int) -> int:
         """Return the starting ranks minus those that the curve prunes; all of them at steps that do not prune."""
-        pruned = self._pruned(step)
-        return self._high - (pruned or 0)
+        return self._high - (self._pruned(step) or 0)
 
-    def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:  # noqa: ARG002
-        """Put components with c = 0, A and B uniform, on all sites."""
-        sites = find_sites(model, lora).sites
-        init_r = math.ceil(1.5 * lora.r) if self._options.init_r is None else self._options.init_r
-        self._total, self._mask = total_steps, None
-        self._first, self._last = window(self._options.begin, self._options.end, total_steps)
-        self._low, self._high = len(sites) * lora.r, len(sites) * init_r
-        record = {**asdict(self._options), "init_r": init_r}
-        self._plan = triplet_plan(model, lora, sites, init_r, rule="dynamic_lora", options=record)
-        attached = attach_triplets(
-            model,
-            lora,
-            sites,
-            init_r=init_r,
-            alpha=self._options.alpha,
-            name="dynamic_lora",
-            total_step=total_steps,
-            orth_reg_weight=0.0,
-        )
-        self._layers: dict[str, Any] = dict(lora_layers(attached))
+    def _start(
+        self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site], _batches: Iterable[Any], /
+    ) -> tuple[AdapterPlan, PeftModel]:
+        init_r = math.ceil(1.5 * lora.r) if self.init_r is None else self.init_r
+        self._first, self._last = window(self.begin, self.end, self._total)
+        self._init_r, self._high = init_r, len(sites) * init_r
+        return self._triplets(model, lora, sites, init_r, recorded(self, init_r=init_r), orth_reg_weight=0.0)
+
+    def _ready(self) -> None:
+        """Start A and B uniform."""
         for layer in self._layers.values():
             for matrix in (layer.lora_A["default"], layer.lora_B["default"]):
                 torch.nn.init.kaiming_uniform_(matrix)
-        self._shares = {name: torch.zeros(init_r) for name in self._layers}
-        tuner: Any = attached.base_model
-        self._remove_watch = warn_unless_begun([tuner, tuner.model], "dynamic_lora")
-        return attached
+        self._shares = {name: torch.zeros(self._init_r) for name in self._layers}
+        self._mask: Mapping[str, Tensor] | None = None
 
-    def callbacks(self) -> list[TrainerCallback]:
-        """Return the callback: the penalty before, shares and pruning after each optimizer step."""
-        return [self._callback]
-
-    def export(self, model: PeftModel) -> PeftModel:
-        """Return stock LoRA of the remaining components.
-
-        Raises:
-            SelectionError: More remain than the budget allows: the method did not run to its end.
-        """
-        self._plan = export_triplets(model, self._plan, budget=self._low, name="dynamic_lora")
-        self._mask = None
-        self._remove_watch()
-        return model
-
-    def begin(self, total_steps: int) -> None:
-        """Check that the training takes the steps that the schedule was made for.
-
-        Raises:
-            OptionError: The training takes more or fewer.
-        """
-        require_steps("dynamic_lora", self._total, total_steps)
-        self._remove_watch()
+    def _in_force(self) -> Mapping[str, Tensor] | None:
+        """Return what the last pruning left; None before the first and between two of them."""
+        return self._mask
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
         """Add the gradient of the penalty: of Var(v) over the d entries of v it is 2·(v − mean)/(d − 1)."""
         if step > self._last:
             return
-        weight = self._options.variance_weight / (2 * self._high)
+        weight = self.variance_weight / (2 * self._high)
         for layer in self._layers.values():
             for matrix, entries in ((layer.lora_A["default"], 1), (layer.lora_B["default"], 0)):
                 if matrix.grad is not None:
@@ -169,28 +95,25 @@ class DynamicLora:
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Average the shares; prune at the steps of the schedule."""
-        self._remove_watch()
-        beta = self._options.beta
         for name, layer in self._layers.items():
-            self._shares[name] = beta * self._shares[name] + (1 - beta) * shares(layer).cpu()
+            self._shares[name] = self.beta * self._shares[name] + (1 - self.beta) * shares(layer).cpu()
         if step > self._last:
             assert self._mask is not None, "the last pruning comes at the end of the window"
         else:
             count = self._pruned(step)
             self._mask = None if count is None else from_first(lambda: _all_but(self._shares, count))
         for name, mask in (self._mask or {}).items():
-            switch_off(self._layers[name], mask)
+            e = self._layers[name].lora_E["default"]
+            e.masked_fill_(~mask.to(e.device).unsqueeze(1), 0.0)
 
     def state(self) -> dict[str, Tensor]:
         """Return the average shares, and the mask."""
-        kinds = {"share": self._shares, "mask": self._mask or {}}
-        return {f"{kind} {name}": tensor for kind, named in kinds.items() for name, tensor in named.items()}
+        return packed(share=self._shares, mask=self._mask or {})
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Set the averages and the mask."""
-        named = [(key.partition(" "), tensor) for key, tensor in state.items()]
-        self._shares = {name: tensor for (kind, _, name), tensor in named if kind == "share"}
-        self._mask = {name: tensor for (kind, _, name), tensor in named if kind == "mask"} or None
+        self._shares, mask = unpacked(state, "share", "mask")
+        self._mask = mask or None
 
     def _pruned(self, step: int) -> int | None:
         """Return how many components are pruned after ``step``; None at a step that does not prune.
@@ -198,9 +121,12 @@ class DynamicLora:
         m = n·(r_s − r)·(P/P_max)³, at least 1, with P steps since the beginning of the window of P_max steps.
         """
         since, window = step - self._first, self._last - self._first
-        if since < 0 or (since < window and since % self._options.interval):
+        if since < 0 or (since < window and since % self.interval):
             return None
         return max(1, int((self._high - self._low) * (min(since, window) / window) ** 3))
+
+
+build = DynamicLora
 
 
 def shares(layer: Any) -> Tensor:

@@ -21,15 +21,12 @@ from peft.tuners.lora.eva import get_eva_state_dict
 from torch import Tensor
 
 from weightlora.errors import OptionError, SelectionError
-from weightlora.methods.base import ChoosingMethod, Method, Prepared
+from weightlora.methods.base import PlanningMethod, Prepared, plan_of
 from weightlora.model.gathering import device_of, gathered
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, find_sites, rank_and_alpha
 from weightlora.model.token_mask import TokenRows, counted_tokens
-from weightlora.plan.make import make_plan
-from weightlora.plan.plan import AdapterPlan
-from weightlora.plan.provenance import base_model_name
 from weightlora.selection.batches import Loss, in_parts, model_loss, to_device
 from weightlora.selection.stage import attach_plain_lora
 
@@ -38,32 +35,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@dataclass(frozen=True)
-class _Options:
-    rho: float
-    tau: float
-    whiten: bool
-    adjust_alpha: bool
-    label_tokens: bool
-    steps: int
-    most: int
-    seed: int
-    loss_fn: Loss | None
-
-
-def build(
-    *,
-    rho: float = 2.0,
-    tau: float = 0.99,
-    whiten: bool = False,
-    adjust_alpha: bool = True,
-    label_tokens: bool = False,
-    steps: int = 20,
-    most: int = 1000,
-    seed: int = 0,
-    loss_fn: Loss | None = None,
-) -> Method:
-    """Return the method.
+@dataclass(kw_only=True, eq=False)
+class Eva(PlanningMethod):
+    """EVA.
 
     Args:
         rho: A site's rank is at most r·rho; 1 leaves all ranks as they are.
@@ -79,43 +53,84 @@ def build(
         loss_fn: As in :func:`weightlora.select`; only its forward pass is used.
 
     Raises:
-        OptionError: An argument is out of its range.
+        OptionError: ``most`` allows no repetition.
     """
-    for name, value, fits, allowed in (
-        ("rho", rho, rho >= 1, "1 or more"),
-        ("tau", tau, 0 < tau <= 1, "a cosine in (0, 1]"),
-        ("steps", steps, steps >= 1, "at least 1 batch"),
-        ("most", most, most > steps, f"more than steps={steps}"),
-    ):
-        if not fits:
-            raise OptionError(f"{name}={value} is not allowed: give {allowed}")
-    return ChoosingMethod(
-        partial(_choose, _Options(rho, tau, whiten, adjust_alpha, label_tokens, steps, most, seed, loss_fn))
-    )
+
+    rho: float = 2.0
+    tau: float = 0.99
+    whiten: bool = False
+    adjust_alpha: bool = True
+    label_tokens: bool = False
+    steps: int = 20
+    most: int = 1000
+    seed: int = 0
+    loss_fn: Loss | None = None
+
+    def __post_init__(self) -> None:
+        if self.most <= self.steps:
+            raise OptionError(f"most={self.most} is not allowed: give more than steps={self.steps}")
+
+    def choose(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], _total_steps: int, /) -> Prepared:
+        """Give each site the rank that its directions explain, and start A with them."""
+        lora = replace(lora, init_lora_weights=True, eva_config=None)
+        found = find_sites(model, lora)
+        _require_inputs(found.sites, lora, self.rho)
+        directions = self._directions(model, lora, found.sites, batches)
+        ranks = [len(directions[site.name]) for site in found.sites]
+        options = {"rho": self.rho, "tau": self.tau, "whiten": self.whiten, "adjust_alpha": self.adjust_alpha}
+        record = {"rule": "eva", "options": {**options, "steps": self.steps}, "seed": self.seed}
+        plan = plan_of(model, lora, found, None, [float(r) for r in ranks], **record)
+        grows = self.adjust_alpha and not lora.use_rslora
+        entries = tuple(
+            replace(e, r=r, alpha=e.lora_alpha * r / e.lora_r if grows and r else e.lora_alpha)
+            for e, r in zip(plan.entries, ranks, strict=True)
+        )
+        return Prepared(replace(plan, entries=entries), partial(_start_from, directions))
+
+    def _directions(
+        self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site], batches: Iterable[Any]
+    ) -> dict[str, Tensor]:
+        """Return the rows of A for each site, (r_i, in): PEFT's incremental SVD on the tokens of the batches."""
+        shown = list(itertools.islice(batches, self.steps))
+        if not shown:
+            raise SelectionError("batches is empty; give at least one batch")
+        # The longest names first: PEFT also applies a key to names that end with it.
+        ranks = {re.escape(s.name): rank_and_alpha(lora, s.name)[0] for s in sorted(sites, key=lambda s: -len(s.name))}
+        wanted = LoraConfig(
+            r=lora.r,
+            rank_pattern=ranks,
+            init_lora_weights="eva",
+            eva_config=EvaConfig(rho=self.rho, tau=self.tau, whiten=self.whiten),
+        )
+        with (
+            untouched(model, seed=self.seed),
+            redirect_stdout(StringIO()),  # PEFT prints a line for every activation that it skips
+        ):
+            attached = attach_plain_lora(model, lora, sites)
+            with gathered(model), counted_tokens(model, labelled=self.label_tokens) as rows:
+                found: dict[str, Tensor] = get_eva_state_dict(
+                    attached,
+                    [to_device(batch, device_of(model)) for batch in shown],
+                    wanted,
+                    forward_fn=partial(self._forward, itertools.count(1), model),
+                    prepare_model_inputs_fn=_no_inputs,
+                    prepare_layer_inputs_fn=partial(_tokens, rows),
+                    show_progress_bar=False,
+                )
+        return {name.removeprefix("base_model.model."): rows.clone() for name, rows in found.items()}
+
+    def _forward(self, passed: Iterator[int], model: nn.Module, _attached: nn.Module, batch: Any) -> None:
+        """Run one batch through the model, and raise after ``most`` of them."""
+        if next(passed) > self.most:
+            raise SelectionError(
+                f"the directions have not converged after {self.most} batches; give larger batches, lower tau or rho, "
+                "or raise most"
+            )
+        for _ in in_parts(model, batch, self.loss_fn or model_loss):
+            pass
 
 
-def _choose(
-    options: _Options, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], _total_steps: int
-) -> Prepared:
-    lora = replace(lora, init_lora_weights=True, eva_config=None)
-    found = find_sites(model, lora)
-    sites = found.sites
-    _require_inputs(sites, lora, options.rho)
-    directions = _directions(model, lora, sites, batches, options)
-    plan = make_plan(
-        sites,
-        lora,
-        [site.name for site in sites],
-        [float(len(directions[site.name])) for site in sites],
-        rule="eva",
-        options={name: getattr(options, name) for name in ("rho", "tau", "whiten", "adjust_alpha", "steps")},
-        seed=options.seed,
-        base_model=base_model_name(model),
-        target_parameters=found.parameters,
-    )
-    grows = options.adjust_alpha and not lora.use_rslora
-    plan = _with_ranks(plan, {name: len(rows) for name, rows in directions.items()}, grows=grows)
-    return Prepared(plan, partial(_start_from, directions))
+build = Eva
 
 
 @torch.no_grad()
@@ -126,50 +141,6 @@ def _start_from(directions: Mapping[str, Tensor], attached: PeftModel) -> None:
         layer.lora_A["default"].weight.copy_(directions[name])
 
 
-def _directions(
-    model: nn.Module, lora: LoraConfig, sites: Sequence[Site], batches: Iterable[Any], options: _Options
-) -> dict[str, Tensor]:
-    """Return the rows of A for each site, (r_i, in): PEFT's incremental SVD on the tokens of the batches."""
-    shown = list(itertools.islice(batches, options.steps))
-    if not shown:
-        raise SelectionError("batches is empty; give at least one batch")
-    # The longest names first: PEFT also applies a key to names that end with it.
-    ranks = {re.escape(s.name): rank_and_alpha(lora, s.name)[0] for s in sorted(sites, key=lambda s: -len(s.name))}
-    wanted = LoraConfig(
-        r=lora.r,
-        rank_pattern=ranks,
-        init_lora_weights="eva",
-        eva_config=EvaConfig(rho=options.rho, tau=options.tau, whiten=options.whiten),
-    )
-    with (
-        untouched(model, seed=options.seed),
-        redirect_stdout(StringIO()),  # PEFT prints a line for every activation that it skips
-    ):
-        attached = attach_plain_lora(model, lora, sites)
-        with gathered(model), counted_tokens(model, labelled=options.label_tokens) as rows:
-            found: dict[str, Tensor] = get_eva_state_dict(
-                attached,
-                [to_device(batch, device_of(model)) for batch in shown],
-                wanted,
-                forward_fn=partial(_forward, itertools.count(1), options, model),
-                prepare_model_inputs_fn=_no_inputs,
-                prepare_layer_inputs_fn=partial(_tokens, rows),
-                show_progress_bar=False,
-            )
-    return {name.removeprefix("base_model.model."): rows.clone() for name, rows in found.items()}
-
-
-def _forward(passed: Iterator[int], options: _Options, model: nn.Module, _attached: nn.Module, batch: Any) -> None:
-    """Run one batch through the model, and raise after ``most`` of them."""
-    if next(passed) > options.most:
-        raise SelectionError(
-            f"the directions have not converged after {options.most} batches; give larger batches, lower tau or rho, "
-            "or raise most"
-        )
-    for _ in in_parts(model, batch, options.loss_fn or model_loss):
-        pass
-
-
 def _tokens(rows: TokenRows, given: Any, _inputs: None, _name: str) -> Tensor:
     """Return the tokens among a layer's inputs."""
     return rows(given[0] if isinstance(given, tuple) else given)
@@ -177,15 +148,6 @@ def _tokens(rows: TokenRows, given: Any, _inputs: None, _name: str) -> Tensor:
 
 def _no_inputs(_batch: Any, _config: LoraConfig) -> None:
     """Return nothing for PEFT to pass to ``_tokens``, which knows the tokens without it."""
-
-
-def _with_ranks(plan: AdapterPlan, ranks: dict[str, int], *, grows: bool) -> AdapterPlan:
-    entries = tuple(
-        replace(e, r=r, alpha=e.lora_alpha * r / e.lora_r if grows and r else e.lora_alpha)
-        for e in plan.entries
-        for r in [ranks[e.site.name]]
-    )
-    return replace(plan, entries=entries)
 
 
 def _require_inputs(sites: Sequence[Site], lora: LoraConfig, rho: float) -> None:

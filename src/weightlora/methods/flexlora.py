@@ -7,22 +7,18 @@ each client the best approximation of its rank, A = V_rᵀ and B = U_r·Σ_r/s o
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from weightlora.errors import OptionError, SelectionError
-from weightlora.methods.base import AttachedPlan, Method
-from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
-from weightlora.methods.common.export import Factors, become_stock, factors_plan
-from weightlora.methods.common.triplets import require_steps, triplet_plan
+from weightlora.errors import OptionError
+from weightlora.methods.common.moving import MoverCallback, MovingMethod, packed, unpacked, wide_lora
 from weightlora.model.distributed import from_first
-from weightlora.model.layers import lora_layers
-from weightlora.model.sites import find_sites, require_uniform
+from weightlora.model.sites import Site
 from weightlora.plan.plan import AdapterPlan
 
 if TYPE_CHECKING:
@@ -30,8 +26,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def build(*, clients: int = 4, ranks: Sequence[int] | int | None = None, rounds: int = 4) -> Method:
-    """Return the method.
+@dataclass(kw_only=True, eq=False)
+class FlexLora(MovingMethod):
+    """FlexLoRA: the server and the active client. Until the last step its ranks may exceed plain LoRA's.
 
     Args:
         clients: Clients; they train one after the other in each round.
@@ -39,135 +36,89 @@ def build(*, clients: int = 4, ranks: Sequence[int] | int | None = None, rounds:
         rounds: The most averages of the server. Each client has at least one step in a round. The paper has 50.
 
     Raises:
-        OptionError: An argument is out of its range.
+        OptionError: There is not one rank of at least 1 for each client.
     """
-    for name, value in (("clients", clients), ("rounds", rounds)):
-        if value < 1:
-            raise OptionError(f"{name}={value} is not allowed: give at least 1")
-    ranks = [ranks] * clients if isinstance(ranks, int) else ranks
-    if ranks is not None and (len(ranks) != clients or min(ranks) < 1):
-        raise OptionError(f"ranks={list(ranks)} is not allowed: give one of at least 1 for each of clients={clients}")
-    return FlexLora(clients, ranks, rounds)
 
+    clients: int = 4
+    ranks: Sequence[int] | int | None = None
+    rounds: int = 4
+    name = "flexlora"
+    turn = 0
+    """Finished turns; in a turn one client trains."""
 
-class FlexLora:
-    """FlexLoRA as a method, and the mover that its callback calls: the server and the active client."""
-
-    _plan = AttachedPlan()
-
-    def __init__(self, clients: int, ranks: Sequence[int] | None, rounds: int) -> None:
-        self._clients, self._asked, self._rounds = clients, ranks, rounds
-        self._callback = _FreshOptimizer(self)
-        self._moving = False
-        self.turn = 0
-        """Finished turns; in a turn one client trains."""
-
-    @property
-    def plan(self) -> AdapterPlan:
-        """The largest client's rank before the training, then the active client's."""
-        if not self._moving:
-            return self._plan
-        return replace(self._plan, entries=tuple(replace(e, r=self._rank(self.turn)) for e in self._plan.entries))
+    def __post_init__(self) -> None:
+        ranks = self._asked = [self.ranks] * self.clients if isinstance(self.ranks, int) else self.ranks
+        if ranks is not None and (len(ranks) != self.clients or min(ranks) < 1):
+            raise OptionError(
+                f"ranks={list(ranks)} is not allowed: give one of at least 1 for each of clients={self.clients}"
+            )
 
     def budget(self, step: int) -> int:
-        """Return the ranks of the client after ``step``; they may exceed plain LoRA's until the last step."""
+        """Return the ranks of the client after ``step``."""
         return self._sites * (self._max_r if step == 0 else self._rank(bisect_right(self._ends, step)))
 
-    def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:  # noqa: ARG002
+    def _start(
+        self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site], _batches: Iterable[Any], /
+    ) -> tuple[AdapterPlan, PeftModel]:
         """Put LoRA of the largest client's rank on all sites, cut to the first client's."""
-        require_uniform("flexlora", lora)
-        sites = find_sites(model, lora).sites
-        self._ranks = rotated_ranks(lora.r, self._clients) if self._asked is None else list(self._asked)
-        self._ends = turn_ends(total_steps, clients=self._clients, rounds=self._rounds)
-        self._total, self._sites, self._r = total_steps, len(sites), lora.r
-        self._max_r = max(lora.r, *self._ranks)
-        self._scale = lora.lora_alpha / lora.r
-        record = {"clients": self._clients, "ranks": self._ranks, "rounds": len(self._ends) // self._clients}
-        plan = triplet_plan(model, lora, sites, self._max_r, rule="flexlora", options=record)
-        self._plan = replace(plan, entries=tuple(replace(e, alpha=self._scale * self._max_r) for e in plan.entries))
-        attached = self._plan.attach(model)
-        self._layers: dict[str, Any] = dict(lora_layers(attached))
+        self._ranks = rotated_ranks(lora.r, self.clients) if self._asked is None else list(self._asked)
+        self._ends = turn_ends(self._total, clients=self.clients, rounds=self.rounds)
+        self._sites, self._r, self._max_r = len(sites), lora.r, max(lora.r, *self._ranks)
+        record = {"clients": self.clients, "ranks": self._ranks, "rounds": len(self._ends) // self.clients}
+        plan, attached = wide_lora(self.name, model, lora, sites, self._max_r, record)
         self._heads = {n: p for n, p in attached.named_parameters() if p.requires_grad and ".lora_" not in n}
-        self._moving, self.turn = False, 0
+        return plan, attached
+
+    def _ready(self) -> None:
+        self.turn = 0
         self._handed = {**self._adapters(self._max_r), **{n: _wide(p) for n, p in self._heads.items()}}
         self._round: dict[str, Tensor] = {}
         self._cut()
-        tuner: Any = attached.base_model
-        self._remove_watch = warn_unless_begun([tuner, tuner.model], "flexlora")
-        return attached
+
+    def _in_force(self) -> Mapping[str, Tensor]:
+        """Return the active client's components, after the last turn those of plain LoRA."""
+        return dict.fromkeys(self._layers, torch.arange(self._max_r) < self._rank(self.turn))
+
+    def _missing(self, ranks: int) -> str | None:  # noqa: ARG002 - the turns tell
+        return None if self.turn == len(self._ends) else f"has finished {self.turn} of {len(self._ends)} turns"
 
     def callbacks(self) -> list[TrainerCallback]:
         """Return the callback that ends turns."""
-        return [self._callback]
-
-    def export(self, model: PeftModel) -> PeftModel:
-        """Return stock LoRA of the server's last average, of rank r at each site.
-
-        Raises:
-            SelectionError: The last turn is not finished.
-        """
-        if self.turn < len(self._ends):
-            raise SelectionError(
-                f"flexlora has finished {self.turn} of {len(self._ends)} turns: it did not run to the end; give the "
-                "trainer callbacks=method.callbacks(), and train all of the steps"
-            )
-        layers: dict[str, Any] = dict(lora_layers(model))
-        factors = {
-            name: Factors(a.detach()[: self._r], b.detach()[:, : self._r], self._scale)
-            for name, layer in layers.items()
-            for a, b in [_matrices(layer)]
-        }
-        self._plan, self._moving = factors_plan(self._plan, factors), False
-        self._remove_watch()
-        return become_stock(model, self._plan, factors)
-
-    def begin(self, total_steps: int) -> None:
-        """Check that the training takes the steps that the turns were made for.
-
-        Raises:
-            OptionError: The training takes more or fewer.
-        """
-        require_steps("flexlora", self._total, total_steps)
-        self._moving = True
-        self._remove_watch()
-
-    def before_step(self, step: int) -> None:
-        """Do nothing: where A's row and B's column are both zero, neither has a gradient."""
+        return [_FreshOptimizer(self)]
 
     def after_step(self, step: int) -> None:
-        """Collect the client's update at the end of a turn, average at the end of a round, start the next client."""
+        """Collect the client's update at the end of a turn, average at the end of a round, start the next client.
+
+        Nothing is to be done before a step: where A's row and B's column are both zero, neither has a gradient.
+        """
         self._cut()
         if step < self._ends[self.turn]:
             return
         self._collect()
         self.turn += 1
-        if self.turn % self._clients == 0:
+        if self.turn % self.clients == 0:
             self._handed, self._round = from_first(self._averaged), {}
         self._hand_out()
 
     def state(self) -> dict[str, Tensor]:
         """Return the finished turns, the server's last average, and the updates collected in this round."""
-        kinds = {"handed": self._handed, "round": self._round}
-        named = {f"{kind} {name}": tensor for kind, tensors in kinds.items() for name, tensor in tensors.items()}
-        return {"turn": torch.tensor(self.turn), **named}
+        return {"turn": torch.tensor(self.turn), **packed(handed=self._handed, round=self._round)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Set them."""
         self.turn = int(state["turn"])
-        self._handed, self._round = (
-            {key.removeprefix(kind): tensor for key, tensor in state.items() if key.startswith(kind)}
-            for kind in ("handed ", "round ")
-        )
+        tensors = {key: tensor for key, tensor in state.items() if key != "turn"}
+        self._handed, self._round = unpacked(tensors, "handed", "round")
 
     def _rank(self, turn: int) -> int:
         """Return the rank of the client that follows ``turn`` turns; r after the last."""
-        return self._r if turn == len(self._ends) else self._ranks[turn % self._clients]
+        return self._r if turn == len(self._ends) else self._ranks[turn % self.clients]
 
     def _collect(self) -> None:
         """Add the client's adapters, weighted by its share of the round's steps, to this round's updates."""
         starts = (0, *self._ends)
-        first = self.turn - self.turn % self._clients
-        weight = (starts[self.turn + 1] - starts[self.turn]) / (starts[first + self._clients] - starts[first])
+        first = self.turn - self.turn % self.clients
+        weight = (starts[self.turn + 1] - starts[self.turn]) / (starts[first + self.clients] - starts[first])
         for name, tensor in self._adapters(self._rank(self.turn)).items():
             # Σ_c w_c·B_c·A_c is one product: the weighted B's side by side times the A's stacked.
             is_b = name.endswith(_B)
@@ -210,6 +161,9 @@ class FlexLora:
             a, b = _matrices(layer)
             found |= {name + _A: _wide(a[:rank]), name + _B: _wide(b[:, :rank])}
         return found
+
+
+build = FlexLora
 
 
 class _FreshOptimizer(MoverCallback):

@@ -9,21 +9,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from weightlora.errors import OptionError, SelectionError
-from weightlora.methods.base import ChoosingMethod, Method
+from weightlora.errors import SelectionError
+from weightlora.methods.base import PlanningMethod, plan_of, recorded
 from weightlora.model.gates import gated
 from weightlora.model.sites import Site, adapter_parameters, find_sites
 from weightlora.plan.budget import Budget, Keep, read_budget
-from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
-from weightlora.plan.provenance import base_model_name
 from weightlora.selection.batches import Loss, cycled
 from weightlora.selection.stage import Stage, adapter_weights, evaluated, let_train, probed
 
@@ -32,34 +29,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@dataclass(frozen=True)
-class _Options:
-    keep: Keep | None
-    unit: Literal["block", "site"]
-    steps: int | None
-    validation: int
-    alpha_lr: float
-    power: int
-    lr: float
-    head_lr: float | None
-    seed: int
-    loss_fn: Loss | None
-
-
-def build(
-    *,
-    keep: Keep | None = 0.5,
-    unit: Literal["block", "site"] = "block",
-    steps: int | None = None,
-    validation: int = 8,
-    alpha_lr: float = 0.01,
-    power: int = 1,
-    lr: float = 1e-3,
-    head_lr: float | None = None,
-    seed: int = 0,
-    loss_fn: Loss | None = None,
-) -> Method:
-    """Return the method.
+@dataclass(kw_only=True, eq=False)
+class Flexora(PlanningMethod):
+    """Flexora.
 
     Args:
         keep: As in :func:`weightlora.select`, for whole blocks by falling α. None is the paper: all with α > 0.
@@ -72,52 +44,70 @@ def build(
         head_lr: That of the new head, if another.
         seed: Decides A's random start and dropout.
         loss_fn: As in :func:`weightlora.select`.
-
-    Raises:
-        OptionError: An argument is out of its range.
     """
-    for name, value in (("steps", 1 if steps is None else steps), ("validation", validation), ("power", power)):
-        if value < 1:
-            raise OptionError(f"{name}={value} is not allowed: give at least 1")
-    if unit not in ("block", "site"):
-        raise OptionError(f"unit={unit!r} is not allowed: give 'block' or 'site'")
 
-    return ChoosingMethod(
-        partial(_choose, _Options(keep, unit, steps, validation, alpha_lr, power, lr, head_lr, seed, loss_fn))
-    )
+    keep: Keep | None = 0.5
+    unit: Literal["block", "site"] = "block"
+    steps: int | None = None
+    validation: int = 8
+    alpha_lr: float = 0.01
+    power: int = 1
+    lr: float = 1e-3
+    head_lr: float | None = None
+    seed: int = 0
+    loss_fn: Loss | None = None
+
+    def choose(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int, /) -> AdapterPlan:
+        """Keep the units with the highest α."""
+        found = find_sites(model, lora)
+        sites = found.sites
+        units = [(site.block or site.name) if self.unit == "block" else site.name for site in sites]
+        budget = read_budget(len(sites) if self.keep is None else self.keep, adapter_parameters(sites, lora))
+        steps = max(20, math.ceil(total_steps / 10)) if self.steps is None else self.steps
+        used, total = _interleaved(batches, steps, self.validation), steps * (1 + self.validation)
+        given: dict[str, Any] = {"seed": self.seed, "loss_fn": self.loss_fn, "head_lr": self.head_lr}
+        with probed(model, lora, sites, batches=used, steps=total, **given) as stage:
+            history = self._descend(stage, units, steps)
+        alpha = history[-1]
+        kept = _fill(sites, units, alpha, budget, positive=self.keep is None)
+        if not kept:
+            none = f"no whole block fits keep={self.keep!r}; raise keep, or take unit='site'"
+            raise SelectionError(
+                "no block has an alpha above 0; raise steps, or give keep=" if self.keep is None else none
+            )
+        record = {"rule": "flexora", "options": recorded(self, steps=steps), "seed": self.seed}
+        return plan_of(model, lora, found, kept, alpha, history=tuple(map(tuple, history)), **record)
+
+    def _descend(self, stage: Stage, units: Sequence[str], steps: int) -> list[list[float]]:
+        """Train adapters and α, and return α of every site's unit after each step."""
+        names = list(dict.fromkeys(units))
+        place = torch.tensor([names.index(unit) for unit in units])
+        alpha = torch.zeros(len(names), requires_grad=True)
+        adapters = adapter_weights(stage)
+        trained = [*adapters, *stage.head]
+        let_train(stage, trained)
+        optimizer = stage.optimizer(adapters, self.lr)
+        alpha_optimizer = torch.optim.Adam([alpha], lr=self.alpha_lr)
+        history: list[list[float]] = []
+        with gated(stage.layers) as gates:
+            for step in range(1, steps + 1):
+                weights = unit_weights(alpha.detach())
+                gates.write((weights**self.power)[place])
+                stage.backward("adapters", step, trained)
+                optimizer.step()
+                optimizer.zero_grad()
+                with evaluated(stage.model):
+                    for _ in range(self.validation):
+                        stage.backward("alpha", step, trained)
+                gradient = torch.zeros(len(names)).index_add(0, place, gates.gradient / self.validation)
+                optimizer.zero_grad()
+                alpha.grad = alpha_gradient(weights, gradient, self.power)
+                alpha_optimizer.step()
+                history.append(alpha.detach()[place].tolist())
+        return history
 
 
-def _choose(
-    options: _Options, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int
-) -> AdapterPlan:
-    found = find_sites(model, lora)
-    sites = found.sites
-    units = [(site.block or site.name) if options.unit == "block" else site.name for site in sites]
-    budget = read_budget(len(sites) if options.keep is None else options.keep, adapter_parameters(sites, lora))
-    steps = max(20, math.ceil(total_steps / 10)) if options.steps is None else options.steps
-    options = replace(options, steps=steps)
-    used = _interleaved(batches, steps, options.validation)
-    total = steps * (1 + options.validation)
-    given: dict[str, Any] = {"seed": options.seed, "loss_fn": options.loss_fn, "head_lr": options.head_lr}
-    with probed(model, lora, sites, batches=used, steps=total, **given) as stage:
-        history = _descend(stage, units, steps, options)
-    alpha = history[-1]
-    kept = _fill(sites, units, alpha, budget, positive=options.keep is None)
-    if not kept:
-        raise SelectionError(_nothing_kept(options.keep))
-    recorded = ("keep", "unit", "steps", "validation", "alpha_lr", "power", "lr", "head_lr")
-    return make_plan(
-        sites,
-        lora,
-        kept,
-        alpha,
-        history=tuple(map(tuple, history)),
-        rule="flexora",
-        options={name: getattr(options, name) for name in recorded},
-        seed=options.seed,
-        base_model=base_model_name(model),
-        target_parameters=found.parameters,
-    )
+build = Flexora
 
 
 def unit_weights(alpha: Tensor) -> Tensor:
@@ -143,12 +133,6 @@ def alpha_gradient(weights: Tensor, gradient: Tensor, power: int) -> Tensor:
     return weights * (by_weight - (weights * by_weight).mean())
 
 
-def _nothing_kept(keep: Keep | None) -> str:
-    if keep is None:
-        return "no block has an alpha above 0; raise steps, or give keep="
-    return f"no whole block fits keep={keep!r}; raise keep, or take unit='site'"
-
-
 def _interleaved(batches: Iterable[Any], steps: int, validation: int) -> Iterator[Any]:
     """Yield one batch to train on, then all held-out ones, and so on."""
     drawn = list(itertools.islice(batches, validation + steps))
@@ -161,35 +145,6 @@ def _interleaved(batches: Iterable[Any], steps: int, validation: int) -> Iterato
     for batch in cycled(rest, steps):
         yield batch
         yield from held_out
-
-
-def _descend(stage: Stage, units: Sequence[str], steps: int, options: _Options) -> list[list[float]]:
-    """Train adapters and α, and return α of every site's unit after each step."""
-    names = list(dict.fromkeys(units))
-    place = torch.tensor([names.index(unit) for unit in units])
-    alpha = torch.zeros(len(names), requires_grad=True)
-    adapters = adapter_weights(stage)
-    trained = [*adapters, *stage.head]
-    let_train(stage, trained)
-    optimizer = stage.optimizer(adapters, options.lr)
-    alpha_optimizer = torch.optim.Adam([alpha], lr=options.alpha_lr)
-    history: list[list[float]] = []
-    with gated(stage.layers) as gates:
-        for step in range(1, steps + 1):
-            weights = unit_weights(alpha.detach())
-            gates.write((weights**options.power)[place])
-            stage.backward("adapters", step, trained)
-            optimizer.step()
-            optimizer.zero_grad()
-            with evaluated(stage.model):
-                for _ in range(options.validation):
-                    stage.backward("alpha", step, trained)
-            gradient = torch.zeros(len(names)).index_add(0, place, gates.gradient / options.validation)
-            optimizer.zero_grad()
-            alpha.grad = alpha_gradient(weights, gradient, options.power)
-            alpha_optimizer.step()
-            history.append(alpha.detach()[place].tolist())
-    return history
 
 
 def _fill(

@@ -6,6 +6,7 @@ ends as stock LoRA like all others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,39 +14,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from weightlora.methods.base import ExpandedMethod, Method, uniform_plan
-from weightlora.methods.common.export import layer_factors
-from weightlora.model.layers import lora_layers
-from weightlora.model.sites import find_sites
+from weightlora.methods.base import ExpandedMethod, uniform_plan
+from weightlora.model.sites import Site
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
 
     from weightlora.plan.plan import AdapterPlan
 
 
-def build() -> Method:
-    """Return the method; it uses only the sites of the LoRA config, not its rank."""
-    return ExpandedMethod(_attach, layer_factors)
+class Full(ExpandedMethod):
+    """Full fine-tuning; it uses only the sites of the LoRA config, not its rank."""
+
+    def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
+        plan = uniform_plan(model, lora, sites, r=lora.r, alpha=lora.r, rule="full")
+        ranks = [min(site.in_features, site.out_features) for site in sites]
+        entries = [replace(entry, r=r, alpha=r) for entry, r in zip(plan.entries, ranks, strict=True)]
+        return replace(plan, entries=tuple(entries))
+
+    def _change(self, layers: Mapping[str, Any]) -> None:
+        for layer in layers.values():
+            a, b = layer.lora_A["default"], layer.lora_B["default"]
+            if a.weight.shape[0] == a.weight.shape[1]:
+                frozen = a
+            else:
+                frozen = b
+                nn.init.zeros_(a.weight)  # the trained one of the two starts at zero
+            register_parametrization(frozen, "weight", Identity(frozen.weight))
 
 
-def _attach(model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
-    sites = find_sites(model, lora).sites
-    uniform = uniform_plan(model, lora, sites, r=lora.r, alpha=lora.r, rule="full")
-    ranks = [min(entry.site.in_features, entry.site.out_features) for entry in uniform.entries]
-    entries = [replace(entry, r=r, alpha=r) for entry, r in zip(uniform.entries, ranks, strict=True)]
-    plan = replace(uniform, entries=tuple(entries))
-    attached = plan.attach(model)
-    layers: dict[str, Any] = dict(lora_layers(attached))
-    for layer in layers.values():
-        a, b = layer.lora_A["default"], layer.lora_B["default"]
-        if a.weight.shape[0] == a.weight.shape[1]:
-            frozen = a
-        else:
-            frozen = b
-            nn.init.zeros_(a.weight)  # the trained one of the two starts at zero
-        register_parametrization(frozen, "weight", Identity(frozen.weight))
-    return plan, attached
+build = Full
 
 
 class Identity(nn.Module):

@@ -1,37 +1,27 @@
 """IncreLoRA (Zhang et al. 2023, arXiv:2308.12043): every site starts at rank 1, and the most important ones grow.
 
 ΔW = s·Σ_j e_j·b_j·a_j on each site. The next components train in reserve, with e frozen at 1e-5, until they are
-promoted. A site's sensitivity is I = Σ|ΔW∘∂L/∂ΔW| / √(d_out·d_in); its score is the average of I times its uncertainty.
+promoted. A site's sensitivity is I = Σ|ΔW∘∂L/∂ΔW| / √(d_out·d_in), an estimate of what removing ΔW costs; its score is
+the average of I times its uncertainty. ∂L/∂ΔW = gᵀ·x, with x the site's input and g the gradient of its output, which
+the backward pass knows. The sum is computed for a block of rows at a time, without a matrix of ΔW's size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
-from weightlora.errors import OptionError, SelectionError
-from weightlora.methods.base import AttachedPlan, Method
-from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
-from weightlora.methods.common.importance import Sensitivities
-from weightlora.methods.common.schedules import growth, require_window, window
-from weightlora.methods.common.triplets import (
-    Alpha,
-    attach_triplets,
-    export_triplets,
-    orthogonality_gradient,
-    plan_under,
-    require_steps,
-    triplet_plan,
-)
-from weightlora.model.distributed import from_first
-from weightlora.model.layers import lora_layers
-from weightlora.model.sites import find_sites
+from weightlora.errors import OptionError
+from weightlora.methods.base import recorded
+from weightlora.methods.common.moving import growth, require_window, window
+from weightlora.methods.common.triplets import Alpha, TripletMethod
+from weightlora.model.distributed import average, from_first, process_count, require_agreement
+from weightlora.model.sites import Site
 from weightlora.plan.plan import AdapterPlan
 
 if TYPE_CHECKING:
@@ -42,64 +32,7 @@ if TYPE_CHECKING:
 _RESERVE = 1e-5  # the e of a component in reserve: almost no effect, but Adam still trains a and b
 _STD = 0.02  # of a and b at the start, as in PEFT's AdaLoRA layers
 _ROUNDS = 20  # rounds of growth without an interval
-
-
-@dataclass(frozen=True)
-class _Options:
-    max_r: int | None
-    count: int | None
-    begin: float
-    end: float
-    interval: int | None
-    restart: int | None
-    beta1: float
-    beta2: float
-    orth_reg_weight: float
-    alpha: Alpha
-    seed: int
-
-
-def build(
-    *,
-    max_r: int | None = None,
-    count: int | None = None,
-    begin: float = 0.05,
-    end: float = 0.5,
-    interval: int | None = None,
-    restart: int | None = None,
-    beta1: float = 0.85,
-    beta2: float = 0.85,
-    orth_reg_weight: float = 0.1,
-    alpha: Alpha = "keep",
-    seed: int = 0,
-) -> Method:
-    """Return the method.
-
-    Args:
-        max_r: Largest rank of a site. None: 2·r.
-        count: Components that a site gains in a round, and those that it has in reserve. None: r/2.
-        begin: Share of the training before the first round of growth.
-        end: Share of the training at which the budget is reached.
-        interval: Steps between rounds. None: a twentieth of the steps between ``begin`` and ``end``.
-        restart: Steps in which the learning rate of new components rises to that of the others. None: ``interval``.
-        beta1: Decay of the average sensitivity.
-        beta2: Decay of the average of its uncertainty.
-        orth_reg_weight: λ of the penalty that keeps the a_j and the b_j of a site orthogonal.
-        alpha: ``"keep"`` scales by alpha over the site's current rank, as in the paper; ``"scale"`` scales every rank
-            by alpha/r as in plain LoRA, so that growing changes no logit.
-        seed: Decides the initial weights of components that enter the reserve later.
-
-    Raises:
-        OptionError: An argument is out of its range.
-    """
-    for name, value in (("count", count), ("interval", interval), ("restart", restart)):
-        if value is not None and value < 1:
-            raise OptionError(f"{name}={value} is not allowed: give at least 1")
-    require_window(begin, end)
-    for name, value in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 <= value < 1:
-            raise OptionError(f"{name}={value} is not allowed: give a number in [0, 1)")
-    return IncreLora(_Options(max_r, count, begin, end, interval, restart, beta1, beta2, orth_reg_weight, alpha, seed))
+_ENTRIES = 2**20  # entries of ∂L/∂ΔW computed at once
 
 
 @dataclass(frozen=True)
@@ -142,103 +75,99 @@ class Components:
         )
 
 
-class IncreLora:
-    """IncreLoRA as a method, and the mover that its callback calls."""
+@dataclass(kw_only=True, eq=False)
+class IncreLora(TripletMethod):
+    """IncreLoRA.
 
-    _plan = AttachedPlan()
+    Args:
+        max_r: Largest rank of a site. None: 2·r.
+        count: Components that a site gains in a round, and those that it has in reserve. None: r/2.
+        begin: Share of the training before the first round of growth.
+        end: Share of the training at which the budget is reached.
+        interval: Steps between rounds. None: a twentieth of the steps between ``begin`` and ``end``.
+        restart: Steps in which the learning rate of new components rises to that of the others. None: ``interval``.
+        beta1: Decay of the average sensitivity.
+        beta2: Decay of the average of its uncertainty.
+        orth_reg_weight: λ of the penalty that keeps the a_j and the b_j of a site orthogonal.
+        alpha: ``"keep"`` scales by alpha over the site's current rank, as in the paper; ``"scale"`` scales every rank
+            by alpha/r as in plain LoRA, so that growing changes no logit.
+        seed: Decides the initial weights of components that enter the reserve later.
 
-    def __init__(self, options: _Options) -> None:
-        self._options = options
-        self._callback = MoverCallback(self)
+    Raises:
+        OptionError: ``begin`` does not come before ``end``.
+    """
 
-    @property
-    def plan(self) -> AdapterPlan:
-        """``max_r`` at each site before the training, as in its checkpoints; then the current ranks."""
-        plan = self._plan
-        masks = dict(zip(self._layers, self._components.promoted >= 0, strict=True)) if self._begun else None
-        return plan_under(plan, masks)
+    max_r: int | None = None
+    count: int | None = None
+    begin: float = 0.05
+    end: float = 0.5
+    interval: int | None = None
+    restart: int | None = None
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.1
+    alpha: Alpha = "keep"
+    seed: int = 0
+    name = "increlora"
+
+    def __post_init__(self) -> None:
+        require_window(self.begin, self.end)
 
     def budget(self, step: int) -> int:
         """Return one rank for each site plus those of the rounds up to ``step``: equal shares of whole ``count``s."""
-        sites, missing = len(self._layers), self._target - len(self._layers)
+        sites, missing = len(self._layers), self._low - len(self._layers)
         if step < self._first:
             return sites
         if step >= self._last:
-            return self._target
-        rounds = 1 - (self._first - self._last) // self._interval  # the last step is a round, whatever the interval
-        done = 1 + (step - self._first) // self._interval
-        return sites + missing * done // (rounds * self._count) * self._count
+            return self._low
+        rounds = 1 - (self._first - self._last) // self._every  # the last step is a round, whatever the interval
+        done = 1 + (step - self._first) // self._every
+        return sites + missing * done // (rounds * self._gain) * self._gain
 
-    def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:  # noqa: ARG002
+    def _start(
+        self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site], _batches: Iterable[Any], /
+    ) -> tuple[AdapterPlan, PeftModel]:
         """Put ``max_r`` triplets on all sites: one with e = 0, the reserve with e = 1e-5, the others unused."""
-        options, sites = self._options, find_sites(model, lora).sites
-        max_r = 2 * lora.r if options.max_r is None else options.max_r
+        max_r = 2 * lora.r if self.max_r is None else self.max_r
         _require_growth(lora.r, max_r)
-        first, self._last = window(options.begin, options.end, total_steps)
-        self._first = max(1, first)
-        self._interval = options.interval or max(1, (self._last - self._first) // _ROUNDS)
-        self._restart = options.restart or self._interval
-        self._count = options.count or max(1, lora.r // 2)
-        self._total, self._target, self._max_r = total_steps, len(sites) * lora.r, max_r
-        record = {**asdict(options), "max_r": max_r, "interval": self._interval, "count": self._count}
-        self._plan = triplet_plan(model, lora, sites, max_r, rule="increlora", options=record)
-        fixed = {"total_step": total_steps, "orth_reg_weight": 0.0}
-        attached = attach_triplets(model, lora, sites, init_r=max_r, alpha=options.alpha, name="increlora", **fixed)
-        self._layers: dict[str, Any] = dict(lora_layers(attached))
-        self._components = Components.at_start(len(sites), max_r, self._count)
-        self._average, self._uncertainty = torch.zeros(len(sites)), torch.zeros(len(sites))
+        first, self._last = window(self.begin, self.end, self._total)
+        self._first, self._max_r = max(1, first), max_r
+        self._every = self.interval or max(1, (self._last - self._first) // _ROUNDS)
+        self._gain = self.count or max(1, lora.r // 2)
+        options = {**recorded(self, max_r=max_r, interval=self._every, count=self._gain), "seed": self.seed}
+        return self._triplets(model, lora, sites, max_r, options, orth_reg_weight=0.0)
+
+    def _ready(self) -> None:
+        sites = len(self._layers)
+        self._components = Components.at_start(sites, self._max_r, self._gain)
+        self._average, self._uncertainty = torch.zeros(sites), torch.zeros(sites)
         self._sensitivities: Sensitivities | None = None
         self._slowed: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._guards: list[RemovableHandle] = []
-        self._begun = False
         self._settle(self._components)
-        tuner: Any = attached.base_model
-        self._remove_watch = warn_unless_begun([tuner, tuner.model], "increlora")
-        return attached
 
-    def callbacks(self) -> list[TrainerCallback]:
-        """Return the callback: the penalty before, scores and growth after each optimizer step."""
-        return [self._callback]
+    def _in_force(self) -> Mapping[str, Tensor]:
+        return dict(zip(self._layers, self._components.promoted >= 0, strict=True))
 
-    def export(self, model: PeftModel) -> PeftModel:
-        """Return stock LoRA of the promoted components.
+    def _missing(self, ranks: int) -> str | None:  # noqa: ARG002 - what is in reserve does not count
+        grown = sum(self._components.ranks)
+        return None if grown == self._low else f"has grown to {grown} ranks, {self._low} are the budget"
 
-        Raises:
-            SelectionError: They are fewer than the budget: the method did not run to its end.
-        """
-        ranks = sum(self._components.ranks)
-        if ranks < self._target:
-            raise SelectionError(
-                f"increlora has grown to {ranks} ranks, {self._target} are the budget: it did not run to its end; give "
-                "the trainer callbacks=method.callbacks(), and train all of the steps"
-            )
-        self._plan, self._begun = export_triplets(model, self._plan, budget=self._target, name="increlora"), False
-        self._remove_watch()
-        return model
-
-    def begin(self, total_steps: int) -> None:
+    def before_training(self, total_steps: int) -> None:
         """Start measuring sensitivities, and mask the gradient of each e that is not promoted.
 
         Raises:
             OptionError: The training takes more steps than the schedule was made for, or fewer.
         """
-        require_steps("increlora", self._total, total_steps)
-        self._remove_watch()
+        super().before_training(total_steps)
         self._stop_watching()
-        for guard in self._guards:
-            guard.remove()
-        self._begun = True
         self._sensitivities = Sensitivities(self._layers)
-        self._guards = [
-            layer.lora_E["default"].register_hook(partial(self._masked, i))
-            for i, layer in enumerate(self._layers.values())
-        ]
+        self._mask_gradients([layer.lora_E["default"] for layer in self._layers.values()], self._masked)
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
         """Add the gradient of the penalty, and copy what may move by only a part of the optimizer's step."""
         reserved, promoted = self._components.reserved, self._components.promoted
-        weight = self._options.orth_reg_weight / (2 * len(self._layers))
+        weight = self.orth_reg_weight / (2 * len(self._layers))
         self._slowed = []
         for layer, since, e_since in zip(self._layers.values(), reserved, promoted, strict=True):
             (a, grad_a), (b, grad_b), (e, _) = _rows(layer)
@@ -254,15 +183,14 @@ class IncreLora:
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Average the sensitivities; let sites grow in the rounds of the schedule."""
-        self._remove_watch()
         for rows, before, pace in self._slowed:
             rows.copy_(before.lerp(rows, pace))
         old = self._components
-        if sum(old.ranks) < self._target:
+        if sum(old.ranks) < self._low:
             self._average_sensitivities()
             self._grow(step)
         self._settle(old)
-        if sum(self._components.ranks) == self._target:
+        if sum(self._components.ranks) == self._low:
             self._stop_watching()
 
     def state(self) -> dict[str, Tensor]:
@@ -276,7 +204,7 @@ class IncreLora:
         self._average, self._uncertainty = state["average"], state["uncertainty"]
         self._components = Components(state["reserved"], state["promoted"])
         self._settle(self._components)
-        if sum(self._components.ranks) == self._target:
+        if sum(self._components.ranks) == self._low:
             self._stop_watching()
 
     def _stop_watching(self) -> None:
@@ -291,8 +219,8 @@ class IncreLora:
 
     def _average_sensitivities(self) -> None:
         """Update the averages with the last step's I: Ī ← β₁·Ī + (1−β₁)·I, Ū ← β₂·Ū + (1−β₂)·|I − Ī|."""
-        beta1, beta2 = self._options.beta1, self._options.beta2
-        assert self._sensitivities is not None, "begin() watches until the budget is reached"
+        beta1, beta2 = self.beta1, self.beta2
+        assert self._sensitivities is not None, "before_training() watches until the budget is reached"
         found = self._sensitivities.take()
         # A step that overflows, as with fp16's loss scale, changes nothing.
         found = found.where(found.isfinite(), self._average)
@@ -306,11 +234,11 @@ class IncreLora:
             return
         scores = self._average * self._uncertainty
         total = budget - sum(ranks)
-        gains = from_first(lambda: growth(scores.tolist(), ranks, total=total, count=self._count, max_r=self._max_r))
-        reserve = 0 if budget == self._target else self._count
+        gains = from_first(lambda: growth(scores.tolist(), ranks, total=total, count=self._gain, max_r=self._max_r))
+        reserve = 0 if budget == self._low else self._gain
         self._components = self._components.grown(gains, step=step, reserve=reserve)
         # Weight decay has shrunk the unused components, so new ones are initialised again.
-        generator = torch.Generator().manual_seed(self._options.seed + step)
+        generator = torch.Generator().manual_seed(self.seed + step)
         for layer, since in zip(self._layers.values(), self._components.reserved, strict=True):
             (a, _), (b, _), _ = _rows(layer)
             for rows in (a, b):
@@ -323,12 +251,115 @@ class IncreLora:
         for layer, (kept, there, rank) in zip(self._layers.values(), places, strict=True):
             e = layer.lora_E["default"].detach().flatten()  # a view
             e.copy_(torch.where(kept.to(e.device), e, _RESERVE * there.to(e)))
-            if self._options.alpha == "keep":
+            if self.alpha == "keep":
                 layer.ranknum["default"].fill_(rank)
 
     def _pace(self, since: Tensor, step: int) -> Tensor:
         """Return the share of the optimizer's step that each component takes; those of the start take all of it."""
-        return torch.where(since > 0, ((step - since) / self._restart).clamp(max=1), 1.0)
+        return torch.where(since > 0, ((step - since) / (self.restart or self._every)).clamp(max=1), 1.0)
+
+
+build = IncreLora
+
+
+class Sensitivities:
+    """Each site's sensitivity, added up over backward passes until it is taken.
+
+    Several processes average ∂L/∂ΔW within a backward pass, so each site must be in it on all of them.
+
+    Args:
+        layers: The sites' adapters by name; watched until :meth:`stop`.
+    """
+
+    def __init__(self, layers: Mapping[str, Any]) -> None:
+        self._layers = layers
+        self._sums: dict[str, Tensor] = {}
+        self._expected = dict.fromkeys(layers, 0)
+        self._compared = False
+        self._handles = [
+            handle
+            for name, layer in layers.items()
+            for handle in watch_backward(layer, partial(self._add, name), partial(self._expect, name))
+        ]
+
+    def take(self) -> Tensor:
+        """Return the sums (sites,) and start anew; sites without a backward pass have 0."""
+        found = torch.stack([self._sums.get(name, torch.zeros(())).cpu() for name in self._layers])
+        self._sums, self._expected, self._compared = {}, dict.fromkeys(self._layers, 0), False
+        return found
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _expect(self, name: str) -> None:
+        self._expected[name] += 1
+
+    def _add(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        if process_count() > 1 and not self._compared:  # else a process would wait for what no other sends
+            advice = "train in one process a model that leaves out layers or experts at some rows"
+            require_agreement(str(self._expected), "the set of sites that a batch runs through", advice)
+        self._expected[name] -= 1
+        self._compared = any(self._expected.values())
+        self._sums[name] = self._sums.get(name, 0) + sensitivity(self._layers[name], x, gradient)
+
+
+def watch_backward(
+    layer: Any, call: Callable[[Tensor, Tensor], None], announce: Callable[[], None] | None = None
+) -> list[RemovableHandle]:
+    """Make each backward pass call ``call(x, g)`` with A's input and the gradient of the layer's output.
+
+    This keeps no tensor longer: autograd holds x for A's gradient until then.
+
+    Args:
+        layer: The site's adapter.
+        call: What is called.
+        announce: Called in each forward pass that may be followed by a backward pass.
+    """
+    given: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        given.append(output.detach())
+
+    def attach(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        x = given.pop()
+        if output.requires_grad:
+            output.register_hook(partial(call, x))
+            if announce is not None:
+                announce()
+
+    return [layer.lora_dropout["default"].register_forward_hook(keep), layer.register_forward_hook(attach)]
+
+
+@torch.no_grad()
+def sensitivity(layer: Any, x: Tensor, gradient: Tensor) -> Tensor:
+    """Return I = Σ|ΔW∘G| / √(d_out·d_in) with G = gᵀ·x, the mean over the processes, computed in blocks of rows.
+
+    Args:
+        layer: The site's adapter.
+        x: A's input, (..., in).
+        gradient: g of the layer's output, (..., out).
+    """
+    a, b, e = (matrix["default"].detach() for matrix in (layer.lora_A, layer.lora_B, layer.lora_E))
+    x, gradient = x.reshape(-1, x.shape[-1]).float(), gradient.reshape(-1, gradient.shape[-1]).float()
+    scale = layer.scaling["default"] / (layer.ranknum["default"] + 1e-5)
+    right, size = (scale * e * a).float(), max(1, _ENTRIES // x.shape[1])
+    total = torch.zeros((), device=x.device)
+    for left, g in zip(b.float().split(size), gradient.split(size, dim=1), strict=True):
+        total += ((left @ right) * average(g.T @ x)).abs().sum()
+    return total / (x.shape[1] * gradient.shape[1]) ** 0.5
+
+
+def orthogonality_gradient(rows: Tensor) -> Tensor:
+    """Return the gradient of ‖R·Rᵀ − I‖_F with respect to R (r, d): 2·(R·Rᵀ − I)·R / ‖R·Rᵀ − I‖_F.
+
+    Example:
+        >>> orthogonality_gradient(torch.tensor([[2.0, 0.0]]))
+        tensor([[4., 0.]])
+    """
+    rest = rows @ rows.T - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)
+    return 2 * rest @ rows / rest.norm().clamp(min=1e-12)
 
 
 def _rows(layer: Any) -> tuple[tuple[Tensor, Tensor | None], ...]:

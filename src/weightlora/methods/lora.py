@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from weightlora.methods.base import ChoosingMethod, Method
+from weightlora.methods.base import ChoosingMethod, Method, plan_of
 from weightlora.model.sites import find_sites
-from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
-from weightlora.plan.provenance import base_model_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -22,13 +20,4 @@ def build() -> Method:
 
 
 def _choose(model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int) -> AdapterPlan:
-    found = find_sites(model, lora)
-    sites = found.sites
-    return make_plan(
-        sites,
-        lora,
-        [site.name for site in sites],
-        rule="lora",
-        base_model=base_model_name(model),
-        target_parameters=found.parameters,
-    )
+    return plan_of(model, lora, find_sites(model, lora), rule="lora")

@@ -9,22 +9,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from weightlora.errors import OptionError, SelectionError
-from weightlora.methods.base import ChoosingMethod, Method, Prepared
+from weightlora.errors import SelectionError
+from weightlora.methods.base import PlanningMethod, Prepared, plan_of, recorded
 from weightlora.model.distributed import add_up
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import adapter_parameters, find_sites
 from weightlora.model.token_mask import TokenRows, counted_tokens
 from weightlora.plan.budget import Keep, read_budget
-from weightlora.plan.make import make_plan
-from weightlora.plan.provenance import base_model_name
 from weightlora.selection.batches import Loss, cycled, in_parts
 from weightlora.selection.stage import Stage, evaluated, probed, train_adapters
 
@@ -33,30 +31,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@dataclass(frozen=True)
-class _Options:
-    keep: Keep
-    energy: float | None
-    share: bool
-    steps: int | None
-    lr: float
-    head_lr: float | None
-    seed: int
-    loss_fn: Loss | None
-
-
-def build(
-    *,
-    keep: Keep = 0.5,
-    energy: float | None = None,
-    share: bool = False,
-    steps: int | None = None,
-    lr: float = 1e-3,
-    head_lr: float | None = None,
-    seed: int = 0,
-    loss_fn: Loss | None = None,
-) -> Method:
-    """Return the method.
+@dataclass(kw_only=True, eq=False)
+class LoraDrop(PlanningMethod):
+    """LoRA-drop.
 
     Args:
         keep: As in :func:`weightlora.select`; half is Table 1's reading.
@@ -68,50 +45,40 @@ def build(
         head_lr: That of a new head; None stands for ``lr``.
         seed: Decides A's random start and dropout.
         loss_fn: As in :func:`weightlora.select`.
-
-    Raises:
-        OptionError: An argument is out of its range.
     """
-    if energy is not None and not 0 < energy <= 1:
-        raise OptionError(f"energy={energy} is not allowed: give a share in (0, 1], the paper has 0.9")
-    if steps is not None and steps < 1:
-        raise OptionError(f"steps={steps} is not allowed: give at least 1 batch")
 
-    return ChoosingMethod(partial(_choose, _Options(keep, energy, share, steps, lr, head_lr, seed, loss_fn)))
+    keep: Keep = 0.5
+    energy: float | None = None
+    share: bool = False
+    steps: int | None = None
+    lr: float = 1e-3
+    head_lr: float | None = None
+    seed: int = 0
+    loss_fn: Loss | None = None
+
+    def choose(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int, /) -> Prepared:
+        """Keep the sites with the strongest outputs; with ``share`` the others share their adapters."""
+        found = find_sites(model, lora)
+        sites, names = found.sites, [site.name for site in found.sites]
+        budget = read_budget(self.keep, adapter_parameters(sites, lora))
+        steps = max(20, math.ceil(total_steps / 10)) if self.steps is None else self.steps
+        rows = itertools.cycle(list(cycled(batches, steps)))  # measured on the training rows
+        given: dict[str, Any] = {"seed": self.seed, "loss_fn": self.loss_fn, "head_lr": self.head_lr}
+        with probed(model, lora, sites, batches=rows, steps=2 * steps, **given) as stage:
+            train_adapters(stage, steps=steps, lr=self.lr)
+            strength = _energies(stage, steps)
+        shares = (strength / strength.sum()).tolist()
+        wanted = budget.choose(shares) if self.energy is None else fewest(shares, self.energy)
+        kept = [names[i] for i in wanted if shares[i] > 0]
+        if not kept:
+            raise SelectionError("no adapter has an output; does the loss depend on the adapted layers?")
+        record = {"rule": "lora_drop", "options": recorded(self, steps=steps), "seed": self.seed}
+        plan = plan_of(model, lora, found, names if self.share else kept, shares, **record)
+        shared = [name for name in names if name not in kept] if self.share else []
+        return Prepared(plan, partial(tie_by_shape, names=shared))
 
 
-def _choose(
-    options: _Options, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int
-) -> Prepared:
-    found = find_sites(model, lora)
-    sites = found.sites
-    names = [site.name for site in sites]
-    budget = read_budget(options.keep, adapter_parameters(sites, lora))
-    steps = max(20, math.ceil(total_steps / 10)) if options.steps is None else options.steps
-    options = replace(options, steps=steps)
-    rows = itertools.cycle(list(cycled(batches, steps)))  # measured on the training rows
-    given: dict[str, Any] = {"seed": options.seed, "loss_fn": options.loss_fn, "head_lr": options.head_lr}
-    with probed(model, lora, sites, batches=rows, steps=2 * steps, **given) as stage:
-        train_adapters(stage, steps=steps, lr=options.lr)
-        strength = _energies(stage, steps)
-    shares = (strength / strength.sum()).tolist()
-    wanted = budget.choose(shares) if options.energy is None else fewest(shares, options.energy)
-    kept = [names[i] for i in wanted if shares[i] > 0]
-    if not kept:
-        raise SelectionError("no adapter has an output; does the loss depend on the adapted layers?")
-    plan = make_plan(
-        sites,
-        lora,
-        names if options.share else kept,
-        shares,
-        rule="lora_drop",
-        options={name: getattr(options, name) for name in ("keep", "energy", "share", "steps", "lr", "head_lr")},
-        seed=options.seed,
-        base_model=base_model_name(model),
-        target_parameters=found.parameters,
-    )
-    shared = [name for name in names if name not in kept] if options.share else []
-    return Prepared(plan, partial(tie_by_shape, names=shared))
+build = LoraDrop
 
 
 def fewest(shares: Sequence[float], energy: float) -> list[int]:

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from weightlora.errors import OptionError
-from weightlora.methods.base import ChoosingMethod, Method, Prepared
+from weightlora.methods.base import ChoosingMethod, Method, Prepared, plan_of
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import Site, find_sites, rank_and_alpha
-from weightlora.plan.make import make_plan
-from weightlora.plan.provenance import base_model_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -29,28 +27,17 @@ def build(*, n_mini: int = 4) -> Method:
     """Return the method.
 
     Args:
-        n_mini: N, mini adapters of a site, each of rank r/N. 4 of rank 2 are Table 1's 110K.
-
-    Raises:
-        OptionError: N is below 1.
+        n_mini: N, mini adapters of a site, each of rank r/N. 4 of rank 2 are Table 1's 110K; 1 is plain LoRA.
     """
-    if n_mini < 1:
-        raise OptionError(f"n_mini={n_mini} is not allowed: give at least 1; 1 is plain LoRA")
-    return ChoosingMethod(partial(_choose, n_mini))
 
+    def choose(model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int) -> Prepared:
+        found = find_sites(model, lora)
+        _require_blocks(found.sites, lora, n_mini)
+        options = {"n_mini": n_mini}
+        plan = plan_of(model, lora, found, rule="melora", options=options, target_parameters=None)
+        return Prepared(plan, partial(_split, n_mini))
 
-def _choose(n_mini: int, model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int) -> Prepared:
-    sites = find_sites(model, lora).sites
-    _require_blocks(sites, lora, n_mini)
-    plan = make_plan(
-        sites,
-        lora,
-        [site.name for site in sites],
-        rule="melora",
-        options={"n_mini": n_mini},
-        base_model=base_model_name(model),
-    )
-    return Prepared(plan, partial(_split, n_mini))
+    return ChoosingMethod(choose)
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ s·(B·A − B0·A0): LoRA of rank 2r, of which one half is frozen.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,50 +15,47 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from weightlora.errors import OptionError
-from weightlora.methods.base import ExpandedMethod, Method, uniform_plan
-from weightlora.methods.common.export import layer_factors
-from weightlora.methods.common.svd import singular_factors
-from weightlora.model.layers import lora_layers
-from weightlora.model.sites import find_sites
+from weightlora.methods.base import ExpandedMethod, uniform_plan
+from weightlora.methods.common.export import singular_factors
+from weightlora.model.sites import Site
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from peft import LoraConfig
 
-    from peft import LoraConfig, PeftModel
-
-    from weightlora.model.sites import Site
     from weightlora.plan.plan import AdapterPlan
 
 
-def build(*, r: int | None = None) -> Method:
-    """Return the method.
+@dataclass(kw_only=True, eq=False)
+class Milora(ExpandedMethod):
+    """MiLoRA, which exports twice the rank that it trains.
 
     Args:
         r: Trained rank; the exported rank is 2r. None: half of the budget's rank, rounded down. The budget's rank
             itself is the paper's method, and twice the budget.
     """
-    return ExpandedMethod(partial(_attach, r), layer_factors)
+
+    r: int | None = None
+
+    def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
+        if self.r is None and lora.r < 2:
+            raise OptionError(
+                f"milora exports twice the rank that it trains, and r={lora.r} cannot be halved; raise lora.r to 2, or "
+                "give the method r=1, over the budget"
+            )
+        rank = lora.r // 2 if self.r is None else self.r
+        _require_triplets(sites, rank)
+        alpha = lora.lora_alpha * 2 * rank / lora.r  # the scale s is plain LoRA's
+        return uniform_plan(model, lora, sites, r=2 * rank, alpha=alpha, rule="milora", options={"r": rank})
+
+    def _change(self, layers: Mapping[str, Any]) -> None:
+        for layer in layers.values():
+            root = layer.scaling["default"] ** 0.5
+            a, b = (factor / root for factor in singular_factors(layer, slice(-self._plan.options["r"], None)))
+            register_parametrization(layer.lora_A["default"], "weight", Halves(a, dim=0, sign=1))
+            register_parametrization(layer.lora_B["default"], "weight", Halves(b, dim=1, sign=-1))
 
 
-def _attach(r: int | None, model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
-    sites = find_sites(model, lora).sites
-    if r is None and lora.r < 2:
-        raise OptionError(
-            f"milora exports twice the rank that it trains, and r={lora.r} cannot be halved; raise lora.r to 2, or "
-            "give the method r=1, over the budget"
-        )
-    rank = lora.r // 2 if r is None else r
-    _require_triplets(sites, rank)
-    alpha = lora.lora_alpha * 2 * rank / lora.r  # the scale s is plain LoRA's
-    plan = uniform_plan(model, lora, sites, r=2 * rank, alpha=alpha, rule="milora", options={"r": rank})
-    attached = plan.attach(model)
-    layers: dict[str, Any] = dict(lora_layers(attached))
-    for layer in layers.values():
-        root = layer.scaling["default"] ** 0.5
-        a, b = (factor / root for factor in singular_factors(layer, slice(-rank, None)))
-        register_parametrization(layer.lora_A["default"], "weight", Halves(a, dim=0, sign=1))
-        register_parametrization(layer.lora_B["default"], "weight", Halves(b, dim=1, sign=-1))
-    return plan, attached
+build = Milora
 
 
 class Halves(nn.Module):

@@ -6,48 +6,50 @@ trained, B' from zero. B·B' and A'·A are LoRA of rank r.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from weightlora.errors import OptionError
-from weightlora.methods.base import ExpandedMethod, Method, uniform_plan
-from weightlora.methods.common.export import layer_factors
-from weightlora.methods.common.svd import singular_factors
-from weightlora.model.layers import lora_layers
-from weightlora.model.sites import find_sites
+from weightlora.methods.base import ExpandedMethod, uniform_plan
+from weightlora.methods.common.export import singular_factors
+from weightlora.model.sites import Site
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
 
     from weightlora.plan.plan import AdapterPlan
 
 
-def build(*, outer_r: int | None = None) -> Method:
-    """Return the method; the inner rank is the budget's.
+@dataclass(kw_only=True, eq=False)
+class Nora(ExpandedMethod):
+    """NoRA, whose inner rank is the budget's.
 
     Args:
         outer_r: n, rank of the frozen factors, limited at each site by its shape. None: 4·r. A larger n reaches more
             directions and trains more numbers, 2·r·n for each site.
     """
-    return ExpandedMethod(partial(_attach, outer_r), layer_factors)
+
+    outer_r: int | None = None
+
+    def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
+        n = 4 * lora.r if self.outer_r is None else self.outer_r
+        if n < lora.r:
+            raise OptionError(f"outer_r={n} is not allowed: give at least the inner rank r={lora.r}")
+        options = {"outer_r": n}
+        return uniform_plan(model, lora, sites, r=lora.r, alpha=lora.lora_alpha, rule="nora", options=options)
+
+    def _change(self, layers: Mapping[str, Any]) -> None:
+        for layer in layers.values():
+            outer_a, outer_b = singular_factors(layer, slice(self._plan.options["outer_r"]))
+            register_parametrization(layer.lora_A["default"], "weight", InnerA(outer_a))
+            register_parametrization(layer.lora_B["default"], "weight", InnerB(outer_b))
 
 
-def _attach(outer_r: int | None, model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
-    n = 4 * lora.r if outer_r is None else outer_r
-    if n < lora.r:
-        raise OptionError(f"outer_r={n} is not allowed: give at least the inner rank r={lora.r}")
-    sites = find_sites(model, lora).sites
-    plan = uniform_plan(model, lora, sites, r=lora.r, alpha=lora.lora_alpha, rule="nora", options={"outer_r": n})
-    attached = plan.attach(model)
-    layers: dict[str, Any] = dict(lora_layers(attached))
-    for layer in layers.values():
-        outer_a, outer_b = singular_factors(layer, slice(n))
-        register_parametrization(layer.lora_A["default"], "weight", InnerA(outer_a))
-        register_parametrization(layer.lora_B["default"], "weight", InnerB(outer_b))
-    return plan, attached
+build = Nora
 
 
 class InnerA(nn.Module):

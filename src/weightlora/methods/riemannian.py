@@ -6,19 +6,18 @@ Before each step, ∂L/∂A ← (BᵀB + δ·I)⁻¹·∂L/∂A and ∂L/∂B �
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
-from weightlora.errors import OptionError, SelectionError
-from weightlora.methods.base import AttachedPlan, Method
-from weightlora.methods.common.callback import MoverCallback, warn_unless_begun
+from weightlora.errors import SelectionError
+from weightlora.methods.base import recorded
+from weightlora.methods.common.moving import MovingMethod
 from weightlora.model.distributed import copy_from_first
-from weightlora.model.layers import lora_layers
-from weightlora.model.sites import find_sites
+from weightlora.model.sites import Site
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import base_model_name
@@ -28,55 +27,36 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def build(*, reg: float = 1e-2) -> Method:
-    """Return the method.
+@dataclass(kw_only=True, eq=False)
+class Riemannian(MovingMethod):
+    """Plain LoRA on all sites; it changes gradients, not ranks.
 
     Args:
-        reg: δ, added to the diagonal of BᵀB and AAᵀ before they are inverted; PEFT's default.
-
-    Raises:
-        OptionError: δ is not positive.
+        reg: δ, added to the diagonal of BᵀB and AAᵀ before they are inverted, since B starts at zero; PEFT's default.
     """
-    if not reg > 0:
-        raise OptionError(f"reg={reg} is not allowed: give a positive number, B starts at zero")
-    return Riemannian(reg)
 
+    reg: float = 1e-2
+    name = "riemannian"
 
-class Riemannian:
-    """The method, and the mover that its callback calls: it changes gradients, not ranks."""
+    def _start(
+        self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site], _batches: Iterable[Any], /
+    ) -> tuple[AdapterPlan, PeftModel]:
+        names, base = [site.name for site in sites], base_model_name(model)
+        plan = make_plan(sites, lora, names, rule=self.name, options=recorded(self), base_model=base)
+        return plan, plan.attach(model)
 
-    _plan = AttachedPlan()
+    def before_training(self, total_steps: int) -> None:
+        """Record that the callback runs; there is no schedule."""
+        self._total = total_steps
+        super().before_training(total_steps)
 
-    def __init__(self, reg: float) -> None:
-        self._reg = reg
-        self._callback = MoverCallback(self)
-
-    @property
-    def plan(self) -> AdapterPlan:
-        """Plain LoRA on all sites."""
-        return self._plan
-
-    def budget(self, step: int) -> int:  # noqa: ARG002 - the same at every step
-        """Return plain LoRA's ranks."""
-        return sum(entry.lora_r for entry in self._plan.entries)
-
-    def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:  # noqa: ARG002
-        """Put plain LoRA on all sites."""
-        sites = find_sites(model, lora).sites
-        names, options = [site.name for site in sites], {"reg": self._reg}
-        self._plan = make_plan(
-            sites, lora, names, rule="riemannian", options=options, base_model=base_model_name(model)
-        )
-        attached = self._plan.attach(model)
-        self._layers: dict[str, Any] = dict(lora_layers(attached))
-        self._begun = False
-        tuner: Any = attached.base_model
-        self._remove_watch = warn_unless_begun([tuner, tuner.model], "riemannian")
-        return attached
-
-    def callbacks(self) -> list[TrainerCallback]:
-        """Return the callback that runs between the backward pass and the optimizer's step."""
-        return [self._callback]
+    def before_step(self, step: int) -> None:  # noqa: ARG002 - all steps are alike
+        """Precondition the gradients, after clipping."""
+        for layer in self._layers.values():
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            if a.grad is not None and b.grad is not None:
+                a.grad, b.grad = preconditioned(a, b, a.grad, b.grad, self.reg)
+                copy_from_first([a.grad, b.grad])  # solvers of two devices may round differently
 
     def export(self, model: PeftModel) -> PeftModel:
         """Return the model, which is stock LoRA already.
@@ -91,28 +71,8 @@ class Riemannian:
         self._plan.check(model)
         return model
 
-    def begin(self, total_steps: int) -> None:  # noqa: ARG002 - there is no schedule
-        """Record that the callback runs."""
-        self._begun = True
-        self._remove_watch()
 
-    def before_step(self, step: int) -> None:  # noqa: ARG002 - all steps are alike
-        """Precondition the gradients, after clipping."""
-        for layer in self._layers.values():
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            if a.grad is not None and b.grad is not None:
-                a.grad, b.grad = preconditioned(a, b, a.grad, b.grad, self._reg)
-                copy_from_first([a.grad, b.grad])  # solvers of two devices may round differently
-
-    def after_step(self, step: int) -> None:
-        """Do nothing."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Return nothing: the method has no state."""
-        return {}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Do nothing: the method has no state."""
+build = Riemannian
 
 
 @torch.no_grad()

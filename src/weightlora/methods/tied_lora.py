@@ -5,56 +5,54 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from weightlora.methods.base import ExpandedMethod, Method, uniform_plan
-from weightlora.methods.common.export import layer_factors
-from weightlora.model.layers import lora_layers
-from weightlora.model.sites import find_sites
+from weightlora.methods.base import ExpandedMethod, recorded, uniform_plan
+from weightlora.model.sites import Site
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
 
     from weightlora.plan.plan import AdapterPlan
 
 
-def build(*, train_shared: bool = True) -> Method:
-    """Return the method.
+@dataclass(kw_only=True, eq=False)
+class TiedLora(ExpandedMethod):
+    """Tied-LoRA at the budget's rank.
 
     Args:
         train_shared: Train A and B as well as u and v, the paper's configuration TL6. False keeps A and B random and
             trains only u and v, as in VeRA.
     """
-    return ExpandedMethod(partial(_attach, train_shared), layer_factors)
+
+    train_shared: bool = True
+
+    def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
+        own = recorded(self)
+        return uniform_plan(model, lora, sites, r=lora.r, alpha=lora.lora_alpha, rule="tied_lora", options=own)
+
+    @torch.no_grad()
+    def _change(self, layers: Mapping[str, Any]) -> None:
+        """Make the A and B of all layers of a shape scaled copies of the first one's; v starts at 1, u at 0."""
+        shared: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for layer in layers.values():
+            a, b = layer.lora_A["default"], layer.lora_B["default"]
+            shape = (layer.in_features, layer.out_features)
+            if shape not in shared:
+                nn.init.kaiming_uniform_(b.weight, a=5**0.5)  # as PEFT's A; u starts at 0 instead of B
+                pair = (a.weight.clone(), b.weight.clone())
+                shared[shape] = (nn.Parameter(pair[0]), nn.Parameter(pair[1])) if self.train_shared else pair
+            for matrix, of_all, start in zip((a, b), shared[shape], (1.0, 0.0), strict=True):
+                register_parametrization(matrix, "weight", Scaled(of_all, start))
 
 
-def _attach(train_shared: bool, model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
-    sites, own = find_sites(model, lora).sites, {"train_shared": train_shared}
-    plan = uniform_plan(model, lora, sites, r=lora.r, alpha=lora.lora_alpha, rule="tied_lora", options=own)
-    attached = plan.attach(model)
-    tie(attached, train_shared=train_shared)
-    return plan, attached
-
-
-@torch.no_grad()
-def tie(model: PeftModel, *, train_shared: bool) -> None:
-    """Make the A and B of all layers of a shape scaled copies of the first one's; v starts at 1, u at 0."""
-    layers: dict[str, Any] = dict(lora_layers(model))
-    shared: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    for layer in layers.values():
-        a, b = layer.lora_A["default"], layer.lora_B["default"]
-        shape = (layer.in_features, layer.out_features)
-        if shape not in shared:
-            nn.init.kaiming_uniform_(b.weight, a=5**0.5)  # as PEFT's A; u starts at 0 instead of B
-            pair = (a.weight.clone(), b.weight.clone())
-            shared[shape] = (nn.Parameter(pair[0]), nn.Parameter(pair[1])) if train_shared else pair
-        for matrix, of_all, start in zip((a, b), shared[shape], (1.0, 0.0), strict=True):
-            register_parametrization(matrix, "weight", Scaled(of_all, start))
+build = TiedLora
 
 
 class Scaled(nn.Module):

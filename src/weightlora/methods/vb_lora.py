@@ -7,14 +7,14 @@ vectors v of the bank, weighted by the K largest of the piece's own h logits σ.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError
-from weightlora.methods.base import ExpandedMethod, Method, uniform_plan
+from weightlora.methods.base import ExpandedMethod, recorded, uniform_plan
 from weightlora.methods.common.export import Factors
-from weightlora.model.sites import Site, find_sites, tuner_fields
+from weightlora.model.sites import Site, tuner_fields
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -25,16 +25,9 @@ if TYPE_CHECKING:
 _LONGEST = 256
 
 
-def build(
-    *,
-    r: int | None = None,
-    num_vectors: int = 256,
-    vector_length: int | None = None,
-    topk: int = 2,
-    init_vector_bank_bound: float = 0.02,
-    init_logits_std: float = 0.1,
-) -> Method:
-    """Return the method; the names are those of PEFT's ``VBLoRAConfig``.
+@dataclass(kw_only=True, eq=False)
+class VbLora(ExpandedMethod):
+    """VB-LoRA; the names of its options are those of PEFT's ``VBLoRAConfig``.
 
     Args:
         r: Rank, trained and exported. None: the budget's rank; a larger one exceeds the budget.
@@ -45,30 +38,38 @@ def build(
         init_logits_std: The logits start normal with this deviation.
 
     Raises:
-        OptionError: K is not between 1 and h.
+        OptionError: K is larger than h.
     """
-    if not 1 <= topk <= num_vectors:
-        raise OptionError(f"topk={topk} is not allowed: give 1 to num_vectors={num_vectors}")
-    given: dict[str, Any] = {
-        "r": r,
-        "num_vectors": num_vectors,
-        "vector_length": vector_length,
-        "topk": topk,
-        "init_vector_bank_bound": init_vector_bank_bound,
-        "init_logits_std": init_logits_std,
-    }
-    return ExpandedMethod(partial(_attach, given), expanded)
+
+    r: int | None = None
+    num_vectors: int = 256
+    vector_length: int | None = None
+    topk: int = 2
+    init_vector_bank_bound: float = 0.02
+    init_logits_std: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.topk <= self.num_vectors:
+            raise OptionError(f"topk={self.topk} is not allowed: give 1 to num_vectors={self.num_vectors}")
+
+    def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
+        rank = lora.r if self.r is None else self.r
+        options = recorded(self, r=rank, vector_length=piece_length(sites, self.vector_length))
+        return uniform_plan(model, lora, sites, r=rank, alpha=rank, rule="vb_lora", options=options)  # the scale is 1
+
+    def _put(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> PeftModel:
+        from peft import VBLoRAConfig, get_peft_model
+
+        config = VBLoRAConfig(**self._plan.options, vblora_dropout=lora.lora_dropout, **tuner_fields(lora, sites))
+        return get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+    def _factors(self, layer: Any) -> Factors:
+        """Return A and B of one of PEFT's VB-LoRA layers, as its forward pass computes them."""
+        a, b = layer._get_lora_matrices("default")
+        return Factors(a, b, 1.0)
 
 
-def _attach(given: Mapping[str, Any], model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
-    from peft import VBLoRAConfig, get_peft_model
-
-    sites = find_sites(model, lora).sites
-    rank = lora.r if given["r"] is None else given["r"]
-    own = {**given, "r": rank, "vector_length": piece_length(sites, given["vector_length"])}
-    plan = uniform_plan(model, lora, sites, r=rank, alpha=rank, rule="vb_lora", options=own)  # the scale is 1
-    config = VBLoRAConfig(**own, vblora_dropout=lora.lora_dropout, **tuner_fields(lora, sites))
-    return plan, get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
+build = VbLora
 
 
 def piece_length(sites: Sequence[Site], asked: int | None) -> int:
@@ -93,9 +94,3 @@ def piece_length(sites: Sequence[Site], asked: int | None) -> int:
         f"{found} all sizes {', '.join(map(str, sizes))} of the sites; give a divisor of {common}, or leave sites "
         "out of target_modules"
     )
-
-
-def expanded(layer: Any) -> Factors:
-    """Return A and B of one of PEFT's VB-LoRA layers, as its forward pass computes them."""
-    a, b = layer._get_lora_matrices("default")
-    return Factors(a, b, 1.0)

@@ -6,13 +6,13 @@ and d (r) are trained.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightlora.methods.base import ExpandedMethod, Method, uniform_plan
+from weightlora.methods.base import ExpandedMethod, recorded, uniform_plan
 from weightlora.methods.common.export import Factors
-from weightlora.model.sites import find_sites, tuner_fields
+from weightlora.model.sites import Site, tuner_fields
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from weightlora.plan.plan import AdapterPlan
 
 
-def build(*, r: int | None = None, d_initial: float = 0.1, projection_prng_key: int = 0) -> Method:
-    """Return the method; the names are those of PEFT's ``VeraConfig``.
+@dataclass(kw_only=True, eq=False)
+class Vera(ExpandedMethod):
+    """VeRA; the names of its options are those of PEFT's ``VeraConfig``.
 
     Args:
         r: Rank of A and B, trained and exported. None: the budget's rank. A larger one exceeds the budget and costs one
@@ -30,23 +31,27 @@ def build(*, r: int | None = None, d_initial: float = 0.1, projection_prng_key: 
         d_initial: d at the start; b starts at 0.
         projection_prng_key: Decides A and B.
     """
-    given = {"r": r, "d_initial": d_initial, "projection_prng_key": projection_prng_key}
-    return ExpandedMethod(partial(_attach, given), expanded)
+
+    r: int | None = None
+    d_initial: float = 0.1
+    projection_prng_key: int = 0
+
+    def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
+        rank = lora.r if self.r is None else self.r
+        # The scale is 1.
+        return uniform_plan(model, lora, sites, r=rank, alpha=rank, rule="vera", options=recorded(self, r=rank))
+
+    def _put(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> PeftModel:
+        from peft import VeraConfig, get_peft_model
+
+        config = VeraConfig(**self._plan.options, vera_dropout=lora.lora_dropout, **tuner_fields(lora, sites))
+        return get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+    def _factors(self, layer: Any) -> Factors:
+        """Return diag(d)·A and diag(b)·B of one of PEFT's VeRA layers."""
+        d, b = layer.vera_lambda_d["default"].unsqueeze(1), layer.vera_lambda_b["default"].unsqueeze(1)
+        a, whole_b = layer.vera_A["default"], layer.vera_B["default"]
+        return Factors(d * a[:, : layer.in_features].to(d.device), b * whole_b[: layer.out_features].to(b.device), 1.0)
 
 
-def _attach(given: Mapping[str, Any], model: nn.Module, lora: LoraConfig) -> tuple[AdapterPlan, PeftModel]:
-    from peft import VeraConfig, get_peft_model
-
-    sites = find_sites(model, lora).sites
-    rank = lora.r if given["r"] is None else given["r"]
-    own = {**given, "r": rank}
-    plan = uniform_plan(model, lora, sites, r=rank, alpha=rank, rule="vera", options=own)  # the scale is 1
-    config = VeraConfig(**own, vera_dropout=lora.lora_dropout, **tuner_fields(lora, sites))
-    return plan, get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
-
-
-def expanded(layer: Any) -> Factors:
-    """Return diag(d)·A and diag(b)·B of one of PEFT's VeRA layers."""
-    d, b = layer.vera_lambda_d["default"].unsqueeze(1), layer.vera_lambda_b["default"].unsqueeze(1)
-    a, whole_b = layer.vera_A["default"], layer.vera_B["default"]
-    return Factors(d * a[:, : layer.in_features].to(d.device), b * whole_b[: layer.out_features].to(b.device), 1.0)
+build = Vera

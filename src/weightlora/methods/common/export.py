@@ -1,4 +1,4 @@
-"""Stock LoRA from what a method trained: ΔW = scale·B·A on each site, of the remaining rank."""
+"""Factors of a site's update, ΔW = scale·B·A: of its weight's singular triplets, and as stock LoRA at the end."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.vera.layer import VeraLayer
+from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from weightlora.model.gathering import loaded
 from weightlora.model.layers import lora_layers, take_tuner
 from weightlora.plan.plan import AdapterPlan
 
@@ -35,6 +39,32 @@ def layer_factors(layer: Any) -> Factors:
     """Return A, B and scale of a LoRA layer, also if A and B are computed from other parameters."""
     a, b = _weights(layer)
     return Factors(a.detach(), b.detach(), layer.scaling["default"])
+
+
+@torch.no_grad()
+def singular_factors(layer: LoraLayer, which: slice) -> tuple[Tensor, Tensor]:
+    """Return A = √Σ·Vᵀ (r, in) and B = U·√Σ (out, r) of some triplets of the base layer's weight, in fp32.
+
+    Args:
+        layer: A LoRA layer; a quantised weight is dequantised.
+        which: Triplets by falling σ: ``slice(8)`` for the eight largest, ``slice(-8, None)`` for the smallest.
+
+    Example:
+        >>> from peft.tuners.lora import Linear
+        >>> from peft import LoraConfig
+        >>> base = torch.nn.Linear(2, 2, bias=False)
+        >>> base.weight.data = torch.tensor([[4.0, 0.0], [0.0, 1.0]])
+        >>> a, b = singular_factors(Linear(base, "default", LoraConfig(), r=1), slice(1))
+        >>> b @ a
+        tensor([[4., 0.],
+                [0., 0.]])
+    """
+    base: Any = layer.get_base_layer()
+    with loaded(base):
+        weight = dequantize_module_weight(base).detach().float()
+    u, s, v = torch.linalg.svd(weight.T if isinstance(base, Conv1D) else weight, full_matrices=False)
+    roots = s[which].sqrt()
+    return roots.unsqueeze(1) * v[which], u[:, which] * roots
 
 
 def factors_plan(plan: AdapterPlan, factors: Mapping[str, Factors]) -> AdapterPlan:
