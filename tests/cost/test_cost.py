@@ -80,6 +80,7 @@ def counted(model, batch):
     held = {}
 
     def pack(tensor):
+        tensor = tensor.detach()  # a kept output would keep its graph alive, and the graph the output
         if tensor.untyped_storage().data_ptr() not in parameters:
             held[tensor.untyped_storage().data_ptr()] = tensor
         return tensor

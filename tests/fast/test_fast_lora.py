@@ -406,6 +406,7 @@ def saved_bytes(model, run):
     own, held = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def pack(tensor):
+        tensor = tensor.detach()  # a kept output would keep its graph alive, and the graph the output
         if tensor.untyped_storage().data_ptr() not in own:
             held[tensor.untyped_storage().data_ptr()] = tensor
         return tensor

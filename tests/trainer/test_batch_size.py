@@ -110,6 +110,7 @@ def held(base, trainer, variant, rows):
     own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def pack(tensor):
+        tensor = tensor.detach()  # a kept output would keep its graph alive, and the graph the output
         if tensor.untyped_storage().data_ptr() not in own:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor

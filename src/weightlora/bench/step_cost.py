@@ -116,6 +116,7 @@ def saved_bytes(model: nn.Module, batch: Any) -> int:
     held: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()  # a kept output would keep its graph alive, and the graph the output
         if tensor.untyped_storage().data_ptr() not in parameters:
             held[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is used twice
         return tensor
