@@ -23,8 +23,8 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from weightlora.cost.empty_model import quantise
 from weightlora.cost.memory import Setting, count_step
-from weightlora.cost.quantised import quantise
 from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.sites import find_sites
 from weightlora.plan.make import make_plan

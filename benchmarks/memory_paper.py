@@ -21,8 +21,7 @@ import transformers
 from peft import LoraConfig
 
 from weightlora.cost.comparison import MemoryLine, compare_memory
-from weightlora.cost.empty_model import make_empty_model
-from weightlora.cost.made_up_batch import make_loss_of
+from weightlora.cost.empty_model import make_empty_model, make_loss_of
 from weightlora.cost.memory import Setting
 from weightlora.paper.study import read_study, recipe_of
 

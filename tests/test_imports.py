@@ -39,7 +39,7 @@ ROOMS = (
     ),
 )
 #: Files that a registry finds by the name that a user types; nothing else need import them.
-REGISTERED = re.compile(r"methods\.[a-z_]+|selection\.rules\.[a-z_]+|stacks\.[a-z_]+|tasks\.[a-z_]+|cli\.[a-z_]+")
+REGISTERED = re.compile(r"methods\.[a-z_]+|selection\.rules\.[a-z_]+|tasks\.[a-z_]+|cli\.[a-z_]+")
 HEAVY = {"torch", "peft", "transformers", "numpy", "matplotlib"}
 
 

@@ -29,8 +29,7 @@ from transformers.utils import logging
 
 from weightlora.errors import ServingError, WeightLoraError
 from weightlora.serving import reader_of
-from weightlora.serving.adapter import read_files
-from weightlora.serving.base_model import read_base
+from weightlora.serving.adapter import read_base, read_files
 from weightlora.serving.check import find_problems, needed_option
 from weightlora.serving.export import export_adapter
 

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from weightlora.cli import main as weightlora
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs.recipe import read_recipe
-from weightlora.serving.base_model import write_config
+from weightlora.serving.adapter import write_config
 from weightlora.tasks import find_task
 from weightlora.tasks.embedded import smollm2
 from weightlora.tasks.pretrained import load_pretrained

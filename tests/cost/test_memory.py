@@ -12,10 +12,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from weightlora.cost._optimizers import optimizer_bytes
 from weightlora.cost.comparison import compare_memory
-from weightlora.cost.memory import Setting, count_step
-from weightlora.cost.quantised import quantisation_tensors, quantise
+from weightlora.cost.empty_model import quantisation_tensors, quantise
+from weightlora.cost.memory import Setting, count_step, optimizer_bytes
 from weightlora.errors import OptionError, SelectionError
 
 ROOT = Path(__file__).parents[2]

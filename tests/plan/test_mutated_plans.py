@@ -18,7 +18,7 @@ from weightlora.errors import PlanError, WeightLoraError
 from weightlora.model.layers import adapter_layers
 from weightlora.model.sites import find_sites
 from weightlora.plan._lora_schema import _FIELDS
-from weightlora.plan.lora_config import _PEFT_FIELDS, _PLANNED_FIELDS
+from weightlora.plan.attach import _PEFT_FIELDS, _PLANNED_FIELDS
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 
@@ -129,7 +129,7 @@ def test_mutated_plans(tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_adapter_directories(tmp_path, capsys):
     rng, counts, folder = generator(1), Counter(), tmp_path / "adapter"
-    from weightlora.plan.from_adapter import read_adapter
+    from weightlora.plan.make import read_adapter
 
     get_peft_model(net(), LoraConfig(r=2, target_modules=["0", "2"])).save_pretrained(folder)
     config, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"

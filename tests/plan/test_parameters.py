@@ -12,10 +12,8 @@ import weightlora
 from weightlora.errors import OptionError
 from weightlora.methods import make_method
 from weightlora.model.sites import adapter_parameters, find_sites
-from weightlora.plan.budget import Budget, read_budget
-from weightlora.plan.from_adapter import read_adapter
-from weightlora.plan.make import make_plan
-from weightlora.plan.ranks import chosen_ranks
+from weightlora.plan.budget import Budget, chosen_ranks, read_budget
+from weightlora.plan.make import make_plan, read_adapter
 
 KINDS = [{}, {"lora_bias": True}, {"use_dora": True}]  # PEFT refuses both at once
 

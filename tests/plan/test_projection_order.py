@@ -26,7 +26,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from weightlora.model.sites import Site
-from weightlora.plan.projection_order import ordered_projections, projection_key
+from weightlora.plan.heatmap import ordered_projections, projection_key
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 20}
 LLAMA = {**SMALL, "num_key_value_heads": 2}

@@ -10,10 +10,9 @@ from peft import LoraConfig
 from weightlora.cost.knapsack import Cost, CostBudget
 from weightlora.errors import OptionError
 from weightlora.model.sites import Site
-from weightlora.plan.budget import Budget, GainShare
+from weightlora.plan.budget import Budget, GainShare, chosen_ranks
 from weightlora.plan.make import make_plan
 from weightlora.plan.ranking import PerParameter
-from weightlora.plan.ranks import chosen_ranks
 
 
 @given(st.data(), st.integers(1, 60))

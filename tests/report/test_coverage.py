@@ -10,8 +10,7 @@ from torch import nn
 from weightlora.cli import main
 from weightlora.fast.enable import fast_coverage
 from weightlora.model.sites import find_sites
-from weightlora.plan.from_adapter import read_adapter
-from weightlora.plan.make import make_plan
+from weightlora.plan.make import make_plan, read_adapter
 from weightlora.report.coverage import VARIANTS, fast_gaps
 
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weightlora import select
 from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
-from weightlora.plan.projection_order import projection_role
+from weightlora.plan.heatmap import projection_role
 from weightlora.selection.rules import rule_of
 from weightlora.selection.rules.explained_variance import ExplainedVariance, nystrom_eigenvalues
 from weightlora.selection.rules.heuristic import KINDS, Heuristic, spread_order

@@ -15,8 +15,7 @@ from small_adapters import HOLES, everywhere, site
 from weightlora.cli import main
 from weightlora.errors import WeightLoraError
 from weightlora.serving import READERS
-from weightlora.serving.adapter import read_files
-from weightlora.serving.base_model import read_base
+from weightlora.serving.adapter import read_base, read_files
 from weightlora.serving.check import find_problems
 from weightlora.serving.export import export_adapter
 

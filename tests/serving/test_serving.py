@@ -26,9 +26,8 @@ import weightlora
 from weightlora.cli import main
 from weightlora.errors import DataError, OptionError, PlanError, ServingError
 from weightlora.serving import READERS, reader_of
-from weightlora.serving._stream import Planned, write_tensors
-from weightlora.serving.adapter import read_files
-from weightlora.serving.base_model import read_base
+from weightlora.serving._write import Planned, write_tensors
+from weightlora.serving.adapter import read_base, read_files
 from weightlora.serving.check import find_problems, needed_option
 from weightlora.serving.export import export_adapter
 

@@ -40,8 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     from weightlora.cli._streams import quiet_libraries
     from weightlora.runs.files import adapter_in
     from weightlora.serving import READERS, reader_of
-    from weightlora.serving.adapter import base_name, read_files
-    from weightlora.serving.base_model import is_here, read_base
+    from weightlora.serving.adapter import base_name, is_here, read_base, read_files
     from weightlora.serving.check import find_problems
 
     readers = READERS if arguments.reader == "all" else (reader_of(arguments.reader),)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.cli._help import add_command
 from weightlora.errors import DataError, OptionError
-from weightlora.model.loaders import LOADERS
+from weightlora.model.sites import LOADERS
 from weightlora.validation import Count, Share, checked
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from weightlora.cost.comparison import MemoryLine
-    from weightlora.cost.estimate import Estimate
+    from weightlora.cost.estimate import EstimateLine
     from weightlora.plan.plan import AdapterPlan
 
 _BYTES = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
@@ -152,7 +152,7 @@ step         time ÷ plain LoRA's by PEFT, median of the rounds
 spread       lowest and highest ratio of a round"""
 
 
-def _table(lines: Sequence[Estimate], title: str) -> Table:
+def _table(lines: Sequence[EstimateLine], title: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -177,7 +177,7 @@ def _model_and_loss(plan: AdapterPlan, path: str | None, length: int) -> tuple[A
     if path is None:
         raise OptionError("the plan names no base model; give --model_name_or_path")
 
-    from weightlora.cost.made_up_batch import make_loss_of, require_length
+    from weightlora.cost.empty_model import make_loss_of, require_length
     from weightlora.tasks.embedded import base_files
     from weightlora.tasks.pretrained import load_pretrained
 
@@ -210,7 +210,7 @@ def _print_memory(arguments: argparse.Namespace, rows: int, length: int) -> None
     from weightlora.cli._screen import PlainConsole
     from weightlora.cli._streams import quiet_casts, quiet_libraries
     from weightlora.cost.comparison import compare_memory
-    from weightlora.cost.made_up_batch import make_loss_of, require_length
+    from weightlora.cost.empty_model import make_loss_of, require_length
     from weightlora.cost.memory import Setting
     from weightlora.plan.budget import check_keep
 

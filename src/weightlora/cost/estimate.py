@@ -24,7 +24,7 @@ MakeLoss = Callable[[nn.Module, int], Tensor]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class EstimateLine:
     """One line of the comparison."""
 
     name: str
@@ -57,7 +57,7 @@ def estimate(
     length: int,
     fast: Dropout | None = None,
     rounds: int = 3,
-) -> list[Estimate]:
+) -> list[EstimateLine]:
     """Return a line each for plain LoRA, the plan and WeightLoRA+; ``model`` is left unchanged.
 
     Bytes are exact for the batch and need no arithmetic; what the fast step's dropout saves is an expected number.
@@ -91,11 +91,11 @@ def estimate(
                 if name not in counts:
                     counts[name] = _count(attached, make_loss, rows)
                 seconds[name].append(statistics.median(step_seconds(attached, lambda: [make_loss(model, timed_rows)])))
-    lines: list[Estimate] = []
+    lines: list[EstimateLine] = []
     for name, (variant, _) in variants.items():
         ratios = [time / lora for time, lora in zip(seconds[name], seconds["LoRA"], strict=True)]
         spread = {"step_ratio": statistics.median(ratios), "step_range": (min(ratios), max(ratios))}
-        lines.append(Estimate(name, len(variant.names), **counts[name], **spread))  # pyright: ignore[reportArgumentType]
+        lines.append(EstimateLine(name, len(variant.names), **counts[name], **spread))  # pyright: ignore[reportArgumentType]
     return lines
 
 

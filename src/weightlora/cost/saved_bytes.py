@@ -21,9 +21,15 @@ from torch import Tensor, nn
 
 from weightlora.cost.knapsack import ANY, Cause, Cost, Item, make_cost
 from weightlora.errors import OptionError, SelectionError
-from weightlora.model.hooks import Observer
 from weightlora.model.layers import lora_layers
-from weightlora.model.torch_private import fake_tensors, next_node_number, node_number, saved_tensors, storage_id
+from weightlora.model.torch_private import (
+    Observer,
+    fake_tensors,
+    next_node_number,
+    node_number,
+    saved_tensors,
+    storage_id,
+)
 
 Losses = Callable[[], Iterable[Tensor]]
 """Runs the forward passes of one optimizer step; each loss it yields is one backward pass."""

@@ -14,8 +14,15 @@ from transformers.pytorch_utils import Conv1D
 from weightlora.fast._step import Fused, Step, without_autocast
 from weightlora.fast.dropout import Dropout
 from weightlora.model.gates import Gate
-from weightlora.model.hooks import is_intercepted, keeps_input
-from weightlora.model.torch_private import has_global_hooks, hooks_of, is_hooked, is_view, own_parameter
+from weightlora.model.torch_private import (
+    has_global_hooks,
+    hooks_of,
+    is_hooked,
+    is_intercepted,
+    is_view,
+    keeps_input,
+    own_parameter,
+)
 
 #: With fewer numbers in x, PEFT's arithmetic is faster, for example when generating token by token: there an autograd
 #: function in Python costs more than it saves. It saves more where dropout acts on x.

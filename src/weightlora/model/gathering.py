@@ -1,4 +1,4 @@
-"""Weights that are in memory only while their module runs: offloaded by accelerate, or partitioned by ZeRO-3.
+"""Where a model's weights are: in memory, only while their module runs, or nowhere yet.
 
 ``device_map`` and ``cpu_offload`` leave parameters on the meta device, and a hook of accelerate loads them for each
 forward pass of the module. DeepSpeed's ``zero.Init`` leaves empty tensors, and gathers them only in training.
@@ -6,18 +6,21 @@ forward pass of the module. DeepSpeed's ``zero.Init`` leaves empty tensors, and 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from weightlora.errors import OptionError
-from weightlora.model.hooks import Observer
+from weightlora.errors import OptionError, SiteError
+from weightlora.model.distributed import is_first
+from weightlora.model.torch_private import Observer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -26,6 +29,61 @@ if TYPE_CHECKING:
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 #: What accelerate sets on a module whose weights it loads.
 _HOOK = ("_hf_hook", "_old_forward", "forward")
+
+
+def require_loaded(model: nn.Module, *, warm_up: bool = False) -> None:
+    """Raise where a weight has no values or no shape, or is one through which no gradient passes.
+
+    Such are weights on the meta device, of lazy modules, made under ``torch.inference_mode()``, and 4-bit weights that
+    bitsandbytes packed for evaluation.
+
+    Args:
+        model: A base model or a PEFT model.
+        warm_up: The model computes at once, on every process, also with its buffers. Otherwise processes other than
+            the first may lack the values, which FSDP's cpu_ram_efficient_loading gives them when the training starts.
+
+    Raises:
+        SiteError: With one of the weights, and what to do.
+
+    Example:
+        >>> from torch import nn
+        >>> require_loaded(nn.Linear(2, 2))
+        >>> require_loaded(nn.Linear(2, 2, device="meta"))
+        Traceback (most recent call last):
+        ...
+        weightlora.errors.SiteError: weight (2 of 2 weights) is on the meta device and nothing loads it: load the \
+model's weights, such as with from_pretrained and without torch.device('meta')
+    """
+    tensors = dict(chain(model.named_parameters(), model.named_buffers() if warm_up else ()))
+    parts = [
+        module for module in model.modules() if has_offloaded_params(module)
+    ]  # accelerate loads them when they run
+    later = {id(t) for part in parts for t in chain(part.parameters(recurse=False), part.buffers(recurse=False))}
+    must_be_here = warm_up or is_first()
+    faults: tuple[tuple[Callable[[Tensor], bool], str], ...] = (
+        (
+            is_lazy,
+            "has no shape yet, as lazy modules have none before their first batch: run the model on a batch once",
+        ),
+        (
+            lambda tensor: must_be_here and tensor.is_meta and id(tensor) not in later,
+            "is on the meta device and nothing loads it: load the model's weights, such as with from_pretrained and "
+            "without torch.device('meta')",
+        ),
+        (
+            Tensor.is_inference,
+            "was made under torch.inference_mode(), which autograd cannot use: load the model outside of that block",
+        ),
+        (
+            _is_packed,
+            "was packed by bitsandbytes when the model was evaluated on the CPU, and no gradient passes it: load the "
+            "model again, and evaluate it afterwards",
+        ),
+    )
+    for is_wrong, what in faults:
+        wrong = [name for name, tensor in tensors.items() if is_wrong(tensor)]
+        if wrong:
+            raise SiteError(f"{wrong[0]} ({len(wrong)} of {len(tensors)} weights) {what}")
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -174,6 +232,12 @@ def why_not_attachable(model: nn.Module, lora: LoraConfig) -> str | None:
             f"offloading, or leave {fields[0].partition('=')[0]} out"
         )
     return None
+
+
+def _is_packed(weight: Tensor) -> bool:
+    """Whether bitsandbytes has packed a 4-bit weight for evaluation on a CPU."""
+    state = vars(weight).get("quant_state")
+    return state is not None and bool(vars(state).get("packing_format_for_cpu"))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,18 @@ from torch import Tensor, nn
 
 from weightlora.errors import OptionError
 from weightlora.model.gathering import loaded
+from weightlora.model.modules import base_of
+
+
+class SortedLoraConfig(LoraConfig):
+    """A ``LoraConfig`` whose sets are saved as sorted lists; in memory they stay sets, which PEFT's operations need.
+
+    PEFT saves a set in random order, and ``add_weighted_adapter`` takes names only as a set.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as PEFT does, with sorted lists in place of sets."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
 
 def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLayer]:
@@ -30,24 +42,21 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLay
         model: A PEFT model, or any module that PEFT has put LoRA layers into.
         adapter: The adapter's name.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    found = {name: m for name, m in base.named_modules() if _is_lora_of_layer(m) and adapter in m.lora_A}
+    found = {name: m for name, m in base_of(model).named_modules() if _is_lora_of_layer(m) and adapter in m.lora_A}
     return dict(sorted(found.items()))
 
 
 def adapter_layers(model: nn.Module, adapter: str = "default") -> dict[str, BaseTunerLayer]:
     """Return what :func:`lora_layers` returns, and the layers of PEFT's VeRA and VB-LoRA; all have ``r`` by adapter."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     kinds = (VeraLayer, VBLoRALayer)
-    others = {name: m for name, m in base.named_modules() if isinstance(m, kinds) and adapter in m.r}
+    others = {name: m for name, m in base_of(model).named_modules() if isinstance(m, kinds) and adapter in m.r}
     return dict(sorted({**lora_layers(model, adapter), **others}.items()))
 
 
 def adapter_ranks(model: nn.Module, adapter: str = "default") -> dict[str, int]:
     """Return the rank of every layer or parameter that carries ``adapter``, by its name in the base model."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     kinds = (LoraLayer, VeraLayer, VBLoRALayer)
-    modules = base.named_modules()
+    modules = base_of(model).named_modules()
     found = {_adapted(name, m): m.r[adapter] for name, m in modules if isinstance(m, kinds) and adapter in m.r}
     return dict(sorted(found.items()))
 

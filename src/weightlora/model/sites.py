@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,19 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError, SiteError
-from weightlora.model._modules import base_modules, is_linear, output_head, shape_of
-from weightlora.model._patterns import require_patterns
-from weightlora.model._peft_targets import read_by_peft, refused_layers, require_adaptable_parameters
-from weightlora.model._requested import unmatched_targets, warn_of_leftovers
-from weightlora.model.parameters import TargetParameter, named_parameters
+from weightlora.model.modules import (
+    base_modules,
+    base_of,
+    is_linear,
+    output_head,
+    read_by_peft,
+    refused_layers,
+    require_adaptable_parameters,
+    require_patterns,
+    shape_of,
+    unmatched_targets,
+    warn_of_leftovers,
+)
 from weightlora.text import similar
 
 if TYPE_CHECKING:
@@ -22,8 +31,27 @@ if TYPE_CHECKING:
 
 #: Modules that PEFT trains whole for a task type, in addition to ``modules_to_save``.
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+#: transformers' loader for each of PEFT's task types; transformers is not imported here.
+LOADERS: Mapping[str, str] = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
 _NEVER_CALLED = "inside nn.MultiheadAttention, which never calls it"
 _HEAD_NAMES = frozenset([*(name for names in TASK_HEADS.values() for name in names), "classification_head"])
+
+
+def block_of(name: str) -> str:
+    """Return the repeated layer that a module or parameter is in: the name up to its first number; empty without one.
+
+    Example:
+        >>> block_of("model.layers.3.self_attn.q_proj"), block_of("lm_head")
+        ('model.layers.3', '')
+    """
+    match = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+    return match.group() if match else ""
 
 
 @dataclass(frozen=True, order=True)
@@ -43,9 +71,8 @@ class Site:
 
     @property
     def block(self) -> str:
-        """The repeated layer: the name up to its first number, or empty without one."""
-        match = re.match(r"(?:.*?\.)?\d+(?=\.)", self.name)
-        return match.group() if match else ""
+        """The repeated layer, by :func:`block_of`."""
+        return block_of(self.name)
 
     @property
     def projection(self) -> str:
@@ -60,6 +87,31 @@ class Site:
             vectors: Further vectors of ``out_features`` numbers that an adapter has: DoRA's magnitude, B's bias.
         """
         return r * (self.in_features + self.out_features) + (vectors * self.out_features if r else 0)
+
+
+@dataclass(frozen=True, order=True)
+class TargetParameter:
+    """A parameter with an adapter of its own (``target_parameters``), such as fused experts. Its rank never changes.
+
+    Example:
+        >>> TargetParameter("layers.0.mlp.experts.down_proj", shape=(4, 16, 8), r=2, alpha=4).parameters
+        192
+    """
+
+    name: str
+    """Full dotted name in the base model."""
+    shape: tuple[int, ...]
+    """(rows, columns), or (experts, rows, columns)."""
+    r: int
+    """Rank of each expert's adapter."""
+    alpha: float
+    """``lora_alpha``."""
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters of the adapter: r·(rows + columns) for each expert."""
+        *experts, rows, columns = self.shape
+        return self.r * math.prod(experts) * (rows + columns)
 
 
 @dataclass(frozen=True)
@@ -151,6 +203,30 @@ def linear_sites(model: nn.Module) -> tuple[Site, ...]:
     return tuple(sorted(Site(name, *shape_of(m)) for name, m in all_modules(model).items() if is_linear(m)))
 
 
+def named_parameters(modules: Mapping[str, nn.Module], entries: list[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters that PEFT adapts for ``target_parameters=entries``, by their full names.
+
+    Args:
+        modules: All modules of the base model, by name.
+        entries: Full names of parameters, or their endings.
+
+    Raises:
+        SiteError: PEFT cannot adapt one of them.
+    """
+    ends = tuple(f".{entry}" for entry in entries)
+    found: dict[str, tuple[int, ...]] = {}
+    for module, owner in modules.items():
+        for own, parameter in owner.named_parameters(recurse=False):
+            name = f"{module}.{own}"
+            if name not in entries and not name.endswith(ends):
+                continue
+            if not module or parameter.ndim not in (2, 3):
+                why = f"has {parameter.ndim} dimensions, not 2 or 3" if module else "belongs to the whole model"
+                raise SiteError(f"target_parameters: {name.lstrip('.')} {why}, so PEFT cannot adapt it; leave it out")
+            found[name] = tuple(parameter.shape)
+    return dict(sorted(found.items()))
+
+
 def require_unwrapped(model: nn.Module) -> None:
     """Raise unless ``model`` is a module with its own names of layers: what wraps it, or compiles it, renames them.
 
@@ -236,9 +312,7 @@ def trained_modules(lora: LoraConfig) -> tuple[str, ...]:
 
 def all_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by its name in the base model; PEFT's wrappers are ignored."""
-    from peft import PeftModel
-
-    require_unwrapped(model.get_base_model() if isinstance(model, PeftModel) else model)
+    require_unwrapped(base_of(model))
     return dict(base_modules(model))
 
 

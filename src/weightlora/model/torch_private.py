@@ -5,7 +5,8 @@ Torch may rename these without notice, so they are in one file. No public functi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 # -- hooks: read from a module's dictionary, because the fast step asks several times per layer and step ---------------
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether any hook is registered on ``module``."""
     own = vars(module)
@@ -28,9 +32,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def hooks_of(module: nn.Module) -> list[Any]:
     """Every hook that is registered on ``module``."""
-    own = vars(module)
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [hook for kind in kinds for hook in own[kind].values()]
+    return [hook for kind in _HOOKS for hook in vars(module)[kind].values()]
 
 
 def forward_hooks(module: nn.Module) -> dict[int, Any]:
@@ -38,9 +40,26 @@ def forward_hooks(module: nn.Module) -> dict[int, Any]:
     return vars(module)["_forward_hooks"]
 
 
-def forward_pre_hooks(module: nn.Module) -> dict[int, Any]:
-    """The dictionary of the forward pre-hooks of ``module``."""
-    return vars(module)["_forward_pre_hooks"]
+@dataclass(frozen=True)
+class Observer:
+    """A hook of any kind that leaves inputs and outputs as they are."""
+
+    notify: Callable[[], None]
+    """Called each time that the hook runs."""
+
+    def __call__(self, *_: Any) -> None:
+        """Run the hook."""
+        self.notify()
+
+
+def keeps_input(module: nn.Module) -> bool:
+    """Whether no forward pre-hook of ``module`` can change its input: all are :class:`Observer`."""
+    return all(isinstance(hook, Observer) for hook in vars(module)["_forward_pre_hooks"].values())
+
+
+def is_intercepted(module: nn.Module) -> bool:
+    """Whether a hook, or a ``forward`` set on the instance, can see or change the output of ``module``."""
+    return is_hooked(module) or "forward" in vars(module)
 
 
 def has_global_hooks() -> bool:

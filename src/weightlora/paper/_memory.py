@@ -11,8 +11,7 @@ from transformers import AutoConfig
 
 from weightlora.bench.table import Cell, Table
 from weightlora.cost.comparison import MemoryLine, compare_memory
-from weightlora.cost.empty_model import make_empty_model
-from weightlora.cost.made_up_batch import make_loss_of
+from weightlora.cost.empty_model import make_empty_model, make_loss_of
 from weightlora.cost.memory import Setting
 from weightlora.paper.picture import Curve, Lines, Picture
 from weightlora.paper.study import Study

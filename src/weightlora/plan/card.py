@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import MissingPackageError
 from weightlora.files import write_json, write_text
-from weightlora.plan.heatmap import draw_heatmap
-from weightlora.plan.plan import AdapterPlan
-from weightlora.plan.projection_order import ordered_projections
-from weightlora.plan.provenance import class_names, is_from_gguf
+from weightlora.folders import whole_folder
+from weightlora.plan._data import PlanData
+from weightlora.plan.attach import require_adapters
+from weightlora.plan.heatmap import draw_heatmap, ordered_projections
+from weightlora.plan.provenance import class_names, is_from_gguf, write_base_model_name
 from weightlora.text import in_code, in_markdown
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import nn
 
 CARD_FILE, PICTURE_FILE = "README.md", "plan.png"
@@ -43,7 +45,7 @@ _ANSWERS = {
 
 def write_card(
     folder: Path,
-    plan: AdapterPlan,
+    plan: PlanData,
     model: nn.Module,
     *,
     metrics: Mapping[str, float] | None = None,
@@ -78,6 +80,21 @@ def write_card(
     write_text(folder / CARD_FILE, _front_matter(folder, base) + "\n".join(lines) + "\n")
 
 
+def write_adapter(plan: PlanData, model: PeftModel, path: str | Path) -> None:
+    """Write ``model``'s adapter with its plan and card; see :meth:`weightlora.AdapterPlan.save_adapter`."""
+    from safetensors import SafetensorError
+
+    require_adapters(plan, model)
+    with whole_folder(path, "save_adapter") as draft:
+        try:
+            model.save_pretrained(str(draft))
+        except SafetensorError as error:  # raised when the disk is full
+            raise OSError(str(error)) from error
+        write_base_model_name(draft, model)
+        plan.save(draft / "plan.json")
+        write_card(draft, plan, model)
+
+
 def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
@@ -97,7 +114,7 @@ def _front_matter(folder: Path, base: str) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n"
 
 
-def _introduction(plan: AdapterPlan, base: str, *, rounded: bool) -> Iterator[str]:
+def _introduction(plan: PlanData, base: str, *, rounded: bool) -> Iterator[str]:
     yield f"# LoRA adapter of {in_markdown(base) or 'a model'}"
     yield ""
     yield f"weightlora chose where the adapter is: {_summary(plan)}. PEFT loads it without weightlora."
@@ -136,7 +153,7 @@ def _loading(task: str, base: str, tokenizer: str, labels: Sequence[str]) -> Ite
     yield from ("```", "")
 
 
-def _selection(plan: AdapterPlan, *, drawn: bool) -> Iterator[str]:
+def _selection(plan: PlanData, *, drawn: bool) -> Iterator[str]:
     yield from ("## Selection", "", f"Rule `{in_code(plan.rule)}`, seed {plan.seed}: {_summary(plan)}.", "")
     if drawn:
         yield from (f"![Heat map of the scores by layer and projection. {_summary(plan)}.]({PICTURE_FILE})", "")
@@ -149,14 +166,14 @@ def _measured(metrics: Mapping[str, float]) -> Iterator[str]:
         yield from (f"| {in_markdown(name)} | {value:.4g} |" for name, value in metrics.items())
 
 
-def _summary(plan: AdapterPlan) -> str:
+def _summary(plan: PlanData) -> str:
     return (
         f"{len(plan.names)} of {len(plan.entries)} sites, {plan.parameters:,} adapter parameters "
         f"(LoRA on all: {plan.lora_parameters:,})"
     )
 
 
-def _drawn(plan: AdapterPlan, path: Path) -> bool:
+def _drawn(plan: PlanData, path: Path) -> bool:
     try:
         draw_heatmap(plan, path)
     except MissingPackageError:  # training needs no matplotlib
@@ -164,7 +181,7 @@ def _drawn(plan: AdapterPlan, path: Path) -> bool:
     return True
 
 
-def _table(plan: AdapterPlan) -> Iterator[str]:
+def _table(plan: PlanData) -> Iterator[str]:
     yield from ("| projection | sites kept | rank | layers |", "| --- | --- | --- | --- |")
     for projection in ordered_projections(entry.site.projection for entry in plan.entries):
         sites = [entry for entry in plan.entries if entry.site.projection == projection]

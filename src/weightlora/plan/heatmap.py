@@ -1,57 +1,146 @@
-"""Heat map of a plan: layer × projection, each site's score and whether it is kept."""
+"""A plan by layer and projection: on one screen, as a table of shades and as a picture."""
 
 from __future__ import annotations
 
 import math
 import os.path
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightlora.errors import require_extra
 from weightlora.files import whole_file
-from weightlora.plan.plan import AdapterPlan
-from weightlora.plan.projection_order import ordered_projections
+from weightlora.plan._data import PlanData, PlannedSite
 from weightlora.text import natural, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+#: Words in the name of an attention over another sequence, in lower case and without underscores.
+_CROSS = ("crossattention", "crossattn", "encdecattention", "encoderattn", "encoderattention")
+
+#: The last words of attention's projections in the order of the forward pass.
+_ATTENTION = (
+    {"c_attn", "qkv", "qkv_proj", "query_key_value", "wqkv", "in_proj"},  # query, key and value in one matrix
+    {"q", "query", "q_proj", "query_proj", "q_lin", "q_attn", "q_a_proj", "wq"},
+    {"q_b_proj"},
+    {"k", "key", "k_proj", "key_proj", "k_lin", "kv_a_proj_with_mqa", "wk"},
+    {"v", "value", "v_proj", "value_proj", "v_lin", "kv_b_proj", "wv"},
+    {"pos_key_proj", "pos_proj"},
+    {"pos_query_proj", "pos_q_proj"},
+    {"o", "output", "o_proj", "out_proj", "c_proj", "out_lin", "dense", "wo"},
+)
+#: Those of the MLP.
+_MLP = (
+    {"gate", "gate_proj", "gate_up_proj", "wi_0", "w1"},
+    {"up", "up_proj", "wi_1", "w3"},
+    {"intermediate", "c_fc", "fc1", "fc_in", "lin1", "wi", "dense_h_to_4h", "ffn"},
+    {"down", "down_proj", "output", "c_proj", "fc2", "fc_out", "lin2", "wo", "w2", "dense_4h_to_h", "ffn_output"},
+)
+
+
+#: What each set above computes, in the same order.
+_ATTENTION_ROLES = ("qkv", "query", "query", "key", "value", "position", "position", "output")
+_MLP_ROLES = ("gate", "up", "up", "down")
+
+
+def projection_key(projection: str) -> tuple[int, int, str]:
+    """Return a sort key that puts a block's projections in the order of the forward pass.
+
+    Self-attention comes first (query, key, value, output), then cross-attention, then the MLP (gate, up, down). Names
+    of BERT, RoBERTa, ALBERT, DeBERTa, DistilBERT, ViT, Llama, Qwen, Mistral, Mixtral, DeepSeek, Phi, Falcon, GPT-2,
+    GPT-J, GPT-NeoX, OPT, T5 and BART are known. Unknown names follow in alphabetical order.
+
+    Args:
+        projection: A site's name inside its block, :attr:`weightlora.model.sites.Site.projection`.
+
+    Example:
+        >>> sorted(["mlp.down_proj", "self_attn.o_proj", "self_attn.q_proj"], key=projection_key)
+        ['self_attn.q_proj', 'self_attn.o_proj', 'mlp.down_proj']
+    """
+    words = projection.lower().split(".")
+    if len(words) > 1 and words[-1] == "dense" and words[-2] in ("output", "intermediate"):  # BERT's
+        words = words[:-1]
+    parents, last = [word.replace("_", "") for word in words[:-1]], words[-1]
+    if any(word in _CROSS for word in parents):
+        part, places = 1, _ATTENTION
+    elif any("attention" in word or "attn" in word for word in parents):
+        part, places = 0, _ATTENTION
+    elif any(last in names for names in _MLP):
+        part, places = 2, _MLP
+    else:  # such as "q_proj" alone; "dense" alone may be anything
+        part, places = 0, _ATTENTION[:-1]
+    place = next((i for i, names in enumerate(places) if last in names), None)
+    return (3, 0, projection) if place is None else (part, place, projection)
+
+
+def projection_role(projection: str) -> tuple[str, str]:
+    """Return the part of the block that a projection belongs to, and its role there.
+
+    The parts are ``attention``, ``cross-attention``, ``mlp`` and ``other``. Roles in attention are ``query``, ``key``,
+    ``value``, ``qkv`` (all three in one matrix), ``position`` and ``output``; in the MLP ``gate``, ``up`` and ``down``.
+
+    Args:
+        projection: As in :func:`projection_key`, which lists the models whose names are known.
+
+    Example:
+        >>> projection_role("self_attn.v_proj"), projection_role("attention.output.dense")
+        (('attention', 'value'), ('attention', 'output'))
+        >>> projection_role("output.dense"), projection_role("classifier")
+        (('mlp', 'down'), ('other', 'other'))
+    """
+    part, place, _ = projection_key(projection)
+    if part == 3:
+        return "other", "other"
+    return ("attention", "cross-attention", "mlp")[part], (_MLP_ROLES if part == 2 else _ATTENTION_ROLES)[place]
+
+
+def ordered_projections(projections: Iterable[str]) -> list[str]:
+    """Return the distinct projections in the order of the forward pass; see :func:`projection_key`.
+
+    Example:
+        >>> ordered_projections(["output.dense", "intermediate.dense", "attention.self.key", "attention.self.key"])
+        ['attention.self.key', 'intermediate.dense', 'output.dense']
+    """
+    return sorted(set(projections), key=projection_key)
+
+
 _SHADES = " ░▒▓█"
-#: Characters of a name in the picture; the end of a longer one is shown.
-_LONGEST = 40
+#: Characters of a name of the user's, on the screen and in the picture; the end of a longer one is shown.
+_LONGEST, _IN_PICTURE = 60, 40
+_CAPTION = "shade: score from low to high; ● kept, · no adapter"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One site in the grid."""
+class Shade:
+    """One site in the heat map."""
 
     level: float
     """Score scaled to [0, 1] over the plan; 0 where all scores are equal."""
-    r: int
-    """Planned rank; 0 = no adapter."""
+    entry: PlannedSite
 
 
 @dataclass(frozen=True)
-class Grid:
+class Heatmap:
     """What is drawn: a row for each layer, a column for each projection, both in the order of the forward pass."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
-    cells: tuple[tuple[Cell | None, ...], ...]
+    cells: tuple[tuple[Shade | None, ...], ...]
     """None where a layer has no such site."""
 
 
-def make_grid(plan: AdapterPlan) -> Grid:
+def make_heatmap(plan: PlanData) -> Heatmap:
     """Return the plan's sites as a grid of layers and projections.
 
     Example:
         >>> from weightlora.plan.plan import PlannedSite
         >>> from weightlora.model.sites import Site
-        >>> grid = make_grid(AdapterPlan((
+        >>> grid = make_heatmap(AdapterPlan((
         ...     PlannedSite(Site("layer.0.q", 8, 8), 4, 8, r=0, alpha=8, score=1.0),
         ...     PlannedSite(Site("layer.1.q", 8, 8), 4, 8, r=4, alpha=8, score=3.0),
         ... )))
@@ -62,10 +151,8 @@ def make_grid(plan: AdapterPlan) -> Grid:
     columns = ordered_projections(entry.site.projection for entry in plan.entries)
     low = min(entry.score for entry in plan.entries)
     span = max(entry.score for entry in plan.entries) - low
-    found = {
-        (e.site.block, e.site.projection): Cell((e.score - low) / span if span else 0.0, e.r) for e in plan.entries
-    }
-    return Grid(
+    found = {(e.site.block, e.site.projection): Shade((e.score - low) / span if span else 0.0, e) for e in plan.entries}
+    return Heatmap(
         rows=short_blocks(blocks),
         columns=tuple(columns),
         cells=tuple(tuple(found.get((block, column)) for column in columns) for block in blocks),
@@ -83,12 +170,12 @@ def short_blocks(blocks: Sequence[str]) -> tuple[str, ...]:
     return tuple(block[shared:] or "–" for block in blocks)
 
 
-def terminal_heatmap(plan: AdapterPlan) -> Table:
+def terminal_heatmap(plan: PlanData) -> Table:
     """Return the grid as a rich table: shade = score, ● = kept, · = no adapter; readable without colour."""
     from rich.box import SIMPLE
     from rich.table import Table
 
-    grid = make_grid(plan)
+    grid = make_heatmap(plan)
     title = f"{len(plan.names)} of {len(plan.entries)} sites kept by {plan.rule}"
     table = Table(
         title=title, caption=_CAPTION, box=SIMPLE, padding=(0, 1, 0, 0)
@@ -101,7 +188,7 @@ def terminal_heatmap(plan: AdapterPlan) -> Table:
     return table
 
 
-def draw_heatmap(plan: AdapterPlan, path: str | Path) -> None:
+def draw_heatmap(plan: PlanData, path: str | Path) -> None:
     """Write the grid as a PNG, PDF or SVG, by the path's ending, whole or not at all.
 
     Raises:
@@ -112,23 +199,24 @@ def draw_heatmap(plan: AdapterPlan, path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    grid = make_grid(plan)
+    grid = make_heatmap(plan)
     height, width = len(grid.rows), len(grid.columns)
     figure = Figure(figsize=(2.5 + 0.75 * width, 2.2 + 0.32 * height), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     levels = [[math.nan if cell is None else cell.level for cell in row] for row in grid.cells]
     image = axes.imshow(levels, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    kept = [(x, y, cell.r) for y, row in enumerate(grid.cells) for x, cell in enumerate(row) if cell and cell.r > 0]
+    cells = [(x, y, cell.entry.r) for y, row in enumerate(grid.cells) for x, cell in enumerate(row) if cell]
+    kept = [(x, y, r) for x, y, r in cells if r > 0]
     across, down = [x for x, _, _ in kept], [y for _, y, _ in kept]
     axes.plot(across, down, "o", markersize=9, markerfacecolor="white", markeredgecolor="black")
     for x, y, r in kept:
         axes.text(x, y, str(r), ha="center", va="center_baseline", fontsize=6)
-    columns, rows = ([_label(name) for name in names] for names in (grid.columns, grid.rows))
+    columns, rows = ([_short(name, _IN_PICTURE) for name in names] for names in (grid.columns, grid.rows))
     axes.set_xticks(range(width), columns, rotation=35, ha="right", fontsize=8, parse_math=False)  # $ is no formula
     axes.set_yticks(range(height), rows, fontsize=8, parse_math=False)
     axes.set_ylabel("layer")
-    rule = _label(plan.rule)
+    rule = _short(plan.rule, _IN_PICTURE)
     title = f"{rule}: {len(plan.names)} of {len(plan.entries)} sites kept\n(circle: rank)"
     axes.set_title(title, size=9, parse_math=False)
     low, high = min(plan.scores.values()), max(plan.scores.values())
@@ -140,19 +228,95 @@ def draw_heatmap(plan: AdapterPlan, path: str | Path) -> None:
         figure.savefig(draft, metadata={"Software": None} if draft.suffix.lower() == ".png" else None)
 
 
-_CAPTION = "shade: score from low to high; ● kept, · no adapter"
-
-
-def _cell_text(cell: Cell | None) -> str | Text:
+def _cell_text(cell: Shade | None) -> str | Text:
     from rich.text import Text
 
     if cell is None:
         return ""
     shade = _SHADES[round(cell.level * (len(_SHADES) - 1))]
-    return Text(f"{shade}●", style="bold green") if cell.r > 0 else Text(f"{shade}·", style="dim")
+    return Text(f"{shade}●", style="bold green") if cell.entry.r > 0 else Text(f"{shade}·", style="dim")
 
 
-def _label(name: str) -> str:
-    """A name short enough for the picture."""
+#: Most rows, columns and characters of the table; more blocks share rows, and the rarest projections share a column.
+_ROWS, _COLUMNS, _WIDTH = 12, 8, 96
+_OTHERS = "others"
+_NEXT = (
+    'next: trainer.train() after select_for, else plan.attach(base_model); plan.save("plan.json"),\n'
+    "plan.to_lora_config() for a trainer that makes the adapters itself, plan.scores for every score"
+)
+
+
+def headline(plan: PlanData) -> str:
+    """Return how many adapters and parameters a plan keeps, as one line."""
+    of = plan.lora_parameters
+    share = f" ({plan.parameters / of:.1%})".replace("%", " %") if of else ""
+    return f"{len(plan.names)} of {len(plan.entries)} adapters, {plan.parameters:,} of LoRA's {of:,} parameters{share}"
+
+
+def summary(plan: PlanData) -> str:
+    """Return the plan as text of one screen, for ``print(plan)``.
+
+    Example:
+        >>> from weightlora.model.sites import Site
+        >>> from weightlora.plan.plan import AdapterPlan, PlannedSite
+        >>> ranks = {"layer.0.q": 0, "layer.0.v": 0, "layer.1.q": 4, "layer.1.v": 4}
+        >>> sites = [PlannedSite(Site(name, 8, 8), 4, 8, r=r, alpha=8, score=r) for name, r in ranks.items()]
+        >>> print(summary(AdapterPlan(tuple(sites), rule="first_order")).split("next:")[0].rstrip())
+        2 of 4 adapters, 128 of LoRA's 256 parameters (50.0 %)
+        rule: first_order
+        lowest block with an adapter: layer.1
+        <BLANKLINE>
+        block  q  v
+            0  ·  ·
+            1  4  4
+        rank of each adapter; · none
+    """
+    blocks = sorted({entry.site.block for entry in plan.entries if entry.r > 0} - {""}, key=natural)
+    facts = [f"rule: {_short(plan.rule)}"]
+    facts += [f"{name}: {_short(str(plan.options[name]))}" for name in ("keep", "steps") if name in plan.options]
+    facts += [f"base model: {_short(plan.base_model)}"] if plan.base_model else []
+    lowest = [f"lowest block with an adapter: {_short(blocks[0])}"] if blocks else []
+    tables = (_table(plan, columns) for columns in range(_COLUMNS, 0, -1))
+    table = next(lines for lines in tables if max(map(len, lines)) <= _WIDTH)
+    return "\n".join([headline(plan), "; ".join(facts), *lowest, "", *table, "", _NEXT])
+
+
+def _table(plan: PlanData, most: int) -> list[str]:
+    """Blocks by projections: the rank of each adapter, or how many of a group of sites carry one."""
+    counts = Counter(entry.site.projection for entry in plan.entries)
+    shown = {name for name, _ in counts.most_common(most if len(counts) <= most else most - 1)}
+    columns = [name for name in ordered_projections(counts) if name in shown]
+    columns += [_OTHERS] if len(counts) > len(shown) else []
+    blocks = sorted({entry.site.block for entry in plan.entries}, key=natural)
+    size = max(1, math.ceil(len(blocks) / _ROWS))
+    named = [block for block in blocks if block]  # sites outside of the blocks, such as a pooler, have none
+    names = {"": "–", **dict(zip(named, short_blocks(named), strict=True))}
+    places: dict[tuple[int, str], list[PlannedSite]] = {}
+    row_of = {block: i // size for i, block in enumerate(blocks)}
+    for entry in plan.entries:
+        column = entry.site.projection if entry.site.projection in shown else _OTHERS
+        places.setdefault((row_of[entry.site.block], column), []).append(entry)
+    heads = [[_short(part, 12) for part in column.split(".")[-3:]] for column in columns]
+    height = max(map(len, heads))
+    heads = [["block"], *heads]
+    lines = [[head[i - height] if height - i <= len(head) else "" for head in heads] for i in range(height)]
+    for start in range(0, len(blocks), size):
+        some = [_short(names[block], 12) for block in blocks[start : start + size]]
+        label = some[0] if len(some) == 1 else f"{some[0]}–{some[-1]}"
+        lines.append([label, *(_cell(places.get((start // size, column), ())) for column in columns)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+    grouped = any(len(some) > 1 for some in places.values())
+    legend = "rank of each adapter; · none" + ("; 3/7: three of seven sites carry one" if grouped else "")
+    texts = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
+    return [*(text.rstrip() for text in texts), legend]
+
+
+def _cell(sites: Sequence[PlannedSite]) -> str:
+    if len(sites) > 1:
+        return f"{sum(entry.r > 0 for entry in sites)}/{len(sites)}"
+    return "".join(str(entry.r) if entry.r > 0 else "·" for entry in sites)
+
+
+def _short(name: str, longest: int = _LONGEST) -> str:
     shown = " ".join(printable(name).splitlines())
-    return shown if len(shown) <= _LONGEST else f"…{shown[1 - _LONGEST :]}"
+    return shown if len(shown) <= longest else f"…{shown[1 - longest :]}"

@@ -1,15 +1,22 @@
-"""Make a plan from a model's sites and the names of those to keep."""
+"""Make a plan: from a model's sites and the names of those to keep, or from the directory of a PEFT LoRA adapter."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
-from weightlora.errors import OptionError
-from weightlora.model.parameters import TargetParameter
-from weightlora.model.sites import Site, rank_and_alpha
-from weightlora.plan.lora_config import config_fields, whole_or_float
+from safetensors import SafetensorError, safe_open
+
+from weightlora.errors import OptionError, PlanError
+from weightlora.model.sites import Site, TargetParameter, rank_and_alpha
+from weightlora.plan._data import whole_or_float
+from weightlora.plan._lora_schema import MOST_ALPHA, is_number, is_whole
+from weightlora.plan._schema import MOST_RANK, text_fault
+from weightlora.plan.attach import config_fields
 from weightlora.plan.plan import AdapterPlan, PlannedSite
 
 if TYPE_CHECKING:
@@ -59,3 +66,113 @@ def make_plan(
         entries.append(PlannedSite(site, r, alpha, r=planned, alpha=own, score=score, score_error=error))
     besides = tuple(target_parameters or ())
     return AdapterPlan(tuple(entries), lora=config_fields(lora), target_parameters=besides, **record)
+
+
+#: Files that PEFT writes: the configuration and the tensors.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def read_adapter(folder: str | Path) -> AdapterPlan:
+    """Return the adapter's ``plan.json``, or a plan of its tensors, in which all sites are kept and none is scored.
+
+    Args:
+        folder: A directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        PlanError: The directory holds no LoRA adapter, or cannot be read.
+    """
+    folder = Path(folder)
+    if (folder / "plan.json").exists():
+        return AdapterPlan.load(folder / "plan.json")
+    config = adapter_config(folder)
+    shapes = {key: shape for key, shape in tensor_shapes(folder).items() if len(shape) == 2}
+    alpha, base = config.get("lora_alpha", 8), config.get("base_model_name_or_path")
+    if not is_number(alpha, 0, MOST_ALPHA) or alpha == 0:
+        raise PlanError(f"{folder} has lora_alpha={alpha!r:.40}; give a positive number up to {MOST_ALPHA:g}")
+    _require_name(folder, base)
+    entries: list[PlannedSite] = []
+    for key, (r, in_features) in shapes.items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)
+        if match:
+            out_features, columns = shapes.get(f"base_model.model.{match.group(1)}.lora_B.weight", (0, 0))
+            if columns != r or min(r, in_features, out_features) < 1:
+                raise PlanError(
+                    f"{folder} is damaged: {key} has shape {(r, in_features)}, its lora_B {(out_features, columns)}"
+                )
+            site = Site(match.group(1), in_features, out_features)
+            entries.append(PlannedSite(site, r, alpha, r=r, alpha=alpha, score=0.0))
+    if not entries:
+        raise PlanError(f"{folder} holds no LoRA matrices; its tensors are named {', '.join(list(shapes)[:3])}")
+    entries.sort(key=lambda entry: entry.site.name)
+    lora = {field: True for field in ("use_dora", "lora_bias") if config.get(field) is True}
+    return AdapterPlan(tuple(entries), lora=lora, rule="adapter", base_model=base)
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of an adapter's ``adapter_config.json``.
+
+    Raises:
+        PlanError: It is missing or holds no mapping.
+    """
+    try:
+        config: Any = json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PlanError(f"{folder} is not an adapter directory: {error}") from error
+    if not isinstance(config, dict):
+        raise PlanError(f"{folder} is not an adapter directory: {ADAPTER_FILES[0]} holds {config!r:.40}")
+    return cast("dict[str, Any]", config)
+
+
+def require_lora(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise where an adapter's configuration is not LoRA's, or PEFT could not use its ranks, alphas or base model.
+
+    Raises:
+        PlanError: With the field and its value.
+    """
+    fault = text_fault(config)
+    if fault:
+        raise PlanError(f"{folder} is damaged: {ADAPTER_FILES[0]}: {fault}")
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if not (_is_rank(r) and _is_alpha(alpha)):
+        raise PlanError(
+            f"{folder} has r={r!r:.40} and lora_alpha={alpha!r:.40}; give a whole number and a positive one"
+        )
+    if config.get("peft_type") not in (None, "LORA"):
+        raise PlanError(f"{folder} holds an adapter of peft_type={config['peft_type']!r:.40}; only LORA can be read")
+    _require_name(folder, config.get("base_model_name_or_path"))
+    for field, is_right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+        patterns: Any = config.get(field) or {}
+        if not isinstance(patterns, dict) or not all(map(is_right, cast("dict[str, Any]", patterns).values())):
+            raise PlanError(f"{folder} has {field}={patterns!r:.60}; give a mapping of layer names to positive numbers")
+
+
+def _is_rank(value: Any) -> bool:
+    return is_whole(value, 1, MOST_RANK)
+
+
+def _is_alpha(value: Any) -> bool:
+    return is_number(value, 0, MOST_ALPHA) and value != 0
+
+
+def _require_name(folder: Path, base: Any) -> None:
+    if not isinstance(base, str | None) or text_fault(base):
+        raise PlanError(f"{folder} has base_model_name_or_path={base!r:.40}; give a name, a path or null")
+
+
+def tensor_shapes(folder: Path, file: str = ADAPTER_FILES[1]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of an adapter, sorted by name; only the file's header is read.
+
+    Raises:
+        PlanError: The file is missing or damaged.
+    """
+    return {key: shape for key, (_, shape) in tensor_headers(folder, file).items()}
+
+
+def tensor_headers(folder: Path, file: str = ADAPTER_FILES[1]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type of numbers, such as ``"F32"``, and shape of every tensor of an adapter, as :func:`tensor_shapes`."""
+    try:
+        with safe_open(folder / file, framework="numpy") as tensors:
+            slices = {key: tensors.get_slice(key) for key in sorted(tensors.keys())}
+            return {key: (own.get_dtype(), tuple(own.get_shape())) for key, own in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise PlanError(f"{folder} is not an adapter directory: {error}") from error

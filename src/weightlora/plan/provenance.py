@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlora.files import write_text
+from weightlora.model.modules import base_of, config_of
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PretrainedConfig
 
 
 def base_model_name(model: nn.Module) -> str | None:
     """The name or path that a transformers model, with or without adapters, was loaded from; None where it has none."""
-    config = _config(model)
+    config = config_of(model)
     return None if config is None else config.name_or_path or None
 
 
@@ -42,7 +42,7 @@ def write_base_model_name(folder: Path, model: nn.Module) -> None:
 
 def class_names(model: nn.Module) -> tuple[str, ...]:
     """The names of a classifier's classes in their order; () where they are only transformers' LABEL_0, LABEL_1, ..."""
-    config = _config(model)
+    config = config_of(model)
     given: Any = (config.id2label if config else None) or {}
     names = [str(name) for _, name in sorted((int(number), name) for number, name in given.items())]
     return () if names == [f"LABEL_{number}" for number in range(len(names))] else tuple(names)
@@ -50,19 +50,10 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
 
 def is_from_gguf(model: nn.Module) -> bool:
     """Whether a model's weights were read from a GGUF file of this machine, which rounds them."""
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     return isinstance(base, PreTrainedModel) and any(Path(base.name_or_path or "nowhere").glob("*.gguf"))
-
-
-def _config(model: nn.Module) -> PretrainedConfig | None:
-    from peft import PeftModel
-    from transformers import PretrainedConfig
-
-    config: Any = vars(model.get_base_model() if isinstance(model, PeftModel) else model).get("config")
-    return config if isinstance(config, PretrainedConfig) else None
 
 
 def library_versions() -> dict[str, str]:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from weightlora.errors import require_extra
 from weightlora.files import whole_file
-from weightlora.plan.heatmap import short_blocks
-from weightlora.plan.projection_order import projection_key
+from weightlora.plan.heatmap import projection_key, short_blocks
 from weightlora.runs.gradient_study import DotProducts
 from weightlora.text import natural
 

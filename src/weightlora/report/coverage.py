@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from weightlora.plan.from_adapter import ADAPTER_FILES, adapter_config, tensor_shapes
+from weightlora.plan.make import ADAPTER_FILES, adapter_config, tensor_shapes
 from weightlora.plan.plan import AdapterPlan
 
 #: Fields of a LoraConfig that make PEFT compute a layer in another way than plain LoRA, and the name of that way.

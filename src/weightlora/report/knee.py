@@ -37,7 +37,7 @@ _ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
-class Spread:
+class Chance:
     """Mean, and 10 % and 90 % quantile, over the random orders."""
 
     mean: float
@@ -59,7 +59,7 @@ class Panel:
     """Cost and gain of what the plan keeps."""
     at: tuple[float, ...]
     """Costs at which the random orders are compared."""
-    chance: tuple[Spread, ...]
+    chance: tuple[Chance, ...]
     """Gain of random sites at these costs."""
 
 
@@ -72,7 +72,7 @@ class Knee:
     """The sites' names in descending order of score per parameter."""
     auto: int
     """The fewest first sites of ``order`` that have the share ``AUTO`` of the gain."""
-    auto_by_chance: Spread
+    auto_by_chance: Chance
     """Share of the parameters at which a random order first has as large a share."""
     parameters: Panel
     """Cost: adapter parameters at plain LoRA's rank."""
@@ -135,7 +135,7 @@ def make_knee(plan: AdapterPlan, *, seed: int = 0) -> Knee:
     def panel(costs: Callable[[Sequence[int]], list[float]], at: Sequence[float], read: _Read) -> Panel:
         cost, gain = costs(order), _gained(order, gains)
         curves = [(costs(one), _gained(one, gains)) for one in orders]
-        chance = tuple(_spread([read(*curve, x) for curve in curves]) for x in at)
+        chance = tuple(_chance([read(*curve, x) for curve in curves]) for x in at)
         of_kept = (costs(kept)[-1], math.fsum(gains[i] for i in kept) / math.fsum(gains)) if kept else (0.0, 0.0)
         return Panel(tuple(cost), tuple(gain), (cost[auto], gain[auto]), of_kept, tuple(at), chance)
 
@@ -147,7 +147,7 @@ def make_knee(plan: AdapterPlan, *, seed: int = 0) -> Knee:
         rule=plan.rule,
         order=tuple(entries[i].site.name for i in order),
         auto=auto,
-        auto_by_chance=_spread([_auto_at(_spent(one, sizes), _gained(one, gains)) for one in orders]),
+        auto_by_chance=_chance([_auto_at(_spent(one, sizes), _gained(one, gains)) for one in orders]),
         parameters=panel(lambda sites: _spent(sites, sizes), grid, _interpolated),
         blocks=blocks,
     )
@@ -266,6 +266,6 @@ def _auto_at(cost: Sequence[float], gain: Sequence[float]) -> float:
     return next(x for x, y in zip(cost, gain, strict=True) if y >= AUTO - _ROUNDING)
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def _chance(values: Sequence[float]) -> Chance:
     tenths = quantiles(values, n=10, method="inclusive")
-    return Spread(fmean(values), tenths[0], tenths[-1])
+    return Chance(fmean(values), tenths[0], tenths[-1])

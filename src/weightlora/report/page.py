@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any, cast
 from weightlora import __version__
 from weightlora.errors import DataError, PlanError, require_extra
 from weightlora.files import is_deep, read_json, read_mapping, write_text
-from weightlora.plan.from_adapter import read_adapter
-from weightlora.plan.heatmap import short_blocks
+from weightlora.plan.heatmap import Shade, make_heatmap, short_blocks
+from weightlora.plan.make import read_adapter
 from weightlora.plan.plan import AdapterPlan
-from weightlora.plan.projection_order import ordered_projections
-from weightlora.report._plots import Figure, curves_plot, history_plot, knee_plot
-from weightlora.report.knee import has_gain, knee_text, make_knee
+from weightlora.report.knee import AUTO_GAIN, ORDERS, has_gain, knee_text, make_knee
 from weightlora.runs.files import CONFIG_FILE, RESULTS_FILE, checkpoints
 from weightlora.text import natural, one_line, printable, rounded
 
 if TYPE_CHECKING:
-    from weightlora.plan.plan import PlannedSite
+    from weightlora.plan.plan import AdapterPlan
+    from weightlora.report.knee import Knee, Panel
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _REPAIR = "correct it, or move it away"
@@ -49,17 +48,6 @@ class StoredRun:
     """Seconds and steps, those that its results have."""
     written: str = ""
     """When its results were written, in UTC."""
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """A site in the heat map."""
-
-    r: int
-    level: int
-    """How deep its colour is, by its score: from the lowest (0) to the highest (100) of the plan."""
-    text: str
-    """All that is known of it."""
 
 
 def read_run(path: str | Path) -> StoredRun:
@@ -190,18 +178,13 @@ def _section(i: int, name: str, run: StoredRun, plots: dict[str, Figure]) -> dic
     if len(plan.history) > 1:
         plots[f"history-{i}"] = history_plot(plan)
     options = {"rule": plan.rule, "seed": plan.seed, **plan.options}
-    blocks = sorted({entry.site.block for entry in plan.entries}, key=natural)
-    columns = ordered_projections(entry.site.projection for entry in plan.entries)
-    cells = _cells(plan)
-    rows = [
-        (label, [cells.get((block, column)) for column in columns])
-        for block, label in zip(blocks, short_blocks(blocks), strict=True)
-    ]
+    heatmap = make_heatmap(plan)
+    rows = [(row, list(map(_cell, cells))) for row, cells in zip(heatmap.rows, heatmap.cells, strict=True)]
     return {
         "id": i,
         "name": name,
         "plan": plan,
-        "columns": columns,
+        "columns": heatmap.columns,
         "rows": rows,
         "knee": None if knee is None else knee_text(knee),
         "has_history": f"history-{i}" in plots,
@@ -243,17 +226,15 @@ def _scale(plan: AdapterPlan) -> list[tuple[int, str]]:
     return [(level, rounded(low + span * (level / 100) ** 2)) for level in ((0, 25, 50, 75, 100) if span else (0,))]
 
 
-def _cells(plan: AdapterPlan) -> dict[tuple[str, str], _Cell]:
-    low = min(entry.score for entry in plan.entries)
-    span = max(entry.score for entry in plan.entries) - low
-
-    def cell(entry: PlannedSite) -> _Cell:
-        level = round(100 * math.sqrt((entry.score - low) / span)) if span else 0  # else one high score hides the rest
-        error = "" if entry.score_error is None else f" ± {entry.score_error:.2g}"
-        kept = f"rank {entry.r}" if entry.r else "no adapter"
-        return _Cell(entry.r, level, f"{entry.site.name}: {kept}, score {entry.score:.4g}{error}")
-
-    return {(entry.site.block, entry.site.projection): cell(entry) for entry in plan.entries}
+def _cell(shade: Shade | None) -> dict[str, Any] | None:
+    """A site in the heat map: its rank, how deep its colour is (0 to 100), and all that is known of it."""
+    if shade is None:
+        return None
+    entry = shade.entry
+    level = round(100 * math.sqrt(shade.level))  # else one high score hides the rest
+    error = "" if entry.score_error is None else f" ± {entry.score_error:.2g}"
+    kept = f"rank {entry.r}" if entry.r else "no adapter"
+    return {"r": entry.r, "level": level, "text": f"{entry.site.name}: {kept}, score {entry.score:.4g}{error}"}
 
 
 def _costs(plan: AdapterPlan) -> Iterator[tuple[str, int, int, float, float]]:
@@ -284,3 +265,108 @@ def _differences(named: Mapping[str, StoredRun]) -> Iterator[dict[str, Any]]:
 def _script(plots: Mapping[str, Figure]) -> str:
     """JSON that is safe inside a script element: no name of a user can end it."""
     return json.dumps(plots, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+#: Colours that differ in lightness too, on white and on black: for whoever sees no difference of hue.
+COLOURS = ("#d95f02", "#3b7dd8", "#1b9e77", "#c2479d", "#8a7a00", "#7a6ff0")
+Figure = dict[str, Any]
+#: Names of sites that the history has room for; of more, every second or third is shown.
+_NAMES = 40
+#: Of a curve: up to so many points are marked, and up to so many are no line.
+_MARKED, _NO_LINE = 25, 2
+
+
+def knee_plot(knee: Knee) -> Figure:
+    """Return the share of the gain over the share of the parameters."""
+    panel: Panel = knee.parameters
+    low, high, mean = ([getattr(one, name) for one in panel.chance] for name in ("low", "high", "mean"))
+    return _figure(
+        [
+            _line("random, 10 %", panel.at, low, color="#9aa5b1", width=0, showlegend=False),
+            _line("random, 10 % to 90 %", panel.at, high, color="#9aa5b1", width=0, fill="tonexty"),
+            _line(f"random, mean of {ORDERS} orders", panel.at, mean, color="#7f8b97", dash="dot"),
+            {
+                **_line("best score per parameter first", panel.cost, panel.gain, color=COLOURS[0]),
+                "text": ["no site", *knee.order],
+                "hovertemplate": "%{text}<br>parameters %{x:.1%}, gain %{y:.1%}",
+            },
+            _point(AUTO_GAIN, panel.auto, "diamond-open"),
+            _point("kept by the plan", panel.kept, "circle"),
+        ],
+        x={"title": {"text": "adapter parameters, share of plain LoRA's"}, "tickformat": ".0%"},
+        y={"title": {"text": "share of the gain"}, "tickformat": ".0%"},
+    )
+
+
+def history_plot(plan: AdapterPlan) -> Figure:
+    """Return the scores or gates of each step, a row for each site, the best at the top."""
+    order = sorted(range(len(plan.entries)), key=lambda i: plan.entries[i].score)
+    rows = [[_short(step[i]) for step in plan.history] for i in order]
+    names = [plan.entries[i].site.name for i in order]
+    shown = slice((len(order) - 1) % _stride(order), None, _stride(order))  # the best is always named
+    blocks = sorted({entry.site.block for entry in plan.entries}, key=natural)
+    short = dict(zip(blocks, short_blocks(blocks), strict=True))
+    labels = [f"{short[plan.entries[i].site.block]} {plan.entries[i].site.projection}" for i in order]
+    return _figure(
+        [
+            {
+                "type": "heatmap",
+                "x": list(range(1, len(plan.history) + 1)),
+                "y": names,
+                "z": rows,
+                "colorscale": "Viridis",
+                "colorbar": {"title": {"text": "score"}, "thickness": 12},
+                "hovertemplate": "%{y}<br>step %{x}: %{z:.4g}<extra></extra>",
+            }
+        ],
+        x={"title": {"text": "step of the scoring"}},
+        y={"tickvals": names[shown], "ticktext": labels[shown], "tickfont": {"size": 10}},
+    )
+
+
+def curves_plot(losses: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    """Return the training losses of several runs over their steps."""
+    lines = [
+        {
+            **_line(name, [step for step, _ in points], [loss for _, loss in points], color=COLOURS[i % len(COLOURS)]),
+            "mode": _mode(len(points)),
+        }
+        for i, (name, points) in enumerate(losses.items())
+    ]
+    return _figure(lines, x={"title": {"text": "step"}}, y={"title": {"text": "training loss"}})
+
+
+def _figure(data: Sequence[Mapping[str, Any]], *, x: Mapping[str, Any], y: Mapping[str, Any]) -> Figure:
+    layout = {
+        "xaxis": dict(x),
+        "yaxis": {**y, "automargin": True},
+        "margin": {"l": 60, "r": 16, "t": 16, "b": 48},
+        "legend": {"orientation": "h", "y": -0.25},
+        "hovermode": "closest",
+    }
+    return {"data": list(data), "layout": layout}
+
+
+def _line(name: str, x: Sequence[float], y: Sequence[float], *, color: str, width: float = 2, **more: Any) -> Figure:
+    line = {"color": color, "width": width, **({"dash": more.pop("dash")} if "dash" in more else {})}
+    numbers = {"x": [_short(v) for v in x], "y": [_short(v) for v in y]}
+    return {"type": "scatter", "mode": "lines", "name": name, **numbers, "line": line, **more}
+
+
+def _mode(count: int) -> str:
+    """How so many points are drawn: a line through two would claim to know what was between them."""
+    return "markers" if count <= _NO_LINE else "lines+markers" if count <= _MARKED else "lines"
+
+
+def _stride(sites: Sequence[int]) -> int:
+    return math.ceil(len(sites) / _NAMES)
+
+
+def _point(name: str, at: tuple[float, float], symbol: str) -> Figure:
+    marker = {"symbol": symbol, "size": 12, "color": COLOURS[1], "line": {"width": 2}}
+    return {"type": "scatter", "mode": "markers", "name": name, "x": [at[0]], "y": [at[1]], "marker": marker}
+
+
+def _short(value: float) -> float | None:
+    """Four digits: a page of 560 sites and 200 steps stays small. JSON has no infinity."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None

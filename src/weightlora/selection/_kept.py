@@ -6,8 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from weightlora.errors import SelectionError, WeightLoraWarning
-from weightlora.plan.budget import Chooser
-from weightlora.plan.ranks import chosen_ranks
+from weightlora.plan.budget import Chooser, chosen_ranks
 from weightlora.selection._jackknife import rank_correlation
 from weightlora.selection.rules.base import Rule, Scores
 

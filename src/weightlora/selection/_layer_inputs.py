@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from weightlora.model.hooks import Observer
 from weightlora.model.token_mask import TokenRows, counted_tokens
+from weightlora.model.torch_private import Observer
 from weightlora.selection.stage import Stage, evaluated
 
 

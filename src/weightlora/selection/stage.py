@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 from weightlora.errors import SelectionError, SiteError
 from weightlora.model.distributed import average_gradients, copy_from_first, make_whole
-from weightlora.model.gathering import gathered, ready_for_adapters, require_loadable
+from weightlora.model.gathering import gathered, ready_for_adapters, require_loadable, require_loaded
 from weightlora.model.layers import lora_layers, require_peft_wrapper, unchecked_patterns, without_adapters
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, trained_modules
-from weightlora.model.weights import require_loaded
 from weightlora.selection.batches import Loss, cycled, in_parts, kind_of, model_loss
 
 

@@ -1,17 +1,22 @@
-"""What the files of a PEFT LoRA adapter hold: the sites with their ranks and scales, and whatever else was saved."""
+"""What the files of a PEFT LoRA adapter hold, and the layers of its base model."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import PlanError
-from weightlora.model.sites import Site
-from weightlora.plan.from_adapter import adapter_config, require_lora, tensor_headers
+from weightlora.errors import DataError, PlanError, WeightLoraWarning
+from weightlora.model.sites import LOADERS, Site, block_of, find_sites
+from weightlora.plan.make import adapter_config, require_lora, tensor_headers
+from weightlora.tasks.embedded import base_files
+
+if TYPE_CHECKING:
+    from weightlora.serving import Group
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
@@ -125,3 +130,156 @@ def _setting(folder: Path, config: Mapping[str, Any], pattern: str, default: str
         return patterns.get(get_pattern_key(list(patterns), name), config[default])
     except (re.error, RecursionError, OverflowError) as error:
         raise PlanError(f"{folder} has {pattern}={patterns!r:.60}; {error} in a layer's name") from error
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What is known of a base model without its weights; nothing, where it is not at hand."""
+
+    layers: Mapping[str, Site] = field(default_factory=dict[str, Site])
+    """Linear layers, output head and embeddings by name."""
+    tied: frozenset[str] = frozenset()
+    """Output head and embeddings, where they share their weights."""
+    model_type: str = ""
+    """As in its configuration; empty where this is not known."""
+    architecture: str = ""
+    """The class that transformers makes of it for the adapter's task."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """Of its parameters."""
+
+
+def is_here(name: str) -> bool:
+    """Whether a base model can be read without asking a hub: a folder with a configuration, or an embedded model.
+
+    Example:
+        >>> is_here("meta-llama/Llama-3.1-8B"), is_here("")
+        (False, False)
+    """
+    return base_files(name) is not None or (Path(name) / "config.json").is_file()
+
+
+def read_base(name: str, task_type: str | None) -> BaseModel:
+    """Return the layers of a base model; its weights are neither read nor made.
+
+    Args:
+        name: A folder with ``config.json``, a hub name, or ``embedded/smollm2``.
+        task_type: PEFT's, which decides the class of the model; None stands for a causal language model.
+
+    Raises:
+        DataError: There is no such configuration, or no such model can be made of it.
+    """
+    import torch
+    from peft import LoraConfig
+
+    model = _empty_model(name, task_type)
+    with warnings.catch_warnings():  # of layers that PEFT refuses, which nobody asked for
+        warnings.simplefilter("ignore", WeightLoraWarning)
+        layers = {site.name: site for site in find_sites(model, LoraConfig(target_modules="all-linear")).sites}
+    ends: set[str] = set()
+    for part, module in model.named_modules():
+        if module is model.get_input_embeddings() and isinstance(module, torch.nn.Embedding):
+            layers[part] = Site(part, module.num_embeddings, module.embedding_dim)
+            ends |= {part}
+        elif module is model.get_output_embeddings() and isinstance(module, torch.nn.Linear):
+            layers[part] = Site(part, module.in_features, module.out_features)
+            ends |= {part}
+    tied = frozenset(ends if model.config.tie_word_embeddings else ())
+    shapes = {part: tuple(value.shape) for part, value in model.named_parameters(remove_duplicate=False)}
+    return BaseModel(layers, tied, model.config.model_type, type(model).__name__, shapes)
+
+
+def write_config(name: str, task_type: str | None, folder: str | Path) -> Path:
+    """Write ``config.json`` of a base model, with the class of the model, and return ``folder``.
+
+    Raises:
+        DataError: There is no such base model.
+    """
+    model = _empty_model(name, task_type)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    return Path(folder)
+
+
+def _empty_model(name: str, task_type: str | None) -> Any:
+    """A base model without numbers."""
+    import torch
+    import transformers
+
+    folder, gguf = base_files(name) or (name, None)
+    loader: Any = getattr(transformers, LOADERS.get(str(task_type), "AutoModelForCausalLM"))
+    extra: Mapping[str, Any] = {} if gguf is None else {"gguf_file": gguf}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **extra)
+        with torch.device("meta"):
+            return loader.from_config(config)
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        raise DataError(f"cannot read the base model {name}: {str(error).splitlines()[0]}; give --base") from error
+
+
+def last_name(site: str) -> str:
+    """Return the last part of a site's name.
+
+    Example:
+        >>> last_name("model.layers.0.mlp.up_proj")
+        'up_proj'
+    """
+    return site.rpartition(".")[2]
+
+
+def layer_number(site: str) -> str:
+    """Return the number of the layer that a site is in; empty outside of layers.
+
+    Example:
+        >>> layer_number("model.layers.12.mlp.up_proj"), layer_number("lm_head")
+        ('12', '')
+    """
+    return last_name(block_of(site))
+
+
+def missing_layers(sites: Iterable[Site], base: Mapping[str, Site]) -> dict[str, list[str]]:
+    """Return the projections that some layers lack, each with the names of the sites that are not there.
+
+    Args:
+        sites: Those of the adapter; sites outside of layers, such as an output head, are left out.
+        base: The base model's linear layers; empty takes the layers from 0 to the last that the adapter has.
+
+    Example:
+        >>> missing_layers([Site("h.0.q", 1, 1), Site("h.2.q", 1, 1), Site("h.0.v", 1, 1)], {})
+        {'q': ['h.1.q'], 'v': ['h.1.v', 'h.2.v']}
+    """
+    present = [site for site in sites if site.block]
+    names = {site.name for site in present}
+    found: dict[str, list[str]] = {}
+    for stack, projection in sorted({(_stack(site), site.projection) for site in present}):
+        if base:
+            wanted = [own.name for own in base.values() if (_stack(own), own.projection) == (stack, projection)]
+        else:
+            last = max(int(layer_number(site.name)) for site in present if _stack(site) == stack)
+            wanted = [f"{stack}{number}.{projection}" for number in range(last + 1)]
+        holes = [name for name in wanted if name not in names]
+        if holes:
+            found[projection] = holes
+    return found
+
+
+def split_groups(sites: Iterable[str], group: Group, base: Mapping[str, Site]) -> Iterator[tuple[str, list[str]]]:
+    """Yield a part of ``group`` that the adapter has in a block, and the names in this block that it needs in addition.
+
+    Args:
+        sites: Names of the adapter's sites.
+        group: Projections that are one matrix in the runtime.
+        base: The base model's linear layers; what it does not have is not needed.
+    """
+    names = set(sites)
+    for name in sorted(names):
+        stem = name.removesuffix(last_name(name))
+        lacking = [
+            stem + other for other in group.needed if stem + other not in names and (not base or stem + other in base)
+        ]
+        if last_name(name) in group.names and lacking:
+            yield name, lacking
+
+
+def _stack(site: Site) -> str:
+    """The name up to the layer's number."""
+    return site.block.removesuffix(layer_number(site.name))

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 
 from weightlora.model.sites import TASK_HEADS
 from weightlora.serving import padded_rank
-from weightlora.serving._coverage import last_name, layer_number, missing_layers, split_groups
-from weightlora.serving.adapter import matrix_name
-from weightlora.serving.base_model import BaseModel
+from weightlora.serving.adapter import BaseModel, last_name, layer_number, matrix_name, missing_layers, split_groups
 
 if TYPE_CHECKING:
     from weightlora.serving import Reader

@@ -25,13 +25,20 @@ from weightlora.files import write_json
 from weightlora.folders import require_replaceable, whole_folder
 from weightlora.model.sites import Site
 from weightlora.plan.card import CARD_FILE, LABELS_FILE, PICTURE_FILE
-from weightlora.plan.from_adapter import ADAPTER_FILES
+from weightlora.plan.make import ADAPTER_FILES
 from weightlora.serving import GGUF_FILE, READERS, Reader, padded_rank, reader_of
-from weightlora.serving._coverage import last_name, missing_layers
-from weightlora.serving._gguf import write_gguf
-from weightlora.serving._stream import Planned, write_tensors
-from weightlora.serving.adapter import Adapter, base_name, matrix_name, read_files
-from weightlora.serving.base_model import BaseModel, is_here, read_base
+from weightlora.serving._write import Planned, write_gguf, write_tensors
+from weightlora.serving.adapter import (
+    Adapter,
+    BaseModel,
+    base_name,
+    is_here,
+    last_name,
+    matrix_name,
+    missing_layers,
+    read_base,
+    read_files,
+)
 from weightlora.serving.check import Problem, find_problems, needed_option
 
 if TYPE_CHECKING:

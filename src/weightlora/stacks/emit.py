@@ -7,23 +7,25 @@ and B = 0, as PEFT initialises them, with PEFT's configuration.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError, StackError
 from weightlora.files import write_json, write_text
 from weightlora.folders import whole_folder
 from weightlora.model.sites import TASK_HEADS
-from weightlora.plan.from_adapter import ADAPTER_FILES
+from weightlora.plan.make import ADAPTER_FILES
 from weightlora.serving.adapter import matrix_name
-from weightlora.stacks import stack_of
-from weightlora.stacks.base import Fields, planned_fields
+from weightlora.stacks import Fields, stack_of
 
 if TYPE_CHECKING:
     from weightlora.plan.plan import AdapterPlan
 
 #: The folder of an adapter inside the output.
 _ADAPTER = "adapter"
+#: Fields that choose sites, which a plan has already done.
+_CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 #: Fields that decide no number of a new adapter, or are its size.
 _PLAIN = (
     *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"),
@@ -62,25 +64,45 @@ def emit_plan(plan: AdapterPlan, stack: str, output: str | Path | None = None) -
         lora_dropout: 0.0
         lora_target: h.0.q
     """
-    entry = stack_of(stack)
-    own, fields = entry.load(), planned_fields(plan)
+    own, fields = stack_of(stack), _planned_fields(plan)
     lacking = own.lacking(plan, fields)
     if lacking is None:
-        written = own.write(fields)
+        written = own.write(own, fields)
     else:
-        reason = f"{entry.title} {entry.version} {lacking}"
+        reason = f"{own.title} {own.version} {lacking}"
         if own.continuation is None:
             raise StackError(f"{reason}; use a stack that loads PEFT adapters, such as axolotl")
         if output is None:
             raise OptionError(f"{reason}; give --output for a folder with an adapter that it continues from")
         _require_plain(fields, reason)
-        written = own.continuation(str(Path(output) / _ADAPTER))
+        written = own.yaml(own.continuation(str(Path(output) / _ADAPTER)))
     if output is not None:
         with whole_folder(output, "weightlora emit") as draft:
             write_text(draft / written.file, written.text)
             if lacking is not None:
                 _write_adapter(draft / _ADAPTER, plan, fields)
     return written.text
+
+
+def _planned_fields(plan: AdapterPlan) -> dict[str, Any]:
+    """Return the arguments of ``LoraConfig`` that give exactly the planned adapters, as JSON.
+
+    ``target_modules`` is the sorted list of full names, or a regular expression of them where PEFT, which reads listed
+    names as endings, would match other modules too.
+
+    Raises:
+        PlanError: The plan keeps no site, or this PEFT does not take its fields.
+    """
+    config = plan.to_lora_config()
+    ambiguous = bool(config.exclude_modules) or config.layers_to_transform is not None
+    patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    return {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": "|".join(map(re.escape, plan.names)) if ambiguous else list(plan.names),
+        **{name: pattern for name, pattern in patterns.items() if pattern},
+        **{name: value for name, value in plan.lora.items() if name not in _CHOOSING},
+    }
 
 
 def _require_plain(fields: Fields, reason: str) -> None:

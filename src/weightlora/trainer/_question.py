@@ -21,13 +21,13 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import Trainer
 
-from weightlora.cost.quantised import quantisation_tensors
+from weightlora.cost.empty_model import quantisation_tensors
 from weightlora.methods import defaults_of
 from weightlora.model.distributed import whole_tensor
 from weightlora.model.gathering import loaded
 from weightlora.model.sites import all_modules, find_sites, trained_modules
 from weightlora.model.torch_private import is_persistent
-from weightlora.plan.lora_config import asked_fields
+from weightlora.plan.attach import asked_fields
 from weightlora.plan.plan import sites_fingerprint
 from weightlora.plan.ranking import ranking_of
 from weightlora.selection.rules import rule_of, settings_of

@@ -13,9 +13,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from weightlora.errors import OptionError, SelectionError, WeightLoraError
 from weightlora.model.checkpointing import remove_input_hooks, shorten_backward
+from weightlora.model.gathering import require_loaded
 from weightlora.model.layers import adapter_ranks, require_replaceable
 from weightlora.model.sites import require_unwrapped
-from weightlora.model.weights import require_loaded
 from weightlora.plan.card import CARD_FILE, write_card
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import write_base_model_name

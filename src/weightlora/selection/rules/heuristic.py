@@ -10,7 +10,7 @@ import torch
 
 from weightlora.errors import SelectionError
 from weightlora.model.sites import Site
-from weightlora.plan.projection_order import ordered_projections, projection_role
+from weightlora.plan.heatmap import ordered_projections, projection_role
 from weightlora.selection.rules.base import OnePass, Scores, require
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from torch import Tensor
 from weightlora.errors import OptionError
 from weightlora.model.distributed import copy_from_first
 from weightlora.model.gates import gated
-from weightlora.plan.budget import Budget
-from weightlora.plan.ranks import whole_budget
+from weightlora.plan.budget import Budget, whole_budget
 from weightlora.selection._batch_means import batch_means
 from weightlora.selection.rules.base import require, require_head_steps
 from weightlora.selection.stage import evaluated, let_train, train_adapters

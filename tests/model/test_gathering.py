@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import weightlora
 from weightlora.errors import SiteError
-from weightlora.model.weights import require_loaded
+from weightlora.model.gathering import require_loaded
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
 ROWS = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8
