@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 import weightlora
 from weightlora.model import torch_private
 from weightlora.model.torch_private import (
+    Observer,
     fake_tensors,
     forward_hooks,
     has_global_hooks,
@@ -20,6 +21,7 @@ from weightlora.model.torch_private import (
     is_fake,
     is_grouped_product,
     is_hooked,
+    is_intercepted,
     is_persistent,
     is_view,
     keeps_input,
@@ -148,11 +150,30 @@ def test_hooks_of_every_kind_are_seen():
         assert not is_hooked(layer)
         handle = getattr(layer, f"register_{kind}_hook")(print)
         assert is_hooked(layer)
+        assert is_intercepted(layer)
         assert hooks_of(layer) == [print]
         assert (print in forward_hooks(layer).values()) == (kind == "forward")
         assert keeps_input(layer) == (kind != "forward_pre")
         handle.remove()
         assert not is_hooked(layer)
+        assert not is_intercepted(layer)
+
+
+def test_an_observer_is_told_of_each_call_and_keeps_the_input():
+    layer, calls = nn.Linear(2, 2), []
+    layer.register_forward_pre_hook(Observer(lambda: calls.append(1)))
+    x = torch.ones(1, 2)
+    assert layer(x).equal(nn.functional.linear(x, layer.weight, layer.bias))
+    assert calls == [1]
+    assert keeps_input(layer)
+    layer.register_forward_pre_hook(lambda *_: None)
+    assert not keeps_input(layer)
+
+
+def test_a_forward_set_on_the_instance_intercepts():
+    layer = nn.Linear(2, 2)
+    layer.forward = lambda x: x
+    assert is_intercepted(layer)
 
 
 def test_global_hooks_are_seen():

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import AfterValidator, Field, ValidationError, WrapValidator
+from typing_extensions import NotRequired, TypedDict
 
 from weightlora.errors import PlanError
 from weightlora.files import write_json
-from weightlora.plan._lora_schema import MOST_ALPHA, is_number, is_whole, lora_fault
+from weightlora.validation import MOST, Fault, first_fault
 
 SCHEMA = 1
 #: Fields of a planned site, in addition to its name and shape.
@@ -21,8 +25,131 @@ _DEEPEST = 20
 _MOST = 1e300  # the difference of two is still finite
 #: Far above any layer, and within the whole numbers that torch has.
 MOST_RANK = 2**20
-_WHOLE = {"in_features": (1, 2**31 - 1), "out_features": (1, 2**31 - 1), "lora_r": (1, MOST_RANK), "r": (0, MOST_RANK)}
-_SEEDS = (-(2**63), 2**64 - 1)  # what torch takes
+#: Above any alpha that is used; a scale beyond it overflows in half precision.
+MOST_ALPHA = 1e9
+
+
+# -- what each field may hold ------------------------------------------------------------------------------------------
+
+
+def _say(allowed: str) -> WrapValidator:
+    """Say of any fault of a value that it is not what is ``allowed``."""
+
+    def check(value: Any, check_kind: Callable[[Any], Any]) -> Any:
+        try:
+            return check_kind(value)
+        except ValidationError:
+            raise ValueError(allowed) from None
+
+    return WrapValidator(check)
+
+
+def _check_name(name: str) -> str:
+    if not name.isprintable() or not name.strip("."):
+        raise ValueError("a name of printable characters")
+    return name
+
+
+def _check_pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError("a regular expression") from error
+    return text
+
+
+Rank = Annotated[int, Field(ge=1, le=MOST_RANK), _say(f"a whole number from 1 to {MOST_RANK}")]
+Alpha = Annotated[float, Field(gt=0, le=MOST_ALPHA), _say(f"a positive number up to {MOST_ALPHA:g}")]
+_Size = Annotated[int, Field(ge=1, le=MOST), _say(f"a whole number from 1 to {MOST}")]
+_Finite = Annotated[float, Field(ge=-_MOST, le=_MOST), _say("a finite number")]
+_Name = Annotated[str, AfterValidator(_check_name)]
+
+
+class _Site(TypedDict):
+    name: _Name
+    in_features: _Size
+    out_features: _Size
+    lora_r: Rank
+    r: Annotated[int, Field(ge=0, le=MOST_RANK), _say(f"a whole number from 0 to {MOST_RANK}")]
+    lora_alpha: Alpha
+    alpha: Alpha
+    score: _Finite
+    score_error: NotRequired[Annotated[float | None, Field(ge=0, le=_MOST), _say("null or a number from 0")]]
+
+
+class _Parameter(TypedDict):
+    name: _Name
+    shape: Annotated[list[_Size], Field(min_length=2, max_length=3), _say("two or three whole numbers from 1")]
+    r: Rank
+    alpha: Alpha
+
+
+class _Options(TypedDict, total=False):
+    """They are a record; these are read again."""
+
+    kind: str
+    expand: str
+    warm_start: bool
+
+
+class _Plan(TypedDict):
+    rule: str
+    options: _Options
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)]  # what torch takes
+    base_model: str | None
+    versions: Annotated[dict[str, str], _say("a text for each library")]
+    lora: dict[str, Any]
+    fingerprint: str
+    sites: list[_Site]
+    history: list[list[_Finite]]
+    target_parameters: NotRequired[list[_Parameter]]
+    question: NotRequired[dict[str, Any]]
+
+
+_TASKS = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+_STARTS = "gaussian|eva|olora|pissa|pissa_niter_[0-9]{1,4}|corda|loftq|lora_ga|orthogonal|mica"
+_Text = Annotated[str, Field(min_length=1)]
+_Index = Annotated[int, Field(ge=0, le=MOST)]
+_MaybeText = _Text | None
+_Layers = _Index | list[_Index] | None
+_Pair = Annotated[list[_Index], Field(min_length=2, max_length=2)]
+_NAMES = ("a list of names or null", list[_Text] | None)
+_Pattern = list[_Text] | Annotated[_Text, AfterValidator(_check_pattern)] | None
+_PATTERN = ("a list of names, a regular expression or null", _Pattern)
+#: Of a ``LoraConfig``: what is allowed, in words and as a type. PEFT checks few of its fields, and late.
+_LORA: Mapping[str, tuple[str, Any]] = {
+    "task_type": (f"null or one of {', '.join(_TASKS.__args__)}", _TASKS | None),
+    "bias": ("none, all or lora_only", Literal["none", "all", "lora_only"]),
+    "lora_dropout": ("a probability from 0 to 1", Annotated[float, Field(ge=0, le=1)]),
+    "init_lora_weights": (
+        "true, false or the name of one of PEFT's initialisations",
+        bool | Annotated[str, Field(pattern=f"^(?:{_STARTS})$")],
+    ),
+    "modules_to_save": _NAMES,
+    "target_parameters": _NAMES,
+    "exclude_modules": _PATTERN,
+    "layers_pattern": _PATTERN,
+    "layers_to_transform": ("a layer's number, a list of them or null", _Layers),
+    "layer_replication": ("a list of pairs of layers or null", list[_Pair] | None),
+    "alora_invocation_tokens": ("a list of tokens or null", list[_Index] | None),
+    "trainable_token_indices": ("tokens, or a list for each name", list[_Index] | dict[str, list[_Index]] | None),
+    "qalora_group_size": ("a whole number from 1", _Size),
+    "megatron_core": ("a module's name or null", _MaybeText),
+    "runtime_config": ("null; PEFT does not save it", None),
+    **dict.fromkeys(
+        ("fan_in_fan_out", "use_rslora", "use_dora", "use_qalora", "lora_bias", "ensure_weight_tying"),
+        ("true or false", bool),
+    ),
+    **dict.fromkeys(
+        (
+            *("megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+            *("monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
+        ),
+        ("a mapping or null", dict[str, Any] | None),
+    ),
+}
+
+# -- the file ----------------------------------------------------------------------------------------------------------
 
 
 def write_plan_file(path: str | Path, data: Mapping[str, Any]) -> None:
@@ -80,45 +207,29 @@ def _inside(value: Any) -> Iterable[Any]:
 
 def _fault(data: Mapping[str, Any]) -> str | None:
     """The first fault of the content, or None."""
-    missing = [key for key in (*PLAN_KEYS, "fingerprint", "sites", "history") if key not in data]
-    if missing:
-        return f"it lacks {', '.join(missing)}"
-    kinds = {"rule": str, "options": dict, "versions": dict, "lora": dict, "sites": list, "history": list}
-    kinds |= {"fingerprint": str, "base_model": str | None}
-    wrong = [key for key, kind in kinds.items() if not isinstance(data[key], kind)]
-    wrong += [] if is_whole(data["seed"], *_SEEDS) else ["seed"]
-    wrong += [] if isinstance(data.get("question", {}), dict) else ["question"]
-    if wrong:
-        return f"{wrong[0]} is {data[wrong[0]]!r:.40}"
-    if not all(isinstance(value, str) for value in data["versions"].values()):
-        return f"versions is {data['versions']!r:.40}; give a text for each library"
-    faults = filter(None, map(_site_fault, data["sites"]))
-    fault = next(faults, None) or _whole_fault(data) or lora_fault(data["lora"]) or _options_fault(data["options"])
-    return fault or _parameters_fault(data.get("target_parameters", []))
+    fault = first_fault(_Plan, data)
+    return _line(data, fault) if fault else _whole_fault(data) or _lora_fault(data["lora"])
 
 
-def _site_fault(row: Any) -> str | None:
-    if not isinstance(row, dict):
-        return f"a site is {row!r:.40}"
-    site = cast("dict[str, Any]", row)
-    name = site.get("name")
-    if not isinstance(name, str) or not name or not name.isprintable():
-        return f"a site has the name {name!r:.40}"
-    for key, (least, most) in _WHOLE.items():
-        if not is_whole(site.get(key), least, most):
-            return f"{name} has {key}={site.get(key)!r:.40}; give a whole number from {least} to {most}"
-    for key in ("lora_alpha", "alpha"):
-        if not is_number(site.get(key), 0, MOST_ALPHA) or site[key] == 0:
-            return f"{name} has {key}={site.get(key)!r:.40}; give a positive number up to {MOST_ALPHA:g}"
-    if not is_number(site.get("score"), -_MOST, _MOST):
-        return f"{name} has score={site.get('score')!r:.40}; give a finite number"
-    error = site.get("score_error")  # plans of before have none
-    if error is not None and not is_number(error, 0, _MOST):
-        return f"{name} has score_error={error!r:.40}; give null or a number from 0"
-    return None
+def _line(data: Mapping[str, Any], fault: Fault) -> str:
+    """A fault in words: the site or parameter, the field, what it holds and what is allowed."""
+    first, *inner = fault.path
+    owner, field = "", str(first)
+    if first in ("sites", "target_parameters") and inner:
+        row: Any = data[str(first)][inner[0]]
+        named = isinstance(row, dict) and not first_fault(_Name, cast("dict[str, Any]", row).get("name"))
+        owner = row["name"] if named else "a site" if first == "sites" else "a target parameter"
+        field = str(inner[1]) if inner[1:] else ""
+    elif inner:
+        field = f"option {inner[0]}" if first == "options" else f"{first}[{inner[0]!r}]"
+    if fault.missing:
+        return f"{owner or 'it'} lacks {field}"
+    what = f"{owner} has {field}=" if owner and field else f"{owner or field} is "
+    return f"{what}{fault.value!r:.40}; give {fault.allowed}"
 
 
 def _whole_fault(data: Mapping[str, Any]) -> str | None:
+    """A fault that no field has alone."""
     names = [row["name"] for row in data["sites"]]
     twice = sorted({name for name, after in zip(sorted(names), sorted(names)[1:], strict=False) if name == after})
     if twice:
@@ -130,36 +241,18 @@ def _whole_fault(data: Mapping[str, Any]) -> str | None:
     planned = {"target_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern"} & set(data["lora"])
     if planned:
         return f"lora holds {', '.join(sorted(planned))}, which belong to its sites"
-    for row in data["history"]:
-        if not isinstance(row, list) or len(cast("list[Any]", row)) != len(names):
-            return f"each row of its history needs {len(names)} numbers, one per site"
-        if not all(is_number(value, -_MOST, _MOST) for value in cast("list[Any]", row)):
-            return "its history holds something that is not a finite number"
+    if any(len(row) != len(names) for row in data["history"]):
+        return f"each row of its history needs {len(names)} numbers, one per site"
+    parameters = [row["name"] for row in data.get("target_parameters", ())]
+    if parameters != sorted(set(parameters)):
+        return "its target parameters are not sorted, or one is named twice"
     return None
 
 
-def _parameters_fault(rows: Any) -> str | None:
-    """The first fault of the adapters of single parameters; plans without one leave them out."""
-    if not isinstance(rows, list):
-        return f"target_parameters is {rows!r:.40}"
-    for row in cast("list[Any]", rows):
-        if not isinstance(row, dict) or row.keys() != {"name", "shape", "r", "alpha"}:
-            return f"a target parameter is {row!r:.40}"
-        parameter = cast("dict[str, Any]", row)
-        name, shape = parameter["name"], parameter["shape"]
-        if not isinstance(name, str) or not name.isprintable() or not name.strip("."):
-            return f"a target parameter has the name {name!r:.40}"
-        sizes = cast("list[Any]", shape) if isinstance(shape, list) else []
-        if len(sizes) not in (2, 3) or not all(is_whole(size, 1, 2**31 - 1) for size in sizes):
-            return f"{name} has shape={shape!r:.40}; give two or three whole numbers from 1"
-        if not is_whole(parameter["r"], 1, MOST_RANK) or not is_number(parameter["alpha"], 1e-300, MOST_ALPHA):
-            return f"{name} has r={parameter['r']!r:.40} and alpha={parameter['alpha']!r:.40}; give positive numbers"
-    names = [row["name"] for row in cast("list[Any]", rows)]
-    return None if names == sorted(set(names)) else "its target parameters are not sorted, or one is named twice"
-
-
-def _options_fault(options: Mapping[str, Any]) -> str | None:
-    """Options are a record; these are read again."""
-    kinds = {"kind": str, "expand": str, "warm_start": bool}
-    wrong = [name for name, kind in kinds.items() if not isinstance(options.get(name, kind()), kind)]
-    return f"option {wrong[0]} is {options[wrong[0]]!r:.40}" if wrong else None
+def _lora_fault(lora: Mapping[str, Any]) -> str | None:
+    """The first field of ``lora`` with a value that it cannot have, or None; fields of other PEFT versions pass."""
+    for name, value in lora.items():
+        allowed, kind = _LORA.get(name, ("", Any))
+        if first_fault(kind, value):
+            return f"lora has {name}={value!r:.60}; give {allowed}"
+    return None

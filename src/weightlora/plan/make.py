@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from weightlora.errors import OptionError, PlanError
 from weightlora.model.sites import Site, TargetParameter, rank_and_alpha
 from weightlora.plan._data import whole_or_float
-from weightlora.plan._lora_schema import MOST_ALPHA, is_number, is_whole
-from weightlora.plan._schema import MOST_RANK, text_fault
+from weightlora.plan._schema import MOST_ALPHA, Alpha, Rank, text_fault
 from weightlora.plan.attach import config_fields
 from weightlora.plan.plan import AdapterPlan, PlannedSite
+from weightlora.validation import first_fault
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -87,7 +87,7 @@ def read_adapter(folder: str | Path) -> AdapterPlan:
     config = adapter_config(folder)
     shapes = {key: shape for key, shape in tensor_shapes(folder).items() if len(shape) == 2}
     alpha, base = config.get("lora_alpha", 8), config.get("base_model_name_or_path")
-    if not is_number(alpha, 0, MOST_ALPHA) or alpha == 0:
+    if first_fault(Alpha, alpha):
         raise PlanError(f"{folder} has lora_alpha={alpha!r:.40}; give a positive number up to {MOST_ALPHA:g}")
     _require_name(folder, base)
     entries: list[PlannedSite] = []
@@ -133,25 +133,17 @@ def require_lora(folder: Path, config: Mapping[str, Any]) -> None:
     if fault:
         raise PlanError(f"{folder} is damaged: {ADAPTER_FILES[0]}: {fault}")
     r, alpha = config.get("r"), config.get("lora_alpha")
-    if not (_is_rank(r) and _is_alpha(alpha)):
+    if first_fault(Rank, r) or first_fault(Alpha, alpha):
         raise PlanError(
             f"{folder} has r={r!r:.40} and lora_alpha={alpha!r:.40}; give a whole number and a positive one"
         )
     if config.get("peft_type") not in (None, "LORA"):
         raise PlanError(f"{folder} holds an adapter of peft_type={config['peft_type']!r:.40}; only LORA can be read")
     _require_name(folder, config.get("base_model_name_or_path"))
-    for field, is_right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+    for field, kind in (("rank_pattern", dict[str, Rank]), ("alpha_pattern", dict[str, Alpha])):
         patterns: Any = config.get(field) or {}
-        if not isinstance(patterns, dict) or not all(map(is_right, cast("dict[str, Any]", patterns).values())):
+        if first_fault(kind, patterns):
             raise PlanError(f"{folder} has {field}={patterns!r:.60}; give a mapping of layer names to positive numbers")
-
-
-def _is_rank(value: Any) -> bool:
-    return is_whole(value, 1, MOST_RANK)
-
-
-def _is_alpha(value: Any) -> bool:
-    return is_number(value, 0, MOST_ALPHA) and value != 0
 
 
 def _require_name(folder: Path, base: Any) -> None:

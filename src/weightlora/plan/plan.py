@@ -26,6 +26,15 @@ class AdapterPlan(PlanData):
     """Which sites carry an adapter and of which rank, with the record of the selection.
 
     :func:`weightlora.select` makes it, :meth:`load` reads it, :meth:`attach` and :meth:`to_lora_config` use it.
+
+    Example:
+        >>> from weightlora import Site
+        >>> plan = AdapterPlan((
+        ...     PlannedSite(Site("a", 8, 8), 4, 8, r=4, alpha=8, score=2.0),
+        ...     PlannedSite(Site("b", 8, 8), 4, 8, r=0, alpha=8, score=1.0),
+        ... ))
+        >>> plan.names, plan.to_lora_config().r
+        (('a',), 4)
     """
 
     def __str__(self) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from weightlora.errors import OptionError
-from weightlora.serving._vllm_models import supports_lora
 from weightlora.text import closest
 
 Scale = Literal["site", "config", "rank"]
@@ -84,6 +85,36 @@ class Reader:
     """Whether it reads PEFT's own files; others are exported to a format of their own."""
     start: str = ""
     """What comes after an export; ``{adapter}`` is its folder, or the GGUF file in it."""
+
+
+#: A classifier that vLLM does not list is made of the class with one of these endings, tried in this order.
+_ENDINGS = ("ForCausalLM", "ForConditionalGeneration", "ChatModel", "LMHeadModel", "Model")
+_CLASSIFIER = "ForSequenceClassification"
+
+
+def supports_lora(architecture: str) -> bool | None:
+    """Return whether vLLM serves this class of transformers with adapters; None where it does not list the class.
+
+    Example:
+        >>> supports_lora("LlamaForCausalLM"), supports_lora("GPT2LMHeadModel"), supports_lora("LinearForCausalLM")
+        (True, False, None)
+        >>> supports_lora("Qwen3ForSequenceClassification")  # made of Qwen3ForCausalLM
+        True
+    """
+    names = [architecture]
+    if architecture.endswith(_CLASSIFIER):
+        names += [architecture.removesuffix(_CLASSIFIER) + ending for ending in _ENDINGS]
+    known = _vllm_models()
+    return next((known[name] for name in names if name in known), None)
+
+
+@cache
+def _vllm_models() -> dict[str, bool]:
+    """Every class that vLLM lists, and whether it is served with adapters."""
+    import yaml
+
+    lists: dict[str, str] = yaml.safe_load(Path(__file__).with_name("vllm_models.yaml").read_text(encoding="utf-8"))
+    return dict.fromkeys(lists["with_lora"].split(), True) | dict.fromkeys(lists["without_lora"].split(), False)
 
 
 GGUF_FILE = "adapter.gguf"

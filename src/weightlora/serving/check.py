@@ -41,13 +41,15 @@ def find_problems(adapter: Adapter, reader: Reader, base: BaseModel | None = Non
         base: The base model; without it, the layers are those that the adapter names.
     """
     case = _Case(adapter, reader, base or BaseModel())
-    if unknown := case.task():
-        return (unknown,)
-    finders = (
-        *(case.model, case.shapes, case.unread, case.unknown),
-        *(case.format, case.ranks, case.scales, case.groups, case.layers),
+    if unread := case.task():
+        return (Problem(unread, mended=False),)
+    lost = (case.model, case.shapes, case.unread, case.unknown)
+    mended = (case.format, case.ranks, case.scales, case.groups, case.layers)
+    return (
+        *(Problem(text, mended=False, known=False) for text in case.unclear()),
+        *(Problem(text, mended=False) for find in lost for text in find()),
+        *(Problem(text, mended=True) for find in mended for text in find()),
     )
-    return tuple(problem for find in finders for problem in find())
 
 
 def needed_option(adapter: Adapter, reader: Reader) -> str | None:
@@ -84,39 +86,39 @@ class _Case:
     reader: Reader
     base: BaseModel
 
-    def task(self) -> Problem | None:
+    def task(self) -> str | None:
         """A task whose adapters this runtime was not seen to read: its other facts are of other tasks."""
         task = self.adapter.config.get("task_type")
         if task is None or task in self.reader.tasks:
             return None
-        return Problem(
+        return (
             f"it is only known to read adapters of {' and '.join(self.reader.tasks)}, and this one has "
-            f"task_type={task!r:.40}; use it with PEFT, or merge it into the base model "
-            "(PeftModel.merge_and_unload)",
-            mended=False,
+            f"task_type={task!r:.40}; use it with PEFT, or merge it into the base model (PeftModel.merge_and_unload)"
         )
 
-    def model(self) -> Iterator[Problem]:
+    def unclear(self) -> Iterator[str]:
+        """A class of base models of which nothing is known."""
+        name = self.base.architecture
+        if self.reader.serves and (not name or self.reader.serves(name) is None):
+            what = f"{name} is not in vLLM's list" if name else "the base model is not at hand: give it with --base"
+            yield f"whether its class is served with adapters is not known: {what}"
+
+    # -- what no layout can express ------------------------------------------------------------------------------------
+
+    def model(self) -> Iterator[str]:
         """A base model that the runtime serves without adapters."""
         name = self.base.architecture
-        served = self.reader.serves(name) if self.reader.serves and name else None
-        if served is False:
-            yield Problem(f"base models of class {name} are served without adapters; {_MERGE}", mended=False)
-        elif self.reader.serves and served is None:
-            what = f"{name} is not in vLLM's list" if name else "the base model is not at hand: give it with --base"
-            yield Problem(f"whether its class is served with adapters is not known: {what}", mended=False, known=False)
+        if self.reader.serves and name and self.reader.serves(name) is False:
+            yield f"base models of class {name} are served without adapters; {_MERGE}"
 
-    def shapes(self) -> Iterator[Problem]:
+    def shapes(self) -> Iterator[str]:
         """Tensors of another shape than the base model's."""
         wrong = list(self._of_other_shapes())
         if wrong:
             name, found, needed, resized = wrong[0]
             more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
             way = "the one with its embeddings resized" if resized else "the one that it was trained on"
-            yield Problem(
-                f"{name} has the shape {found}, and this base model needs {needed}{more}; give {way} with --base",
-                mended=False,
-            )
+            yield f"{name} has the shape {found}, and this base model needs {needed}{more}; give {way} with --base"
 
     def _of_other_shapes(self) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], bool]]:
         """Name, shape, the shape that the base model asks for, and whether its embeddings were resized."""
@@ -137,141 +139,125 @@ class _Case:
             if found != needed and not (_module(part) in heads and found[1:] == needed[1:]):
                 yield name, found, needed, found[1:] == needed[1:]
 
-    def unread(self) -> Iterator[Problem]:
-        """What no layout can express."""
-        config, others = self.adapter.config, self.adapter.others
+    def unread(self) -> Iterator[str]:
+        """Parts of the adapter that are not read."""
+        config = self.adapter.config
         if config.get("use_dora"):
-            yield Problem(f"DoRA's magnitudes are not read; {_MERGE}", mended=False)
+            yield f"DoRA's magnitudes are not read; {_MERGE}"
         if config.get("lora_bias"):
-            yield Problem(f"the biases of B (lora_bias) are not read; {_MERGE}", mended=False)
+            yield f"the biases of B (lora_bias) are not read; {_MERGE}"
         start = config.get("init_lora_weights")
         if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
-            yield Problem(
+            yield (
                 f"init_lora_weights={start!r:.40} belongs to base weights that PEFT has changed; save the adapter with "
-                "path_initial_model_for_weight_conversion",
-                mended=False,
+                "path_initial_model_for_weight_conversion"
             )
-        for name in ("alora_invocation_tokens", "layer_replication", "target_parameters", "use_bdlora", "use_qalora"):
-            if config.get(name):
-                yield Problem(f"{name} is not read; {_MERGE}", mended=False)
+        fields = ("alora_invocation_tokens", "layer_replication", "target_parameters", "use_bdlora", "use_qalora")
+        yield from (f"{name} is not read; {_MERGE}" for name in fields if config.get(name))
         known = ("lora_magnitude_vector", "lora_B.bias", ".base_layer.weight")  # the last is a copy of the base model's
-        lost = [name for name in others if not any(word in name for word in known) and not self._is_head(name)]
+        others = [name for name in self.adapter.others if not any(word in name for word in known)]
+        lost = [name.removeprefix("base_model.model.") for name in others if not self._is_head(name)]
         if lost:
-            yield Problem(
-                f"tensors that are not read: {len(lost)}, {lost[0].removeprefix('base_model.model.')} among them; "
-                f"{_MERGE}",
-                mended=False,
-            )
+            yield f"tensors that are not read: {len(lost)}, {lost[0]} among them; {_MERGE}"
         if self.reader.ranks and self.adapter.rank > self.reader.ranks[-1]:
-            yield Problem(
-                f"rank {self.adapter.rank} is above {self.reader.ranks[-1]}, the largest; {_MERGE}", mended=False
-            )
+            yield f"rank {self.adapter.rank} is above {self.reader.ranks[-1]}, the largest; {_MERGE}"
 
-    def unknown(self) -> Iterator[Problem]:
+    def unknown(self) -> Iterator[str]:
         """Sites that the runtime or the base model does not have."""
-        names = [own.site.name for own in self.adapter.sites]
-        strange = [name for name in names if self.base.layers and name not in self.base.layers]
+        base, reader, names = self.base, self.reader, [own.site.name for own in self.adapter.sites]
+        strange = [name for name in names if base.layers and name not in base.layers]
         if strange:
-            yield Problem(f"the base model has no {_listed(strange)}; give the right one with --base", mended=False)
-        words = [own.site.name for own in self.adapter.sites if own.embedding and not self.reader.embeddings]
+            yield f"the base model has no {_listed(strange)}; give the right one with --base"
+        words = [own.site.name for own in self.adapter.sites if own.embedding and not reader.embeddings]
         if words:
-            yield Problem(f"{_listed(words)}: adapters of embeddings are not read; {_MERGE}", mended=False)
-        tied = [name for name in names if name in self.base.tied and not self.reader.tied]
+            yield f"{_listed(words)}: adapters of embeddings are not read; {_MERGE}"
+        tied = [name for name in names if name in base.tied and not reader.tied]
         if tied:
-            yield Problem(
+            yield (
                 f"{_listed(tied)}: output head and embeddings share their weights in this base model, and an "
-                f"adapter of one is not read right; {_MERGE}",
-                mended=False,
+                f"adapter of one is not read right; {_MERGE}"
             )
-        kind, reader = self.base.model_type, self.reader
-        if kind and reader.models and kind not in reader.models:
-            yield Problem(
-                f"adapters of base models of type {kind} are not read, only of {', '.join(reader.models)}; export with "
-                "--converter, and serve adapter.gguf",
-                mended=False,
-            )
+        by_converter = "export with --converter, and serve adapter.gguf"
+        if base.model_type and reader.models and base.model_type not in reader.models:
+            readable = ", ".join(reader.models)
+            yield f"adapters of base models of type {base.model_type} are not read, only of {readable}; {by_converter}"
         misread = [name for name in names if last_name(name) in reader.misread]
-        if misread and kind in ("", *reader.misread_models):
-            yield Problem(
+        if misread and base.model_type in ("", *reader.misread_models):
+            yield (
                 f"{_listed(misread)}: for Llama's architecture, the rows of the heads are not reordered as the base "
-                "model's are; export with --converter, and serve adapter.gguf",
-                mended=False,
+                f"model's are; {by_converter}"
             )
-        unread = [name for name in names if last_name(name) not in self.reader.projections]
-        if self.reader.projections and unread and not words:
-            known = ", ".join(self.reader.projections)
-            yield Problem(f"{_listed(unread)} would not be read, only {known}; {_MERGE}", mended=False)
-        ranks = {own.site: self.adapter.rank if self.reader.one_rank else own.r for own in self.adapter.sites}
+        unread = [name for name in names if last_name(name) not in reader.projections]
+        if reader.projections and unread and not words:
+            yield f"{_listed(unread)} would not be read, only {', '.join(reader.projections)}; {_MERGE}"
+        ranks = {own.site: self.adapter.rank if reader.one_rank else own.r for own in self.adapter.sites}
         wide = [site for site, r in ranks.items() if r > site.out_features]
-        if self.reader.tall_b and wide:
-            yield Problem(
+        if reader.tall_b and wide:
+            yield (
                 f"{_listed(site.name for site in wide)}: rank {ranks[wide[0]]} is above its {wide[0].out_features} "
-                f"outputs, and B would be read transposed; {_MERGE}",
-                mended=False,
+                f"outputs, and B would be read transposed; {_MERGE}"
             )
 
-    def format(self) -> Iterator[Problem]:
+    # -- what an export mends ------------------------------------------------------------------------------------------
+
+    def format(self) -> Iterator[str]:
         """The kind of files, and of values in the configuration."""
-        config = self.adapter.config
-        if not self.reader.peft_folder:
-            yield Problem("it reads no PEFT folder, only files of its own", mended=True)
-        named = config.get("target_modules")
-        if self.reader.named_list and not isinstance(named, list) and named != "all-linear":
-            yield Problem("target_modules is no list, and only a list is read", mended=True)
-        if self.reader.whole_alpha and not isinstance(config["lora_alpha"], int):
-            yield Problem(f"lora_alpha={config['lora_alpha']!r} is no whole number", mended=True)
-        if self.reader.plain_bias and config.get("bias", "none") != "none":
-            yield Problem(f"bias={config['bias']!r:.40} is refused", mended=True)
-        if self.reader.ranks and self.adapter.asked_rank > self.reader.ranks[-1] >= self.adapter.rank:
-            yield Problem(f"the configuration has a rank of {self.adapter.asked_rank}, which no site has", mended=True)
+        config, reader, named = self.adapter.config, self.reader, self.adapter.config.get("target_modules")
+        if not reader.peft_folder:
+            yield "it reads no PEFT folder, only files of its own"
+        if reader.named_list and not isinstance(named, list) and named != "all-linear":
+            yield "target_modules is no list, and only a list is read"
+        if reader.whole_alpha and not isinstance(config["lora_alpha"], int):
+            yield f"lora_alpha={config['lora_alpha']!r} is no whole number"
+        if reader.plain_bias and config.get("bias", "none") != "none":
+            yield f"bias={config['bias']!r:.40} is refused"
+        if reader.ranks and self.adapter.asked_rank > reader.ranks[-1] >= self.adapter.rank:
+            yield f"the configuration has a rank of {self.adapter.asked_rank}, which no site has"
 
-    def ranks(self) -> Iterator[Problem]:
-        """Ranks that differ."""
+    def ranks(self) -> Iterator[str]:
+        """Ranks that differ; of padded ones those of a projection: TGI and LoRAX stack its matrices of all layers."""
         if self.reader.padded:
-            yield from self._padded_ranks()
-            return
-        ranks = sorted({own.r for own in self.adapter.sites})
-        if self.reader.one_rank and len(ranks) > 1:
-            yield Problem(f"ranks from {ranks[0]} to {ranks[-1]}; one rank for all sites is read", mended=True)
-        elif self.reader.one_rank and ranks[0] != self.adapter.config["r"]:
-            yield Problem(f"all ranks are {ranks[0]}, and r={self.adapter.config['r']} is read", mended=True)
+            for projection, sites in self._by_projection().items():
+                ranks = sorted({padded_rank(own.r) for own in sites})
+                if len(ranks) > 1:
+                    yield f"{projection} has ranks from {ranks[0]} to {ranks[-1]}; one is read"
+        elif self.reader.one_rank:
+            ranks = sorted({own.r for own in self.adapter.sites})
+            if len(ranks) > 1:
+                yield f"ranks from {ranks[0]} to {ranks[-1]}; one rank for all sites is read"
+            elif ranks[0] != self.adapter.config["r"]:
+                yield f"all ranks are {ranks[0]}, and r={self.adapter.config['r']} is read"
 
-    def scales(self) -> Iterator[Problem]:
+    def scales(self) -> Iterator[str]:
         """Sites whose B·A would be multiplied by another number."""
-        scales = self._padded_scales() if self.reader.padded else [self._read_scale(own) for own in self.adapter.sites]
-        wrong = [
-            (own, scale)
-            for own, scale in zip(self.adapter.sites, scales, strict=True)
-            if abs(scale / own.scale - 1) > 1e-9
-        ]
+        sites = self.adapter.sites
+        scales = self._padded_scales() if self.reader.padded else map(self._read_scale, sites)
+        pairs = zip(sites, scales, strict=True)
+        wrong = [(own, scale) for own, scale in pairs if abs(scale / own.scale - 1) > 1e-9]
         if wrong:
             own, scale = wrong[0]
-            yield Problem(
-                f"the scale of {len(wrong)} of {len(self.adapter.sites)} sites is read wrong: {own.site.name} was "
-                f"trained with {own.scale:g} and would get {scale:g}",
-                mended=True,
+            yield (
+                f"the scale of {len(wrong)} of {len(sites)} sites is read wrong: {own.site.name} was trained with "
+                f"{own.scale:g} and would get {scale:g}"
             )
 
-    def groups(self) -> Iterator[Problem]:
+    def groups(self) -> Iterator[str]:
         """Parts of fused matrices."""
         names = [own.site.name for own in self.adapter.sites]
         for group in self.reader.groups:
             split = list(split_groups(names, group, self.base.layers))
             if split:
-                part, lacking = split[0]
-                yield Problem(
-                    f"{last_name(part)} without {' and '.join(map(last_name, lacking))} in "
-                    f"{_layers(name for name, _ in split)}: {', '.join(group.names)} are one matrix",
-                    mended=True,
-                )
+                part, lacking = last_name(split[0][0]), " and ".join(map(last_name, split[0][1]))
+                where = _layers(name for name, _ in split)
+                yield f"{part} without {lacking} in {where}: {', '.join(group.names)} are one matrix"
 
-    def layers(self) -> Iterator[Problem]:
+    def layers(self) -> Iterator[str]:
         """Projections that some layer lacks."""
         if self.reader.every_layer:
             for projection, holes in missing_layers([own.site for own in self.adapter.sites], self.base.layers).items():
-                yield Problem(
-                    f"{projection} is missing in {_layers(holes)} and would be dropped everywhere", mended=True
-                )
+                yield f"{projection} is missing in {_layers(holes)} and would be dropped everywhere"
+
+    # ------------------------------------------------------------------------------------------------------------------
 
     def _is_head(self, tensor: str) -> bool:
         return _module(tensor) in self.reader.heads
@@ -286,13 +272,6 @@ class _Case:
         """lora_alpha ÷ r, as the runtime reads it."""
         config = self.adapter.config
         return config["lora_alpha"] / (r**0.5 if self.reader.rslora and config.get("use_rslora") else r)
-
-    def _padded_ranks(self) -> Iterator[Problem]:
-        """Ranks of a projection that differ after padding: TGI and LoRAX stack its matrices of all layers."""
-        for projection, sites in self._by_projection().items():
-            ranks = sorted({padded_rank(own.r) for own in sites})
-            if len(ranks) > 1:
-                yield Problem(f"{projection} has ranks from {ranks[0]} to {ranks[-1]}; one is read", mended=True)
 
     def _padded_scales(self) -> list[float]:
         """The scale of each site where loading a projection overwrites r with its padded rank, for the next ones."""
