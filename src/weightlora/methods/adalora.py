@@ -22,6 +22,7 @@ from weightlora.methods.common.triplets import Alpha, TripletMethod
 from weightlora.model.distributed import copy_from_first, from_first, process_count
 from weightlora.model.sites import Site
 from weightlora.plan.plan import AdapterPlan
+from weightlora.validation import Count, Natural, NotNegative, Share
 
 if TYPE_CHECKING:
     from peft import AdaLoraConfig, LoraConfig, PeftModel
@@ -44,13 +45,13 @@ class AdaLora(TripletMethod):
         alpha: ``"scale"`` scales every rank by alpha/r as in plain LoRA, ``"keep"`` by alpha/init_r.
     """
 
-    init_r: int | None = None
-    tinit: int | None = None
-    tfinal: int | None = None
-    deltaT: int = 10
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.1
+    init_r: Count | None = None
+    tinit: Natural | None = None
+    tfinal: Natural | None = None
+    deltaT: Count = 10
+    beta1: Share = 0.85
+    beta2: Share = 0.85
+    orth_reg_weight: NotNegative = 0.1
     alpha: Alpha = "scale"
     name = "adalora"
     token_shares = 1

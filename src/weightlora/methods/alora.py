@@ -23,6 +23,7 @@ from weightlora.model.sites import Site
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import Loss, held_out, in_parts, model_loss, rows_of
 from weightlora.selection.stage import evaluated
+from weightlora.validation import Count, Share
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -44,12 +45,12 @@ class ALora(MovingMethod):
         loss_fn: As in :func:`weightlora.select`.
     """
 
-    max_r: int | None = None
-    rounds: int = 8
-    count: int | None = None
-    begin: float = 0.1
-    interval: int | None = None
-    probe_rows: int = 32
+    max_r: Count | None = None
+    rounds: Count = 8
+    count: Count | None = None
+    begin: Share = 0.1
+    interval: Count | None = None
+    probe_rows: Count = 32
     seed: int = 0
     loss_fn: Loss | None = None
     name = "alora"

@@ -19,6 +19,7 @@ from weightlora.plan.budget import Keep, read_budget
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import Loss, cycled
 from weightlora.selection.stage import Stage, adapter_weights, let_train, probed, train_adapters
+from weightlora.validation import Count, Positive
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -43,11 +44,11 @@ class DotProduct(PlanningMethod):
     """
 
     keep: Keep = 0.5
-    steps: int = 20
+    steps: Count = 20
     alone: bool = False
     by: Literal["magnitude", "descent"] = "magnitude"
-    lr: float = 1e-3
-    head_lr: float | None = None
+    lr: Positive = 1e-3
+    head_lr: Positive | None = None
     seed: int = 0
     loss_fn: Loss | None = None
 
@@ -78,7 +79,7 @@ def dot_products(
     steps: int,
     alone: bool,
     lr: float,
-    head_lr: float | None = None,
+    head_lr: Positive | None = None,
     head_steps: int = 0,
     seed: int = 0,
     loss_fn: Loss | None = None,

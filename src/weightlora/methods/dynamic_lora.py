@@ -21,6 +21,7 @@ from weightlora.methods.common.triplets import Alpha, TripletMethod
 from weightlora.model.distributed import from_first
 from weightlora.model.sites import Site
 from weightlora.plan.plan import AdapterPlan
+from weightlora.validation import Count, NotNegative, Share
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -44,12 +45,12 @@ class DynamicLora(TripletMethod):
         OptionError: ``begin`` does not come before ``end``.
     """
 
-    init_r: int | None = None
+    init_r: Count | None = None
     begin: float = 0.15
     end: float = 0.5
-    interval: int = 100
-    beta: float = 0.9
-    variance_weight: float = 0.1
+    interval: Count = 100
+    beta: Share = 0.9
+    variance_weight: NotNegative = 0.1
     alpha: Alpha = "scale"
     name = "dynamic_lora"
 

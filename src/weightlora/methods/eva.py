@@ -13,11 +13,12 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from peft import EvaConfig, LoraConfig
 from peft.tuners.lora.eva import get_eva_state_dict
+from pydantic import Field
 from torch import Tensor
 
 from weightlora.errors import OptionError, SelectionError
@@ -29,6 +30,7 @@ from weightlora.model.sites import Site, find_sites, rank_and_alpha
 from weightlora.model.token_mask import TokenRows, counted_tokens
 from weightlora.selection.batches import Loss, in_parts, model_loss, to_device
 from weightlora.selection.stage import attach_plain_lora
+from weightlora.validation import Count
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,13 +58,13 @@ class Eva(PlanningMethod):
         OptionError: ``most`` allows no repetition.
     """
 
-    rho: float = 2.0
-    tau: float = 0.99
+    rho: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+    tau: Annotated[float, Field(gt=0, le=1)] = 0.99
     whiten: bool = False
     adjust_alpha: bool = True
     label_tokens: bool = False
-    steps: int = 20
-    most: int = 1000
+    steps: Count = 20
+    most: Count = 1000
     seed: int = 0
     loss_fn: Loss | None = None
 

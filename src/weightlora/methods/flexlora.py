@@ -20,6 +20,7 @@ from weightlora.methods.common.moving import MoverCallback, MovingMethod, packed
 from weightlora.model.distributed import from_first
 from weightlora.model.sites import Site
 from weightlora.plan.plan import AdapterPlan
+from weightlora.validation import Count
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -39,9 +40,9 @@ class FlexLora(MovingMethod):
         OptionError: There is not one rank of at least 1 for each client.
     """
 
-    clients: int = 4
+    clients: Count = 4
     ranks: Sequence[int] | int | None = None
-    rounds: int = 4
+    rounds: Count = 4
     name = "flexlora"
     turn = 0
     """Finished turns; in a turn one client trains."""

@@ -23,6 +23,7 @@ from weightlora.plan.budget import Budget, Keep, read_budget
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import Loss, cycled
 from weightlora.selection.stage import Stage, adapter_weights, evaluated, let_train, probed
+from weightlora.validation import Count, Positive
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -48,12 +49,12 @@ class Flexora(PlanningMethod):
 
     keep: Keep | None = 0.5
     unit: Literal["block", "site"] = "block"
-    steps: int | None = None
-    validation: int = 8
-    alpha_lr: float = 0.01
-    power: int = 1
-    lr: float = 1e-3
-    head_lr: float | None = None
+    steps: Count | None = None
+    validation: Count = 8
+    alpha_lr: Positive = 0.01
+    power: Count = 1
+    lr: Positive = 1e-3
+    head_lr: Positive | None = None
     seed: int = 0
     loss_fn: Loss | None = None
 

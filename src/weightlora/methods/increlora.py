@@ -23,6 +23,7 @@ from weightlora.methods.common.triplets import Alpha, TripletMethod
 from weightlora.model.distributed import average, from_first, process_count, require_agreement
 from weightlora.model.sites import Site
 from weightlora.plan.plan import AdapterPlan
+from weightlora.validation import Count, NotNegative, Share
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -97,15 +98,15 @@ class IncreLora(TripletMethod):
         OptionError: ``begin`` does not come before ``end``.
     """
 
-    max_r: int | None = None
-    count: int | None = None
+    max_r: Count | None = None
+    count: Count | None = None
     begin: float = 0.05
     end: float = 0.5
-    interval: int | None = None
-    restart: int | None = None
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.1
+    interval: Count | None = None
+    restart: Count | None = None
+    beta1: Share = 0.85
+    beta2: Share = 0.85
+    orth_reg_weight: NotNegative = 0.1
     alpha: Alpha = "keep"
     seed: int = 0
     name = "increlora"

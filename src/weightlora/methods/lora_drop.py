@@ -11,9 +11,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from weightlora.errors import SelectionError
@@ -25,6 +26,7 @@ from weightlora.model.token_mask import TokenRows, counted_tokens
 from weightlora.plan.budget import Keep, read_budget
 from weightlora.selection.batches import Loss, cycled, in_parts
 from weightlora.selection.stage import Stage, evaluated, probed, train_adapters
+from weightlora.validation import Count, Positive
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -48,11 +50,11 @@ class LoraDrop(PlanningMethod):
     """
 
     keep: Keep = 0.5
-    energy: float | None = None
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
     share: bool = False
-    steps: int | None = None
-    lr: float = 1e-3
-    head_lr: float | None = None
+    steps: Count | None = None
+    lr: Positive = 1e-3
+    head_lr: Positive | None = None
     seed: int = 0
     loss_fn: Loss | None = None
 

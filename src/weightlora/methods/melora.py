@@ -17,13 +17,14 @@ from weightlora.errors import OptionError
 from weightlora.methods.base import ChoosingMethod, Method, Prepared, plan_of
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import Site, find_sites, rank_and_alpha
+from weightlora.validation import Count
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from torch import nn
 
 
-def build(*, n_mini: int = 4) -> Method:
+def build(*, n_mini: Count = 4) -> Method:
     """Return the method.
 
     Args:

@@ -18,6 +18,7 @@ from weightlora.errors import OptionError
 from weightlora.methods.base import ExpandedMethod, uniform_plan
 from weightlora.methods.common.export import singular_factors
 from weightlora.model.sites import Site
+from weightlora.validation import Count
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -34,7 +35,7 @@ class Milora(ExpandedMethod):
             itself is the paper's method, and twice the budget.
     """
 
-    r: int | None = None
+    r: Count | None = None
 
     def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
         if self.r is None and lora.r < 2:

@@ -17,6 +17,7 @@ from weightlora.errors import OptionError
 from weightlora.methods.base import ExpandedMethod, uniform_plan
 from weightlora.methods.common.export import singular_factors
 from weightlora.model.sites import Site
+from weightlora.validation import Count
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -33,7 +34,7 @@ class Nora(ExpandedMethod):
             directions and trains more numbers, 2·r·n for each site.
     """
 
-    outer_r: int | None = None
+    outer_r: Count | None = None
 
     def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
         n = 4 * lora.r if self.outer_r is None else self.outer_r

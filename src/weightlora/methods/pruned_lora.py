@@ -21,6 +21,7 @@ from weightlora.methods.common.triplets import require_wider
 from weightlora.model.distributed import copy_from_first, from_first
 from weightlora.model.sites import Site
 from weightlora.plan.plan import AdapterPlan
+from weightlora.validation import Count, Positive
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -40,11 +41,11 @@ class PrunedLora(MovingMethod):
         damping: λ in units of the mean of GᵀG's diagonal, positive: GᵀG may have no inverse.
     """
 
-    init_r: int | None = None
-    interval: int = 10
-    count: int = 2
+    init_r: Count | None = None
+    interval: Count = 10
+    count: Count = 2
     recover: Literal["none", "eta"] = "eta"
-    damping: float = 0.01
+    damping: Positive = 0.01
     name = "pruned_lora"
 
     def budget(self, step: int) -> int:

@@ -21,6 +21,7 @@ from weightlora.model.sites import Site
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import base_model_name
+from weightlora.validation import Positive
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -35,7 +36,7 @@ class Riemannian(MovingMethod):
         reg: δ, added to the diagonal of BᵀB and AAᵀ before they are inverted, since B starts at zero; PEFT's default.
     """
 
-    reg: float = 1e-2
+    reg: Positive = 1e-2
     name = "riemannian"
 
     def _start(

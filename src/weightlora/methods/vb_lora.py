@@ -15,6 +15,7 @@ from weightlora.errors import OptionError
 from weightlora.methods.base import ExpandedMethod, recorded, uniform_plan
 from weightlora.methods.common.export import Factors
 from weightlora.model.sites import Site, tuner_fields
+from weightlora.validation import Count, Positive
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -41,12 +42,12 @@ class VbLora(ExpandedMethod):
         OptionError: K is larger than h.
     """
 
-    r: int | None = None
-    num_vectors: int = 256
-    vector_length: int | None = None
-    topk: int = 2
-    init_vector_bank_bound: float = 0.02
-    init_logits_std: float = 0.1
+    r: Count | None = None
+    num_vectors: Count = 256
+    vector_length: Count | None = None
+    topk: Count = 2
+    init_vector_bank_bound: Positive = 0.02
+    init_logits_std: Positive = 0.1
 
     def __post_init__(self) -> None:
         if not 1 <= self.topk <= self.num_vectors:

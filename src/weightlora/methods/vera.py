@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weightlora.methods.base import ExpandedMethod, recorded, uniform_plan
 from weightlora.methods.common.export import Factors
 from weightlora.model.sites import Site, tuner_fields
+from weightlora.validation import Count, Natural, Positive
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -32,9 +33,9 @@ class Vera(ExpandedMethod):
         projection_prng_key: Decides A and B.
     """
 
-    r: int | None = None
-    d_initial: float = 0.1
-    projection_prng_key: int = 0
+    r: Count | None = None
+    d_initial: Positive = 0.1
+    projection_prng_key: Natural = 0
 
     def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
         rank = lora.r if self.r is None else self.r
