@@ -1,8 +1,14 @@
 """A run of ``weightlora train`` in a fraction of a second: a random encoder of two narrow layers, sixteen rows."""
 
+import shutil
+
 import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
+
+from weightlora.methods import METHODS, options_of
+from weightlora.runs.recipe import read_recipe
+from weightlora.runs.train import train
 
 TRAINING = {
     "task": "text_classification",
@@ -46,3 +52,38 @@ def adapter(folder):
 
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def interrupted(whole, run, *, after=4):
+    """Copy a run as it was after a step."""
+    shutil.copytree(whole, run)
+    for gone in ("results.json", "heatmap.png"):
+        (run / gone).unlink(missing_ok=True)
+    shutil.rmtree(run / "adapter")
+    for step in (2, 4, 6):
+        if step > after:
+            shutil.rmtree(run / f"checkpoint-{step}", ignore_errors=True)
+    return run
+
+
+def methods_that_train(what):
+    return [entry.name for entry in METHODS if entry.trains == what]
+
+
+def resumes(base, folder, method):
+    """Whether a run of a method resumes to the same adapter: in the middle of its training, and at its end."""
+    known = options_of(method)
+    short = {"deltaT": 1, "tfinal": 1, "interval": 1, "rounds": 2, "validation": 2}
+    short |= {} if "rule" in known else {"steps": 2}
+    short |= {"init_r": 12} if method == "pruned_lora" else {}  # from 12 to 8 in the four steps
+    own = [f"{key}={value}" for key, value in short.items() if key in known]
+    more = ["--method_options", *own] if own else []
+    small = {"method": method, "keep": 0.5, "per_device_train_batch_size": 4, "max_steps": 4, "max_eval_samples": 2}
+
+    def run(output):
+        train(read_recipe(words=words(base, output, *more, **small)[1:]))
+        return adapter(output)
+
+    finished = run(folder / "finished")
+    ends = [run(interrupted(folder / "finished", folder / str(after), after=after)) for after in (2, 4)]
+    return all(same(end, finished) for end in ends)

@@ -59,26 +59,37 @@ def small_model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def here(tmp_path, small_model, monkeypatch):
-    """A folder with every file that the documents name."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def named(tmp_path_factory, small_model):
+    """Every file that the documents name."""
+    folder = tmp_path_factory.mktemp("named") / "files"
+    (folder / "runs" / "train").mkdir(parents=True)
     for name in ("reviews.csv", "more.csv"):
-        (tmp_path / name).write_text("\n".join(["text,label", *ROWS]))
+        (folder / name).write_text("\n".join(["text,label", *ROWS]))
     for name in ("a.csv", "b.csv"):
-        (tmp_path / name).write_text("\n".join(["review,label", *ROWS]))
+        (folder / name).write_text("\n".join(["review,label", *ROWS]))
     for name in ("mine.yaml", "select.yaml", "recipe.yaml"):
-        (tmp_path / name).write_text("task: rotten_tomatoes\nkeep: 5\n")
-    recipe = ["--config", "recipe.yaml", "--model_name_or_path", str(small_model), *SHORT]
-    assert main(["select", *recipe, "--output_dir", "runs/select"]) == 0
-    AdapterPlan.load("runs/select/plan.json").save("plan.json")
+        (folder / name).write_text("task: rotten_tomatoes\nkeep: 5\n")
+    recipe = ["--config", str(folder / "recipe.yaml"), "--model_name_or_path", str(small_model), *SHORT]
+    assert main(["select", *recipe, "--output_dir", str(folder / "runs" / "select")]) == 0
+    for name in ("plan.json", "runs/train/plan.json"):
+        AdapterPlan.load(folder / "runs/select/plan.json").save(folder / name)
     base = LlamaForCausalLM(LlamaConfig(vocab_size=40, num_hidden_layers=2, **SIZES))
-    base.save_pretrained("base")
-    lora = LoraConfig(target_modules=["v_proj"], task_type="CAUSAL_LM")
-    get_peft_model(LlamaForCausalLM.from_pretrained("base"), lora).save_pretrained("adapter")
-    shutil.copytree("adapter", "runs/train/adapter")
-    shutil.copy("plan.json", "runs/train")
-    shutil.copy("recipe.yaml", "runs/train/config.yaml")
+    base.save_pretrained(folder / "base")
+    with pytest.MonkeyPatch.context() as patch:  # the adapter names its base
+        patch.chdir(folder)
+        lora = LoraConfig(target_modules=["v_proj"], task_type="CAUSAL_LM")
+        get_peft_model(LlamaForCausalLM.from_pretrained("base"), lora).save_pretrained("adapter")
+    shutil.copytree(folder / "adapter", folder / "runs/train/adapter")
+    shutil.copy(folder / "recipe.yaml", folder / "runs/train/config.yaml")
+    return folder
+
+
+@pytest.fixture
+def here(named, tmp_path, monkeypatch):
+    """A folder of one's own with every file that the documents name."""
+    shutil.copytree(named, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 

@@ -6,30 +6,17 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file
-from small_run import adapter, same, words
+from small_run import adapter, interrupted, same, words
 
 from weightlora.cli import main
 from weightlora.errors import WeightLoraWarning
 from weightlora.files import only_writer
-from weightlora.methods import METHODS, options_of
 from weightlora.runs.recipe import read_recipe
 from weightlora.runs.train import train
 
 #: What the Trainer begins anew without a word where a checkpoint lacks it.
 STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 1.0}
-
-
-def interrupted(whole, run, *, after=4):
-    """Copy a run as it was after a step."""
-    shutil.copytree(whole, run)
-    for gone in ("results.json", "heatmap.png"):
-        (run / gone).unlink(missing_ok=True)
-    shutil.rmtree(run / "adapter")
-    for step in (2, 4, 6):
-        if step > after:
-            shutil.rmtree(run / f"checkpoint-{step}")
-    return run
 
 
 def failure(capsys, command):
@@ -70,23 +57,6 @@ def test_a_run_that_saved_weights_alone_does_not_go_on_as_another_training(base,
     trained = interrupted(finished, tmp_path / "trained", after=6)  # nothing is left to train: weights are enough
     assert main(words(base, trained, save_only_model=True)) == 0
     assert same(adapter(trained), adapter(finished))
-
-
-@pytest.mark.parametrize("method", [entry.name for entry in METHODS])
-def test_every_methods_own_checkpoints_are_whole(base, tmp_path, method):
-    """No state of any method is taken for damage: the run resumes without a warning, to the same adapter."""
-    known = options_of(method)
-    short = {"deltaT": 1, "tfinal": 1, "interval": 1, "rounds": 2, "validation": 2}
-    short |= {} if "rule" in known else {"steps": 2}
-    own = [f"{key}={value}" for key, value in short.items() if key in known]
-    more = [f"--method={method}", "--keep=0.5", "--per_device_train_batch_size=4"]
-    more += ["--method_options", *own] if own else []
-    finished = tmp_path / "finished"
-    assert main(words(base, finished, *more)) == 0
-    for after in (4, 6):
-        run = interrupted(finished, tmp_path / str(after), after=after)
-        assert main(words(base, run, *more)) == 0
-        assert same(adapter(run), adapter(finished))
 
 
 # -- wherever its folder is ------------------------------------------------------------------------------------------
