@@ -260,6 +260,7 @@ def test_markdown_and_latex_mark_the_best_and_the_second(synthetic):
 # -- one run ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_record_says_what_the_same_recipe_says(tmp_path):
     """And measuring the step moves neither weights nor metrics."""
     grid = grid_of(tmp_path, methods=["adalora"], learning_rates=[5e-3])
@@ -422,6 +423,7 @@ def count(out):
     return (out / "records.jsonl").read_bytes().count(b"\n") if (out / "records.jsonl").exists() else 0
 
 
+@pytest.mark.slow
 @pytest.mark.fuzz
 @pytest.mark.parametrize(
     ("strike", "code", "number", "what"),
@@ -472,6 +474,7 @@ def without_times(grid, records):
     return [[(cell.text, cell.place) for cell in row[:-2]] for row in make_table(grid, records).rows]
 
 
+@pytest.mark.slow
 @pytest.mark.fuzz
 def test_killed_five_times_continued_on_another_checkout_and_merged_it_is_the_same_table(
     unbroken, tmp_path, other_checkout
@@ -506,6 +509,7 @@ def test_killed_five_times_continued_on_another_checkout_and_merged_it_is_the_sa
     assert make_table(grid, [other, *others]).caption.startswith("Records of different sources: git ")
 
 
+@pytest.mark.slow
 def test_a_failed_run_leaves_its_log_and_a_later_success_removes_it(tmp_path, capsys):
     grid = grid_of(
         tmp_path,
@@ -530,6 +534,7 @@ def test_a_failed_run_leaves_its_log_and_a_later_success_removes_it(tmp_path, ca
     assert not log.exists()
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_records(unbroken, tmp_path, capsys):
     config = unbroken.output_dir.parent / "b.yaml"
     assert main(["bench", "--config", str(config), "--output_dir", str(tmp_path / "out"), "--ray"]) == 0

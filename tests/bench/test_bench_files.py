@@ -117,6 +117,7 @@ def test_nonsense_in_an_entry_is_one_line_that_names_it(path, tmp_path, capsys):
         assert not (tmp_path / "out").exists(), value
 
 
+@pytest.mark.slow
 @pytest.mark.fuzz
 def test_files_at_random_are_a_table_or_one_line(tmp_path, capsys):
     rng, count = generator(), cases(80, 1_000)

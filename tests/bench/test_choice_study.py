@@ -63,6 +63,7 @@ def test_equal_sets_are_fitted_once(ceiling):
     assert ceiling["distinct"](losses, kept) == {frozenset("xy"): 1.0, frozenset("z"): 2.0}
 
 
+@pytest.mark.slow
 def test_the_study_runs_every_stage_and_each_can_be_read(tmp_path):
     """Stand-ins of ``weightlora`` and ``python`` write its commands down; the study itself writes predicted.yaml."""
     for name in ("weightlora", "python"):
@@ -169,6 +170,7 @@ def test_finals_pair_each_row_with_random_sites_and_both_loras(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_each_stage_of_the_finals_has_records(monkeypatch):
     monkeypatch.chdir(CHOICE.parents[1])
     script = runpy.run_path(str(CHOICE / "finals.py"))

@@ -88,6 +88,7 @@ def test_time_left_is_that_of_the_runs_of_the_same_row(tmp_path):
 # -- a short run -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_training_is_stopped_after_twelve_steps_and_knows_the_planned_ones(tmp_path):
     """40 rows in batches of 2, three epochs: 60 steps."""
     changed = {**BASE, "max_train_samples": 40, "per_device_train_batch_size": 2, "num_train_epochs": 3}
@@ -165,6 +166,7 @@ def _cluster():
     ray.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_cluster")
 def test_runs_that_fit_at_once_on_ray(few, capsys):
     """Three CPUs and a GPU: two runs of half a GPU, one of a whole one, three without."""

@@ -238,6 +238,7 @@ def test_the_folder_of_an_adapter_is_its_runs_alone(tmp_path):
     assert "-lora+-" in folders[ROWS.index("lora+") * 8].name
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_row_named_like_a_folder_above_is_kept_with_its_record(tmp_path):
     """One real run: its adapter is below ``adapters``, its record is there, and nothing is anywhere else."""
     grid = grid_of(tmp_path, methods={"..": {"method": "lora"}}, learning_rates=[1e-3], keep_adapters=True)

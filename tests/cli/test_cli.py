@@ -246,6 +246,7 @@ def test_an_unwritable_folder_is_told_before_the_work(reviews, tmp_path, capsys)
         assert "cannot write" in failure(capsys, *command, "--output_dir", tmp_path / "file" / "out")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_no_plan(tmp_path):
     """Files may grow to one kilobyte: the plan is larger."""
     out = tmp_path / "out"
@@ -320,6 +321,7 @@ def test_a_wrong_budget_is_found_before_anything_is_loaded(command, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_ordinary_training_prints_nothing_but_its_own_lines_to_standard_error(tmp_path):
     """A GGUF file and TRL: of all bases and tasks those of which the libraries say most."""
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"sentence number {i}"}) + "\n" for i in range(4)))

@@ -50,6 +50,7 @@ def kept(demo):
     return {folder.name.split("-")[1]: folder for folder in sorted((demo / "adapters").iterdir())}
 
 
+@pytest.mark.slow
 def test_it_leaves_what_it_promises(demo):
     left = {path.name for path in demo.iterdir() if not path.name.startswith(".")}
     assert left == {"plan.json", "heatmap.png", "table.md", "table.tex", "records.jsonl", "adapters"}
@@ -72,6 +73,7 @@ def slow_logits(adapter, base, batch):
         return base.eval()(**batch).logits
 
 
+@pytest.mark.slow
 def test_each_adapter_is_stock(demo, tokenizer):
     probe = [
         sys.executable,

@@ -75,6 +75,7 @@ def command(options, folder, *, as_file):
     return ["select", f"--output_dir={out}", *(word for some in words for word in some)]
 
 
+@pytest.mark.slow
 @pytest.mark.fuzz
 def test_options_at_random_make_a_plan_or_one_line(base, tmp_path, capsys):
     rng = generator()

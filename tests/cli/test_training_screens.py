@@ -67,6 +67,7 @@ def test_train_ends_with_what_it_cost_and_what_comes_next(base, tmp_path, capsys
     assert "scoring" not in again
 
 
+@pytest.mark.slow
 def test_the_commands_that_come_next_run(base, tmp_path, capsys):
     assert main(words(base, tmp_path / "my run")) == 0
     report, check = re.findall(r"^(?:next:)? +weightlora (.*)$", capsys.readouterr().out, re.MULTILINE)

@@ -99,6 +99,7 @@ def planned_on_all(base, dropout, fast=None):
     return sites, lora, model if fast is None else enable_fast_lora(model, fast)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("dropout", "fast", "dtype"),
     [
@@ -194,6 +195,7 @@ def test_whole_steps_are_compared_round_by_round(monkeypatch):
     assert timing._steps({}, list, None, [(), ()], 3) == pytest.approx([1.5, 10.0])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("keep", "fast"), [("20MB", None), ("0.8x", None), ("0.8x", "input")])
 def test_select_keeps_what_the_budget_pays_for(minilm, review_batches, keep, fast):
     options = {"lora": LoraConfig(r=8, task_type="SEQ_CLS"), "steps": 2, "progress": False, **ruled(head_steps=1)}
@@ -232,6 +234,7 @@ def test_a_bad_limit_names_itself_and_what_is_allowed(keep):
         read_limit(keep)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("keep", "knob"), [("1kB", "lower r or the size of the batch"), ("0.001x", "raise keep")])
 def test_a_limit_below_the_cheapest_site(minilm, review_batches, keep, knob):
     before = fingerprint(minilm)

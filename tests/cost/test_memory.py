@@ -56,6 +56,7 @@ def with_lora(model, **lora):
 # -- the whole step ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("number", [2, 6, 8, 9])
 def test_peaks_are_those_that_the_allocator_counts(number, benchmark):
     """Checkpointing, grouped attention under adapters in the upper half, 4 bit twice quantised, and fused experts."""
@@ -63,6 +64,7 @@ def test_peaks_are_those_that_the_allocator_counts(number, benchmark):
     assert is_counted(benchmark.estimated(configuration), configuration, benchmark)
 
 
+@pytest.mark.slow
 def test_a_wrong_setting_is_far_from_the_count(benchmark):
     """Negative control: with adapters on all layers, or without checkpointing, the number is another one."""
     half, checkpointed = benchmark.TEN[6], benchmark.TEN[2]
@@ -71,6 +73,7 @@ def test_a_wrong_setting_is_far_from_the_count(benchmark):
         assert benchmark.estimated(other) > 1.1 * benchmark.estimated(configuration)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_where_the_optimizers_step_is_the_peak(optim, dtype, benchmark):

@@ -176,6 +176,7 @@ def test_checkpointing(lora_minilm, review_batches, reentrant):
     assert_same(lora_minilm.train(), logits(review_batches[0]))
 
 
+@pytest.mark.slow
 def test_autocast_and_bf16_are_as_near_to_float64_as_peft(lora_minilm, review_batches):
     """bf16 rounds by 2^-9. Each order of operations is one draw of these roundings: the tolerance is a factor 1.5."""
     run = logits(review_batches[0])

@@ -126,6 +126,7 @@ def test_the_draw_depends_on_the_seed_alone():
     assert len({drawn(seed).names for seed in range(10)}) > 5
 
 
+@pytest.mark.slow
 def test_every_site_is_drawn_equally_often():
     draws, k, n = 200, 5, 14
     counts = Counter(name for seed in range(draws) for name in drawn(seed, keep=k).names)
@@ -151,6 +152,7 @@ def test_a_parameter_budget_also_holds_under_a_rank_pattern():
 # -- WeightLoRA ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["weightlora", "weightlora_plus"])
 @pytest.mark.parametrize("rule", ["first_order", "stoiht"])
 def test_a_selection_is_in_force_after_attach_and_export_returns_stock_lora(minilm, review_batches, name, rule):

@@ -128,6 +128,7 @@ def trainer(kind, model, folder, **more):
     return kind(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", [Trainer, SFTTrainer, DPOTrainer])
 def test_trainers_that_switch_it_on_again_are_seen_to(kind, tmp_path):
     base = llama(vocabulary=30522)

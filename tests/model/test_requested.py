@@ -68,6 +68,7 @@ def looked_for(model: nn.Module, entries: list[str]) -> tuple[Candidates | None,
             return None, caught, str(error)
 
 
+@pytest.mark.slow
 def test_no_requested_name_vanishes_without_a_word():
     counts = dict.fromkeys(["silent", "warned", "refused", "misspelt", "compared with PEFT"], 0)
     for seed in range(800):

@@ -195,6 +195,7 @@ def run(model, rule, error, **options):
     return select(model, [TOKENS] * 5, loss_fn=interrupted(error), **ruled(**arguments))
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("rule", ["first_order", "stoiht"])
 @pytest.mark.parametrize("error", [None, RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)

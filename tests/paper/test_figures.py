@@ -168,6 +168,7 @@ def computed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_memory_is_computed_without_a_run(computed, capsys):
     lines = (computed / "out" / "embedded" / "small.md").read_text().splitlines()
     rows = {cells[1].strip(): cells[2:4] for cells in (line.split("|") for line in lines) if len(cells) > 3}

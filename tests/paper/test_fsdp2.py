@@ -67,6 +67,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_each_process_holds_half_of_the_model(run):
     for process in range(2):
         seen = json.loads((run / "run" / f"seen-{process}.json").read_text())

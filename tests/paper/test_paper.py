@@ -120,6 +120,7 @@ def test_the_cost_is_that_of_the_records_or_of_the_study(base, tmp_path, capsys)
     assert costs() == {"small": "4.0 h", "unknown": "not known"}  # 2 · 2 h
 
 
+@pytest.mark.slow
 def test_options_win_over_the_study_and_a_dry_run_records_nothing(base, tmp_path, capsys):
     recipes = write_study(tmp_path / "recipes", "small", grid_of(base, methods=["lora"]))
     words = ["paper", "small", "--recipes", str(recipes), "--output_dir", str(tmp_path / "out"), "--dry_run"]
@@ -262,6 +263,7 @@ def test_every_grid_can_be_drawn_without_a_record(name, size, tmp_path):
     assert set(study.published.rows) <= {row.label for row in grid.rows}  # a misspelt label would never be shown
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "size"), GRIDS)
 def test_every_run_is_a_recipe_that_can_be_read(name, size, tmp_path):
     """On a machine without a GPU, a recipe in bf16 needs the word that there is none."""

@@ -58,6 +58,7 @@ def test_the_matrix_is_large_enough():
     assert min(len(models) for models in FAMILIES.values()) >= 5
 
 
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_plan_loads_and_merges_with_stock_peft(name):
     """And the table in the documents says what is found here."""
@@ -66,6 +67,7 @@ def test_a_plan_loads_and_merges_with_stock_peft(name):
     assert row(name, state, plain) in PAGE.read_text(encoding="utf-8").splitlines()
 
 
+@pytest.mark.sampled(16)
 @pytest.mark.filterwarnings("ignore::weightlora.errors.WeightLoraWarning")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_all_linear_is_what_peft_adapts_or_what_the_warning_names(name):
@@ -118,6 +120,7 @@ def on_request(name):
     return LoraConfig(r=2, lora_alpha=3, target_modules=sorted(ends), target_parameters=endings(fused(model)))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("ignore::weightlora.errors.WeightLoraWarning")
 @pytest.mark.parametrize("name", EXPERTS)
 def test_fused_experts_are_carried_and_counted(name, tmp_path):
@@ -141,6 +144,7 @@ def test_fused_experts_are_carried_and_counted(name, tmp_path):
     assert trained(plain) == plan.parameters
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore::weightlora.errors.WeightLoraWarning")
 @pytest.mark.parametrize("method", ["lora", "random", "dot_product", "eva", "lora_drop", "flexora", "weightlora_plus"])
 def test_methods_that_choose_carry_them_too(method):

@@ -11,6 +11,7 @@ from user_texts import assert_plain, plan_with, texts
 from weightlora.plan.card import write_card
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("text", texts(3, 20), ids=lambda _: "text")
 def test_the_card_has_one_row_for_each_projection(text, tmp_path):
     path = tmp_path / "README.md"

@@ -126,6 +126,7 @@ def test_mutated_plans(tmp_path, capsys):
     assert sum(counts.values()) == COUNT
 
 
+@pytest.mark.slow
 @pytest.mark.fuzz
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_adapter_directories(tmp_path, capsys):

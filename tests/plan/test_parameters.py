@@ -28,6 +28,7 @@ def trained(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.filterwarnings("ignore:keep=1.0")
 @pytest.mark.parametrize("kind", KINDS)
 def test_plans_and_budgets_count_what_peft_trains(kind, tmp_path):

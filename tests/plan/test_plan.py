@@ -188,6 +188,7 @@ def of_two_processes(tmp_path_factory) -> list[dict[str, bytes]]:
     ]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "name",
     [
@@ -358,6 +359,7 @@ def test_another_alpha_is_refused():
         flat_plan(2, [0]).expand(alpha="grow")  # type: ignore[arg-type]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "patterns", [{}, {"rank_pattern": {"v_proj": 2, "up_proj": 12}, "alpha_pattern": {"v_proj": 3}}]
 )
@@ -584,6 +586,7 @@ for limit in (50_000, 500_000):  # the tensors have 128,000 bytes, what PEFT wri
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_under_the_tensors_is_an_output_error_and_leaves_nothing(tmp_path):
     arguments = [sys.executable, "-W", "ignore", "-c", FULL_DISK]
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True)

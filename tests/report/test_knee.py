@@ -88,6 +88,7 @@ def test_the_curve_rises_from_0_to_1_and_never_gets_steeper(plan):
     assert all(later <= earlier + 1e-9 for earlier, later in pairwise(slopes))
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # other processes may have the processor
 @given(stacks())
 @example(stack([3.0, 1.0, 0.0]))  # (1 − ¼)·(1 − ⅔) ÷ (1 − ⅔) is not 1 − ¼ in floats
@@ -104,6 +105,7 @@ def test_the_random_orders_rise_from_0_to_1_under_the_curve(plan):
         assert spread.mean <= best + 1e-9
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # other processes may have the processor
 @given(stacks())
 def test_negative_scores_add_nothing(plan):

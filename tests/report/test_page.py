@@ -211,6 +211,7 @@ def test_plans_of_other_models_are_not_compared(tmp_path):
     assert "have another rank" not in text
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("text", [*texts(seed=0, count=20), "</script><i>", "</SCRIPT ><i>"])
 def test_no_name_of_a_user_becomes_markup(text):
     """Compared with the page of a plain name: the same tags and the same scripts."""
@@ -233,6 +234,7 @@ def read_run_of(plan, name):
     return StoredRun(name, plan, {"model": name}, ((1.0, 2.0),), {})
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("file", "content", "error"),
     [
@@ -290,6 +292,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("text", "shown"), CONFIGS.values(), ids=CONFIGS)
 def test_whatever_yaml_holds_is_shown(text, shown, runs, tmp_path):
     (runs[0] / "config.yaml").write_text(text)
@@ -369,6 +372,7 @@ def opened(browser):
         context.close()
 
 
+@pytest.mark.sampled(1)
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
@@ -444,6 +448,7 @@ LINES = """cells => cells.map(cell => {
 })"""
 
 
+@pytest.mark.sampled(1)
 @needs_browser
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_page_of_560_sites_is_readable(large, width, opened):

@@ -160,6 +160,7 @@ def outcome(base, whole, run, capsys):
     return "named"
 
 
+@pytest.mark.slow
 @pytest.mark.fuzz
 def test_damaged_run_folders_end_as_whole_ones_or_in_one_line(base, whole, other, tmp_path, capsys):
     found = Counter()

@@ -102,6 +102,7 @@ def slow_products(base, rows):
     return products
 
 
+@pytest.mark.slow
 def test_the_products_are_those_of_whole_gradients_and_updates(found, folder, tmp_path):
     _, trainer, _ = make_trainer(read_recipe(words=words(folder, tmp_path)[2:]))
     base = trainer.model.base_model.unload()

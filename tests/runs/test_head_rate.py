@@ -52,6 +52,7 @@ def is_head(name):
     return ".lora_" not in name
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["full", "lora", "adalora", "increlora", "flexlora", "vera", "tied_lora"])
 def test_the_head_has_a_group_of_its_own_beside_any_adapters(method, small_model, tmp_path):
     own = {"model_name_or_path": small_model, **({"method_options": "deltaT=1"} if method == "adalora" else {})}
