@@ -97,7 +97,7 @@ def _random(name: str, folder: Path, base: Path, fields: dict[str, Any], dtype: 
 
 def _methods(folder: Path, base: Path) -> Iterator[Saved]:
     """What each method of the registry ends in after four steps, made as the conformance tests make it."""
-    from test_conformance import NAMES, Architecture, run  # type: ignore[import-not-found]
+    from conformance import NAMES, Architecture, run  # type: ignore[import-not-found]
 
     small = Architecture(
         lambda: LlamaForCausalLM.from_pretrained(base), {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
