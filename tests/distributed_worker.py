@@ -43,10 +43,18 @@ from weightlora.selection.rules.stoiht import StoIHT
 
 ROWS = 8  # of a step, on all processes together
 LIMITS = ("30kB", "0.9x")
+
+
+class Short(Pursuit):
+    """The rule with few rounds and batches."""
+
+    rounds = probes = 2
+
+
 RULES = {
     "first_order": FirstOrder(head_steps=4),
     "stoiht": StoIHT(head_steps=4, gate_lr=50.0),
-    "pursuit": Pursuit(rounds=2, probes=2, head_steps=0),
+    "pursuit": Short(head_steps=0),
 }
 LORA = LoraConfig(r=2, target_modules=r".*encoder.*(query|key|value|dense)", task_type="SEQ_CLS")
 

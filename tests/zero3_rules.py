@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from study_rules import BY_GRADIENT
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 import weightlora
@@ -20,11 +21,7 @@ RULES = (
     "first_order",
     "pursuit",
     "integrated_ranks",
-    "fisher",
-    "relative_gradient",
-    "aletheia",
-    "gora",
-    "cross_fitted",
+    *BY_GRADIENT.values(),
     "stoiht",
     "kappa_tune",
 )
@@ -34,7 +31,7 @@ folder = Path(sys.argv[1])
 generator = torch.Generator().manual_seed(3)
 rows = [{"input_ids": torch.randint(5, 900, (8,), generator=generator), "labels": i % 2} for i in range(48)]
 for rule, checkpointed in [(rule, False) for rule in RULES] + [("first_order", True)]:
-    name = f"{rule}-{checkpointed}.json"
+    name = f"{rule.partition(':')[0]}-{checkpointed}.json"
     arguments = TrainingArguments(
         str(folder / f"rules-{name}"),  # made first: from_pretrained then partitions the weights
         use_cpu=True,

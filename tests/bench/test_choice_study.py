@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
+from study_rules import STUDY
 from test_bench import grid_of, record
 
 from weightlora import select
@@ -96,7 +97,7 @@ def test_shuffled_labels_are_those_of_other_rows():
 def test_dealt_ranks_are_as_many_on_other_sites_of_the_same_shape(minilm):
     deal = runpy.run_path(str(CHOICE / "selections.py"))["with_dealt_ranks"]
     lora = LoraConfig(r=10, lora_alpha=20, task_type="SEQ_CLS")
-    chosen = select(minilm, (), lora=lora, keep=9, rule="last_layers", progress=False)
+    chosen = select(minilm, (), lora=lora, keep=9, rule=STUDY["last_layers"], progress=False)
     dealt = deal(chosen, seed=0)
     assert dealt.names != chosen.names
 

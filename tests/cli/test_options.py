@@ -148,7 +148,7 @@ def test_a_value_out_of_its_range_is_named(base, tmp_path, capsys, option, value
         ("method", "random", "keep", ["0", "-1", "half", "[1]"]),
         ("method", "weightlora", "fast", ["input"]),
         ("rule", "stoiht", "gate_lr", ["0", "-1", "x", "nan", "null", ""]),
-        ("rule", "gora", "head_steps", ["9" * 30, "-1", "1.5", "true"]),
+        ("rule", "first_order", "head_steps", ["9" * 30, "-1", "1.5", "true"]),
         ("rule", "integrated_ranks", "most_ranks", ["true", "0", "odd"]),
     ],
 )

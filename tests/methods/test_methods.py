@@ -182,14 +182,6 @@ def test_a_selection_is_in_force_after_attach_and_export_returns_stock_lora(mini
     assert not any(module._forward_hooks for module in exported.modules()), "no gate is left"
 
 
-def test_plus_can_leave_alpha(minilm, review_batches):
-    lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
-    method = make_method("weightlora_plus", keep=9, alpha="keep", **QUICK)
-    model = method.attach(minilm, lora, review_batches, 100)
-    assert model.peft_config["default"].lora_alpha == 8
-    assert model.peft_config["default"].r > 4
-
-
 def test_both_choose_the_same_sites(minilm, review_batches):
     plans = []
     for name in ("weightlora", "weightlora_plus"):

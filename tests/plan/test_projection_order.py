@@ -26,7 +26,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from weightlora.model.sites import Site
-from weightlora.plan.heatmap import ordered_projections, projection_key
+from weightlora.plan.heatmap import ordered_projections, projection_key, projection_role
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 20}
 LLAMA = {**SMALL, "num_key_value_heads": 2}
@@ -94,3 +94,17 @@ def test_query_key_value_output():
 def test_unknown_names_follow_by_the_alphabet():
     names = ["zeta", "mlp.down_proj", "alpha", "dense", "pooler.dense", "self_attn.q_proj"]
     assert ordered_projections(names) == ["self_attn.q_proj", "mlp.down_proj", "alpha", "dense", "pooler.dense", "zeta"]
+
+
+@pytest.mark.parametrize(
+    ("projection", "role"),
+    [
+        *(("attention.self.value", "value"), ("attention.output.dense", "output"), ("output.dense", "down")),
+        *(("attn.c_attn", "qkv"), ("attn.c_proj", "output"), ("mlp.c_proj", "down"), ("mlp.c_fc", "up")),
+        *(("layer.0.SelfAttention.v", "value"), ("layer.0.SelfAttention.o", "output")),
+        *(("layer.1.EncDecAttention.v", "value"), ("layer.2.DenseReluDense.wo", "down")),
+        *(("layer.1.DenseReluDense.wi_0", "gate"), ("self_attn.q_proj", "query"), ("v_proj", "value")),
+    ],
+)
+def test_roles_of_projections_of_other_models(projection, role):
+    assert projection_role(projection)[1] == role

@@ -1,7 +1,6 @@
 """How sites compete for a budget: closed forms, and properties of every budget and score."""
 
 from fractions import Fraction
-from math import ceil
 
 import pytest
 from hypothesis import given
@@ -10,10 +9,9 @@ from hypothesis import strategies as st
 from weightlora.errors import OptionError
 from weightlora.model.sites import Site
 from weightlora.plan.budget import Budget, GainShare, read_limit
-from weightlora.plan.ranking import PerParameter, Quota, Spread, ranked
+from weightlora.plan.ranking import Spread, ranked
 
 SITES = [Site(f"layer.{i}.{kind}", 4, 4) for i in range(3) for kind in ("up", "down")]
-PARAMETERS = {site.name: 8 for site in SITES}
 
 
 @st.composite
@@ -25,51 +23,6 @@ def candidates(draw):
         for each in (st.integers(1, 6), st.sampled_from("abc"), st.floats(-2, 2))
     )
     return tuple(costs), tuple(groups), sizes
-
-
-@given(candidates(), st.integers(1, 30))
-def test_a_quota_stays_within_the_budget_and_the_share_of_each_family(sites, limit):
-    costs, families, sizes = sites
-    kept = Quota(Budget(costs, limit), families).choose(sizes)
-    assert sum(costs[i] for i in kept) <= limit
-    assert kept == sorted(set(kept))
-    for family in set(families):
-        own = [i for i in range(len(sizes)) if families[i] == family]
-        share = Fraction(limit * sum(costs[i] for i in own), sum(costs))
-        share = ceil(share) if {*costs} == {1} else share  # sites that are counted
-        assert sum(costs[i] for i in kept if i in own) <= max(share, min(costs[i] for i in own))
-
-
-@given(candidates(), st.integers(1, 8))
-def test_a_quota_keeps_as_many_sites_as_were_asked_for(sites, k):
-    _, families, sizes = sites
-    n = len(sizes)
-    kept = Quota(Budget.of_count(min(k, n), n=n), families).choose(sizes)
-    assert len(kept) == min(k, n)
-
-
-def test_five_of_nine_by_quota_are_the_best_of_each_type_and_the_two_best_left():
-    """Each of three types has a share of 5/3: one, and one more for the types whose second site is best."""
-    sites = [Site(f"layer.{i}.{kind}", 4, 4) for i in range(3) for kind in "qkv"]
-    sizes = [9.0, 3.0, 6.0, 8.0, 2.0, 5.0, 7.0, 1.0, 4.0]  # q: 9 8 7, k: 3 2 1, v: 6 5 4
-    parameters = {site.name: 8 for site in sites}
-    assert ranked(Budget.of_count(5, n=9), "quota", sites, parameters).choose(sizes) == [0, 1, 2, 3, 5]
-
-
-def test_without_a_quota_one_family_takes_all():
-    sizes = [6.0, 1.0, 5.0, 0.9, 4.0, 0.8]  # every "up" is above every "down"
-    budget = Budget.of_count(2, n=6)
-    assert ranked(budget, "score", SITES, PARAMETERS) is budget
-    assert budget.choose(sizes) == [0, 2]
-    assert ranked(budget, "quota", SITES, PARAMETERS).choose(sizes) == [0, 1]
-
-
-@given(st.lists(st.tuples(st.floats(0.1, 9), st.integers(1, 9)), min_size=1, max_size=8), st.integers(1, 30))
-def test_per_parameter_is_the_budget_of_sizes_divided_by_costs(sites, limit):
-    sizes, costs = [size for size, _ in sites], tuple(cost for _, cost in sites)
-    budget = Budget(costs, limit)
-    kept = PerParameter(budget, costs).choose(sizes)
-    assert kept == budget.choose([size / cost for size, cost in sites])
 
 
 @pytest.mark.parametrize(
@@ -85,7 +38,7 @@ def test_sites_are_spread_over_the_blocks(keep, kept):
     sizes = [0.1, 2.0, 1.0, 0.9, 9.0, 8.0, 6.0, 7.0]
     sites = [Site(f"layer.{i // 2}.{'up' if i % 2 else 'down'}", 4, 4) for i in range(8)]
     budget = Budget.of_count(keep, n=8)
-    spread = ranked(budget, "spread", sites, {site.name: 8 for site in sites})
+    spread = ranked(budget, "spread", sites)
     assert spread.choose(sizes) == kept
     if keep <= 4:  # negative control: without it the last two blocks take all
         assert budget.choose(sizes) == [4, 5, 6, 7][:keep]
@@ -94,7 +47,7 @@ def test_sites_are_spread_over_the_blocks(keep, kept):
 def test_the_depth_is_the_number_of_the_block_and_not_its_name():
     """Sorted by name, the lower half of twelve blocks would be 0, 1, 10, 11, 2 and 3."""
     sites = sorted(Site(f"layers.{k}.up", 4, 4) for k in range(12))
-    spread = ranked(Budget.of_count(2, n=12), "spread", sites, dict.fromkeys((site.name for site in sites), 8))
+    spread = ranked(Budget.of_count(2, n=12), "spread", sites)
     sizes = {"layers.11.up": 9.0, "layers.6.up": 8.0, "layers.5.up": 7.0}
     kept = spread.choose([sizes.get(site.name, 0.1) for site in sites])
     assert {sites[i].name for i in kept} == {"layers.11.up", "layers.5.up"}
@@ -164,13 +117,9 @@ def test_a_share_is_spread_where_its_smallest_set_has_neighbours():
 
 def test_a_ranking_that_does_not_fit_is_one_line():
     budget = Budget.of_count(2, n=6)
-    with pytest.raises(
-        OptionError, match="ranking='best' is not allowed: give one of score, per_parameter, quota, spread"
-    ):
-        ranked(budget, "best", SITES, PARAMETERS)
+    with pytest.raises(OptionError, match="ranking='best' is not allowed: give one of score, spread"):
+        ranked(budget, "best", SITES)
     for other in (GainShare((1,) * 6, 1), read_limit("0.8x")):
-        assert ranked(other, "score", SITES, PARAMETERS) is other
-        with pytest.raises(OptionError, match="ranking='quota' needs keep as a fraction"):
-            ranked(other, "quota", SITES, PARAMETERS)
+        assert ranked(other, "score", SITES) is other
     with pytest.raises(OptionError, match=r"ranking='spread' needs keep as .* or a share of the scores"):
-        ranked(read_limit("0.8x"), "spread", SITES, PARAMETERS)
+        ranked(read_limit("0.8x"), "spread", SITES)

@@ -37,7 +37,7 @@ def test_our_parser_reads_what_transformers_reads():
         [
             "--head_learning_rate",
             "1e-3",
-            "--ranking=quota",
+            "--ranking=spread",
             "--lora_dropout",
             "0.1",
             "--validation_file=a",

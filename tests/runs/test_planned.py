@@ -43,12 +43,13 @@ def test_the_recipe_of_the_plan_may_stay_and_what_is_left_out_is_the_plans(base,
 
 def test_a_plan_of_other_values_is_recorded_with_them(base, plan, tmp_path):
     assert (
-        main(["select", *words(base, tmp_path / "s", lora_r=4, lora_alpha=32, use_rslora=True, rule="fisher")[1:]]) == 0
+        main(["select", *words(base, tmp_path / "s", lora_r=4, lora_alpha=32, use_rslora=True, rule="integrated")[1:]])
+        == 0
     )
     none = dict.fromkeys((*OF_PLAN, "save_steps"))
     assert main(words(base, tmp_path / "t", plan=tmp_path / "s" / "plan.json", max_steps=1, **none)) == 0
     found = {name: config(tmp_path / "t")[name] for name in ("lora_r", "lora_alpha", "use_rslora", "rule", "use_dora")}
-    assert found == {"lora_r": 4, "lora_alpha": 32, "use_rslora": True, "rule": "fisher", "use_dora": False}
+    assert found == {"lora_r": 4, "lora_alpha": 32, "use_rslora": True, "rule": "integrated", "use_dora": False}
     assert plan.exists()
 
 
@@ -64,7 +65,7 @@ def test_a_plan_of_other_values_is_recorded_with_them(base, plan, tmp_path):
         ({"lora_target_modules": "query"}, "lora_target_modules=['query'] are not the candidates of"),
         ({"keep": 3}, "keep=5 there, 3 now"),
         ({"keep": 0.5}, "keep=5 there, 0.5 now"),
-        ({"rule": "fisher"}, "rule='first_order' there, 'fisher' now"),
+        ({"rule": "integrated"}, "rule='first_order' there, 'integrated' now"),
         ({"rule_options": "head_steps=1"}, "head_steps=0 there, 1 now"),
         ({"ranking": "score"}, "ranking='spread' there, 'score' now"),
         ({"steps": 3}, "steps=2 there, 3 now"),

@@ -123,7 +123,7 @@ def test_the_values_are_those_of_the_tables(name):
     assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.9, 0.99, 1e-8)
     assert (training.weight_decay, training.lr_scheduler_type) == (1e-4, "linear")
     assert (method.method, method.rule) == ("weightlora", "paper")
-    assert method.scored_by == StoIHT(gate_lr=5.0, threshold_every=1, threshold="magnitude", head_steps=0)
+    assert method.scored_by == StoIHT(gate_lr=5.0, threshold_every=1, head_steps=0)
 
 
 def test_a_misspelt_line_is_refused_with_the_closest(tmp_path):

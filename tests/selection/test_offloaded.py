@@ -14,6 +14,7 @@ from bitsandbytes.nn import Linear4bit
 from fingerprint import fingerprint
 from peft import LoraConfig, PeftModel
 from peft.utils.integrations import dequantize_module_weight
+from study_rules import STUDY
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -82,7 +83,7 @@ def scored(model, rule="first_order", batches=BATCHES, task="SEQ_CLS", **options
 # -- the same plan ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", [entry.name for entry in RULES])
+@pytest.mark.parametrize("rule", [*(entry.name for entry in RULES), *STUDY.values()])
 def test_every_rule_scores_as_on_the_whole_model(rule, tmp_path):
     model = partly(bert(), tmp_path)
     before = fingerprint(model)
@@ -162,7 +163,7 @@ def _values(state):
             yield name, (value.dtype, value.tolist()) if isinstance(value, torch.Tensor) else value
 
 
-@pytest.mark.parametrize("rule", [entry.name for entry in RULES])
+@pytest.mark.parametrize("rule", [*(entry.name for entry in RULES), *STUDY.values()])
 def test_no_rule_packs_four_bits_for_evaluation(rule, tmp_path):
     """On a processor with AVX512-BF16, bitsandbytes packs the weights of an evaluation pass and rounds their scales."""
     model = in_four_bits(tmp_path, bnb_4bit_use_double_quant=True).train()
@@ -340,7 +341,11 @@ def partitioned(model):
 
 
 @pytest.mark.parametrize(
-    "rule", ["first_order", "pursuit", "integrated", "relative_gradient", "gora", "plop", "kappa_tune"]
+    "rule",
+    [
+        *("first_order", "pursuit", "integrated", "kappa_tune"),
+        *(STUDY[name] for name in ("relative_gradient", "gora", "plop")),
+    ],
 )
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_partitioned_weights_are_gathered_for_each_module(rule, checkpointed, monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
+from study_rules import BY_GRADIENT, BY_INPUTS
 
 from weightlora.errors import WeightLoraWarning
 from weightlora.selection.rules import rule_of
@@ -15,12 +16,9 @@ BY_LOSS = (
     "pursuit",
     "integrated",
     "integrated_ranks",
-    "cross_fitted",
-    "fisher",
-    "relative_gradient",
-    "gora",
+    *(path for name, path in BY_GRADIENT.items() if name != "aletheia"),  # which keeps whole blocks
 )
-BLIND = ("kappa_tune", "plop", "explained_variance", "stratified")
+BLIND = ("kappa_tune", "stratified", *BY_INPUTS.values())
 
 
 def plan_of(rule, model, batches, keep):

@@ -275,7 +275,7 @@ def test_fewer_batches_than_steps_are_used_again_with_a_warning():
 
 def test_options_are_recorded():
     plan = quietly(net(), pairs(4), steps=4, keep=2, rule="stoiht", lr=0.01, gate_lr=2.0, seed=7, loss_fn=squared)
-    expected = {"keep": 2, "steps": 4, "head_steps": 0, "threshold_every": 1, "threshold": "magnitude"}
+    expected = {"keep": 2, "steps": 4, "head_steps": 0, "threshold_every": 1}
     assert plan.options == {**expected, "lr": 0.01, "gate_lr": 2.0, "agreement": pytest.approx(1)}
     assert (plan.rule, plan.seed, len(plan.history)) == ("stoiht", 7, 4)
 
@@ -296,9 +296,9 @@ def test_first_order_spreads_its_sites_unless_asked_or_not_counted(minilm, revie
     assert len(parts(by_score)) < 3  # negative control
     assert "ranking" not in by_score.options
     assert chosen(keep="60% gain").options["ranking"] == "spread"
-    for other in ({"keep": "0.8x"}, {"rule": "fisher"}):
+    for other in ({"keep": "0.8x"}, {"rule": "kappa_tune"}):
         assert "ranking" not in chosen(**other).options
-    assert chosen(rule="fisher").names == chosen(rule="fisher", ranking="score").names
+    assert chosen(rule="kappa_tune").names == chosen(rule="kappa_tune", ranking="score").names
 
 
 @pytest.mark.filterwarnings("ignore:keep=1.0")
@@ -593,8 +593,7 @@ def test_fewer_survivors_than_wanted_are_kept_alone_with_a_warning():
 
 
 @pytest.mark.filterwarnings("ignore:1 of 2 sites had no gradient")
-@pytest.mark.parametrize("threshold", ["magnitude", "signed"])
-def test_gates_that_turn_negative_are_no_survivors(threshold):
+def test_gates_that_turn_negative_are_no_survivors():
     """Step 1 moves B against its gradient; where step 2 asks for the opposite, ω falls by η·lr·s·‖∂L/∂B‖₁: below 0."""
 
     def opposite(model, batch):
@@ -602,7 +601,7 @@ def test_gates_that_turn_negative_are_no_survivors(threshold):
 
     def plan(second, model=None):
         data = [{**batch, "sign": sign} for batch, sign in zip(pairs(1) * 2, (1.0, second), strict=True)]
-        options = {"rule": "stoiht", "gate_lr": 1e4, "steps": 2, "threshold": threshold, "loss_fn": opposite}
+        options = {"rule": "stoiht", "gate_lr": 1e4, "steps": 2, "loss_fn": opposite}
         return quietly(model or net(), data, keep=2, **options)
 
     with pytest.raises(SelectionError, match=r"^none of the 2 wanted sites has a positive.*gate_lr or steps"):

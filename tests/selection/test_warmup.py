@@ -232,7 +232,6 @@ def test_a_head_moves_at_its_own_rate(rule, head_lr):
     [
         *(("rule", "lora"), ("steps", 1), ("steps", 0), ("head_steps", -1), ("threshold_every", 0)),
         *(
-            ("threshold", "absolute"),
             ("lr", float("nan")),
             ("lr", 0.0),
             ("lr", float("inf")),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, get_peft_model
+from study_rules import STUDY
 from tiny_llama import tiny_llama, tiny_rows
 from torch import nn
 from transformers import (
@@ -55,7 +56,11 @@ CHANGES = {
     "base weights": ({"model": scaled}, "other base weights"),
     "type of the base": ({"model": lambda: tiny_llama().bfloat16()}, "other base weights"),
     "keep": ({"keep": 1}, "keep=2 there, 1 now"),
-    "rule": ({"rule": "fisher"}, "rule='stoiht' there, 'fisher' now"),
+    "rule": ({"rule": "kappa_tune"}, "rule='stoiht' there, 'kappa_tune' now"),
+    "a rule of one's own": (
+        {"rule": STUDY["fisher"]},
+        "rule='stoiht' there, 'benchmarks.choice.rules.fisher:Fisher' now",
+    ),
     "a rule's setting": ({"rule": StoIHT(head_steps=0, gate_lr=2.0)}, "gate_lr=5.0 there, 2.0 now"),
     "steps": ({"steps": 3}, "steps=2 there, 3 now"),
     "lr": ({"lr": 1.0}, "lr=0.01 there, 1.0 now"),
@@ -63,7 +68,7 @@ CHANGES = {
     "head_lr": ({"head_lr": 1.0}, "head_lr=0.01 there, 1.0 now"),
     "seed": ({"seed": 4}, "seed=3 there, 4 now"),
     "fast": ({"fast": "rank"}, "fast=None there, 'rank' now"),
-    "ranking": ({"ranking": "quota"}, "ranking='score' there, 'quota' now"),
+    "ranking": ({"ranking": "spread"}, "ranking='score' there, 'spread' now"),
     "expand": ({"expand": True}, "expand=False there, 'scale' now"),
     "loss_fn": ({"loss_fn": lambda model, step: model(**step[0][0]).loss}, "own_loss=False there, True now"),
     "training rows": ({"rows": tiny_rows()[12:] + tiny_rows()[:12]}, "other training data"),
@@ -120,7 +125,7 @@ def test_another_question_is_one_line_that_names_it(ask, tmp_path, what):
 def test_the_same_question_takes_the_plan_without_scoring(ask, monkeypatch, what):
     first, plan = ask()
     expected = trained(first)
-    monkeypatch.setattr("weightlora.methods.weightlora.select", lambda *_, **__: pytest.fail("scored again"))
+    monkeypatch.setattr("weightlora.methods.weightlora.selected", lambda *_, **__: pytest.fail("scored again"))
     again, same = ask(**SAME[what])
     assert same == plan
     if what == "nothing":

@@ -21,20 +21,11 @@ _MEANINGS = {
     "scored": "steps after which the choice was stable, or the most allowed",
     "head_steps": "steps that train a new head first",
     "threshold_every": "steps between hard thresholds",
-    "threshold": "gates kept: largest |ω| (magnitude) or largest ω (signed)",
     "lr": "learning rate of the warm-up",
     "head_lr": "that of a new head in the warm-up",
     "gate_lr": "step size of the gates",
-    "nodes": "points at which the path of the gates is measured",
-    "probes": "further batches that the scores are read from",
-    "rounds": "how often sites are scored; each round drops some",
     "per": "what is kept or dropped: whole adapters, or single ranks",
     "most_ranks": "ranks that a site keeps at most",
-    "lr_scale": "factor of the learning rate while all sites are trained",
-    "damping": "share of the mean variance added to the inputs' covariance",
-    "by": "compared: projection types, or single sites",
-    "exact_up_to": "widest inputs whose covariance is kept whole",
-    "kind": "rule of thumb",
     "draw": "which random order of one seed",
     "fast": "fast step in the warm-up, and what its dropout drops",
     "warm_start": "adapters start from the warm-up's weights",
@@ -129,7 +120,7 @@ def _summary(path: Path, plan: AdapterPlan) -> Iterator[tuple[str, str, str]]:
         f"of plain LoRA's {plan.lora_parameters:,}",
     )
     yield "fast step", fast_text(*fast_gaps(path, plan)), "what enable_fast_lora can speed up"
-    yield "rule", plan.options.get("kind", plan.rule), _rule_text(plan)
+    yield "rule", plan.rule, _rule_text(plan)
     yield "seed", str(plan.seed), "random numbers of the selection"
     yield "base model", plan.base_model or "unnamed", "model that the plan was made for"
 
@@ -143,7 +134,7 @@ def _rule_text(plan: AdapterPlan) -> str:
         **{entry.name: f"method: {entry.summary}" for entry in METHODS},
         **{entry.name: f"score: {entry.summary}" for entry in RULES},
     }
-    return texts.get(plan.options.get("kind", plan.rule), "how sites were chosen")
+    return texts.get(plan.rule, "how sites were chosen")
 
 
 def _options(plan: AdapterPlan) -> Iterator[tuple[str, str, str]]:

@@ -1,10 +1,8 @@
-"""What a budget prefers: the best scores, the best for their parameters, or sites of all projections or depths."""
+"""What a budget prefers: the best scores, or the best of each part of the depth."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -13,75 +11,13 @@ from weightlora.model.sites import Site
 from weightlora.plan.budget import Budget, Chooser, GainShare, Keep, Limit, read_limit
 from weightlora.text import natural
 
-Ranking = Literal["score", "per_parameter", "quota", "spread"]
+Ranking = Literal["score", "spread"]
 """How sites compete for the budget.
 
 - ``"score"``: the highest score first.
-- ``"per_parameter"``: the highest score ÷ parameters first.
-- ``"quota"``: the highest score first, and each projection type gets at most its share of the budget. Shares of a
-  number of adapters are rounded up for the types with the best sites left, until the number is kept.
 - ``"spread"``: the highest score first within each part of the depth, and each part gets its share of the budget.
 """
 RANKINGS: tuple[str, ...] = get_args(Ranking)
-
-
-@dataclass(frozen=True)
-class PerParameter:
-    """A budget that prefers the highest size per parameter.
-
-    Example:
-        >>> PerParameter(Budget(costs=(4, 1, 1), limit=4), parameters=(4, 1, 1)).choose([8.0, 3.0, 1.0])
-        [1, 2]
-    """
-
-    budget: Budget
-    parameters: tuple[int, ...]
-
-    def choose(self, sizes: Sequence[float]) -> list[int]:
-        """Return the kept positions, sorted."""
-        return self.budget.choose([size / cost for size, cost in zip(sizes, self.parameters, strict=True)])
-
-
-@dataclass(frozen=True)
-class Quota:
-    """A budget of which each family of sites gets at most its share, rounded up to its cheapest site.
-
-    A number of sites is kept whole: what rounding down leaves of it goes to the best sites left, at most one a family.
-
-    Example:
-        >>> Quota(Budget.of_count(2, n=4), families=("up", "up", "down", "down")).choose([4.0, 3.0, 2.0, 1.0])
-        [0, 2]
-    """
-
-    budget: Budget
-    families: tuple[str, ...]
-
-    def choose(self, sizes: Sequence[float]) -> list[int]:
-        """Return the kept positions, sorted."""
-        costs, total = self.budget.costs, sum(self.budget.costs)
-        allowed: set[int] = set()
-        for family in set(self.families):
-            own = [i for i, name in enumerate(self.families) if name == family]
-            share = math.floor(self.budget.limit * sum(costs[i] for i in own) / total)
-            limit = max(share, min(costs[i] for i in own))
-            chosen = Budget(tuple(costs[i] for i in own), limit).choose([sizes[i] for i in own])
-            allowed |= {own[place] for place in chosen}
-        if {*costs} == {1}:
-            allowed |= self._best_left(sizes, allowed)
-        # Rounding up may have let in more than the budget holds.
-        lowest = min(sizes) - 1
-        return [
-            i for i in self.budget.choose([s if i in allowed else lowest for i, s in enumerate(sizes)]) if i in allowed
-        ]
-
-    def _best_left(self, sizes: Sequence[float], allowed: set[int]) -> set[int]:
-        """The best site left of each family that has less than its share, as many as are missing."""
-        k, n = self.budget.limit, len(sizes)
-        had = Counter(self.families[i] for i in allowed)
-        short = {family for family, count in Counter(self.families).items() if had[family] * n < k * count}
-        left = sorted({*range(n)} - allowed, key=lambda i: sizes[i])
-        best = {self.families[i]: i for i in left if self.families[i] in short}
-        return {*sorted(best.values(), key=lambda i: -sizes[i])[: max(0, k - len(allowed))]}
 
 
 @dataclass(frozen=True)
@@ -145,8 +81,8 @@ def ranking_of(ranking: Ranking | None, keep: Keep, default: Ranking) -> Ranking
     """Return ``ranking``; None is ``"score"`` where ``keep`` is memory or step time, and the default elsewhere.
 
     Example:
-        >>> ranking_of(None, 0.5, "spread"), ranking_of(None, "0.8x", "spread"), ranking_of("quota", 0.5, "spread")
-        ('spread', 'score', 'quota')
+        >>> ranking_of(None, 0.5, "spread"), ranking_of(None, "0.8x", "spread"), ranking_of("score", 0.5, "spread")
+        ('spread', 'score', 'score')
     """
     if ranking is not None:
         return ranking
@@ -163,16 +99,13 @@ def check_ranking(ranking: str | None) -> None:
         raise OptionError(f"ranking={ranking!r} is not allowed: give one of {', '.join(RANKINGS)}")
 
 
-def ranked(
-    budget: Chooser | Limit, ranking: str, sites: Sequence[Site], parameters: Mapping[str, int]
-) -> Chooser | Limit:
+def ranked(budget: Chooser | Limit, ranking: str, sites: Sequence[Site]) -> Chooser | Limit:
     """Return the budget that prefers sites as ``ranking`` says.
 
     Args:
         budget: Any budget.
         ranking: One of :data:`Ranking`.
         sites: The candidates, in the order of the budget's costs.
-        parameters: Parameters of each site's adapter.
 
     Raises:
         OptionError: There is no such ranking, or it does not go with this budget.
@@ -180,11 +113,8 @@ def ranked(
     check_ranking(ranking)
     if ranking == "score":
         return budget
-    if ranking == "spread" and isinstance(budget, Budget | GainShare):
+    if isinstance(budget, Budget | GainShare):
         return Spread(budget, tuple(site.block for site in sites))
-    if not isinstance(budget, Budget):
-        share = ", or a share of the scores" if ranking == "spread" else ""
-        raise OptionError(f"ranking={ranking!r} needs keep as a fraction, a number of adapters or of parameters{share}")
-    if ranking == "per_parameter":
-        return PerParameter(budget, tuple(parameters.values()))
-    return Quota(budget, tuple(site.projection for site in sites))
+    raise OptionError(
+        f"ranking={ranking!r} needs keep as a fraction, a number of adapters or of parameters, or a share of the scores"
+    )

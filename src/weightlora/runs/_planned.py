@@ -35,7 +35,8 @@ def with_plan(recipe: Recipe) -> Recipe:
     if options.plan is None:
         return recipe
     plan = AdapterPlan.load(options.plan)
-    there, now = _planned(plan), _asked(options, recipe.given, plan)
+    named = options.rule if "rule" in recipe.given else ""
+    there, now = _planned(plan, named), _asked(options, recipe.given, plan)
     pairs = read_pairs("method_options", options.method_options)
     now |= pairs
     changed = [k for k in now if (k in there or k in pairs) and json.dumps(there.get(k)) != json.dumps(now[k])]
@@ -80,9 +81,11 @@ def _names() -> list[str]:
     return [each.name for each in dataclasses.fields(MethodOptions) if each.name not in _FREE]
 
 
-def _planned(plan: AdapterPlan) -> dict[str, Any]:
-    """What the plan was made with, as far as it records it: by option, or by setting of its rule."""
-    ruled = any(plan.rule == entry.name for entry in RULES)
+def _planned(plan: AdapterPlan, named: str) -> dict[str, Any]:
+    """What the plan was made with, as far as it records it: by option, or by setting of its rule.
+
+    A rule of the user's own is imported only where the recipe names it: a plan may come from elsewhere.
+    """
     ranks, alphas = {entry.lora_r for entry in plan.entries}, {entry.lora_alpha for entry in plan.entries}
     made: dict[str, Any] = {
         **plan.options,
@@ -94,8 +97,8 @@ def _planned(plan: AdapterPlan) -> dict[str, Any]:
         "use_rslora": bool(plan.lora.get("use_rslora", False)),
         "use_dora": bool(plan.lora.get("use_dora", False)),
     }
-    if ruled:
-        default = settings_of(rule_of(plan.rule))
+    if _is_ours(plan) or ":" in plan.rule:
+        default = settings_of(rule_of(plan.rule)) if _is_ours(plan) or plan.rule == named else {}
         own = [name for name in default if plan.options.get(name, default[name]) != default[name]]
         made |= {"rule": plan.rule, "ranking": plan.options.get("ranking", "score")}
         made |= {"method": "weightlora_plus" if "expand" in plan.options else "weightlora"}
@@ -112,9 +115,16 @@ def _asked(options: MethodOptions, given: frozenset[str], plan: AdapterPlan) -> 
     asked |= {"keep": check_keep(options.keep)} if "keep" in given else {}
     asked |= {"steps": check_steps(asked["steps"])} if "steps" in given else {}
     asked |= {"lora_dropout": float(options.lora_dropout)} if "lora_dropout" in given else {}
-    if {"rule", "rule_options"} & given and any(plan.rule == entry.name for entry in RULES):
-        asked |= _rule_asked(options.rule if "rule" in given else plan.rule, options.rule_options)
+    if {"rule", "rule_options"} & given and (_is_ours(plan) or ":" in plan.rule):
+        asked |= _rule_asked(
+            plan.rule if _is_ours(plan) and "rule" not in given else options.rule, options.rule_options
+        )
     return {name: value for name, value in asked.items() if name not in ("rule_options", "method_options")}
+
+
+def _is_ours(plan: AdapterPlan) -> bool:
+    """Whether the plan's rule has a line in the registry."""
+    return any(plan.rule == entry.name for entry in RULES)
 
 
 def _rule_asked(name: str, texts: list[str]) -> Mapping[str, Any]:

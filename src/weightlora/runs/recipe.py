@@ -30,6 +30,7 @@ from weightlora.runs._parsers import (
 )
 from weightlora.selection.rules import RULES, rule_entry, rule_of
 from weightlora.selection.steps import check_steps
+from weightlora.selection.warmup import Warmup
 from weightlora.text import closest
 from weightlora.validation import Count, Natural, NotNegative, Share, Text, check_fields, read_pairs
 
@@ -112,13 +113,17 @@ class MethodOptions:
     method: Text = _option("weightlora", "name of a method; `weightlora methods` lists them")
     plan: Text | None = _option(None, "a plan.json to train, instead of a method")
     keep: Text = _option(
-        "0.5", 'fraction of LoRA\'s parameters, number of adapters, "300k parameters", 512MB, 0.8x, "60% gain" or auto'
+        str(Warmup.keep),
+        'fraction of LoRA\'s parameters, number of adapters, "300k parameters", 512MB, 0.8x, "60% gain" or auto',
     )
-    rule: Text = _option("first_order", f"how sites are scored: {', '.join(entry.name for entry in RULES)}")
-    ranking: Literal["score", "per_parameter", "quota", "spread"] | None = _option(
+    rule: Text = _option(
+        str(Warmup.rule),
+        f"how sites are scored: {', '.join(entry.name for entry in RULES)}, or package.module:Class of your own",
+    )
+    ranking: Literal["score", "spread"] | None = _option(
         None,
-        "how sites compete: by score, score per parameter, within each projection type (quota) or part of the depth "
-        "(spread); default: spread for first_order, score for other rules and for budgets in memory or step time",
+        "how sites compete: by score, or within each part of the depth (spread); default: spread for first_order, "
+        "score for other rules and for budgets in memory or step time",
     )
     rule_options: list[Text] = field(
         default_factory=list[str], metadata={"help": "settings of the rule, as name=value: head_steps=0 gate_lr=5.0"}

@@ -45,7 +45,7 @@ def asked_budget(
     else:
         fixed = [site.out_features * output_vectors(lora) for site in sites]
         budget = read_limit(keep) or _beside(besides, keep, read_budget(keep, parameters, fixed))
-    return ranked(budget, ranking, sites, parameters)
+    return ranked(budget, ranking, sites)
 
 
 def _beside(besides: int, keep: Keep, budget: Budget) -> Budget:

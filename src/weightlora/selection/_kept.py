@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from weightlora.errors import SelectionError, WeightLoraWarning
 from weightlora.plan.budget import Chooser, chosen_ranks
-from weightlora.selection._jackknife import rank_correlation
 from weightlora.selection.rules.base import Rule, Scores
 
 #: With fewer sites the agreement of two halves says nothing.
@@ -85,3 +87,23 @@ def kept_sites(scores: Scores, rule: Rule, budget: Chooser) -> tuple[int, ...]:
         text = f"only {len(kept)} of the {len(wanted)} wanted sites have a positive score, and no others are kept"
         warnings.warn(f"{text}{advice}", WeightLoraWarning, stacklevel=_CALLER)
     return kept
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return Spearman's rank correlation; equal values share their mean rank, and a constant list has correlation 0.
+
+    Example:
+        >>> round(rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 15.0]), 6)
+        0.5
+    """
+    ranks = torch.stack([_ranks(a), _ranks(b)])
+    centred = ranks - ranks.mean(1, keepdim=True)
+    size = centred.norm(dim=1).prod()
+    return float(centred.prod(0).sum() / size) if size > 0 else 0.0
+
+
+def _ranks(values: Sequence[float]) -> Tensor:
+    numbers = torch.tensor(values, dtype=torch.float64)
+    below = (numbers[None] < numbers[:, None]).sum(1)
+    equal = (numbers[None] == numbers[:, None]).sum(1)
+    return below + (equal - 1).double() / 2

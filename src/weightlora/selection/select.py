@@ -14,10 +14,9 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
-from typing import Any, get_args
+from typing import Any
 
 from peft import LoraConfig, PeftModel, PeftType
 from torch import Tensor, nn
@@ -32,20 +31,20 @@ from weightlora.model.gathering import why_not_attachable
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
 from weightlora.model.sites import find_sites
-from weightlora.options import check_types
 from weightlora.plan.budget import Keep, Limit
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import base_model_name
-from weightlora.plan.ranking import Ranking, ranking_of
+from weightlora.plan.ranking import Ranking
 from weightlora.selection._budget import asked_budget, measured_budget, require_measurable
 from weightlora.selection._kept import agreement_of, choices, kept_ranks, kept_sites, require_gradients
 from weightlora.selection._trained import Trained, adapter_copies, head_copies, require_plain
 from weightlora.selection.batches import Loss, cycled, in_parts, model_loss, peeked
-from weightlora.selection.rules import require_training_rule, rule_of, settings_of
-from weightlora.selection.rules.base import Rule, require
+from weightlora.selection.rules import settings_of
+from weightlora.selection.rules.base import Rule
 from weightlora.selection.stage import Stage, head_of, with_plain_lora
-from weightlora.selection.steps import Steps, check_steps, reading_times, scoring_cost, settled, warmup_steps
+from weightlora.selection.steps import Steps, reading_times, scoring_cost, settled
+from weightlora.selection.warmup import Warmup
 
 #: Steps in which a new head is trained alone, unless the rule says otherwise.
 HEAD_STEPS = 20
@@ -56,18 +55,18 @@ def select(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    lora: LoraConfig | None = None,
-    keep: Keep = 0.5,
-    rule: str | Rule = "first_order",
-    steps: Steps | None = None,
-    total_steps: int | None = None,
-    lr: float = 1e-3,
-    head_lr: float | None = None,
-    seed: int = 0,
-    ranking: Ranking | None = None,
-    loss_fn: Loss | None = None,
-    fast: Dropout | None = None,
-    progress: bool = True,
+    lora: LoraConfig | None = Warmup.lora,
+    keep: Keep = Warmup.keep,
+    rule: str | Rule = Warmup.rule,
+    steps: Steps | None = Warmup.steps,
+    total_steps: int | None = Warmup.total_steps,
+    lr: float = Warmup.lr,
+    head_lr: float | None = Warmup.head_lr,
+    seed: int = Warmup.seed,
+    ranking: Ranking | None = Warmup.ranking,
+    loss_fn: Loss | None = Warmup.loss_fn,
+    fast: Dropout | None = Warmup.fast,
+    progress: bool = Warmup.progress,
 ) -> AdapterPlan:
     """Return a plan that keeps the adapters with the best scores; ``model`` stays bit for bit as it was.
 
@@ -89,18 +88,17 @@ def select(
             scores, ``"60% gain"`` for another share. Memory and step time are those of plain LoRA with the step that
             ``fast`` names; see docs/guides/choose.md.
         rule: ``"first_order"`` (default) takes the size of the mean ∂L/∂B at B = 0 and trains nothing; ``"paper"`` is
-            the paper's; or a rule with settings of its own, such as ``StoIHT(gate_lr=1.0)``.
+            the paper's; or a rule with settings of its own, such as ``StoIHT(gate_lr=1.0)``, or one that you wrote.
         steps: T, warm-up steps in which sites are scored, at least 2; None stands for 0.5 % of ``total_steps``, at
             least the rule's ``least_steps``, 20 to 100. ``"auto"`` stops when the choice is stable, and after 30 or
             3 % of ``total_steps`` at the latest.
         total_steps: The steps of the training to come, where they are known.
         lr: AdamW's learning rate for what the warm-up trains, constant; best the one of the training. The rules
-            ``integrated``, ``integrated_ranks`` and ``even_ranks`` take a part of it, their ``lr_scale``.
+            ``integrated``, ``integrated_ranks`` and ``even_ranks`` take √(share of the sites that are kept) of it.
         head_lr: That of a new head; None stands for ``lr``.
         seed: Decides A's random start, dropout and a shuffling loader's order, whatever the global generators hold.
-        ranking: How sites compete for the budget: ``"score"``, ``"per_parameter"`` (score ÷ parameters), ``"quota"``
-            (each projection type gets its share, rounded) or ``"spread"`` (each part of the depth gets its share, for
-            its best sites). None is ``"score"`` for a budget in memory or step time and for all rules but
+        ranking: How sites compete for the budget: ``"score"``, or ``"spread"`` (each part of the depth gets its share,
+            for its best sites). None is ``"score"`` for a budget in memory or step time and for all rules but
             ``first_order``, and ``"spread"`` elsewhere.
         loss_fn: ``loss_fn(model, batch)`` → scalar tensor, or an iterator over the losses of micro-batches, whose
             gradients add up; the default is ``model(**batch).loss``.
@@ -126,27 +124,24 @@ def select(
         >>> plan.names
         ('2',)
     """
-    asked = _Asked(lora, keep, rule_of(rule), steps, total_steps, lr, head_lr, seed, ranking, loss_fn, fast, progress)
-    return _select(model, batches, asked).plan
+    warmup = Warmup(
+        lora=lora,
+        keep=keep,
+        rule=rule,
+        steps=steps,
+        total_steps=total_steps,
+        lr=lr,
+        head_lr=head_lr,
+        seed=seed,
+        ranking=ranking,
+        loss_fn=loss_fn,
+        fast=fast,
+        progress=progress,
+    )
+    return selected(model, batches, warmup).plan
 
 
-def select_trained(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    rule: str | Rule,
-    lora: LoraConfig | None = None,
-    keep: Keep = 0.5,
-    steps: Steps | None = None,
-    total_steps: int | None = None,
-    lr: float = 1e-3,
-    head_lr: float | None = None,
-    seed: int = 0,
-    ranking: Ranking | None = None,
-    loss_fn: Loss | None = None,
-    fast: Dropout | None = None,
-    progress: bool = True,
-) -> Trained:
+def select_trained(model: nn.Module, batches: Iterable[Any], *, rule: str | Rule, **options: Any) -> Trained:
     """Return what :func:`select` returns, and the kept adapters and the head as the warm-up left them.
 
     The paper initialises the kept adapters again. ``trained.attach(model)`` starts them from the warm-up's weights.
@@ -155,18 +150,9 @@ def select_trained(
         model: As in :func:`select`.
         batches: As in :func:`select`.
         rule: One that trains adapters: ``"integrated"``, ``"stoiht"`` or ``"paper"``.
-        lora: As in :func:`select`, without DoRA and without an initialisation that changes the base weights.
-        keep: As in :func:`select`.
-        steps: As in :func:`select`; more steps train the adapters further, by the same batches that the training may
-            see again.
-        total_steps: As in :func:`select`.
-        lr: AdamW's constant learning rate, with which the adapters are trained.
-        head_lr: As in :func:`select`.
-        seed: As in :func:`select`.
-        ranking: As in :func:`select`.
-        loss_fn: As in :func:`select`.
-        fast: As in :func:`select`.
-        progress: As in :func:`select`.
+        options: The other arguments of :func:`select`. ``lora`` is without DoRA and without an initialisation that
+            changes the base weights. More ``steps`` train the adapters further, by the same batches that the training
+            may see again.
 
     Raises:
         OptionError: The rule trains no adapters, or ``lora`` is not plain LoRA; see also :func:`select`.
@@ -183,70 +169,61 @@ def select_trained(
         >>> [(name, tuple(a.shape), bool(b.any())) for name, (a, b) in trained.adapters.items()]
         [('2', (8, 8), True)]
     """
-    asked = _Asked(lora, keep, rule_of(rule), steps, total_steps, lr, head_lr, seed, ranking, loss_fn, fast, progress)
-    return _select(model, batches, replace(asked, warm_start=True))
+    return selected(model, batches, Warmup(rule=rule, **options, warm_start=True))
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """The arguments of a selection; see :func:`select`."""
+def selected(model: nn.Module, batches: Iterable[Any], warmup: Warmup) -> Trained:
+    """Return the plan, and with ``warm_start`` what the warm-up trained; without it no weights are copied.
 
-    lora: LoraConfig | None
-    keep: Keep
-    rule: Rule
-    steps: Steps | None
-    total_steps: int | None
-    lr: float
-    head_lr: float | None
-    seed: int
-    ranking: Ranking | None
-    loss_fn: Loss | None
-    fast: Dropout | None
-    progress: bool
-    warm_start: bool = False
+    Args:
+        model: As in :func:`select`.
+        batches: As in :func:`select`.
+        warmup: What is asked for.
 
-
-def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
-    """Return the plan; without ``warm_start`` no weights are copied."""
-    rule, keep, lr, seed, fast = asked.rule, asked.keep, asked.lr, asked.seed, asked.fast
-    ranking = ranking_of(asked.ranking, keep, rule.ranking)
-    _require_asked(asked, batches)
-    steps = warmup_steps(asked.total_steps, rule.least_steps) if asked.steps is None else asked.steps
-    times = reading_times(steps, rule, asked.total_steps)
-    lora = deepcopy(_config_of(model) if asked.lora is None else asked.lora)
+    Raises:
+        OptionError: See :func:`select`.
+        SiteError: See :func:`select`.
+        SelectionError: See :func:`select`.
+    """
+    _require_batches(batches)
+    rule, keep, fast, steps = warmup.scored_by, warmup.keep, warmup.fast, warmup.t
+    times = reading_times(steps, rule, warmup.total_steps)
+    lora = deepcopy(_config_of(model) if warmup.lora is None else warmup.lora)
     found = find_sites(model, lora)
-    if asked.warm_start:
-        require_training_rule(rule)
+    if warmup.warm_start:
         require_plain(lora)
     sites = found.sites
-    budget = asked_budget(keep, ranking, sites, lora, besides=sum(each.parameters for each in found.parameters))
+    budget = asked_budget(
+        keep, warmup.ranked_by, sites, lora, besides=sum(each.parameters for each in found.parameters)
+    )
     if isinstance(budget, Limit):
         require_measurable(budget, model, lora)
     _warn_of_attach(model, lora)
-    loss_fn = asked.loss_fn or model_loss
+    loss_fn = warmup.loss_fn or model_loss
     adapters: dict[str, tuple[Tensor, Tensor]] = {}
     whole: dict[str, Tensor] = {}
 
     start = time.perf_counter()
-    with with_plain_lora(model, lora, sites, seed=seed) as attached:
+    with with_plain_lora(model, lora, sites, seed=warmup.seed) as attached:
         head = head_of(attached)
         head_steps = _head_steps(rule, bool(head))
         total = head_steps + rule.batches(times)
-        level = _tell_cost(total, asked.total_steps, most=steps == "auto")
+        level = _tell_cost(total, warmup.total_steps, most=steps == "auto")
         if fast is not None:
             enable_fast_lora(attached, fast)
         if isinstance(budget, Limit):
             first, batches = peeked(batches)
-            with untouched(model, seed=seed):  # the scores are as if nothing had been measured
+            with untouched(model, seed=warmup.seed):  # the scores are as if nothing had been measured
                 budget = measured_budget(budget, attached, partial(in_parts, model, first, loss_fn), sites, lora)
-        with tqdm(total=total, disable=None if asked.progress else True, leave=False) as bar:
-            stage = Stage(model, lora_layers(attached), head, cycled(batches, total), loss_fn, bar, lr, asked.head_lr)
+        with tqdm(total=total, disable=None if warmup.progress else True, leave=False) as bar:
+            rows = cycled(batches, total)
+            stage = Stage(model, sites, lora_layers(attached), head, rows, loss_fn, bar, warmup.lr, warmup.head_lr)
             stage.train_head(head_steps)
             scored, scores = settled(rule.score(stage, times, budget), partial(choices, budget))
         require_gradients(list(stage.layers), scores)
         kept = kept_ranks(scores, budget) if scores.ranks else dict.fromkeys(kept_sites(scores, rule, budget))
         require_agreement(repr((kept, [site.name for site in sites])), "the choice")
-        if asked.warm_start:
+        if warmup.warm_start:
             adapters, whole = adapter_copies(stage.layers, scores.gates, kept), head_copies(attached, head)
 
     if is_first():
@@ -263,8 +240,8 @@ def _select(model: nn.Module, batches: Iterable[Any], asked: _Asked) -> Trained:
         ranks={sites[i].name: len(own) for i, own in kept.items() if own is not None} or None,
         history=scores.history,
         rule=rule.name,
-        options={**_options(asked, ranking, steps, head_steps), **measured},
-        seed=seed,
+        options={**_options(warmup, head_steps), **measured},
+        seed=warmup.seed,
         base_model=base_model_name(model),
         target_parameters=found.parameters,
     )
@@ -281,45 +258,25 @@ def _tell_cost(scoring: int, training: int | None, *, most: bool) -> int:
     return level
 
 
-def _options(asked: _Asked, ranking: Ranking, steps: Steps, head_steps: int) -> dict[str, Any]:
+def _options(warmup: Warmup, head_steps: int) -> dict[str, Any]:
     """The settings that a plan records; those that are off by default are left out."""
     return {
-        "keep": asked.keep,
-        "steps": steps,
-        "lr": asked.lr,
-        **settings_of(asked.rule),
+        "keep": warmup.keep,
+        "steps": warmup.t,
+        "lr": warmup.lr,
+        **settings_of(warmup.scored_by),
         "head_steps": head_steps,
-        **({} if asked.head_lr is None else {"head_lr": asked.head_lr}),
-        **({} if ranking == "score" else {"ranking": ranking}),
-        **({} if asked.fast is None else {"fast": asked.fast}),
-        **({"warm_start": True} if asked.warm_start else {}),
+        **({} if warmup.head_lr is None else {"head_lr": warmup.head_lr}),
+        **({} if warmup.ranked_by == "score" else {"ranking": warmup.ranked_by}),
+        **({} if warmup.fast is None else {"fast": warmup.fast}),
+        **({"warm_start": True} if warmup.warm_start else {}),
     }
 
 
-def _require_asked(asked: _Asked, batches: object) -> None:
-    """Raise where an argument has a type or a value that it cannot have; model and LoRA config are checked later."""
-    check_types(_Asked.__annotations__, vars(asked))
-    steps, total_steps, fast, loss_fn = asked.steps, asked.total_steps, asked.fast, asked.loss_fn
-    require(not isinstance(steps, str) or steps == "auto", f"steps={steps!r}", "a whole number or 'auto'")
-    require_warmup(steps=steps, lr=asked.lr, head_lr=asked.head_lr)
-    require(total_steps is None or total_steps >= 0, f"total_steps={total_steps}", "a whole number from 0, or None")
-    require(fast is None or fast in get_args(Dropout), f"fast={fast!r}", "'input', 'rank' or None")
-    require(loss_fn is None or callable(loss_fn), f"loss_fn={loss_fn!r:.80}", "a function, or None")
+def _require_batches(batches: object) -> None:
     if batches is None or isinstance(batches, str | Mapping | Real):
         kind = type(batches).__name__
         raise OptionError(f"batches is of type {kind}; give an iterable of batches, such as a DataLoader or [batch]")
-
-
-def require_warmup(*, steps: Steps | None, lr: float, head_lr: float | None = None) -> None:
-    """Raise unless steps and learning rates can be those of a warm-up.
-
-    Raises:
-        OptionError: One of them is out of its range.
-    """
-    if steps is not None:
-        check_steps(steps)
-    require(0 < lr < float("inf"), f"lr={lr}", "a positive number")
-    require(head_lr is None or 0 < head_lr < float("inf"), f"head_lr={head_lr}", "a positive number")
 
 
 def _warn_of_attach(model: nn.Module, lora: LoraConfig) -> None:

@@ -30,7 +30,10 @@ class Stage:
     """A model with plain LoRA on every site, and what each warm-up step needs."""
 
     model: nn.Module
+    sites: Sequence[Site]
+    """All candidates, sorted by name."""
     layers: Mapping[str, LoraLayer]
+    """Those of the sites, by their names and in their order."""
     head: Sequence[nn.Parameter]
     """The parameters that PEFT trains whole: ``modules_to_save`` and the task's head."""
     batches: Iterator[Any]
@@ -44,6 +47,11 @@ class Stage:
     def parameters(self, matrix: Literal["lora_A", "lora_B"]) -> list[nn.Parameter]:
         """A or B of every site, in the order of the sites."""
         return [getattr(layer, matrix)["default"].weight for layer in self.layers.values()]
+
+    def sites_in_model(self) -> list[Site]:
+        """Return the sites in the order of their layers in ``model.modules()``."""
+        places = {id(module): place for place, module in enumerate(self.model.modules())}
+        return sorted(self.sites, key=lambda site: places[id(self.layers[site.name])])
 
     def take(self, count: int) -> Iterator[Any]:
         """Yield the next ``count`` batches, for rules that use a batch several times."""
@@ -186,7 +194,7 @@ def probed(
     ):
         head = head_of(attached)
         rows = cycled(batches, steps)
-        yield Stage(model, lora_layers(attached), head, rows, loss_fn or model_loss, bar, head_lr=head_lr)
+        yield Stage(model, sites, lora_layers(attached), head, rows, loss_fn or model_loss, bar, head_lr=head_lr)
 
 
 @contextmanager

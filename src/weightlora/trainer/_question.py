@@ -22,16 +22,15 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from weightlora.cost.empty_model import quantisation_tensors
-from weightlora.methods import defaults_of
 from weightlora.model.distributed import whole_tensor
 from weightlora.model.gathering import loaded
 from weightlora.model.sites import all_modules, find_sites, trained_modules
 from weightlora.model.torch_private import is_persistent
 from weightlora.plan.attach import asked_fields
 from weightlora.plan.plan import sites_fingerprint
-from weightlora.plan.ranking import ranking_of
-from weightlora.selection.rules import rule_of, settings_of
-from weightlora.selection.steps import reading_times, warmup_steps
+from weightlora.selection.rules import settings_of
+from weightlora.selection.steps import reading_times
+from weightlora.selection.warmup import Warmup
 from weightlora.trainer.loader import planned_steps
 
 #: Training arguments that change the loss or its gradients, of transformers and of TRL's trainers.
@@ -129,23 +128,21 @@ def batch_fingerprint(batch: Any) -> str:
 
 def _options(name: str, given: Mapping[str, Any], total_steps: int) -> dict[str, Any]:
     """The options that decide scores and limits, with the values that they come to."""
-    asked: dict[str, Any] = {"warm_start": False, **defaults_of(name), **given}
-    rule = rule_of(asked["rule"])
-    steps = warmup_steps(total_steps, rule.least_steps) if asked["steps"] is None else asked["steps"]
-    expand = asked["alpha"] if name == "weightlora_plus" else False
+    warmup = Warmup(**given, total_steps=total_steps)
+    rule, steps = warmup.scored_by, warmup.t
     return {
-        "keep": asked["keep"],
-        "ranking": ranking_of(asked["ranking"], asked["keep"], rule.ranking),
+        "keep": warmup.keep,
+        "ranking": warmup.ranked_by,
         "rule": rule.name,
         **settings_of(rule),
         "steps": steps,
         **({"most_steps": reading_times("auto", rule, total_steps)[-1]} if steps == "auto" else {}),
-        "lr": float(asked["lr"]),
-        "head_lr": float(asked["head_lr"] or asked["lr"]),
-        "seed": asked["seed"],
-        "fast": asked["fast"],
-        "warm_start": asked["warm_start"],
-        "expand": expand,
+        "lr": float(warmup.lr),
+        "head_lr": float(warmup.head_lr or warmup.lr),
+        "seed": warmup.seed,
+        "fast": warmup.fast,
+        "warm_start": warmup.warm_start,
+        "expand": "scale" if name == "weightlora_plus" else False,
     }
 
 

@@ -28,7 +28,6 @@ from weightlora.model.distributed import from_first, process_count
 from weightlora.model.gathering import is_offloaded, partitioned_dtype
 from weightlora.model.layers import take_tuner, without_adapters
 from weightlora.model.restore import seeded
-from weightlora.plan.budget import Keep
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import peeked
 from weightlora.trainer._question import question_of
@@ -140,18 +139,18 @@ def method_for(
 
 
 def select_for(
-    trainer: Trainer, *, keep: Keep = 0.5, expand: bool = False, lora: LoraConfig | None = None, **options: Any
+    trainer: Trainer, *, expand: bool = False, lora: LoraConfig | None = None, **options: Any
 ) -> AdapterPlan:
     """Return the plan for what ``trainer`` is about to train; its model carries exactly the planned adapters.
 
-    The same as ``method_for(trainer, "weightlora", keep=keep, ...).plan``.
+    The same as ``method_for(trainer, "weightlora", ...).plan``.
 
     Args:
         trainer: As in :func:`method_for`.
-        keep: As in :func:`weightlora.select`.
         expand: WeightLoRA+: give the kept sites the freed rank; see :meth:`AdapterPlan.expand`.
         lora: As in :func:`method_for`.
-        options: Further arguments of :func:`method_for` and :func:`weightlora.select`: rule, steps, seed, lr, fast, ...
+        options: Further arguments of :func:`method_for` and :func:`weightlora.select`: keep, rule, steps, seed, lr,
+            fast, ...
 
     Raises:
         OptionError: See :func:`method_for`.
@@ -169,7 +168,7 @@ def select_for(
         (1, 'PeftModel')
     """
     name = "weightlora_plus" if expand else "weightlora"
-    return method_for(trainer, name, lora=lora, keep=keep, **options).plan
+    return method_for(trainer, name, lora=lora, **options).plan
 
 
 def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int, fast: Dropout | None = None) -> Method:

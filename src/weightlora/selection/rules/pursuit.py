@@ -10,65 +10,51 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from weightlora.errors import OptionError
 from weightlora.plan.budget import GainShare
-from weightlora.plan.ranking import Ranking, Spread
-from weightlora.selection._gradient_sizes import GradientSizes
-from weightlora.selection.rules.base import Scores, require, require_head_steps
+from weightlora.plan.ranking import Spread
+from weightlora.selection.rules.base import Rule, Scores
+from weightlora.selection.rules.first_order import GradientSizes
 from weightlora.selection.stage import let_train, switched_off, train_adapters
 
 if TYPE_CHECKING:
     from weightlora.plan.budget import Chooser
     from weightlora.selection.stage import Stage
 
-#: By what factor of the largest score kept sites go before the others, also per parameter.
-_FIRST = 1e9
-
 
 @dataclass(frozen=True)
-class Pursuit:
+class Pursuit(Rule):
     """Keep a few sites by ‖mean ∂L/∂B‖₁, train them and a new head, score the others again, and so on.
 
     The first sites are those of ``first_order``. Others that would learn the same have little gradient left once these
     are trained, so that the kept sites complement each other. This is orthogonal matching pursuit (Pati et al. 1993)
     with adapters for atoms and a few steps of AdamW for the exact fit.
 
-    T steps train adapters, in equal parts between the rounds. Each round keeps the same number of sites, as far as the
-    budget's K can be divided. A site's score is the one by which it was kept; that of the others is what they have in
-    the last round, where the kept sites have been trained.
+    T steps train adapters, in equal parts between the rounds. There are six rounds, or K or T + 1 where that is less.
+    Each scores the sites on four further batches and keeps the same number of them, as far as the budget's K can be
+    divided. A site's score is the one by which it was kept; that of the others is what they have in the last round,
+    where the kept sites have been trained.
 
     Args:
-        rounds: How often sites are scored and some of them kept; K or T + 1 where that is less.
-        probes: Further batches in each round that sites are scored on.
         head_steps: Steps in which a new head is trained alone first; None: 20 where there is a head, else 0.
 
     Raises:
         OptionError: A value is out of its range.
 
     Example:
-        >>> Pursuit(rounds=3)
-        Pursuit(rounds=3, probes=4, head_steps=None)
+        >>> Pursuit().batches([100])
+        124
     """
 
-    rounds: int = 6
-    probes: int = 4
-    head_steps: int | None = None
-    name: ClassVar[str] = "pursuit"
-    knobs: ClassVar[tuple[str, ...]] = ()
     trains_adapters: ClassVar[bool] = True
     least_steps: ClassVar[int] = 100
-    ranking: ClassVar[Ranking] = "score"
-
-    def __post_init__(self) -> None:
-        require(self.rounds >= 2, f"rounds={self.rounds!r}", "2 or more rounds")
-        require(self.probes >= 2, f"probes={self.probes!r}", "2 or more batches")
-        require_head_steps(self.head_steps)
+    # The numbers that the study had in all of its tables (docs/lab/choice.md).
+    rounds: ClassVar[int] = 6
+    """How often sites are scored and some of them kept."""
+    probes: ClassVar[int] = 4
+    """Further batches in each round that sites are scored on."""
 
     def batches(self, steps: Sequence[int]) -> int:
         """T batches to train on, and those that sites are scored on."""
         return steps[-1] + self.rounds * self.probes
-
-    def passes(self, steps: Sequence[int]) -> int:
-        """One for each batch."""
-        return self.batches(steps)
 
     def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:
         """Yield the scores after T steps; the history has a row for each round.
@@ -152,6 +138,6 @@ def more_kept(budget: Chooser, scores: Sequence[float], kept: Collection[int], s
 
 
 def _kept_first(scores: Sequence[float], kept: Collection[int]) -> tuple[float, ...]:
-    """What a budget chooses by, so that sites that are kept stay and the others compete for the rest."""
-    first = _FIRST * max(scores)
-    return tuple(score + first if i in kept else score for i, score in enumerate(scores))
+    """What a budget chooses by: a kept site counts more than all scores together, so that the others get the rest."""
+    all_together = math.fsum(scores)
+    return tuple(score + all_together if i in kept else score for i, score in enumerate(scores))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,20 +15,16 @@ from torch import Tensor
 from weightlora.errors import OptionError
 from weightlora.model.gates import gated
 from weightlora.plan.ranking import is_share
-from weightlora.selection._jackknife import GROUPS, jackknife
-from weightlora.selection.rules.base import OnePass, Scores, require, require_head_steps
+from weightlora.selection.rules.base import Rule, Scores, jackknife_of_rows, require
 from weightlora.selection.stage import let_train
 
 if TYPE_CHECKING:
     from weightlora.plan.budget import Chooser
     from weightlora.selection.stage import Stage
 
-Threshold = Literal["magnitude", "signed"]
-THRESHOLDS: tuple[str, ...] = get_args(Threshold)
-
 
 @dataclass(frozen=True)
-class StoIHT(OnePass):
+class StoIHT(Rule):
     """Train A, B, the head and one gate ω per site; after each step keep the gates that fit the budget (the paper).
 
     The paper's algorithm is ``StoIHT(head_steps=0)``, in short ``rule="paper"``.
@@ -37,8 +33,6 @@ class StoIHT(OnePass):
         gate_lr: η, the step size of ω in units of ω per unit of gradient. The paper gives none; the authors' code has
             5.0.
         threshold_every: Steps between thresholds: 1 is the paper; a number of at least T thresholds once, at the end.
-        threshold: ``"magnitude"`` keeps the largest |ω| (the paper, Appendix B), ``"signed"`` the largest ω (the
-            authors' code).
         head_steps: Steps in which a new head is trained alone first; None: 20 where there is a head, else 0.
 
     Raises:
@@ -46,24 +40,20 @@ class StoIHT(OnePass):
 
     Example:
         >>> StoIHT(threshold_every=20)
-        StoIHT(gate_lr=5.0, threshold_every=20, threshold='magnitude', head_steps=None)
+        StoIHT(head_steps=None, gate_lr=5.0, threshold_every=20)
     """
 
     gate_lr: float = 5.0
     threshold_every: int = 1
-    threshold: Threshold = "magnitude"
-    head_steps: int | None = None
-    name: ClassVar[str] = "stoiht"
     knobs: ClassVar[tuple[str, ...]] = ("gate_lr", "steps")
     trains_adapters: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         every: object = self.threshold_every
         whole = isinstance(every, int) and every >= 1  # pyright: ignore[reportUnnecessaryIsInstance]
         require(whole, f"threshold_every={every!r}", "a whole number, 1 (the paper) or more")
-        require(self.threshold in THRESHOLDS, f"threshold={self.threshold!r}", f"one of {', '.join(THRESHOLDS)}")
         require(0 < self.gate_lr < float("inf"), f"gate_lr={self.gate_lr}", "a positive number")
-        require_head_steps(self.head_steps)
 
     def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:
         """Yield the gates after the last step; ω of a dropped site is 0.
@@ -83,63 +73,46 @@ class StoIHT(OnePass):
         with gated(stage.layers) as gates:
             for step in range(1, count + 1):
                 stage.backward("scoring", step, [*trained, *gates.leaves])
+                gradients.append(gates.gradient)
                 cut = step % self.threshold_every == 0 or step == count
-                gradient = gates.gradient
-                gradients.append(gradient)
                 limit = budget if cut else None
-                omega = stoiht_step(gates.omega, gradient, gate_lr=self.gate_lr, budget=limit, threshold=self.threshold)
+                omega = stoiht_step(gates.omega, gradients[-1], gate_lr=self.gate_lr, budget=limit)
                 optimizer.step()
                 gates.write(omega)
                 optimizer.zero_grad()
                 gates.clear()
                 history.append(tuple(omega.tolist()))
         final = history[-1]
-        sizes = tuple(map(abs, final)) if self.threshold == "magnitude" else final
         seen = torch.stack(gradients)
-        groups = min(GROUPS, count)
-
-        def score(chosen: Sequence[int]) -> Tensor:
-            """ω after T steps on batches of these groups, had no gate been dropped."""
-            return 1 - self.gate_lr * count * seen[[t for t in range(count) if t % groups in chosen]].mean(0)
-
-        known = jackknife(score, groups)
+        # ω after T steps on some of the batches, had no gate been dropped
+        known = jackknife_of_rows(seen, lambda some: 1 - self.gate_lr * count * some.mean(0))
         moved = tuple((seen != 0).any(0).tolist())
+        sizes = tuple(map(abs, final))
         found = Scores(tuple(history), moved, sizes, errors=known.errors, halves=known.halves, gates=final)
         yield count, found
 
 
-def hard_threshold(omega: Tensor, budget: Chooser, *, threshold: Threshold = "magnitude") -> Tensor:
-    """Return H_K(ω): the entries that the budget can pay for, in descending order of size, and zero elsewhere.
+def hard_threshold(omega: Tensor, budget: Chooser) -> Tensor:
+    """Return H_K(ω): the entries that the budget can pay for, in descending order of |ω|, and zero elsewhere.
 
     Args:
         omega: The gates, shape (n,), in the order of the sites' names.
         budget: How many sites, or how many parameters, may stay.
-        threshold: ``"magnitude"`` keeps the largest |ω| (the paper, Appendix B), ``"signed"`` the largest ω (the
-            authors' code). They agree unless an ω turns negative.
 
     Example:
         >>> import torch
         >>> from weightlora.plan.budget import Budget
         >>> hard_threshold(torch.tensor([0.5, -2.0, 1.0]), Budget.of_count(2, n=3))
         tensor([ 0., -2.,  1.])
-        >>> hard_threshold(torch.tensor([0.5, -2.0, 1.0]), Budget.of_count(2, n=3), threshold="signed")
-        tensor([0.5000, 0.0000, 1.0000])
     """
-    size = omega.abs() if threshold == "magnitude" else omega
+    # The paper's Appendix B. The authors' code keeps the largest ω, which differs where one turns negative.
     kept = omega.new_zeros(omega.shape)
-    chosen = budget.choose(size.tolist())
+    chosen = budget.choose(omega.abs().tolist())
     kept[chosen] = omega[chosen]
     return kept
 
 
-def stoiht_step(
-    omega: Tensor,
-    gradient: Tensor,
-    *,
-    gate_lr: float,
-    budget: Chooser | None,
-    threshold: Threshold = "magnitude",
-) -> Tensor:
+def stoiht_step(omega: Tensor, gradient: Tensor, *, gate_lr: float, budget: Chooser | None) -> Tensor:
     """Return the gates after one step: H_K(ω − η·∂L/∂ω), or the plain gradient step where ``budget`` is None.
 
     An all-zero gradient changes nothing: with B = 0 the first one is exactly zero, and a threshold on equal gates
@@ -150,7 +123,6 @@ def stoiht_step(
         gradient: ∂L/∂ω, shape (n,).
         gate_lr: The step size η, in units of ω per unit of gradient. The paper gives none; the authors' code has 5.0.
         budget: What may stay after the step; None in the steps that only gather.
-        threshold: See :func:`hard_threshold`.
 
     Example:
         >>> import torch
@@ -164,4 +136,4 @@ def stoiht_step(
     if not bool(gradient.any()):
         return omega.clone()
     stepped = omega - gate_lr * gradient
-    return stepped if budget is None else hard_threshold(stepped, budget, threshold=threshold)
+    return stepped if budget is None else hard_threshold(stepped, budget)

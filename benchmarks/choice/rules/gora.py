@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from weightlora.selection._jackknife import GROUPS, Estimate, jackknife
-from weightlora.selection._weight_gradients import full_weight, weight_gradients
-from weightlora.selection.rules.base import GradientRule, Scores
+from weightlora.selection.rules.base import GROUPS, Estimate, Rule, Scores, jackknife
+from weightlora.selection.rules.kappa_tune import full_weight
 from weightlora.selection.stage import let_train
+
+from .weight_gradients import weight_gradients
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -26,7 +27,7 @@ _SAMPLE = 2**16
 
 
 @dataclass(frozen=True)
-class GoRA(GradientRule):
+class GoRA(Rule):
     """Score a site by the mean over entries of |W ⊙ Ḡ|, divided by √(in + out).
 
     W is the site's frozen weight, and Ḡ the mean of ∂L/∂W over T batches. |w·g| estimates how much the loss would
@@ -46,8 +47,6 @@ class GoRA(GradientRule):
         >>> GoRA(head_steps=5)
         GoRA(head_steps=5)
     """
-
-    name: ClassVar[str] = "gora"
 
     def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
         """Yield the scores; only B requires gradients, so that the backward pass reaches every site."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from weightlora.errors import SelectionError
-from weightlora.selection._batch_means import batch_means
-from weightlora.selection._weight_gradients import full_weight, gradient_norms
-from weightlora.selection.rules.base import GradientRule, Scores
+from weightlora.selection.rules.base import Rule, Scores, batch_means
+from weightlora.selection.rules.kappa_tune import full_weight
+
+from .weight_gradients import gradient_norms
 
 if TYPE_CHECKING:
     from weightlora.plan.budget import Chooser
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RelativeGradient(GradientRule):
+class RelativeGradient(Rule):
     """Score a site by the mean over T batches of ‖∂L/∂W‖_F ÷ ‖W‖_F, where W is its frozen weight.
 
     This is the relative gradient norm, RGN, of auto-RGN (Lee et al. 2023, arXiv:2210.11466), for one weight instead of
@@ -35,11 +36,9 @@ class RelativeGradient(GradientRule):
         OptionError: A value is out of its range.
 
     Example:
-        >>> RelativeGradient().name
-        'relative_gradient'
+        >>> RelativeGradient()
+        RelativeGradient(head_steps=None)
     """
-
-    name: ClassVar[str] = "relative_gradient"
 
     def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
         """Yield the scores; only B requires gradients, so that the backward pass reaches every site.

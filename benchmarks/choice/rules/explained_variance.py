@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from weightlora.model.distributed import add_up
-from weightlora.selection._jackknife import jackknife
-from weightlora.selection._layer_inputs import layer_inputs
-from weightlora.selection.rules.base import OnePass, Scores, require, require_head_steps
+from weightlora.selection.rules.base import Rule, Scores, jackknife, require
+
+from .layer_inputs import layer_inputs
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -25,7 +25,7 @@ _GROUPS = 2
 
 
 @dataclass(frozen=True)
-class ExplainedVariance(OnePass):
+class ExplainedVariance(Rule):
     """Score a site by the share of its inputs' variance in their r leading directions (EVA, arXiv:2410.07170).
 
     The share is Σ_{j≤r} λ_j ÷ Σ_j λ_j. r is the site's rank, and λ are the eigenvalues of Σ z·zᵀ over the tokens of all
@@ -45,20 +45,17 @@ class ExplainedVariance(OnePass):
 
     Example:
         >>> ExplainedVariance(exact_up_to=1024)
-        ExplainedVariance(exact_up_to=1024, head_steps=0)
+        ExplainedVariance(head_steps=0, exact_up_to=1024)
     """
 
     exact_up_to: int = 4096
-    head_steps: int | None = 0
-    name: ClassVar[str] = "explained_variance"
-    knobs: ClassVar[tuple[str, ...]] = ()
-    trains_adapters: ClassVar[bool] = False
+    head_steps: int | None = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given: object = self.exact_up_to
         whole = isinstance(given, int) and given >= 0  # pyright: ignore[reportUnnecessaryIsInstance]
         require(whole, f"exact_up_to={given!r}", "a whole number of features, 0 or more")
-        require_head_steps(self.head_steps)
 
     def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
         """Yield the last scores, in one row; nothing is trained."""

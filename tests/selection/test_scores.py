@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from weightlora.errors import WeightLoraWarning
-from weightlora.selection._jackknife import jackknife, rank_correlation
-from weightlora.selection._kept import agreement_of
+from weightlora.selection._kept import agreement_of, rank_correlation
+from weightlora.selection.rules.base import jackknife
 
 
 def test_of_a_mean_the_error_is_the_usual_one():

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from weightlora.selection._batch_means import batch_means
-from weightlora.selection._weight_gradients import wide
-from weightlora.selection.rules.base import GradientRule, Scores
+from weightlora.selection.rules.base import Rule, Scores, batch_means
+from weightlora.selection.rules.kappa_tune import wide
 from weightlora.selection.stage import let_train
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Fisher(GradientRule):
+class Fisher(Rule):
     """Score a site by the mean over T batches of ‖∂L/∂B‖²_F at B = 0, the trace of B's empirical Fisher information.
 
     FIM-LoRA (arXiv:2605.16800) ranks sites by the mean of g² over entries and batches. Here the entries are summed, so
@@ -38,8 +37,6 @@ class Fisher(GradientRule):
         >>> Fisher(head_steps=5)
         Fisher(head_steps=5)
     """
-
-    name: ClassVar[str] = "fisher"
 
     def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
         """Yield the scores; only B requires gradients."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 
-from weightlora.model.sites import Site
-from weightlora.selection._batch_means import batch_means
-from weightlora.selection._weight_gradients import gradient_norms
-from weightlora.selection.rules.base import GradientRule, Scores
+from weightlora.selection.rules.base import Rule, Scores, batch_means
+
+from .weight_gradients import gradient_norms
 
 if TYPE_CHECKING:
     from weightlora.plan.budget import Chooser
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Aletheia(GradientRule):
+class Aletheia(Rule):
     """Give each site the score of its block: the mean over T batches of Σ ‖∂L/∂W‖_F over the block's sites.
 
     Aletheia (arXiv:2604.15351) keeps the best half of the blocks. All sites of a block have the same score, so a budget
@@ -37,15 +36,13 @@ class Aletheia(GradientRule):
         OptionError: A value is out of its range.
 
     Example:
-        >>> Aletheia().name
-        'aletheia'
+        >>> Aletheia()
+        Aletheia(head_steps=None)
     """
-
-    name: ClassVar[str] = "aletheia"
 
     def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
         """Yield the scores; only B requires gradients, so that the backward pass reaches every site."""
-        blocks = [Site(name, 0, 0).block or name for name in stage.layers]
+        blocks = [site.block or site.name for site in stage.sites]
         places = {block: place for place, block in enumerate(dict.fromkeys(blocks))}
         own = torch.tensor([places[block] for block in blocks])
         for step, norms in gradient_norms(stage, steps):

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from weightlora.model.distributed import add_up
 from weightlora.model.gathering import loaded
-from weightlora.model.sites import Site
-from weightlora.selection._jackknife import GROUPS, jackknife
-from weightlora.selection._layer_inputs import layer_inputs
-from weightlora.selection.rules.base import OnePass, Scores, require, require_head_steps
+from weightlora.selection.rules.base import Rule, Scores, jackknife_of_rows, require
+
+from .layer_inputs import layer_inputs
 
 if TYPE_CHECKING:
     from weightlora.plan.budget import Chooser
@@ -27,7 +26,7 @@ _OWN_SHARE = 1e-6
 
 
 @dataclass(frozen=True)
-class PLoP(OnePass):
+class PLoP(Rule):
     """Score a site by 1 ÷ NFN, the normalised feature norm of its frozen layer (PLoP, arXiv:2506.20629).
 
     NFN = E‖W·z‖ ÷ E‖W·z̃‖. The means are over the tokens of all batches: z is a token's input, and z̃ is a Gaussian
@@ -46,31 +45,23 @@ class PLoP(OnePass):
 
     Example:
         >>> PLoP(by="site")
-        PLoP(by='site', head_steps=0)
+        PLoP(head_steps=0, by='site')
     """
 
     by: By = "type"
-    head_steps: int | None = 0
-    name: ClassVar[str] = "plop"
-    knobs: ClassVar[tuple[str, ...]] = ()
-    trains_adapters: ClassVar[bool] = False
+    head_steps: int | None = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.by in BY, f"by={self.by!r}", f"one of {', '.join(BY)}")
-        require_head_steps(self.head_steps)
 
     def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
         """Yield the last scores; nothing is trained."""
         count = steps[-1]
         norms = _norms(stage, count)
-        types = [Site(name, 0, 0).projection for name in stage.layers] if self.by == "type" else list(stage.layers)
-        groups = min(GROUPS, count)
+        types = [site.projection for site in stage.sites] if self.by == "type" else list(stage.layers)
         history = [_scores(sums, types) for sums in norms.cumsum(0)]
-
-        def score(chosen: Sequence[int]) -> Tensor:
-            return _scores(norms[[t for t in range(count) if t % groups in chosen]].sum(0), types)
-
-        known = jackknife(score, groups)
+        known = jackknife_of_rows(norms, lambda some: _scores(some.sum(0), types))
         final = tuple(history[-1].tolist())
         rows, moved = tuple(tuple(row.tolist()) for row in history), tuple(value > 0 for value in final)
         yield count, Scores(rows, moved, final, errors=known.errors, halves=known.halves)

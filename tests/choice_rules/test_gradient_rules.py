@@ -8,17 +8,19 @@ import torch
 from fingerprint import fingerprint
 from peft import LoraConfig, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
+from study_rules import BY_GRADIENT, STUDY
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.choice.rules.weight_gradients import weight_gradients
 from weightlora import select
 from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
 from weightlora.model.layers import lora_layers
-from weightlora.selection._weight_gradients import full_weight, weight_gradients
-from weightlora.selection.rules import RULES, rule_of
+from weightlora.selection.rules import rule_of
+from weightlora.selection.rules.kappa_tune import full_weight
 
-NAMES = ["fisher", "relative_gradient", "aletheia", "gora", "cross_fitted"]
+NAMES = [*BY_GRADIENT]
 WITHOUT_A = ("relative_gradient", "aletheia", "gora")
 LORA = LoraConfig(r=2, lora_alpha=6)
 SCALE = 6 / 2
@@ -65,7 +67,14 @@ def selected(rule, data, net=None, loss_fn=squared, **options):
             started.update((name, layer.lora_A["default"].weight.detach().clone()) for name, layer in layers)
         return loss_fn(model, batch)
 
-    arguments = {"lora": LORA, "keep": 1, "steps": len(data), "progress": False, "rule": rule, **options}
+    arguments = {
+        "lora": LORA,
+        "keep": 1,
+        "steps": len(data),
+        "progress": False,
+        "rule": BY_GRADIENT.get(rule, rule),
+        **options,
+    }
     return select(Mixed() if net is None else net, data, loss_fn=loss, **arguments), started
 
 
@@ -281,7 +290,7 @@ def test_cross_fitted_score_falls_by_each_pair_that_disagrees():
 
 def test_cross_fitted_score_is_the_loss_drop_along_a_step_that_changes_the_output_by_one():
     data = batches(5)
-    plan, a = selected(rule_of("cross_fitted", damping=1e-9), data)
+    plan, a = selected(rule_of(BY_GRADIENT["cross_fitted"], damping=1e-9), data)
     tokens, h = inputs_of(Mixed(), data), 1e-5
     for name, score in plan.scores.items():
         root = whitening(tokens[name], a[name], 1e-9)
@@ -411,7 +420,7 @@ def test_relative_gradient_of_a_zero_weight_is_an_error():
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("inf"), float("nan")])
 def test_damping_out_of_its_range_is_named(damping):
     with pytest.raises(OptionError, match=f"damping={damping}"):
-        rule_of("cross_fitted", damping=damping)
+        rule_of(BY_GRADIENT["cross_fitted"], damping=damping)
 
 
 # The gradients of the weights
@@ -494,9 +503,9 @@ def test_sites_of_minilm_are_picked(minilm, review_batches, rule):
     before = fingerprint(minilm)
     lora = LoraConfig(r=4, task_type="SEQ_CLS")
     options = {"lora": lora, "keep": 5, "loss_fn": lambda model, batch: model(**batch).loss}
-    plan, _ = selected(rule_of(rule, head_steps=2), review_batches, net=minilm, **options, steps=4)
+    plan, _ = selected(rule_of(BY_GRADIENT[rule], head_steps=2), review_batches, net=minilm, **options, steps=4)
     assert fingerprint(minilm) == before
-    assert (plan.rule, len(plan.entries), len(plan.names)) == (rule, 36, 5)
+    assert (plan.rule, len(plan.entries), len(plan.names)) == (BY_GRADIENT[rule], 36, 5)
     assert plan.names == tuple(sorted(sorted(plan.scores, key=plan.scores.get, reverse=True)[:5]))
     assert tuple(lora_layers(plan.attach(minilm))) == plan.names
 
@@ -514,6 +523,8 @@ def test_a_site_that_the_loss_does_not_depend_on_has_no_score(rule):
     assert all(score != 0 for name, score in plan.scores.items() if name != "idle")
 
 
-def test_all_rules_of_this_file_are_registered():
-    assert [entry.name for entry in RULES if entry.name in NAMES] == NAMES
-    assert [rule_of(name).name for name in NAMES] == NAMES
+def test_each_rule_is_found_again_by_its_own_name():
+    for path in STUDY.values():
+        rule = rule_of(path)
+        assert rule.name == path
+        assert rule_of(rule.name) == rule

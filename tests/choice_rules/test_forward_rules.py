@@ -7,20 +7,16 @@ import pytest
 import torch
 from fingerprint import fingerprint
 from peft import LoraConfig
-from peft.utils.integrations import dequantize_module_weight
+from study_rules import BY_INPUTS, OF_THUMB, STUDY
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from benchmarks.choice.rules.explained_variance import ExplainedVariance, nystrom_eigenvalues
+from benchmarks.choice.rules.heuristic import spread_order
+from benchmarks.choice.rules.plop import PLoP
 from weightlora import select
 from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
-from weightlora.plan.heatmap import projection_role
-from weightlora.selection.rules import rule_of
-from weightlora.selection.rules.explained_variance import ExplainedVariance, nystrom_eigenvalues
-from weightlora.selection.rules.heuristic import KINDS, Heuristic, spread_order
-from weightlora.selection.rules.kappa_tune import KappaTune
-from weightlora.selection.rules.plop import PLoP
 
-RULES = ["plop", "kappa_tune", "explained_variance", *KINDS]
+RULES = [*BY_INPUTS, *OF_THUMB]
 D = 6
 
 
@@ -46,6 +42,7 @@ def squared(model, batch):
 
 
 def chosen(net, data=(), *, rule, keep=1, r=2, **options):
+    rule = STUDY.get(rule, rule) if isinstance(rule, str) else rule
     return select(net, data, lora=LoraConfig(r=r), rule=rule, keep=keep, loss_fn=squared, progress=False, **options)
 
 
@@ -221,32 +218,6 @@ def test_a_sketch_finds_the_leading_eigenvalues_and_never_more():
     assert float(nystrom_eigenvalues(flat @ omega, omega).sum()) == pytest.approx(24)
 
 
-# Condition numbers
-
-
-def test_condition_numbers_of_known_weights():
-    stretched = orthogonal(0) @ torch.diag(torch.tensor([8.0, 7, 6, 5, 4, 2]).double()) @ orthogonal(1)
-    singular = torch.outer(drawn(D), drawn(D, seed=1))
-    plan = chosen(Net([orthogonal(0), stretched, singular, 0 * singular]), rule="kappa_tune", keep=2)
-    assert [*plan.scores.values()] == pytest.approx([1, 2 / 8, 0, 0], abs=1e-12)
-    assert plan.names == ("layers.0", "layers.1")
-    assert len(plan.history) == 1
-    assert [entry.score_error for entry in plan.entries] == [None] * 4
-
-
-def test_condition_number_of_a_transposed_and_of_a_quantised_weight(quantised_net):
-    layer = Conv1D(3, D)
-    values = torch.linalg.svdvals(layer.weight.detach())
-    found = select(nn.Sequential(layer), (), lora=LoraConfig(r=2, fan_in_fan_out=True), keep=1, rule="kappa_tune")
-    assert [*found.scores.values()] == pytest.approx([float(values[-1] / values[0])])
-    expected = []
-    for place in (0, 2):
-        values = torch.linalg.svdvals(dequantize_module_weight(quantised_net[place]).float())
-        expected.append(float(values[-1] / values[0]))
-    found = select(quantised_net, (), lora=LoraConfig(r=2), keep=1, rule=KappaTune())
-    assert [*found.scores.values()] == pytest.approx(expected, rel=1e-4)
-
-
 # Rules of thumb
 
 
@@ -323,51 +294,8 @@ def test_a_small_site_of_another_part_does_not_fill_the_budget():
     assert len(everything.names) > 1  # negative control: another rule fills it
 
 
-def test_stratified_keeps_half_of_every_projection():
-    plan = chosen(Decoder(), rule="stratified", keep=42)
-    counts = {ending: sum(name.endswith(ending) for name in plan.names) for ending in endings(plan.scores)}
-    assert set(counts.values()) == {6}
-    assert len(counts) == 7
-    assert chosen(Decoder(), rule="stratified", keep=42, seed=1).names != plan.names
-    alike = chosen(Decoder(), rule="attention", keep=24).names  # negative control: a plain draw is not so even
-    assert {sum(name.endswith(f"{p}_proj") for name in alike) for p in "qkvo"} != {6}
-
-
-def test_stratified_keeps_the_same_share_of_projections_of_unequal_number():
-    """Of n sites, K of N kept: every projection keeps its share but for less than one site."""
-    net = nn.Module()
-    net.layers = nn.ModuleList()
-    for i in range(20):
-        block = {"up": nn.Linear(D, D), **({"down": nn.Linear(D, D)} if i % 4 == 0 else {})}
-        net.layers.append(nn.ModuleDict(block))
-    for keep in range(1, 26):
-        names = chosen(net, rule="stratified", keep=keep, seed=keep).names
-        downs = sum(name.endswith("down") for name in names)
-        assert abs(downs - 5 * keep / 25) < 1
-    # Without the random shift of each projection, one down and one up would always tie at the top.
-    pairs = {
-        tuple(sorted(name.split(".")[-1] for name in chosen(net, rule="stratified", keep=2, seed=seed).names))
-        for seed in range(20)
-    }
-    assert ("up", "up") in pairs
-
-
-@pytest.mark.parametrize(
-    ("projection", "role"),
-    [
-        *(("attention.self.value", "value"), ("attention.output.dense", "output"), ("output.dense", "down")),
-        *(("attn.c_attn", "qkv"), ("attn.c_proj", "output"), ("mlp.c_proj", "down"), ("mlp.c_fc", "up")),
-        *(("layer.0.SelfAttention.v", "value"), ("layer.0.SelfAttention.o", "output")),
-        *(("layer.1.EncDecAttention.v", "value"), ("layer.2.DenseReluDense.wo", "down")),
-        *(("layer.1.DenseReluDense.wi_0", "gate"), ("self_attn.q_proj", "query"), ("v_proj", "value")),
-    ],
-)
-def test_roles_of_projections_of_other_models(projection, role):
-    assert projection_role(projection)[1] == role
-
-
 def test_a_part_that_is_not_there_is_named():
-    with pytest.raises(SelectionError, match=r"kind='attention' fits no site: the projections are layers.0, layers.1"):
+    with pytest.raises(SelectionError, match=r"Attention fits no site: the projections are layers.0, layers.1"):
         chosen(Net([orthogonal(0), orthogonal(1)]), rule="attention")
 
 
@@ -380,8 +308,6 @@ def test_a_part_that_is_not_there_is_named():
         (lambda: PLoP(by="layer"), "by='layer'"),
         (lambda: PLoP(head_steps=-1), "head_steps=-1"),
         (lambda: ExplainedVariance(exact_up_to=-1), "exact_up_to=-1"),
-        (lambda: Heuristic("middle"), "kind='middle'"),
-        (lambda: rule_of("kappa_tune", head_steps=3), "no setting 'head_steps'.*it has none"),
     ],
 )
 def test_settings_out_of_their_range_are_named(make, text):
@@ -395,7 +321,7 @@ def test_each_rule_picks_sites_of_minilm(minilm, review_batches, rule):
     before = fingerprint(minilm)
     data = review_batches[:2] if rule in ("plop", "explained_variance") else ()
     lora = LoraConfig(r=2, task_type="SEQ_CLS")
-    plan = select(minilm, data, lora=lora, keep=5, steps=2, rule=rule, progress=False)
+    plan = select(minilm, data, lora=lora, keep=5, steps=2, rule=STUDY[rule], progress=False)
     assert fingerprint(minilm) == before
     assert len(plan.names) == 5
     assert all(plan.scores[name] > 0 for name in plan.names)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from weightlora.model.distributed import add_up
-from weightlora.selection._backward import in_backward
-from weightlora.selection._jackknife import GROUPS, jackknife
-from weightlora.selection._weight_gradients import wide
-from weightlora.selection.rules.base import OnePass, Scores, require, require_head_steps
+from weightlora.selection.rules.base import GROUPS, Rule, Scores, jackknife, require
+from weightlora.selection.rules.kappa_tune import wide
 from weightlora.selection.stage import let_train
+
+from .weight_gradients import in_backward
 
 if TYPE_CHECKING:
     from weightlora.plan.budget import Chooser
@@ -27,7 +27,7 @@ _LEAST = 4
 
 
 @dataclass(frozen=True)
-class CrossFitted(OnePass):
+class CrossFitted(Rule):
     """Score a site by the loss drop along a unit direction that other batches chose.
 
     The T batches are split into at most 8 groups. With G_i the mean of ∂L/∂B over group i at B = 0, the score is the
@@ -56,18 +56,14 @@ class CrossFitted(OnePass):
 
     Example:
         >>> CrossFitted(damping=0.1)
-        CrossFitted(damping=0.1, head_steps=None)
+        CrossFitted(head_steps=None, damping=0.1)
     """
 
     damping: float = 0.01
-    head_steps: int | None = None
-    name: ClassVar[str] = "cross_fitted"
-    knobs: ClassVar[tuple[str, ...]] = ()
-    trains_adapters: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 < self.damping < float("inf"), f"damping={self.damping}", "a positive number")
-        require_head_steps(self.head_steps)
 
     def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
         """Yield the scores; only B requires gradients."""

@@ -1,0 +1,124 @@
+"""Rules that read no batch: condition numbers against closed forms, and random sites of every projection alike."""
+
+import pytest
+import torch
+from fingerprint import fingerprint
+from peft import LoraConfig
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from weightlora import select
+from weightlora.errors import OptionError
+from weightlora.selection.rules import rule_of
+from weightlora.selection.rules.kappa_tune import KappaTune
+
+D = 6
+
+
+class Net(nn.Module):
+    """Linear layers in double precision; nothing runs it."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in weights).double()
+        for layer, weight in zip(self.layers, weights, strict=True):
+            layer.weight.data = weight
+
+
+def chosen(net, *, rule, keep, **options):
+    return select(net, (), lora=LoraConfig(r=2), rule=rule, keep=keep, progress=False, **options)
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def orthogonal(seed):
+    return torch.linalg.qr(drawn(D, D, seed=seed)).Q
+
+
+def test_condition_numbers_of_known_weights():
+    stretched = orthogonal(0) @ torch.diag(torch.tensor([8.0, 7, 6, 5, 4, 2]).double()) @ orthogonal(1)
+    singular = torch.outer(drawn(D), drawn(D, seed=1))
+    plan = chosen(Net([orthogonal(0), stretched, singular, 0 * singular]), rule="kappa_tune", keep=2)
+    assert [*plan.scores.values()] == pytest.approx([1, 2 / 8, 0, 0], abs=1e-12)
+    assert plan.names == ("layers.0", "layers.1")
+    assert len(plan.history) == 1
+    assert [entry.score_error for entry in plan.entries] == [None] * 4
+
+
+def test_condition_number_of_a_transposed_and_of_a_quantised_weight(quantised_net):
+    layer = Conv1D(3, D)
+    values = torch.linalg.svdvals(layer.weight.detach())
+    found = select(nn.Sequential(layer), (), lora=LoraConfig(r=2, fan_in_fan_out=True), keep=1, rule="kappa_tune")
+    assert [*found.scores.values()] == pytest.approx([float(values[-1] / values[0])])
+    expected = []
+    for place in (0, 2):
+        values = torch.linalg.svdvals(dequantize_module_weight(quantised_net[place]).float())
+        expected.append(float(values[-1] / values[0]))
+    found = select(quantised_net, (), lora=LoraConfig(r=2), keep=1, rule=KappaTune())
+    assert [*found.scores.values()] == pytest.approx(expected, rel=1e-4)
+
+
+class Decoder(nn.Module):
+    """Twelve blocks with Llama's names: block 10 follows block 9, and not block 1."""
+
+    def __init__(self, blocks=12):
+        super().__init__()
+        shapes = {"q": (D, D), "k": (D, 2), "v": (D, 2), "o": (D, D)}
+        self.layers = nn.ModuleList()
+        for _ in range(blocks):
+            attention = nn.ModuleDict({f"{name}_proj": nn.Linear(*shape) for name, shape in shapes.items()})
+            mlp = {"gate_proj": nn.Linear(D, 16), "up_proj": nn.Linear(D, 16), "down_proj": nn.Linear(16, D)}
+            self.layers.append(nn.ModuleDict({"self_attn": attention, "mlp": nn.ModuleDict(mlp)}))
+
+
+def endings(names):
+    return {name.rsplit(".", 1)[-1] for name in names}
+
+
+def test_stratified_keeps_half_of_every_projection():
+    plan = chosen(Decoder(), rule="stratified", keep=42)
+    counts = {ending: sum(name.endswith(ending) for name in plan.names) for ending in endings(plan.scores)}
+    assert set(counts.values()) == {6}
+    assert len(counts) == 7
+    assert chosen(Decoder(), rule="stratified", keep=42, seed=1).names != plan.names
+    # Negative control: a plain draw is not so even.
+    order = [list(plan.scores)[i] for i in torch.randperm(84, generator=torch.Generator().manual_seed(0))[:42]]
+    assert {sum(name.endswith(ending) for name in order) for ending in counts} != {6}
+
+
+def test_stratified_keeps_the_same_share_of_projections_of_unequal_number():
+    """Of n sites, K of N kept: every projection keeps its share but for less than one site."""
+    net = nn.Module()
+    net.layers = nn.ModuleList()
+    for i in range(20):
+        block = {"up": nn.Linear(D, D), **({"down": nn.Linear(D, D)} if i % 4 == 0 else {})}
+        net.layers.append(nn.ModuleDict(block))
+    for keep in range(1, 26):
+        names = chosen(net, rule="stratified", keep=keep, seed=keep).names
+        downs = sum(name.endswith("down") for name in names)
+        assert abs(downs - 5 * keep / 25) < 1
+    # Without the random shift of each projection, one down and one up would always tie at the top.
+    pairs = {
+        tuple(sorted(name.split(".")[-1] for name in chosen(net, rule="stratified", keep=2, seed=seed).names))
+        for seed in range(20)
+    }
+    assert ("up", "up") in pairs
+
+
+def test_a_blind_rule_has_no_steps_of_a_head():
+    with pytest.raises(OptionError, match=r"no setting 'head_steps'.*it has none"):
+        rule_of("kappa_tune", head_steps=3)
+
+
+@pytest.mark.parametrize("rule", ["kappa_tune", "stratified"])
+def test_each_rule_picks_sites_of_minilm_and_takes_no_batch(minilm, rule):
+    before = fingerprint(minilm)
+    plan = select(minilm, (), lora=LoraConfig(r=2, task_type="SEQ_CLS"), keep=5, rule=rule, progress=False)
+    assert fingerprint(minilm) == before
+    assert len(plan.names) == 5
+    assert all(plan.scores[name] > 0 for name in plan.names)
+    assert plan.options["head_steps"] == 0
+    assert "agreement" not in plan.options
