@@ -15,10 +15,7 @@ MODULES = sorted(
 SHOWN = (
     *("model.sites", "model.gates", "model.restore", "plan.budget", "plan.plan", "fast.dropout", "fast.enable"),
     *("selection.select", "selection.rules", "selection.rules.stoiht", "selection.rules.first_order"),
-    "selection.rules.pursuit",
-    *("selection.rules.fisher", "selection.rules.relative_gradient", "selection.rules.gora"),
-    "selection.rules.aletheia",
-    "selection.rules.cross_fitted",
+    *("selection.rules.pursuit", "selection.rules.integrated"),
     *("trainer.attach", "methods", "text"),
 )
 
