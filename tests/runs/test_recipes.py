@@ -23,7 +23,7 @@ from weightlora.plan.plan import AdapterPlan
 from weightlora.runs.recipe import Recipe, read_recipe
 from weightlora.runs.train import train
 from weightlora.selection.rules.stoiht import StoIHT
-from weightlora.tasks import find_task, kind_of
+from weightlora.tasks import find_task, kind_of, load_model
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "paper"
 DEBERTA, BART = "microsoft/deberta-v3-base", "facebook/bart-large"
@@ -363,7 +363,7 @@ def loaded(recipe: Recipe, rows: DatasetDict):
     if options.load_in_8bit:
         whole = ["score", "lm_head"]
         loading["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
-    model = kind_of(task).load_model(options.model_name_or_path, task, rows, seed=5, **loading)
+    model = load_model(options.model_name_or_path, task, rows, seed=5, **loading)
     return prepare_model_for_kbit_training(model) if options.load_in_8bit else model
 
 

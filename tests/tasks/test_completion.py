@@ -16,11 +16,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from weightlora.errors import DataError, OptionError, WeightLoraWarning
-from weightlora.tasks._generate import generate
-from weightlora.tasks._judge import find_tasks
+from weightlora.tasks import load_model
+from weightlora.tasks._answers import find_tasks, generate
 from weightlora.tasks._prompts import reasoning_rows, solves, template_options, to_prompts
 from weightlora.tasks.base import RowOptions, Task
-from weightlora.tasks.completion import TASKS, arguments_class, load_model, prepare
+from weightlora.tasks.completion import TASKS, arguments_class, prepare
 from weightlora.tasks.embedded import smollm2
 from weightlora.tasks.rows import Source, load_rows
 

@@ -13,11 +13,10 @@ from torch import nn
 from transformers import CanineTokenizer, DebertaV2Config, DebertaV2ForQuestionAnswering, DebertaV2Model
 
 from weightlora.errors import DataError, OptionError
-from weightlora.tasks import find_task, kind_of
-from weightlora.tasks._passages import _row
-from weightlora.tasks._prompts import reasoning_rows
+from weightlora.tasks import find_task, kind_of, load_model
+from weightlora.tasks._prompts import _passage, reasoning_rows
 from weightlora.tasks.base import RowOptions
-from weightlora.tasks.question_answering import TASK_TYPE, _windows, arguments_class, load_model, prepare
+from weightlora.tasks.question_answering import TASK_TYPE, _windows, arguments_class, prepare
 from weightlora.tasks.rows import Source, load_rows
 
 OPTIONS = RowOptions(max_length=32, doc_stride=8)
@@ -250,7 +249,7 @@ def test_generated_passages_are_those_of_the_generator_with_the_answer_at_its_pl
 
 def test_the_answer_is_the_whole_name_of_the_statement_that_was_asked_for():
     prompt = "JoAnn likes tea. Ann fears tea. Ann likes tea. \nWho likes tea? Reply only with a name."
-    row = _row({"prompt": prompt, "completion": "Ann"}, 7)
+    row = _passage({"prompt": prompt, "completion": "Ann"}, 7)
     assert row["answers"] == {"text": ["Ann"], "answer_start": [32]}
     assert row["context"][32:] == "Ann likes tea."
     assert row["id"] == "7"

@@ -7,9 +7,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import BartConfig, BartForConditionalGeneration
 
 from weightlora.errors import DataError
-from weightlora.tasks import find_task, kind_of
+from weightlora.tasks import find_task, kind_of, load_model
 from weightlora.tasks.base import RowOptions
-from weightlora.tasks.summarisation import TASK_TYPE, arguments_class, load_model, prepare, rouge
+from weightlora.tasks.summarisation import TASK_TYPE, arguments_class, prepare, rouge
 
 OPTIONS = RowOptions(max_length=24, max_target_length=16, num_beams=2)
 XSUM = find_task("xsum")

@@ -11,7 +11,7 @@ from weightlora.model.layers import unchecked_patterns
 from weightlora.model.sites import TASK_HEADS, find_sites
 from weightlora.plan.make import make_plan
 from weightlora.runs.recipe import Recipe, TaskOptions
-from weightlora.tasks import find_task, kind_of
+from weightlora.tasks import find_task, kind_of, load_model
 from weightlora.tasks.base import Prepared, RowOptions, Task
 from weightlora.tasks.embedded import embedded_model
 from weightlora.tasks.pretrained import load_tokenizer
@@ -48,7 +48,7 @@ def make_trainer(
     path, loading = _pretrained(recipe, kind.TASK_TYPE)
     tokenizer = load_tokenizer(path, **{k: v for k, v in loading.items() if k in ("gguf_file", "revision")})
     prepared = kind.prepare(task, rows, tokenizer, _row_options(recipe.task))
-    base = kind.load_model(path, task, rows, seed=recipe.training.seed, **loading)
+    base = load_model(path, task, rows, seed=recipe.training.seed, **loading)
     model = _with_lora(base, recipe, kind.TASK_TYPE)
     try:
         return prepared, prepared.make_trainer(model, recipe.training, callbacks), counts

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError
+from weightlora.model.sites import LOADERS
 from weightlora.tasks import classification, completion, question_answering, summarisation
 from weightlora.tasks.base import Kind, Task, TaskKind
+from weightlora.tasks.pretrained import load_pretrained
 from weightlora.text import closest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from datasets import DatasetDict
+    from transformers import PreTrainedModel
 
 _ENTAILMENT = ("entailment", "not_entailment")
 _MNLI = ("entailment", "neutral", "contradiction")
@@ -104,3 +112,22 @@ def kind_of(task: Task) -> TaskKind:
         'SEQ_CLS'
     """
     return _KINDS[task.kind]
+
+
+def load_model(
+    path: str | Path, task: Task, rows: DatasetDict, *, seed: int, **from_pretrained: Any
+) -> PreTrainedModel:
+    """Return a base model with the head that a task needs.
+
+    Args:
+        path: A folder or a hub name.
+        task: The task.
+        rows: Its rows; a classifier's labels may be read from them.
+        seed: Decides weights that the files lack; the global generators are left as they were.
+        from_pretrained: Passed on, such as ``dtype`` or ``gguf_file``.
+
+    Raises:
+        DataError: There is no such model.
+    """
+    head = classification.head(task, rows) if task.kind == "classification" else {}
+    return load_pretrained(LOADERS[kind_of(task).TASK_TYPE], path, seed=seed, **head, **from_pretrained)

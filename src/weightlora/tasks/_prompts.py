@@ -10,9 +10,8 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError, OptionError, require_extra
-from weightlora.tasks._place import Place
-from weightlora.tasks._texts import is_text
-from weightlora.tasks.base import Task
+from weightlora.tasks._values import is_text
+from weightlora.tasks.base import Place, Task
 from weightlora.text import closest
 
 if TYPE_CHECKING:
@@ -22,6 +21,9 @@ Row = Mapping[str, Any]
 
 #: Puzzles drawn for each distinct row wanted; with fewer distinct rows the generator has too few.
 _DRAWS = 10
+#: The generator whose puzzles are read as contexts with an answer in them.
+_HAYSTACK = "needle_haystack"
+_REQUEST = " Reply only with a name."
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------
@@ -233,6 +235,40 @@ def reasoning_rows(generator: str, train: int, validation: int, seed: int, **set
                 f"{count}; lower train={train} or validation={validation}, or make the puzzles larger"
             )
     return DatasetDict({split: splits[split] for split in ("train", "validation")})
+
+
+def passages(generator: str, train: int, validation: int, seed: int, **settings: Any) -> DatasetDict:
+    """Return rows of SQuAD's columns; their contexts are statements, and the answer is the name in one of them.
+
+    "Anna likes rain. Omar fears maths." is asked "Who fears maths?".
+
+    Args:
+        generator: ``"needle_haystack"``.
+        train: Questions to train on.
+        validation: Questions to measure on; they do not depend on ``train``.
+        seed: Decides the rows.
+        settings: ``min_num_statements`` and ``max_num_statements`` of a context.
+
+    Raises:
+        MissingPackageError: The package ``reasoning_gym`` is not installed.
+        OptionError: It is another generator, or it has no such setting.
+    """
+    if generator != _HAYSTACK:
+        raise OptionError(
+            f"reasoning_gym/{generator} is not read as contexts with answers; give reasoning_gym/{_HAYSTACK}, "
+            "or take task=reasoning"
+        )
+    puzzles = reasoning_rows(generator, train, validation, seed, **settings)
+    return puzzles.map(_passage, with_indices=True, remove_columns=puzzles["train"].column_names)
+
+
+def _passage(puzzle: dict[str, Any], number: int) -> dict[str, Any]:
+    statements, _, question = puzzle["prompt"].rpartition("\n")
+    context, question, name = statements.strip(), question.removesuffix(_REQUEST), puzzle["completion"]
+    said = question.removeprefix("Who ").removesuffix("?")
+    start = f" {context}".index(f" {name} {said}.")  # a name may be in several statements, and within other names
+    answers = {"text": [name], "answer_start": [start]}
+    return {"id": str(number), "question": question, "context": context, "answers": answers}
 
 
 def _puzzles(generator: str, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:

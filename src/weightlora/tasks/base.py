@@ -7,12 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-
-    from weightlora.tasks._place import Place
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 Kind = Literal["classification", "question_answering", "summarisation", "completion"]
 
@@ -38,6 +34,24 @@ class Task:
     """What only this task needs, such as the harness's name of it."""
     lower_is_better: bool = False
     """Whether smaller values of the metrics are better, as of a loss."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of a split are from, for errors: a file or a split, and the line of each row, if it has lines.
+
+    Example:
+        >>> Place("a.csv", (2, 3)).row(1), Place("the split 'train'").row(1)
+        ('line 3 of a.csv', "row 2 of the split 'train'")
+    """
+
+    name: str
+    lines: Sequence[int] | None = None
+
+    def row(self, number: int) -> str:
+        """Name the row of a position that counts from 0; in the text rows count from 1, as lines do."""
+        at = f"row {number + 1}" if self.lines is None else f"line {self.lines[number]}"
+        return f"{at} of {self.name}"
 
 
 @dataclass(frozen=True)
@@ -92,23 +106,6 @@ class TaskKind(Protocol):
 
         Raises:
             DataError: With the value found, the file and the row.
-        """
-        ...
-
-    def load_model(
-        self, path: str | Path, task: Task, rows: DatasetDict, *, seed: int, **from_pretrained: Any
-    ) -> PreTrainedModel:
-        """Return the base model with the head that the task needs.
-
-        Args:
-            path: A folder or a hub name.
-            task: The task.
-            rows: Its rows; a classifier's labels may be read from them.
-            seed: Decides weights that the files lack; the global generators are left as they were.
-            from_pretrained: Passed on, such as ``dtype`` or ``gguf_file``.
-
-        Raises:
-            DataError: There is no such model.
         """
         ...
 

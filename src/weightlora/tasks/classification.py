@@ -8,10 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import require_extra
-from weightlora.tasks._labels import given_names, read_labels
-from weightlora.tasks._place import Place
-from weightlora.tasks._texts import check_texts
-from weightlora.tasks.base import Prepared, RowOptions, Task
+from weightlora.tasks._values import check_texts, given_names, read_labels
+from weightlora.tasks.base import Place, Prepared, RowOptions, Task
 from weightlora.tasks.pretrained import load_pretrained
 
 if TYPE_CHECKING:
@@ -49,30 +47,16 @@ def check_rows(task: Task, rows: Dataset, place: Place) -> None:
     read_labels(rows[task.columns["label"]][:], given_names(task, rows), place)
 
 
-def load_model(
-    path: str | Path, task: Task, rows: DatasetDict, *, seed: int, **from_pretrained: Any
-) -> PreTrainedModel:
-    """Return a model with a fresh head for the task's labels, or for one number.
-
-    Args:
-        path: A folder or a hub name.
-        task: The task.
-        rows: Its rows, where the labels are read from them.
-        seed: Decides the head's random weights.
-        from_pretrained: Passed on, such as ``dtype``.
-
-    Raises:
-        DataError: There is no such model.
-    """
+def head(task: Task, rows: DatasetDict) -> dict[str, Any]:
+    """Return what ``from_pretrained`` is told of a fresh head for the task's labels, or for one number."""
     names = label_names(task, rows)
-    head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
-    if names:
-        head = {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: i for i, name in enumerate(names)},
-        }
-    return load_pretrained("AutoModelForSequenceClassification", path, seed=seed, **head, **from_pretrained)
+    if not names:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
 
 
 def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> Prepared:

@@ -9,21 +9,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError, OptionError, WeightLoraWarning, require_extra
-from weightlora.tasks._generate import end_tokens, generate
-from weightlora.tasks._judge import judge_model
+from weightlora.tasks._answers import answered, end_tokens, generate, judge_model
 from weightlora.tasks._prompts import check_prompts, check_whole_texts, solves, to_prompts, to_texts
-from weightlora.tasks._texts import check_texts
+from weightlora.tasks._values import check_texts
 from weightlora.tasks.base import Prepared, RowOptions, Task
-from weightlora.tasks.pretrained import load_pretrained
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
     from trl import SFTConfig, SFTTrainer
 
-    from weightlora.tasks._place import Place
+    from weightlora.tasks.base import Place
 
 TASK_TYPE = "CAUSAL_LM"
 
@@ -40,7 +36,7 @@ _HELLASWAG = {"activity": "activity_label", "ctx_a": "ctx_a", "ctx_b": "ctx_b", 
 _ARC = {"question": "question", "choices": "choices", "answer": "answerKey"}
 
 #: ``options["harness"]`` names the task of lm-evaluation-harness that measures it, and the metrics are the harness's.
-#: Further options, ``include_path``, ``limit`` and ``num_fewshot``, go to :func:`weightlora.tasks._judge.judge_model`.
+#: Further options, ``include_path``, ``limit`` and ``num_fewshot``, go to :func:`judge_model`.
 TASKS = (
     # The same rows as allenai/math_qa, which is a script: datasets reads none since its version 4.
     _judged("mathqa", "regisss/math_qa", None, _ACC, problem="Problem", options="options", correct="correct"),
@@ -85,29 +81,6 @@ def check_rows(task: Task, rows: Dataset, place: Place) -> None:
     check_prompts(task, rows, place)
     own = [role for role in ("prompt", "completion") if role in task.columns]
     check_texts(task, rows, place, [role for role in own if rows.features[task.columns[role]].dtype == "string"])
-
-
-def load_model(
-    path: str | Path,
-    task: Task,  # noqa: ARG001  # every kind of task is loaded by the same call
-    rows: DatasetDict,  # noqa: ARG001
-    *,
-    seed: int,
-    **from_pretrained: Any,
-) -> PreTrainedModel:
-    """Return a language model.
-
-    Args:
-        path: A folder or a hub name.
-        task: The task; the model does not depend on it.
-        rows: Its rows; the model does not depend on them.
-        seed: Decides weights that the file lacks; the global generators are left as they were.
-        from_pretrained: Passed on, such as ``dtype`` or ``gguf_file``.
-
-    Raises:
-        DataError: There is no such model.
-    """
-    return load_pretrained("AutoModelForCausalLM", path, seed=seed, **from_pretrained)
 
 
 def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> Prepared:
@@ -225,8 +198,6 @@ def _measure_teacher_forced(
     tokenizer: PreTrainedTokenizerBase, splits: Iterable[str], trainer: Trainer
 ) -> dict[str, float]:
     """Return the loss per answer token of each split, and the share of its answers that greedy decoding would write."""
-    from weightlora.tasks._teacher_forced import answered  # with torch, which the list of tasks does not need
-
     numbers: dict[str, float] = {}
     arguments: Any = trainer.args
     if arguments.packing or not arguments.completion_only_loss:

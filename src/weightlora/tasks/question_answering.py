@@ -8,18 +8,13 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError, OptionError
-from weightlora.tasks._place import Place
 from weightlora.tasks._squad_metric import Span, Window, best_span, null_score, squad_scores, squad_v2_scores
-from weightlora.tasks._texts import check_texts
-from weightlora.tasks.base import Prepared, RowOptions, Task
-from weightlora.tasks.pretrained import load_pretrained
+from weightlora.tasks._values import check_texts
+from weightlora.tasks.base import Place, Prepared, RowOptions, Task
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from datasets import Dataset, DatasetDict
     from transformers import (
-        PreTrainedModel,
         PreTrainedTokenizerBase,
         Trainer,
         TrainerCallback,
@@ -70,29 +65,6 @@ def _check_answers(task: Task, rows: Dataset, place: Place) -> None:
             f"{len(wrong)} of {len(rows)} answers in {place.name} are not at their answer_start, such as that of "
             f"{place.row(wrong[0])}; it counts the characters of the context from 0"
         )
-
-
-def load_model(
-    path: str | Path,
-    task: Task,  # noqa: ARG001  # every kind of task is loaded by the same call
-    rows: DatasetDict,  # noqa: ARG001
-    *,
-    seed: int,
-    **from_pretrained: Any,
-) -> PreTrainedModel:
-    """Return a model with a fresh head for the first and the last token of an answer.
-
-    Args:
-        path: A folder or a hub name.
-        task: The task.
-        rows: Its rows; the head does not depend on them.
-        seed: Decides the head's random weights; the global generators are left as they were.
-        from_pretrained: Passed on, such as ``dtype``.
-
-    Raises:
-        DataError: There is no such model.
-    """
-    return load_pretrained("AutoModelForQuestionAnswering", path, seed=seed, **from_pretrained)
 
 
 def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> Prepared:

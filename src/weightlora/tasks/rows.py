@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError, OptionError, require_extra
 from weightlora.tasks import kind_of
-from weightlora.tasks._labels import check_labels, number_labels
-from weightlora.tasks._place import Place
 from weightlora.tasks._read_file import check_columns, read_file
-from weightlora.tasks.base import Task
+from weightlora.tasks._values import check_labels, number_labels
+from weightlora.tasks.base import Place, Task
 from weightlora.validation import read_pairs
 
 if TYPE_CHECKING:
@@ -153,8 +152,7 @@ def _dataset(task: Task, source: Source, seed: int) -> Any:
     if name is None:
         raise OptionError(f"{task.name} has no data of its own: give dataset_name, or train_file and validation_file")
     if name.startswith("reasoning_gym/"):
-        from weightlora.tasks._passages import passages
-        from weightlora.tasks._prompts import reasoning_rows
+        from weightlora.tasks._prompts import passages, reasoning_rows
 
         draw = passages if task.kind == "question_answering" else reasoning_rows
         train, validation = source.max_train_samples or 1000, source.max_eval_samples or 200

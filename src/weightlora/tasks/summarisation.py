@@ -8,16 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import require_extra
-from weightlora.tasks._texts import check_texts
+from weightlora.tasks._values import check_texts
 from weightlora.tasks.base import Prepared, RowOptions, Task
-from weightlora.tasks.pretrained import load_pretrained
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from datasets import Dataset, DatasetDict
     from transformers import (
-        PreTrainedModel,
         PreTrainedTokenizerBase,
         Seq2SeqTrainingArguments,
         Trainer,
@@ -25,7 +21,7 @@ if TYPE_CHECKING:
         TrainingArguments,
     )
 
-    from weightlora.tasks._place import Place
+    from weightlora.tasks.base import Place
 
 TASK_TYPE = "SEQ_2_SEQ_LM"
 
@@ -47,29 +43,6 @@ def check_rows(task: Task, rows: Dataset, place: Place) -> None:
         DataError: With the value found, the file and the row.
     """
     check_texts(task, rows, place, ("document", "summary"))
-
-
-def load_model(
-    path: str | Path,
-    task: Task,  # noqa: ARG001  # every kind of task is loaded by the same call
-    rows: DatasetDict,  # noqa: ARG001
-    *,
-    seed: int,
-    **from_pretrained: Any,
-) -> PreTrainedModel:
-    """Return an encoder-decoder with its language-model head.
-
-    Args:
-        path: A folder or a hub name.
-        task: The task.
-        rows: Its rows; the model does not depend on them.
-        seed: Decides weights that the file lacks; the global generators are left as they were.
-        from_pretrained: Passed on, such as ``dtype``.
-
-    Raises:
-        DataError: There is no such model.
-    """
-    return load_pretrained("AutoModelForSeq2SeqLM", path, seed=seed, **from_pretrained)
 
 
 def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> Prepared:
