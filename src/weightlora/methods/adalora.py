@@ -7,7 +7,7 @@ together, are set to 0. How many are left follows a cubic curve.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,16 +17,14 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.errors import OptionError
-from weightlora.methods.common.moving import MoverCallback, packed, unpacked
+from weightlora.methods.base import Start
+from weightlora.methods.common.moving import Attached, MoverCallback, packed, unpacked
 from weightlora.methods.common.triplets import Alpha, TripletMethod
 from weightlora.model.distributed import copy_from_first, from_first, process_count
-from weightlora.model.sites import Site
-from weightlora.plan.plan import AdapterPlan
 from weightlora.validation import Count, Natural, NotNegative, Share
 
 if TYPE_CHECKING:
-    from peft import AdaLoraConfig, LoraConfig, PeftModel
-    from torch import nn
+    from peft import AdaLoraConfig
 
 
 @dataclass(kw_only=True, eq=False)
@@ -65,14 +63,11 @@ class AdaLora(TripletMethod):
             return self._high
         return cubic_budget(step, begin=config.tinit, end=pruned_for_good, high=self._high, low=self._low)
 
-    def _start(
-        self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site], _batches: Iterable[Any], /
-    ) -> tuple[AdapterPlan, PeftModel]:
-        init_r = math.ceil(1.5 * lora.r) if self.init_r is None else self.init_r
-        schedule, self._high = self._schedule(), len(sites) * init_r
-        plan, attached = self._triplets(
-            model, lora, sites, init_r, {**schedule, "init_r": init_r, "alpha": self.alpha}, **schedule
-        )
+    def _start(self, start: Start) -> Attached:
+        init_r = math.ceil(1.5 * start.lora.r) if self.init_r is None else self.init_r
+        schedule, self._high = self._schedule(), len(start.sites) * init_r
+        options = {**schedule, "init_r": init_r, "alpha": self.alpha}
+        plan, attached = self._triplets(start, init_r, options, **schedule)
         self._mask: Mapping[str, Tensor] | None = None
         self._tuner: Any = attached.base_model
         self._config: AdaLoraConfig = self._tuner.peft_config["default"]

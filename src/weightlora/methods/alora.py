@@ -17,17 +17,15 @@ import torch
 from torch import Tensor
 
 from weightlora.errors import OptionError, SelectionError
-from weightlora.methods.common.moving import MovingMethod, growth, wide_lora
+from weightlora.methods.base import Start
+from weightlora.methods.common.moving import Attached, MovingMethod, growth, wide_lora
 from weightlora.model.distributed import average, from_first, process_count, require_agreement
-from weightlora.model.sites import Site
-from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import Loss, held_out, in_parts, model_loss, rows_of
 from weightlora.selection.stage import evaluated
 from weightlora.validation import Count, Share
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from torch import nn
+    pass
 
 
 @dataclass(kw_only=True, eq=False)
@@ -55,20 +53,19 @@ class ALora(MovingMethod):
     loss_fn: Loss | None = None
     name = "alora"
 
-    def _start(
-        self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site], batches: Iterable[Any], /
-    ) -> tuple[AdapterPlan, PeftModel]:
+    def _start(self, start: Start) -> Attached:
         """Put LoRA of rank ``max_r`` on all sites, of which r ranks are used, and hold rows out."""
-        max_r = math.ceil(1.5 * lora.r) if self.max_r is None else self.max_r
-        if max_r <= lora.r:
-            raise OptionError(f"max_r={max_r} is not allowed: give more than r={lora.r}, or no site can gain a rank")
-        self._rounds, self._moved, self._model = self._schedule(), self.count or len(sites), model
-        self._held_out = _held_out(batches, self.probe_rows)
-        self._live = torch.arange(max_r).expand(len(sites), -1) < lora.r
+        r, sites = start.lora.r, len(start.sites)
+        max_r = math.ceil(1.5 * r) if self.max_r is None else self.max_r
+        if max_r <= r:
+            raise OptionError(f"max_r={max_r} is not allowed: give more than r={r}, or no site can gain a rank")
+        self._rounds, self._moved, self._model = self._schedule(), self.count or sites, start.model
+        self._held_out = _held_out(start.batches, self.probe_rows)
+        self._live = torch.arange(max_r).expand(sites, -1) < r
         self._used, self._step = self._live, 0
         record = {"max_r": max_r, "rounds": self._rounds, "count": self._moved, "seed": self.seed}
         record["probe_rows"] = process_count() * sum(map(rows_of, self._held_out))
-        return wide_lora(self.name, model, lora, sites, max_r, record)
+        return wide_lora(self.name, start, max_r, record)
 
     def _schedule(self) -> list[int]:
         """Return the steps after which ranks move; the training continues after the last."""

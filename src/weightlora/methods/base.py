@@ -77,39 +77,56 @@ Choose = Callable[["nn.Module", "LoraConfig", Iterable[Any], int], AdapterPlan |
 """``choose(model, lora, batches, total_steps)``: makes the plan of a choosing method."""
 
 
-class AttachedPlan:
-    """Descriptor of a method's plan: an error until ``attach`` has set it."""
+class MethodBase:
+    """What the kinds of methods share: a plan, which is an error until ``attach`` has set it."""
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._key = f"{name} of {owner.__name__}"
+    _attached: AdapterPlan | None = None
 
-    def __get__(self, method: object, _owner: type) -> AdapterPlan:
-        if self._key not in vars(method):
+    @property
+    def _plan(self) -> AdapterPlan:
+        if self._attached is None:
             raise PlanError("the method has no plan yet; call attach() or weightlora.method_for(trainer, ...) first")
-        return vars(method)[self._key]
+        return self._attached
 
-    def __set__(self, method: object, plan: AdapterPlan) -> None:
-        vars(method)[self._key] = plan
+    @_plan.setter
+    def _plan(self, plan: AdapterPlan) -> None:
+        self._attached = plan
+
+    @property
+    def plan(self) -> AdapterPlan:
+        """The plan that ``attach`` made, and ``export`` of a method that trains other parameters."""
+        return self._plan
+
+    def budget(self, step: int) -> int:  # noqa: ARG002 - the same at every step
+        """Plain LoRA's ranks: what was to be spent."""
+        return sum(entry.lora_r for entry in self._plan.entries)
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Nothing moves during training."""
+        return []
 
 
-class PlanningMethod:
+@dataclass(frozen=True)
+class Start:
+    """Where adapters are put: a base model, plain LoRA on its sites, and the training batches."""
+
+    model: nn.Module
+    lora: LoraConfig
+    sites: Sequence[Site]
+    batches: Iterable[Any]
+
+
+class PlanningMethod(MethodBase):
     """A :class:`Method` that does all its work in ``attach``: it makes a plan.
 
     A method is a dataclass of its options that derives from this and writes :meth:`choose`.
     """
-
-    _plan = AttachedPlan()
 
     def choose(
         self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int, /
     ) -> AdapterPlan | Prepared:
         """Make the plan; the model is left as it was."""
         raise NotImplementedError
-
-    @property
-    def plan(self) -> AdapterPlan:
-        """The plan that :meth:`attach` made."""
-        return self._plan
 
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:
         """Choose, then put stock adapters on the planned sites."""
@@ -121,17 +138,9 @@ class PlanningMethod:
             made.prepare(attached)
         return attached
 
-    def budget(self, step: int) -> int:  # noqa: ARG002 - the same at every step
-        """Plain LoRA's ranks: what was to be spent."""
-        return sum(entry.lora_r for entry in self.plan.entries)
-
-    def callbacks(self) -> list[TrainerCallback]:
-        """Nothing moves during training."""
-        return []
-
     def export(self, model: PeftModel) -> PeftModel:
         """The model is stock LoRA already; checked against the plan once more."""
-        self.plan.check(model)
+        self._plan.check(model)
         return model
 
 
@@ -152,22 +161,20 @@ class ChoosingMethod(PlanningMethod):
         return self._choose(model, lora, batches, total_steps)
 
 
-class ExpandedMethod:
+class ExpandedMethod(MethodBase):
     """A :class:`Method` that trains other parameters than A and B and computes A and B from them at the end.
 
     No rank changes during training, and whatever is trained or frozen is in PEFT's own checkpoint. A method is a
     dataclass of its options that derives from this.
     """
 
-    _plan = AttachedPlan()
-
-    def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
+    def _planned(self, start: Start) -> AdapterPlan:
         """Return the ranks of the stock LoRA at the end, and the options as they are used."""
         raise NotImplementedError
 
-    def _put(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> PeftModel:  # noqa: ARG002
+    def _put(self, start: Start) -> PeftModel:
         """Put what is trained on the sites, by default stock LoRA that :meth:`_change` changes."""
-        attached = self._plan.attach(model)
+        attached = self._plan.attach(start.model)
         self._change(lora_layers(attached))
         return attached
 
@@ -179,24 +186,15 @@ class ExpandedMethod:
         """Return A and B of a layer at the end."""
         return layer_factors(layer)
 
-    @property
-    def plan(self) -> AdapterPlan:
-        """The ranks of the stock LoRA that :meth:`export` makes."""
-        return self._plan
-
-    def budget(self, step: int) -> int:  # noqa: ARG002 - the same at every step
+    def budget(self, step: int) -> int:
         """Plain LoRA's ranks, or as many as were asked for."""
-        return max(sum(entry.lora_r for entry in self._plan.entries), sum(self._plan.ranks.values()))
+        return max(super().budget(step), sum(self._plan.ranks.values()))
 
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:  # noqa: ARG002
         """Put what is trained on all sites."""
-        sites = find_sites(model, lora).sites
-        self._plan = self._planned(model, lora, sites)
-        return self._put(model, lora, sites)
-
-    def callbacks(self) -> list[TrainerCallback]:
-        """Nothing moves during training."""
-        return []
+        start = Start(model, lora, find_sites(model, lora).sites, batches)
+        self._plan = self._planned(start)
+        return self._put(start)
 
     @torch.no_grad()
     def export(self, model: PeftModel) -> PeftModel:
@@ -235,24 +233,21 @@ def recorded(method: Any, **settled: Any) -> dict[str, Any]:
     return {name: value for name, value in (own | settled).items() if name not in ("seed", "loss_fn")}
 
 
-def uniform_plan(
-    model: nn.Module, lora: LoraConfig, sites: Sequence[Site], *, r: int, alpha: float, **record: Any
-) -> AdapterPlan:
-    """The plan of rank ``r`` and strength alpha/r on all of ``sites``, whatever the budget ``lora`` has.
+def uniform_plan(start: Start, *, r: int, alpha: float, **record: Any) -> AdapterPlan:
+    """Return the plan of rank ``r`` and strength alpha/r on all sites, whatever the budget.
 
     Args:
-        model: The base model.
-        lora: The budget, the same on every site.
-        sites: All candidates.
+        start: The base model, and the budget, the same on every site.
         r: The rank as stock LoRA.
         alpha: ``lora_alpha`` as stock LoRA.
         record: Further fields of the plan: rule and options.
 
     Raises:
-        OptionError: ``lora`` treats sites differently.
+        OptionError: The budget differs between sites.
     """
-    require_uniform(record["rule"], lora)
-    plan = make_plan(sites, lora, [site.name for site in sites], base_model=base_model_name(model), **record)
+    require_uniform(record["rule"], start.lora)
+    names = [site.name for site in start.sites]
+    plan = make_plan(start.sites, start.lora, names, base_model=base_model_name(start.model), **record)
     return replace(plan, entries=tuple(replace(entry, r=r, alpha=alpha) for entry in plan.entries))
 
 

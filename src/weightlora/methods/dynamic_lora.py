@@ -8,24 +8,21 @@ window of the training.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from weightlora.methods.base import recorded
-from weightlora.methods.common.moving import packed, require_window, unpacked, window
+from weightlora.methods.base import Start, recorded
+from weightlora.methods.common.moving import Attached, packed, require_window, unpacked, window
 from weightlora.methods.common.triplets import Alpha, TripletMethod
 from weightlora.model.distributed import from_first
-from weightlora.model.sites import Site
-from weightlora.plan.plan import AdapterPlan
 from weightlora.validation import Count, NotNegative, Share
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from torch import nn
+    pass
 
 
 @dataclass(kw_only=True, eq=False)
@@ -61,13 +58,11 @@ class DynamicLora(TripletMethod):
         """Return the starting ranks minus those that the curve prunes; all of them at steps that do not prune."""
         return self._high - (self._pruned(step) or 0)
 
-    def _start(
-        self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site], _batches: Iterable[Any], /
-    ) -> tuple[AdapterPlan, PeftModel]:
-        init_r = math.ceil(1.5 * lora.r) if self.init_r is None else self.init_r
+    def _start(self, start: Start) -> Attached:
+        init_r = math.ceil(1.5 * start.lora.r) if self.init_r is None else self.init_r
         self._first, self._last = window(self.begin, self.end, self._total)
-        self._init_r, self._high = init_r, len(sites) * init_r
-        return self._triplets(model, lora, sites, init_r, recorded(self, init_r=init_r), orth_reg_weight=0.0)
+        self._init_r, self._high = init_r, len(start.sites) * init_r
+        return self._triplets(start, init_r, recorded(self, init_r=init_r), orth_reg_weight=0.0)
 
     def _ready(self) -> None:
         """Start A and B uniform."""

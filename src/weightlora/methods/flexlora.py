@@ -7,7 +7,7 @@ each client the best approximation of its rank, A = V_rᵀ and B = U_r·Σ_r/s o
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,13 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.errors import OptionError
-from weightlora.methods.common.moving import MoverCallback, MovingMethod, packed, unpacked, wide_lora
+from weightlora.methods.base import Start
+from weightlora.methods.common.moving import Attached, MoverCallback, MovingMethod, packed, unpacked, wide_lora
 from weightlora.model.distributed import from_first
-from weightlora.model.sites import Site
-from weightlora.plan.plan import AdapterPlan
 from weightlora.validation import Count
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from torch import nn
+    pass
 
 
 @dataclass(kw_only=True, eq=False)
@@ -58,15 +56,14 @@ class FlexLora(MovingMethod):
         """Return the ranks of the client after ``step``."""
         return self._sites * (self._max_r if step == 0 else self._rank(bisect_right(self._ends, step)))
 
-    def _start(
-        self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site], _batches: Iterable[Any], /
-    ) -> tuple[AdapterPlan, PeftModel]:
+    def _start(self, start: Start) -> Attached:
         """Put LoRA of the largest client's rank on all sites, cut to the first client's."""
-        self._ranks = rotated_ranks(lora.r, self.clients) if self._asked is None else list(self._asked)
+        r = start.lora.r
+        self._ranks = rotated_ranks(r, self.clients) if self._asked is None else list(self._asked)
         self._ends = turn_ends(self._total, clients=self.clients, rounds=self.rounds)
-        self._sites, self._r, self._max_r = len(sites), lora.r, max(lora.r, *self._ranks)
+        self._sites, self._r, self._max_r = len(start.sites), r, max(r, *self._ranks)
         record = {"clients": self.clients, "ranks": self._ranks, "rounds": len(self._ends) // self.clients}
-        plan, attached = wide_lora(self.name, model, lora, sites, self._max_r, record)
+        plan, attached = wide_lora(self.name, start, self._max_r, record)
         self._heads = {n: p for n, p in attached.named_parameters() if p.requires_grad and ".lora_" not in n}
         return plan, attached
 

@@ -6,7 +6,7 @@ ends as stock LoRA like all others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,21 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from weightlora.methods.base import ExpandedMethod, uniform_plan
-from weightlora.model.sites import Site
+from weightlora.methods.base import ExpandedMethod, Start, uniform_plan
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-
     from weightlora.plan.plan import AdapterPlan
 
 
 class Full(ExpandedMethod):
     """Full fine-tuning; it uses only the sites of the LoRA config, not its rank."""
 
-    def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
-        plan = uniform_plan(model, lora, sites, r=lora.r, alpha=lora.r, rule="full")
-        ranks = [min(site.in_features, site.out_features) for site in sites]
+    def _planned(self, start: Start) -> AdapterPlan:
+        plan = uniform_plan(start, r=start.lora.r, alpha=start.lora.r, rule="full")
+        ranks = [min(site.in_features, site.out_features) for site in start.sites]
         entries = [replace(entry, r=r, alpha=r) for entry, r in zip(plan.entries, ranks, strict=True)]
         return replace(plan, entries=tuple(entries))
 

@@ -8,7 +8,7 @@ the backward pass knows. The sum is computed for a block of rows at a time, with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,16 +17,13 @@ import torch
 from torch import Tensor
 
 from weightlora.errors import OptionError
-from weightlora.methods.base import recorded
-from weightlora.methods.common.moving import growth, require_window, window
+from weightlora.methods.base import Start, recorded
+from weightlora.methods.common.moving import Attached, growth, require_window, window
 from weightlora.methods.common.triplets import Alpha, TripletMethod
 from weightlora.model.distributed import average, from_first, process_count, require_agreement
-from weightlora.model.sites import Site
-from weightlora.plan.plan import AdapterPlan
 from weightlora.validation import Count, NotNegative, Share
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
@@ -125,18 +122,17 @@ class IncreLora(TripletMethod):
         done = 1 + (step - self._first) // self._every
         return sites + missing * done // (rounds * self._gain) * self._gain
 
-    def _start(
-        self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site], _batches: Iterable[Any], /
-    ) -> tuple[AdapterPlan, PeftModel]:
+    def _start(self, start: Start) -> Attached:
         """Put ``max_r`` triplets on all sites: one with e = 0, the reserve with e = 1e-5, the others unused."""
-        max_r = 2 * lora.r if self.max_r is None else self.max_r
-        _require_growth(lora.r, max_r)
+        r = start.lora.r
+        max_r = 2 * r if self.max_r is None else self.max_r
+        _require_growth(r, max_r)
         first, self._last = window(self.begin, self.end, self._total)
         self._first, self._max_r = max(1, first), max_r
         self._every = self.interval or max(1, (self._last - self._first) // _ROUNDS)
-        self._gain = self.count or max(1, lora.r // 2)
+        self._gain = self.count or max(1, r // 2)
         options = {**recorded(self, max_r=max_r, interval=self._every, count=self._gain), "seed": self.seed}
-        return self._triplets(model, lora, sites, max_r, options, orth_reg_weight=0.0)
+        return self._triplets(start, max_r, options, orth_reg_weight=0.0)
 
     def _ready(self) -> None:
         sites = len(self._layers)

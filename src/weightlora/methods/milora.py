@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from weightlora.errors import OptionError
-from weightlora.methods.base import ExpandedMethod, uniform_plan
+from weightlora.methods.base import ExpandedMethod, Start, uniform_plan
 from weightlora.methods.common.export import singular_factors
 from weightlora.model.sites import Site
 from weightlora.validation import Count
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-
     from weightlora.plan.plan import AdapterPlan
 
 
@@ -37,16 +35,17 @@ class Milora(ExpandedMethod):
 
     r: Count | None = None
 
-    def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
+    def _planned(self, start: Start) -> AdapterPlan:
+        lora = start.lora
         if self.r is None and lora.r < 2:
             raise OptionError(
                 f"milora exports twice the rank that it trains, and r={lora.r} cannot be halved; raise lora.r to 2, or "
                 "give the method r=1, over the budget"
             )
         rank = lora.r // 2 if self.r is None else self.r
-        _require_triplets(sites, rank)
+        _require_triplets(start.sites, rank)
         alpha = lora.lora_alpha * 2 * rank / lora.r  # the scale s is plain LoRA's
-        return uniform_plan(model, lora, sites, r=2 * rank, alpha=alpha, rule="milora", options={"r": rank})
+        return uniform_plan(start, r=2 * rank, alpha=alpha, rule="milora", options={"r": rank})
 
     def _change(self, layers: Mapping[str, Any]) -> None:
         for layer in layers.values():

@@ -6,7 +6,7 @@ trained, B' from zero. B·B' and A'·A are LoRA of rank r.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from weightlora.errors import OptionError
-from weightlora.methods.base import ExpandedMethod, uniform_plan
+from weightlora.methods.base import ExpandedMethod, Start, uniform_plan
 from weightlora.methods.common.export import singular_factors
-from weightlora.model.sites import Site
 from weightlora.validation import Count
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-
     from weightlora.plan.plan import AdapterPlan
 
 
@@ -36,12 +33,12 @@ class Nora(ExpandedMethod):
 
     outer_r: Count | None = None
 
-    def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
+    def _planned(self, start: Start) -> AdapterPlan:
+        lora = start.lora
         n = 4 * lora.r if self.outer_r is None else self.outer_r
         if n < lora.r:
             raise OptionError(f"outer_r={n} is not allowed: give at least the inner rank r={lora.r}")
-        options = {"outer_r": n}
-        return uniform_plan(model, lora, sites, r=lora.r, alpha=lora.lora_alpha, rule="nora", options=options)
+        return uniform_plan(start, r=lora.r, alpha=lora.lora_alpha, rule="nora", options={"outer_r": n})
 
     def _change(self, layers: Mapping[str, Any]) -> None:
         for layer in layers.values():

@@ -7,7 +7,7 @@ the lowest sum are removed, equally many at every site.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,17 +15,14 @@ import torch
 from torch import Tensor
 
 from weightlora.errors import OptionError
-from weightlora.methods.base import recorded
-from weightlora.methods.common.moving import MovingMethod, wide_lora
+from weightlora.methods.base import Start, recorded
+from weightlora.methods.common.moving import Attached, MovingMethod, wide_lora
 from weightlora.methods.common.triplets import require_wider
 from weightlora.model.distributed import copy_from_first, from_first
-from weightlora.model.sites import Site
-from weightlora.plan.plan import AdapterPlan
 from weightlora.validation import Count, Positive
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from torch import nn
+    pass
 
 
 @dataclass(kw_only=True, eq=False)
@@ -53,19 +50,18 @@ class PrunedLora(MovingMethod):
         prunings = max(step - 1, 0) // self.interval
         return self._sites * max(self._r, self._init_r - self.count * prunings)
 
-    def _start(
-        self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site], _batches: Iterable[Any], /
-    ) -> tuple[AdapterPlan, PeftModel]:
-        init_r = 2 * lora.r if self.init_r is None else self.init_r
-        self._sites, self._r, self._init_r = len(sites), lora.r, init_r
-        require_wider(init_r, lora.r)
-        needed = 1 + self.interval * -(-(init_r - lora.r) // self.count)
+    def _start(self, start: Start) -> Attached:
+        r = start.lora.r
+        init_r = 2 * r if self.init_r is None else self.init_r
+        self._sites, self._r, self._init_r = len(start.sites), r, init_r
+        require_wider(init_r, r)
+        needed = 1 + self.interval * -(-(init_r - r) // self.count)
         if needed > self._total:
             raise OptionError(
-                f"from init_r={init_r} to r={lora.r} by {self.count} every {self.interval} steps takes {needed} steps, "
+                f"from init_r={init_r} to r={r} by {self.count} every {self.interval} steps takes {needed} steps, "
                 f"and the training has {self._total}; lower init_r or interval, or raise count"
             )
-        return wide_lora(self.name, model, lora, sites, init_r, recorded(self, init_r=init_r))
+        return wide_lora(self.name, start, init_r, recorded(self, init_r=init_r))
 
     def _ready(self) -> None:
         self._masks: dict[str, Tensor] = {n: torch.ones(self._init_r, dtype=torch.bool) for n in self._layers}

@@ -6,26 +6,22 @@ Before each step, ∂L/∂A ← (BᵀB + δ·I)⁻¹·∂L/∂A and ∂L/∂B �
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from weightlora.errors import SelectionError
-from weightlora.methods.base import recorded
-from weightlora.methods.common.moving import MovingMethod
+from weightlora.methods.base import Start, recorded
+from weightlora.methods.common.moving import Attached, MovingMethod
 from weightlora.model.distributed import copy_from_first
-from weightlora.model.sites import Site
 from weightlora.plan.make import make_plan
-from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import base_model_name
 from weightlora.validation import Positive
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from torch import nn
+    from peft import PeftModel
 
 
 @dataclass(kw_only=True, eq=False)
@@ -39,12 +35,10 @@ class Riemannian(MovingMethod):
     reg: Positive = 1e-2
     name = "riemannian"
 
-    def _start(
-        self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site], _batches: Iterable[Any], /
-    ) -> tuple[AdapterPlan, PeftModel]:
-        names, base = [site.name for site in sites], base_model_name(model)
-        plan = make_plan(sites, lora, names, rule=self.name, options=recorded(self), base_model=base)
-        return plan, plan.attach(model)
+    def _start(self, start: Start) -> Attached:
+        names, base = [site.name for site in start.sites], base_model_name(start.model)
+        plan = make_plan(start.sites, start.lora, names, rule=self.name, options=recorded(self), base_model=base)
+        return plan, plan.attach(start.model)
 
     def before_training(self, total_steps: int) -> None:
         """Record that the callback runs; there is no schedule."""

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from weightlora.methods.base import ExpandedMethod, recorded, uniform_plan
-from weightlora.model.sites import Site
+from weightlora.methods.base import ExpandedMethod, Start, recorded, uniform_plan
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-
     from weightlora.plan.plan import AdapterPlan
 
 
@@ -33,9 +30,9 @@ class TiedLora(ExpandedMethod):
 
     train_shared: bool = True
 
-    def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
-        own = recorded(self)
-        return uniform_plan(model, lora, sites, r=lora.r, alpha=lora.lora_alpha, rule="tied_lora", options=own)
+    def _planned(self, start: Start) -> AdapterPlan:
+        r, alpha = start.lora.r, start.lora.lora_alpha
+        return uniform_plan(start, r=r, alpha=alpha, rule="tied_lora", options=recorded(self))
 
     @torch.no_grad()
     def _change(self, layers: Mapping[str, Any]) -> None:

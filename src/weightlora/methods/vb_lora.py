@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError
-from weightlora.methods.base import ExpandedMethod, recorded, uniform_plan
+from weightlora.methods.base import ExpandedMethod, Start, recorded, uniform_plan
 from weightlora.methods.common.export import Factors
 from weightlora.model.sites import Site, tuner_fields
 from weightlora.validation import Count, Positive
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from torch import nn
+    from peft import PeftModel
 
     from weightlora.plan.plan import AdapterPlan
 
@@ -53,16 +52,17 @@ class VbLora(ExpandedMethod):
         if not 1 <= self.topk <= self.num_vectors:
             raise OptionError(f"topk={self.topk} is not allowed: give 1 to num_vectors={self.num_vectors}")
 
-    def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
-        rank = lora.r if self.r is None else self.r
-        options = recorded(self, r=rank, vector_length=piece_length(sites, self.vector_length))
-        return uniform_plan(model, lora, sites, r=rank, alpha=rank, rule="vb_lora", options=options)  # the scale is 1
+    def _planned(self, start: Start) -> AdapterPlan:
+        rank = start.lora.r if self.r is None else self.r
+        options = recorded(self, r=rank, vector_length=piece_length(start.sites, self.vector_length))
+        return uniform_plan(start, r=rank, alpha=rank, rule="vb_lora", options=options)  # the scale is 1
 
-    def _put(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> PeftModel:
+    def _put(self, start: Start) -> PeftModel:
         from peft import VBLoRAConfig, get_peft_model
 
-        config = VBLoRAConfig(**self._plan.options, vblora_dropout=lora.lora_dropout, **tuner_fields(lora, sites))
-        return get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
+        fields = tuner_fields(start.lora, start.sites)
+        config = VBLoRAConfig(**self._plan.options, vblora_dropout=start.lora.lora_dropout, **fields)
+        return get_peft_model(start.model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
 
     def _factors(self, layer: Any) -> Factors:
         """Return A and B of one of PEFT's VB-LoRA layers, as its forward pass computes them."""

@@ -6,18 +6,16 @@ and d (r) are trained.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightlora.methods.base import ExpandedMethod, recorded, uniform_plan
+from weightlora.methods.base import ExpandedMethod, Start, recorded, uniform_plan
 from weightlora.methods.common.export import Factors
-from weightlora.model.sites import Site, tuner_fields
+from weightlora.model.sites import tuner_fields
 from weightlora.validation import Count, Natural, Positive
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from torch import nn
+    from peft import PeftModel
 
     from weightlora.plan.plan import AdapterPlan
 
@@ -37,16 +35,16 @@ class Vera(ExpandedMethod):
     d_initial: Positive = 0.1
     projection_prng_key: Natural = 0
 
-    def _planned(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> AdapterPlan:
-        rank = lora.r if self.r is None else self.r
-        # The scale is 1.
-        return uniform_plan(model, lora, sites, r=rank, alpha=rank, rule="vera", options=recorded(self, r=rank))
+    def _planned(self, start: Start) -> AdapterPlan:
+        rank = start.lora.r if self.r is None else self.r
+        return uniform_plan(start, r=rank, alpha=rank, rule="vera", options=recorded(self, r=rank))  # the scale is 1
 
-    def _put(self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site]) -> PeftModel:
+    def _put(self, start: Start) -> PeftModel:
         from peft import VeraConfig, get_peft_model
 
-        config = VeraConfig(**self._plan.options, vera_dropout=lora.lora_dropout, **tuner_fields(lora, sites))
-        return get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
+        fields = tuner_fields(start.lora, start.sites)
+        config = VeraConfig(**self._plan.options, vera_dropout=start.lora.lora_dropout, **fields)
+        return get_peft_model(start.model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
 
     def _factors(self, layer: Any) -> Factors:
         """Return diag(d)·A and diag(b)·B of one of PEFT's VeRA layers."""

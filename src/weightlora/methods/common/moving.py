@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -21,11 +21,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from weightlora.errors import DataError, OptionError, SelectionError, WeightLoraWarning
 from weightlora.files import whole_file
-from weightlora.methods.base import AttachedPlan, uniform_plan
+from weightlora.methods.base import MethodBase, Start, uniform_plan
 from weightlora.methods.common.export import Factors, become_stock, factors_plan, layer_factors
 from weightlora.model.distributed import from_first, require_equal
 from weightlora.model.layers import lora_layers
-from weightlora.model.sites import Site, find_sites, rank_and_alpha
+from weightlora.model.sites import find_sites, rank_and_alpha
 from weightlora.plan.plan import AdapterPlan
 
 if TYPE_CHECKING:
@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 STATE_FILE = "method_state.safetensors"
 
 
-class MovingMethod:
+Attached: TypeAlias = "tuple[AdapterPlan, PeftModel]"
+
+
+class MovingMethod(MethodBase):
     """A :class:`Method` that changes ranks or gradients around each optimizer step; its callback calls it.
 
     A method is a dataclass of its options that derives from this. It starts with :meth:`_start` and acts in
@@ -43,7 +46,6 @@ class MovingMethod:
     """
 
     name: ClassVar[str]
-    _plan = AttachedPlan()
     _layers: Mapping[str, Any]
     """The sites' adapters, by name."""
     _total: int
@@ -51,9 +53,7 @@ class MovingMethod:
     _low: int
     """Plain LoRA's ranks, summed over the sites."""
 
-    def _start(
-        self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site], batches: Iterable[Any], /
-    ) -> tuple[AdapterPlan, PeftModel]:
+    def _start(self, start: Start) -> Attached:
         """Put the first adapters on all sites, and return their plan and the model."""
         raise NotImplementedError
 
@@ -94,15 +94,11 @@ class MovingMethod:
             return plan
         return replace(plan, entries=tuple(replace(e, r=int(masks[e.site.name].sum())) for e in plan.entries))
 
-    def budget(self, step: int) -> int:
-        """Plain LoRA's ranks."""
-        return self._low
-
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:
         """Put the first adapters on all sites."""
         sites = find_sites(model, lora).sites
         self._total, self._low = total_steps, sum(rank_and_alpha(lora, site.name)[0] for site in sites)
-        self._plan, attached = self._start(model, lora, sites, batches)
+        self._plan, attached = self._start(Start(model, lora, sites, batches))
         self._layers = lora_layers(attached)
         self._begun = False
         self._handles: list[RemovableHandle] = []
@@ -279,13 +275,11 @@ def _state_path(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE_FILE
 
 
-def wide_lora(
-    name: str, model: nn.Module, lora: LoraConfig, sites: Sequence[Site], r: int, options: Mapping[str, Any]
-) -> tuple[AdapterPlan, PeftModel]:
+def wide_lora(name: str, start: Start, r: int, options: Mapping[str, Any]) -> Attached:
     """Put LoRA of rank ``r`` on all sites, each rank with plain LoRA's scale; return its plan and the model."""
-    alpha = lora.lora_alpha * r / lora.r
-    plan = uniform_plan(model, lora, sites, r=r, alpha=alpha, rule=name, options=options)
-    return plan, plan.attach(model)
+    alpha = start.lora.lora_alpha * r / start.lora.r
+    plan = uniform_plan(start, r=r, alpha=alpha, rule=name, options=options)
+    return plan, plan.attach(start.model)
 
 
 def packed(**kinds: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,21 +6,18 @@ and trains further e later. The triplets that are on at the end become stock LoR
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from weightlora.errors import OptionError
-from weightlora.methods.base import uniform_plan
+from weightlora.methods.base import Start, uniform_plan
 from weightlora.methods.common.export import Factors
-from weightlora.methods.common.moving import MovingMethod
+from weightlora.methods.common.moving import Attached, MovingMethod
 from weightlora.model.layers import lora_layers
-from weightlora.model.sites import Site, tuner_fields
-
-if TYPE_CHECKING:
-    from weightlora.plan.plan import AdapterPlan
+from weightlora.model.sites import tuner_fields
 
 Alpha = Literal["scale", "keep"]
 
@@ -33,29 +30,20 @@ class TripletMethod(MovingMethod):
 
     alpha: Alpha
 
-    def _triplets(
-        self,
-        model: nn.Module,
-        lora: LoraConfig,
-        sites: Sequence[Site],
-        init_r: int,
-        options: Mapping[str, Any],
-        **schedule: Any,
-    ) -> tuple[AdapterPlan, PeftModel]:
-        """Put ``init_r`` triplets with e = 0 on each of ``sites``; return their plan and the model.
+    def _triplets(self, start: Start, init_r: int, options: Mapping[str, Any], **schedule: Any) -> Attached:
+        """Put ``init_r`` triplets with e = 0 on each site.
 
         Args:
-            model: The base model.
-            lora: The budget.
-            sites: All candidates.
+            start: The base model, the budget and all sites.
             init_r: Triplets of a site.
             options: What the plan records.
             schedule: Further fields of PEFT's ``AdaLoraConfig``.
 
         Raises:
-            OptionError: ``lora`` treats sites differently, or ``init_r`` leaves nothing to switch off.
+            OptionError: The budget differs between sites, or ``init_r`` leaves nothing to switch off.
         """
-        plan = uniform_plan(model, lora, sites, r=init_r, alpha=lora.lora_alpha, rule=self.name, options=options)
+        lora = start.lora
+        plan = uniform_plan(start, r=init_r, alpha=lora.lora_alpha, rule=self.name, options=options)
         require_wider(init_r, lora.r)
         config = AdaLoraConfig(
             init_r=init_r,
@@ -63,10 +51,10 @@ class TripletMethod(MovingMethod):
             lora_alpha=lora.lora_alpha * init_r / lora.r if self.alpha == "scale" else lora.lora_alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=lora.lora_dropout,
             total_step=self._total,
-            **tuner_fields(lora, sites),
+            **tuner_fields(lora, start.sites),
             **schedule,
         )
-        attached: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+        attached: Any = get_peft_model(start.model, config)  # pyright: ignore[reportArgumentType]
         layers: dict[str, Any] = dict(lora_layers(attached))
         for layer in layers.values():
             # With a bf16 base or one on a GPU, PEFT makes a new parameter of it that would be trained and not saved.
