@@ -111,17 +111,12 @@ def test_the_users_rank_and_alpha_patterns_count_as_peft_reads_them():
     assert {2, 4, 16} == set(plan.ranks.values())
 
 
-def test_difference_and_similarity_have_their_closed_forms():
+def test_similarity_has_its_closed_form():
     one, two = flat_plan(6, [0, 1, 2]), flat_plan(6, [1, 2, 3, 4])
-    other = replace(two, entries=tuple(replace(e, r=e.r * 2 if "002" in e.site.name else e.r) for e in two.entries))
     assert one.jaccard(two) == two.jaccard(one) == 2 / 5
     assert one.jaccard(one) == 1
     assert one.jaccard(flat_plan(6, [5])) == 0
     assert flat_plan(2, []).jaccard(flat_plan(2, [])) == 1
-    diff = one.diff(other)
-    assert (diff.added, diff.removed) == (("layers.003.x", "layers.004.x"), ("layers.000.x",))
-    assert diff.changed_ranks == {"layers.002.x": (8, 16)}
-    assert one.diff(one) == flat_plan(6, [0]).diff(flat_plan(6, [0]))
 
 
 # -- on disk ---------------------------------------------------------------------------------------------------------

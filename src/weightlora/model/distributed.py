@@ -91,22 +91,17 @@ def average_gradients(tensors: Sequence[Tensor]) -> None:
 
 
 def add_up(numbers: Tensor) -> Tensor:
-    """Return ``numbers``, on the CPU, summed over the processes."""
-    if process_count() > 1:
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        summed = numbers.to(device)
-        dist.all_reduce(summed)
-        return summed.cpu()
-    return numbers
+    """Return ``numbers`` summed over the processes, on the device that they are on."""
+    if process_count() == 1:
+        return numbers
+    summed = numbers.clone() if numbers.is_cuda or dist.get_backend() != "nccl" else numbers.cuda()
+    dist.all_reduce(summed)
+    return summed.to(numbers.device)
 
 
 def average(numbers: Tensor) -> Tensor:
-    """Return the mean of ``numbers`` over the processes, where they are."""
-    if process_count() == 1:
-        return numbers
-    mean = numbers.clone() if numbers.is_cuda or dist.get_backend() != "nccl" else numbers.cuda()
-    dist.all_reduce(mean)
-    return (mean / process_count()).to(numbers.device)
+    """Return the mean of ``numbers`` over the processes, on the device that they are on."""
+    return add_up(numbers) / process_count() if process_count() > 1 else numbers
 
 
 def from_first(make: Callable[[], T]) -> T:

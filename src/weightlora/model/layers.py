@@ -42,15 +42,13 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLay
         model: A PEFT model, or any module that PEFT has put LoRA layers into.
         adapter: The adapter's name.
     """
-    found = {name: m for name, m in base_of(model).named_modules() if _is_lora_of_layer(m) and adapter in m.lora_A}
-    return dict(sorted(found.items()))
+    return {name: m for name, m in adapter_layers(model, adapter).items() if isinstance(m, LoraLayer)}
 
 
 def adapter_layers(model: nn.Module, adapter: str = "default") -> dict[str, BaseTunerLayer]:
     """Return what :func:`lora_layers` returns, and the layers of PEFT's VeRA and VB-LoRA; all have ``r`` by adapter."""
-    kinds = (VeraLayer, VBLoRALayer)
-    others = {name: m for name, m in base_of(model).named_modules() if isinstance(m, kinds) and adapter in m.r}
-    return dict(sorted({**lora_layers(model, adapter), **others}.items()))
+    found = {name: m for name, m in base_of(model).named_modules() if _carries(m, adapter)}
+    return dict(sorted(found.items()))
 
 
 def adapter_ranks(model: nn.Module, adapter: str = "default") -> dict[str, int]:
@@ -61,8 +59,11 @@ def adapter_ranks(model: nn.Module, adapter: str = "default") -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _is_lora_of_layer(module: nn.Module) -> TypeGuard[LoraLayer]:
-    return isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+def _carries(module: nn.Module, adapter: str) -> TypeGuard[BaseTunerLayer]:
+    """Whether ``module`` is a linear layer with ``adapter``: no embedding, and no wrapper of a parameter."""
+    if isinstance(module, LoraLayer):
+        return not isinstance(module, ParamWrapper) and adapter in module.lora_A
+    return isinstance(module, VeraLayer | VBLoRALayer) and adapter in module.r
 
 
 def _adapted(name: str, module: object) -> str:

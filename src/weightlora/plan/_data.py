@@ -39,15 +39,6 @@ class PlannedSite:
     """Standard error of the score over the batches; None where it has none."""
 
 
-@dataclass(frozen=True)
-class PlanDifference:
-    """What changes from one plan to another; see :meth:`PlanData.diff`."""
-
-    added: tuple[str, ...]
-    removed: tuple[str, ...]
-    changed_ranks: Mapping[str, tuple[int, int]]
-
-
 @dataclass(frozen=True, repr=False)
 class PlanData:
     """What an :class:`weightlora.AdapterPlan` holds; that class adds what is done with a model, and how it is shown."""
@@ -161,16 +152,6 @@ class PlanData:
         """Return the Jaccard similarity |A∩B| / |A∪B| of the kept sites, from 0 (disjoint) to 1 (equal)."""
         mine, theirs = set(self.names), set(other.names)
         return len(mine & theirs) / len(mine | theirs) if mine | theirs else 1.0
-
-    def diff(self, other: PlanData) -> PlanDifference:
-        """Return what ``other`` adds, removes and re-ranks, names sorted."""
-        mine, theirs = self.ranks, other.ranks
-        both = [name for name in self.names if theirs.get(name, 0) > 0]
-        return PlanDifference(
-            added=tuple(name for name in other.names if mine.get(name, 0) == 0),
-            removed=tuple(name for name in self.names if theirs.get(name, 0) == 0),
-            changed_ranks={name: (mine[name], theirs[name]) for name in both if mine[name] != theirs[name]},
-        )
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; a failed write leaves no file.

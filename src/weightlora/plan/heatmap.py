@@ -17,6 +17,7 @@ from weightlora.plan._data import PlanData, PlannedSite
 from weightlora.text import natural, printable
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
     from rich.text import Text
 
@@ -194,14 +195,9 @@ def draw_heatmap(plan: PlanData, path: str | Path) -> None:
         MissingPackageError: matplotlib is not installed.
         OutputError: The folder cannot be written.
     """
-    require_extra("matplotlib", "report")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     grid = make_heatmap(plan)
     height, width = len(grid.rows), len(grid.columns)
-    figure = Figure(figsize=(2.5 + 0.75 * width, 2.2 + 0.32 * height), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.5 + 0.75 * width, 2.2 + 0.32 * height)
     axes = figure.subplots()
     levels = [[math.nan if cell is None else cell.level for cell in row] for row in grid.cells]
     image = axes.imshow(levels, cmap="viridis", vmin=0, vmax=1, aspect="auto")
@@ -222,8 +218,35 @@ def draw_heatmap(plan: PlanData, path: str | Path) -> None:
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
     bar.set_label(f"score: {rule}", parse_math=False)
     bar.set_ticks([0, 1], labels=[f"{low:.3g}", f"{high:.3g}"])
-    with whole_file(path) as draft:
-        # The same plan gives the same bytes: matplotlib's version is not written into a PNG.
+    save_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty picture; no window is opened, and no state of matplotlib changes.
+
+    Args:
+        width: In inches.
+        height: In inches.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    require_extra("matplotlib", "report")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a PNG, PDF or SVG, by the path's ending, whole or not at all; the same plan gives the same bytes of a PNG.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    with whole_file(path) as draft:  # matplotlib's version is not written into a PNG
         figure.savefig(draft, metadata={"Software": None} if draft.suffix.lower() == ".png" else None)
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weightlora.errors import require_extra
-from weightlora.files import whole_file
-from weightlora.plan.heatmap import projection_key, short_blocks
+from weightlora.plan.heatmap import new_figure, projection_key, save_figure, short_blocks
 from weightlora.runs.gradient_study import DotProducts
 from weightlora.text import natural
 
@@ -62,9 +60,7 @@ def draw_bars(found: DotProducts, path: str | Path) -> None:
         MissingPackageError: matplotlib is not installed.
         OutputError: The folder cannot be written.
     """
-    require_extra("matplotlib", "report")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    figure = new_figure(2.5 + 0.2 * len(found.plan.entries), 4.5)
     from matplotlib.patches import Patch
 
     sites = _places(found)
@@ -72,8 +68,6 @@ def draw_bars(found: DotProducts, path: str | Path) -> None:
     names = sorted(sites, key=lambda n: (natural(projections[n].block), projection_key(projections[n].projection)))
     sizes = [abs(found.products[name]) for name in names]
     kept = [name in found.plan.names for name in names]
-    figure = Figure(figsize=(2.5 + 0.2 * len(names), 4.5), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.bar(range(len(names)), sizes, color=["#d95f02" if one else "#9aa5b1" for one in kept])
     stars = [i for i, one in enumerate(kept) if one]
@@ -88,8 +82,7 @@ def draw_bars(found: DotProducts, path: str | Path) -> None:
     )
     handles = [Patch(color="#d95f02", label=f"kept by {rule} (starred)"), Patch(color="#9aa5b1", label="not kept")]
     axes.legend(handles=handles, fontsize=7)
-    with whole_file(path) as draft:
-        figure.savefig(draft)
+    save_figure(figure, path)
 
 
 def _places(found: DotProducts) -> dict[str, tuple[str, str]]:

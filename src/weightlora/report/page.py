@@ -23,7 +23,7 @@ from weightlora.text import natural, one_line, printable, rounded
 
 if TYPE_CHECKING:
     from weightlora.plan.plan import AdapterPlan
-    from weightlora.report.knee import Knee, Panel
+    from weightlora.report.knee import Knee
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _REPAIR = "correct it, or move it away"
@@ -278,20 +278,19 @@ _MARKED, _NO_LINE = 25, 2
 
 def knee_plot(knee: Knee) -> Figure:
     """Return the share of the gain over the share of the parameters."""
-    panel: Panel = knee.parameters
-    low, high, mean = ([getattr(one, name) for one in panel.chance] for name in ("low", "high", "mean"))
+    low, high, mean = ([getattr(one, name) for one in knee.chance] for name in ("low", "high", "mean"))
     return _figure(
         [
-            _line("random, 10 %", panel.at, low, color="#9aa5b1", width=0, showlegend=False),
-            _line("random, 10 % to 90 %", panel.at, high, color="#9aa5b1", width=0, fill="tonexty"),
-            _line(f"random, mean of {ORDERS} orders", panel.at, mean, color="#7f8b97", dash="dot"),
+            _line("random, 10 %", knee.at, low, color="#9aa5b1", width=0, showlegend=False),
+            _line("random, 10 % to 90 %", knee.at, high, color="#9aa5b1", width=0, fill="tonexty"),
+            _line(f"random, mean of {ORDERS} orders", knee.at, mean, color="#7f8b97", dash="dot"),
             {
-                **_line("best score per parameter first", panel.cost, panel.gain, color=COLOURS[0]),
+                **_line("best score per parameter first", knee.cost, knee.gain, color=COLOURS[0]),
                 "text": ["no site", *knee.order],
                 "hovertemplate": "%{text}<br>parameters %{x:.1%}, gain %{y:.1%}",
             },
-            _point(AUTO_GAIN, panel.auto, "diamond-open"),
-            _point("kept by the plan", panel.kept, "circle"),
+            _point(AUTO_GAIN, knee.auto_point, "diamond-open"),
+            _point("kept by the plan", knee.kept, "circle"),
         ],
         x={"title": {"text": "adapter parameters, share of plain LoRA's"}, "tickformat": ".0%"},
         y={"title": {"text": "share of the gain"}, "tickformat": ".0%"},
