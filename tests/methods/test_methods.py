@@ -72,16 +72,9 @@ def test_every_method_is_built_from_its_name_and_speaks_the_protocol(entry):
         ("random", {"kep": 0.5}, "'keep'"),
         ("random", {"sed": 1}, "'seed'"),
         ("lora", {"keep": 0.5}, "lora has no option 'keep'"),
-        pytest.param(
-            "weightlora",
-            {"kep": 0.5},
-            "'keep'",
-        ),
-        pytest.param(
-            "weightlora_plus",
-            {"alhpa": "keep"},
-            "'alpha'",
-        ),
+        ("weightlora", {"kep": 0.5}, "'keep'"),
+        ("weightlora_plus", {"serd": 1}, "'seed'"),
+        ("adalora", {"alhpa": "keep"}, "'alpha'"),
     ],
 )
 def test_an_unknown_method_or_option_is_one_line_that_names_the_closest(name, options, text):

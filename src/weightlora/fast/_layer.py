@@ -44,10 +44,7 @@ class FastLora(LoraVariant):
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return W0 + ΔW, rounded as PEFT does for plain LoRA."""
-        delta: Tensor = module.get_delta_weight(active_adapter)
-        if _name(type(module)) in _QUANTISED:
-            return orig_weight.to(delta.dtype).to(delta.device) + delta
-        return orig_weight + delta.to(orig_weight.dtype)
+        return _added(orig_weight, module, module.get_delta_weight(active_adapter))
 
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
@@ -57,10 +54,7 @@ class FastLora(LoraVariant):
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Return W0, given W0 + ΔW."""
-        delta: Tensor = module.get_delta_weight(active_adapter)
-        if _name(type(module)) in _QUANTISED:
-            return orig_weight.to(delta.dtype).to(delta.device) - delta
-        return orig_weight.data - delta.to(orig_weight.dtype)
+        return _added(orig_weight.data, module, -module.get_delta_weight(active_adapter))
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_kwargs: Any
@@ -109,14 +103,21 @@ class FastLora(LoraVariant):
         """PEFT's arithmetic, through the modules and their hooks."""
         a, b, drop = module.lora_A[adapter], module.lora_B[adapter], module.lora_dropout[adapter]
         output = b(a(drop(x)) if self.dropout == "input" else drop(a(x))) * module.scaling[adapter]
-        if not autocast and _name(type(module)) in _QUANTISED:  # as PEFT rounds it there
+        if not autocast and _is_quantised(module):  # as PEFT rounds it there
             output = output.to(result.dtype)
         return result + output
 
 
+def _added(weight: Tensor, module: object, delta: Tensor) -> Tensor:
+    """The weight plus ``delta``, in the type of the weight, or of ``delta`` where the weight was dequantised."""
+    if _is_quantised(module):
+        return weight.to(delta.dtype).to(delta.device) + delta
+    return weight + delta.to(weight.dtype)
+
+
 def why_stock(layer: LoraLayer, adapter: str) -> str | None:
     """Why PEFT computes this adapter, or None where the fast step does."""
-    if type(layer) is not Linear and _name(type(layer)) not in _QUANTISED:
+    if type(layer) is not Linear and not _is_quantised(layer):
         return f"layer type {type(layer).__name__}"
     variant = layer.lora_variant.get(adapter)
     if variant is not None and not isinstance(variant, FastLora):
@@ -152,19 +153,19 @@ def _frozen_weight(layer: LoraLayer, x: Tensor) -> Tensor | None:
 
 def _is_ours(layer: LoraLayer, result: Tensor, weight: Tensor | None) -> bool:
     """Whether only this call holds ``result``, so that it may be changed in place."""
-    if weight is None and (_name(type(layer)) not in _QUANTISED or is_intercepted(layer.base_layer)):
-        return False
-    return result.is_contiguous() and (weight is not None or not is_view(result))
+    if weight is not None:
+        return result.is_contiguous()
+    dequantised = _is_quantised(layer) and not is_intercepted(layer.base_layer)
+    return dequantised and result.is_contiguous() and not is_view(result)
 
 
 def _is_narrow(layer: LoraLayer, result: Tensor) -> bool:
     """Whether the base layer's input had the dtype of its output, before PEFT cast it to the adapter's."""
     base: Any = layer.base_layer
-    if _name(type(layer)) in _QUANTISED:
+    if _is_quantised(layer):
         return True
-    if type(base) not in (nn.Linear, Conv1D) or "forward" in vars(base) or base.weight.dtype != result.dtype:
-        return False
-    return keeps_input(base)
+    plain = type(base) in (nn.Linear, Conv1D) and "forward" not in vars(base)
+    return plain and base.weight.dtype == result.dtype and keeps_input(base)
 
 
 def _probability(drop: nn.Module) -> float:
@@ -173,14 +174,9 @@ def _probability(drop: nn.Module) -> float:
 
 def _gate(a: nn.Module) -> Gate | None:
     """The gate on ``lora_A`` if it is the only hook there."""
-    if not is_hooked(a):
-        return None
-    match hooks_of(a):
-        case [Gate() as gate]:
-            return gate
-        case _:
-            return None
+    hooks = hooks_of(a) if is_hooked(a) else []
+    return hooks[0] if len(hooks) == 1 and isinstance(hooks[0], Gate) else None
 
 
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _is_quantised(layer: object) -> bool:
+    return f"{type(layer).__module__}.{type(layer).__qualname__}" in _QUANTISED

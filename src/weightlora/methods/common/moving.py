@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -198,15 +198,9 @@ class MoverCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save the mover's state in the checkpoint."""
         if state.is_world_process_zero:
-            write_state(self.mover.state(), _state_path(args, state))
-
-
-def write_state(state: dict[str, Tensor], path: Path) -> None:
-    """Write a mover's state, whole or not at all."""
-    from safetensors.torch import save_file
-
-    with whole_file(path) as draft:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, draft)
+            tensors = {name: tensor.contiguous() for name, tensor in self.mover.state().items()}
+            with whole_file(_state_path(args, state)) as draft:
+                save_file(tensors, draft)
 
 
 def take_up(callbacks: Sequence[TrainerCallback], checkpoint: Path, total_steps: int) -> None:
