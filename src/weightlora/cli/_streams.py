@@ -88,12 +88,16 @@ def quiet_imports() -> None:
     PEFT imports bitsandbytes wherever it is installed, whether a model is quantised or not, so that the line would
     appear in every command. Whatever else bitsandbytes logs is printed.
     """
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_says_no_kernel)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+        lambda record: "gemm_4bit_forward" not in record.getMessage()
+    )
 
 
 def quiet_casts() -> None:
     """Drop the line that bitsandbytes logs for each 8-bit layer and step, about the type of its input."""
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_says_no_cast)
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(
+        lambda record: "inputs will be cast" not in record.getMessage()
+    )
 
 
 @contextmanager
@@ -127,14 +131,6 @@ def one_line_warnings() -> Generator[None]:
         warnings.filterwarnings("ignore", "Could not find a config file in ", UserWarning)
         warnings.showwarning = _one_line  # the documented hook; catch_warnings puts the old one back
         yield
-
-
-def _says_no_kernel(record: logging.LogRecord) -> bool:
-    return "gemm_4bit_forward" not in record.getMessage()
-
-
-def _says_no_cast(record: logging.LogRecord) -> bool:
-    return "inputs will be cast" not in record.getMessage()
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> None:

@@ -55,52 +55,37 @@ def add_parser(commands: Any) -> None:
         help="three more lines, with the fast LoRA step; its dropout drops elements of the adapter's input (default), "
         "or of the rank-sized activation",
     )
-    group = parser.add_argument_group("options without a plan")
-    alone = [group.add_argument(f"--{name}", help=text, **how) for name, text, how in _ALONE]
+    add = parser.add_argument_group("options without a plan").add_argument
+    alone = [
+        add(
+            "--keep",
+            nargs="+",
+            metavar="K",
+            help="budgets: counts of adapters or fractions of the parameters; default: n/2 n/4 n/10",
+        ),
+        add("--memory", help="memory of a device, such as 24GB or 24GiB: also print the largest batch that fits"),
+        add("--optim", default="adamw_torch", help="adamw_torch, adamw_torch_fused, adamw_8bit, adafactor or sgd"),
+        add("--gradient_checkpointing", action="store_true", help="with gradient checkpointing"),
+        add(
+            "--fsdp",
+            type=int,
+            default=1,
+            metavar="N",
+            help="devices that share weights, gradients and optimizer; default: %(default)s",
+        ),
+        add("--load_in_4bit", action="store_true", help="linear layers in 4 bit (NF4), as bitsandbytes stores them"),
+        add("--load_in_8bit", action="store_true", help="linear layers in 8 bit, as bitsandbytes stores them"),
+        add("--double_quant", action="store_true", help="with --load_in_4bit: scales in 8 bit"),
+        add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: the config's"),
+        add("--task_type", choices=tuple(LOADERS), metavar="TYPE", help=f"{', '.join(LOADERS)}; default: the config's"),
+        add("--device", choices=("cuda", "cpu"), default="cuda", help="whose kernels: cuda (default) or cpu"),
+        add("--lora_r", type=int, default=8, metavar="R", help="rank of plain LoRA; default: %(default)s"),
+        add(
+            "--lora_dropout", type=float, default=0.0, metavar="P", help="dropout of the adapters; default: %(default)s"
+        ),
+        add("--lora_target_modules", nargs="+", metavar="NAME", help="default: every linear layer but head and pooler"),
+    ]
     parser.set_defaults(alone={one.dest: one.default for one in alone})
-
-
-#: The options without a plan: name, help, and how argparse reads them.
-_ALONE: Sequence[tuple[str, str, dict[str, Any]]] = (
-    (
-        "keep",
-        "budgets: numbers of adapters or fractions of the parameters; default: n/2 n/4 n/10",
-        {"nargs": "+", "metavar": "K"},
-    ),
-    ("memory", "memory of a device, such as 24GB or 24GiB: also print the largest batch that fits", {}),
-    (
-        "optim",
-        "adamw_torch, adamw_torch_fused, adamw_8bit, adafactor or sgd; default: %(default)s",
-        {"default": "adamw_torch"},
-    ),
-    ("gradient_checkpointing", "with gradient checkpointing", {"action": "store_true"}),
-    (
-        "fsdp",
-        "devices that share weights, gradients and optimizer; default: %(default)s",
-        {"type": int, "default": 1, "metavar": "N"},
-    ),
-    ("load_in_4bit", "linear layers in 4 bit (NF4), as bitsandbytes stores them", {"action": "store_true"}),
-    ("load_in_8bit", "linear layers in 8 bit, as bitsandbytes stores them", {"action": "store_true"}),
-    ("double_quant", "with --load_in_4bit: scales in 8 bit", {"action": "store_true"}),
-    ("dtype", "of the weights; default: the config's", {"choices": ("float32", "bfloat16", "float16")}),
-    (
-        "task_type",
-        f"{', '.join(LOADERS)}; default: what the config is for",
-        {"choices": tuple(LOADERS), "metavar": "TYPE"},
-    ),
-    ("device", "whose kernels: cuda (default) or cpu", {"choices": ("cuda", "cpu"), "default": "cuda"}),
-    ("lora_r", "rank of plain LoRA; default: %(default)s", {"type": int, "default": 8, "metavar": "R"}),
-    (
-        "lora_dropout",
-        "dropout of the adapters; default: %(default)s",
-        {"type": float, "default": 0.0, "metavar": "P"},
-    ),
-    (
-        "lora_target_modules",
-        "default: every linear layer but head and pooler",
-        {"nargs": "+", "metavar": "NAME"},
-    ),
-)
 
 
 def run(arguments: argparse.Namespace) -> None:
