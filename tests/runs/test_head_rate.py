@@ -83,6 +83,7 @@ def test_one_step_of_adam_moves_head_and_adapters_by_their_own_rates(tmp_path):
             assert steps.median() == pytest.approx(rate, rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_the_same_rate_is_the_same_training_and_another_is_another(tmp_path):
     plain, same, other = (
         trained(tmp_path / name, **changed)
@@ -101,6 +102,7 @@ def test_the_warm_up_has_it_too(tmp_path):
     assert plan(run).plan.options["head_lr"] == 0.02
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_ends_as_an_unbroken_one(tmp_path):
     unbroken = trained(tmp_path / "unbroken", head_learning_rate=0.02)
     shutil.copytree(tmp_path / "unbroken", tmp_path / "broken")

@@ -116,6 +116,7 @@ def pushed(base, tmp_path_factory):
     return hub, json.loads((folder / "told.json").read_text()), folder
 
 
+@pytest.mark.slow
 def test_a_failed_push_is_one_line_and_the_same_command_tries_again(pushed):
     _, told, _ = pushed
     assert told["codes"] == [2, 0]

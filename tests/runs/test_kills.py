@@ -221,11 +221,13 @@ def test_killed_while_a_checkpoint_takes_the_place_of_another_it_resumes_from_th
         assert everything(folder) == whole.left
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(run, undisturbed, capsys):
     counts = struck(generator(), run, undisturbed, KILLS, lambda: kill, killed)
     tell(capsys, f"{counts.total()} SIGKILLs: {dict(counts)}; nothing lost, the same bytes in the end")
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_random_moments(run, undisturbed, capsys):
     rng = generator(1)
     counts = struck(rng, run, undisturbed, FULL_DISKS, lambda: FullDisk(rng.choice([0, rng.randrange(6000)])), refused)

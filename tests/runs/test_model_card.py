@@ -73,6 +73,7 @@ def printed(folder, home):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_block_of_the_card_says_the_name_of_a_class(run, hub, tmp_path):
     assert printed(run / "adapter", hub).strip() in NAMES
     labels = json.loads((run / "adapter" / "labels.json").read_text())
@@ -119,6 +120,7 @@ def test_the_card_says_what_the_adapter_is_and_nothing_of_a_template(run):
         assert len(text.splitlines()) < 80
 
 
+@pytest.mark.slow
 def test_a_text_model_of_this_machine_is_loaded_from_its_folder(hub, tmp_path):
     tokenizer = of_bytes(None)
     config = LlamaConfig(

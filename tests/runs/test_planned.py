@@ -21,6 +21,7 @@ def config(folder):
     return yaml.safe_load((folder / "config.yaml").read_text())
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_plan_may_stay_and_what_is_left_out_is_the_plans(base, whole, plan, tmp_path):
     assert main(words(base, tmp_path / "same", plan=plan)) == 0
     assert main(words(base, tmp_path / "none", plan=plan, **dict.fromkeys(OF_PLAN))) == 0

@@ -107,6 +107,7 @@ def distance(plan, reference):
 # -- where a plan may differ -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loading", "arguments", "dtype"),
     [
@@ -155,6 +156,7 @@ def plain(request, make_trainer):
     return request.param, weightlora.select_for(make_trainer(load()), **request.param)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("settings", "again"),
     [(None, 6), ({"use_reentrant": True}, 6), ({"every_n_layers": 2}, 3)],
@@ -177,6 +179,7 @@ def test_checkpointing_changes_nothing(make_trainer, plain, settings, again):
     assert all(layer.lora_B["default"].weight.any() for layer in lora_layers(trainer.model).values())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("options", RULES, ids=RULE_NAMES)
 def test_four_batches_of_eight_are_one_of_thirty_two(make_trainer, options):
     """In double precision, where the order of a sum is no matter: only the scores themselves are fp32."""
@@ -238,6 +241,7 @@ def logits(model, batch):
         return model.eval()(**batch).logits.float()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("options", "loading"),
     [
@@ -265,6 +269,7 @@ def test_the_command_ends_in_a_stock_adapter(small_folder, tmp_path, review_batc
         assert not torch.allclose(logits(model, review_batches[0]), expected, rtol=0, atol=1e-3)  # negative control
 
 
+@pytest.mark.slow
 def test_the_command_compiles_what_it_planned(small_folder, tmp_path, review_batches, monkeypatch):
     """With the backend that needs no C++ compiler; the warm-up, whose structure is gone afterwards, is not compiled."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # TrainingArguments write to it: put it back afterwards
@@ -297,6 +302,7 @@ def test_the_command_compiles_what_it_planned(small_folder, tmp_path, review_bat
     torch.testing.assert_close(logits(model, review_batches[0]), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("given", "used"), [({}, "sdpa"), ({"attn_implementation": "eager"}, "eager")])
 def test_the_command_trains_with_the_attention_that_is_asked_for(small_folder, tmp_path, given, used):
     trained = Trained()

@@ -228,6 +228,7 @@ def real_sites(recipe: Recipe, targets=None):
     return sites, sum(adapter_parameters(sites, lora).values()), sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", NAMES)
 def test_n_is_the_papers(name):
     """12 · 3, 12 · 6, 32 · 7, 36 · 7, 12 · 6 + 12 · 10; of Table 1 the largest of its three K."""
@@ -367,6 +368,7 @@ def loaded(recipe: Recipe, rows: DatasetDict):
     return prepare_model_for_kbit_training(model) if options.load_in_8bit else model
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_dry_run(name, tiny, tmp_path):
     """Select, train two steps, measure; what is saved is a stock adapter, with which stock PEFT says the same."""

@@ -29,6 +29,7 @@ def failure(capsys, command):
 # -- all of its state ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", STATE)
 def test_a_checkpoint_without_state_is_left_for_the_one_before(base, whole, tmp_path, name):
     run = interrupted(whole, tmp_path / "run")

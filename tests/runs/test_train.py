@@ -97,6 +97,7 @@ def test_a_run_leaves_a_stock_adapter_its_plan_a_card_and_numbers(unbroken):
     assert len(re.findall(r"^\| [\w.]+ \| \d of 6 \|", card, re.MULTILINE)) == 6  # one line a projection of MiniLM
 
 
+@pytest.mark.slow
 def test_the_configuration_that_was_saved_gives_the_same_run_again(unbroken, tmp_path):
     assert main(["train", "--config", str(unbroken / "config.yaml"), f"--output_dir={tmp_path}"]) == 0
     assert equal(adapter(tmp_path), adapter(unbroken))
@@ -152,6 +153,7 @@ def test_eval_on_start_measures_the_base_model(tmp_path, tokenizer):
     assert results["before"]["validation_accuracy"] == expected
 
 
+@pytest.mark.slow
 def test_eval_on_start_measures_the_base_model_before_a_warm_start(tmp_path):
     """Compared by the loss, since few rows change sides; a rate of nearly 0 keeps the weights of the warm-up."""
     first = {"eval_on_start": True, "max_steps": 1, "learning_rate": 1e-9}
