@@ -12,7 +12,7 @@ from weightlora.errors import OptionError
 from weightlora.model.sites import Site
 from weightlora.plan.budget import Budget, GainShare, chosen_ranks
 from weightlora.plan.make import make_plan
-from weightlora.plan.ranking import PerParameter
+from weightlora.plan.ranking import Spread
 
 
 @given(st.data(), st.integers(1, 60))
@@ -44,7 +44,7 @@ def test_a_share_of_the_scores_is_reached_with_single_ranks():
 
 
 def test_budgets_of_whole_adapters_are_refused():
-    for budget in (PerParameter(Budget((1,), 1), (1,)), CostBudget(Cost(1, (), (0,)), 1)):
+    for budget in (Spread(Budget((1,), 1), ("",)), CostBudget(Cost(1, (), (0,)), 1)):
         with pytest.raises(OptionError, match="give per='site'"):
             chosen_ranks(budget, [[1.0]])
 

@@ -407,7 +407,7 @@ def test_method_for_and_select_for_and_select_give_the_same_plan(make_classifier
 
 def test_a_second_start_takes_the_stored_plan(make_classifier, monkeypatch):
     plan = weightlora.select_for(make_classifier())
-    monkeypatch.setattr("weightlora.methods.weightlora.select", lambda *_, **__: pytest.fail("a second warm-up"))
+    monkeypatch.setattr("weightlora.methods.weightlora.selected", lambda *_, **__: pytest.fail("a second warm-up"))
     trainer = make_classifier()
     assert weightlora.select_for(trainer) == plan
     assert set(lora_layers(trainer.model)) == set(plan.names)
@@ -451,12 +451,11 @@ def test_a_second_warm_start_begins_with_the_stored_weights(make_classifier, tmp
     assert plan.options["warm_start"] is True
     first = trained_weights(trainer)
     assert all(value.any() for name, value in first.items() if "lora_B" in name)
-    monkeypatch.setattr(
-        "weightlora.methods.weightlora.select_trained", lambda *_, **__: pytest.fail("a second warm-up")
-    )
     trainer.train()  # changes the weights, and writes no checkpoint
     again = make_classifier(learning_rate=2e-3)
-    assert weightlora.select_for(again, **WARM) == plan
+    with monkeypatch.context() as patched:
+        patched.setattr("weightlora.methods.weightlora.selected", lambda *_, **__: pytest.fail("a second warm-up"))
+        assert weightlora.select_for(again, **WARM) == plan
     second = trained_weights(again)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)

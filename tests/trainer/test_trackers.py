@@ -7,7 +7,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 import weightlora
 from weightlora.plan.plan import AdapterPlan
-from weightlora.trainer._trackers import plan_numbers
+from weightlora.trainer.guard import plan_numbers
 
 
 def train(folder, report_to, steps=4, resume=None):

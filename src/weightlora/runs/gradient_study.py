@@ -122,8 +122,7 @@ def dot_product_study(recipe: Recipe) -> DotProducts:
     from weightlora.selection.select import HEAD_STEPS
     from weightlora.selection.steps import check_steps, warmup_steps
     from weightlora.trainer.guard import lora_of
-    from weightlora.trainer.loader import micro_batches, micro_loss, quiet_copy
-    from weightlora.trainer.placement import placed, require_weights
+    from weightlora.trainer.loader import micro_batches, micro_loss, placed, quiet_copy, require_weights
 
     options, training = recipe.method, recipe.training
     steps = warmup_steps(None) if options.steps is None else check_steps(options.steps, least=1)

@@ -70,7 +70,7 @@ from weightlora.tasks.base import Prepared
 from weightlora.trainer.attach import adopt, method_for
 from weightlora.trainer.batch_size import Batch, grown_batch, require_growable, use_batch
 from weightlora.trainer.guard import PLAN_FILE
-from weightlora.trainer.placement import require_measurable
+from weightlora.trainer.loader import require_measurable
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback

@@ -30,30 +30,30 @@ from weightlora.model.layers import take_tuner, without_adapters
 from weightlora.model.restore import seeded
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import peeked
-from weightlora.trainer._question import question_of
-from weightlora.trainer._start import START_FILE, read_start, write_start
+from weightlora.trainer._question import START_FILE, keep_plan, question_of, read_start, stored_plan, write_start
 from weightlora.trainer.guard import (
     PLAN_FILE,
     PlanGuard,
     PlanSaver,
     guarded,
-    keep_plan,
     lora_of,
     require_fresh,
-    stored_plan,
 )
 from weightlora.trainer.loader import (
+    is_parted,
     losses,
     micro_batches,
     micro_loss,
     optimizer_steps,
+    placed,
     planned_steps,
     quiet_copy,
+    require_heads,
     require_readable_twice,
     require_usable_batches,
+    require_weights,
     within_memory,
 )
-from weightlora.trainer.placement import is_parted, placed, require_heads, require_weights
 
 
 def method_for(

@@ -27,8 +27,7 @@ from weightlora.model.distributed import from_first
 from weightlora.model.gathering import is_offloaded
 from weightlora.model.restore import seeded, untouched
 from weightlora.plan.plan import AdapterPlan
-from weightlora.trainer.loader import losses, optimizer_steps, quiet_copy
-from weightlora.trainer.placement import placed
+from weightlora.trainer.loader import losses, optimizer_steps, placed, quiet_copy
 
 
 @dataclass(frozen=True)

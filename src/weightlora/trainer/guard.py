@@ -1,8 +1,7 @@
-"""What keeps a trainer and its plan together: checks before, the stored plan, and a callback during training."""
+"""What keeps a trainer and its plan together: checks before, a callback during training, and what trackers are told."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback, WandbCallback
 
 from weightlora.errors import OptionError, SelectionError, WeightLoraError
 from weightlora.model.checkpointing import remove_input_hooks, shorten_backward
@@ -19,10 +19,10 @@ from weightlora.model.sites import require_unwrapped
 from weightlora.plan.card import CARD_FILE, write_card
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.provenance import write_base_model_name
-from weightlora.trainer._question import differences
-from weightlora.trainer._trackers import report_plan
+from weightlora.text import in_markdown
 
 PLAN_FILE = "plan.json"
+_TRACKERS = tuple(INTEGRATION_TO_CALLBACK.values())
 
 
 class PlanGuard(TrainerCallback):
@@ -176,38 +176,58 @@ def _ranks(trainer: Trainer) -> dict[str, int]:
     return adapter_ranks(model)
 
 
-def stored_plan(path: Path, question: Mapping[str, Any]) -> AdapterPlan | None:
-    """Return the plan that an earlier start made for the same question; None where there is none.
+# -- what the experiment trackers of ``report_to`` are told ----------------------------------------------------------
+
+
+def plan_numbers(plan: AdapterPlan) -> dict[str, float]:
+    """Return the numbers of a plan, by the names that a tracker shows.
+
+    Example:
+        >>> from weightlora.model.sites import Site
+        >>> from weightlora.plan.plan import AdapterPlan, PlannedSite
+        >>> sites = [PlannedSite(Site(name, 8, 8), 4, 8, r=r, alpha=8, score=1.0) for name, r in (("a", 4), ("b", 0))]
+        >>> plan_numbers(AdapterPlan(tuple(sites)))
+        {'plan/kept': 1, 'plan/sites': 2, 'plan/parameters': 64, 'plan/share_of_lora': 0.5}
+    """
+    return {
+        "plan/kept": len(plan.names),
+        "plan/sites": len(plan.entries),
+        "plan/parameters": plan.parameters,
+        "plan/share_of_lora": plan.parameters / plan.lora_parameters,
+    }
+
+
+def report_plan(trainer: Trainer, plan: AdapterPlan, path: Path) -> None:
+    """Tell the trainer's trackers of ``plan``; without trackers nothing is logged.
 
     Args:
-        path: Of the plan's file.
-        question: See :func:`question_of`.
-
-    Raises:
-        OptionError: The plan answers another question, or does not say which.
+        trainer: One whose training begins.
+        plan: The adapters that it trains.
+        path: The plan's file.
     """
-    if not path.exists():
-        return None
-    plan = AdapterPlan.load(path)
-    advice = "choose another output_dir, or delete that file"
-    if not plan.question:
-        raise OptionError(
-            f"{path} does not record what it was made for (select() and --plan do not say): train it with "
-            f"plan.attach(model) or weightlora train --plan, {advice}"
-        )
-    faults = differences(plan.question, question)
-    if faults:
-        raise OptionError(f"{path} was made for something else ({'; '.join(faults)}); {advice}")
-    return plan
+    trackers = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, _TRACKERS)]
+    if not trackers:
+        return
+    trainer.log(plan_numbers(plan))
+    if not trainer.is_world_process_zero():
+        return
+    for tracker in trackers:
+        if isinstance(tracker, TensorBoardCallback) and tracker.tb_writer is not None:
+            tracker.tb_writer.add_text("plan", _table(plan))
+        elif isinstance(tracker, WandbCallback):
+            _keep_file(path)
 
 
-def keep_plan(plan: AdapterPlan, path: Path) -> None:
-    """Write the plan, unless another one is there.
+def _keep_file(path: Path) -> None:
+    """Store the plan as an artefact of the current W&B run."""
+    import wandb
 
-    Raises:
-        OptionError: There is another.
-    """
-    if not path.exists():
-        plan.save(path)
-    elif AdapterPlan.load(path).ranks != plan.ranks:
-        raise OptionError(f"{path} is another plan; choose another output_dir, or delete that file")
+    run: Any = wandb.run
+    if run is not None and path.exists():
+        run.log_artifact(str(path), name=f"plan-{run.id}", type="plan")
+
+
+def _table(plan: AdapterPlan) -> str:
+    """Site, rank and score, as Markdown."""
+    rows = [f"| {in_markdown(e.site.name)} | {e.r} | {e.score:.4g} |" for e in plan.entries]
+    return "\n".join(["| site | rank | score |", "| --- | --- | --- |", *rows])
