@@ -21,9 +21,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import yaml
 
-from weightlora.bench.differences import by_seed
 from weightlora.bench.engine import recorded
-from weightlora.bench.grid import Grid, Record, by_key, read_grid
+from weightlora.bench.grid import Grid, read_grid
+from weightlora.bench.records import Record, by_key
+from weightlora.bench.table import by_seed
 from weightlora.files import write_text
 from weightlora.model.sites import adapter_parameters, find_sites
 from weightlora.plan.budget import read_budget

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightlora.bench.differences import by_seed, differences
 from weightlora.bench.engine import recorded
-from weightlora.bench.grid import Grid, Record, by_key, read_grid
-from weightlora.bench.table import mean_and_error
+from weightlora.bench.grid import Grid, read_grid
+from weightlora.bench.records import Record, by_key
+from weightlora.bench.table import by_seed, differences, mean_and_error
 
 HERE = Path(__file__).parent
 HEAD = ("--head_learning_rate", "1.5e-2")

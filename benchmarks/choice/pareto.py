@@ -19,11 +19,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from weightlora.bench.differences import differences
 from weightlora.bench.engine import recorded
-from weightlora.bench.grid import Grid, Point, Record, by_key, read_grid
+from weightlora.bench.grid import Grid, Point, read_grid
+from weightlora.bench.records import Record, by_key
 from weightlora.bench.step_cost import step_ratios
-from weightlora.bench.table import mean_and_error
+from weightlora.bench.table import differences, mean_and_error
 from weightlora.paper.picture import Curve, Lines, Picture, draw
 from weightlora.runs.recipe import option_words, read_recipe
 from weightlora.runs.train import prepare

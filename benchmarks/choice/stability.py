@@ -18,10 +18,10 @@ from pathlib import Path
 
 from scipy.stats import spearmanr
 
-from weightlora.bench.differences import by_seed, differences, require_rows
 from weightlora.bench.engine import recorded
-from weightlora.bench.grid import Grid, Point, Record, by_key, read_grid
-from weightlora.bench.table import mean_and_error
+from weightlora.bench.grid import Grid, Point, read_grid
+from weightlora.bench.records import Record, by_key
+from weightlora.bench.table import by_seed, differences, mean_and_error, require_rows
 from weightlora.errors import OptionError
 from weightlora.selection.steps import likeness
 

@@ -22,11 +22,10 @@ from bench_worker import run as run_bench
 from fuzz import cases, generator, tell
 from safetensors.torch import load_file
 
-from weightlora.bench._job import Job, run_job
-from weightlora.bench._workers import run_here
+from weightlora.bench._workers import Job, run_here, run_job
 from weightlora.bench.engine import Where, _keep_log, log_file, recorded, run_grid
-from weightlora.bench.grid import Point, by_key, key_of, read_grid
-from weightlora.bench.records import append_record
+from weightlora.bench.grid import Point, read_grid
+from weightlora.bench.records import append_record, by_key, key_of
 from weightlora.bench.step_cost import Peak, StepCost
 from weightlora.bench.table import make_table, to_latex, to_markdown
 from weightlora.cli import main

@@ -3,9 +3,8 @@
 import pytest
 from test_bench import grid_of, record
 
-from weightlora.bench.differences import make_differences
 from weightlora.bench.grid import Point
-from weightlora.bench.table import make_table
+from weightlora.bench.table import make_differences, make_table
 from weightlora.cli import main
 from weightlora.errors import OptionError
 

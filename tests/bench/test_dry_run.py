@@ -6,14 +6,11 @@ import pytest
 import yaml
 from test_bench import BASE
 
-from weightlora.bench._few_steps import FewSteps
-from weightlora.bench._job import Job
-from weightlora.bench._sample import sample_job
-from weightlora.bench.dry_run import dry_run
-from weightlora.bench.engine import HERE, Where
-from weightlora.bench.grid import by_key, read_grid
-from weightlora.bench.records import append_record
-from weightlora.bench.schedule import makespan, seconds_left
+from weightlora.bench._workers import Job
+from weightlora.bench.dry_run import FewSteps, dry_run, sample_job
+from weightlora.bench.engine import HERE, Where, makespan, seconds_left
+from weightlora.bench.grid import read_grid
+from weightlora.bench.records import append_record, by_key
 from weightlora.cli import main
 
 FILE = {

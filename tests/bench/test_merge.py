@@ -6,8 +6,7 @@ from copy import deepcopy
 
 import pytest
 
-from weightlora.bench.grid import by_key
-from weightlora.bench.records import append_record, read_records
+from weightlora.bench.records import append_record, by_key, read_records
 from weightlora.bench.table import Cell, Table, to_latex, to_markdown
 from weightlora.cli import main
 

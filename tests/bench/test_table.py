@@ -9,11 +9,19 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from weightlora.bench.differences import make_differences
 from weightlora.bench.engine import adapter_folder, recorded, run_grid
-from weightlora.bench.grid import Point, by_key, read_grid
-from weightlora.bench.records import append_record
-from weightlora.bench.table import Cell, Table, _places, make_table, mean_and_error, to_latex, to_markdown
+from weightlora.bench.grid import Point, read_grid
+from weightlora.bench.records import append_record, by_key
+from weightlora.bench.table import (
+    Cell,
+    Table,
+    _places,
+    make_differences,
+    make_table,
+    mean_and_error,
+    to_latex,
+    to_markdown,
+)
 from weightlora.cli import main
 
 NAN, INF = float("nan"), float("inf")

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from weightlora.fast.allocator import keep_freed_memory
-from weightlora.bench._job import Job, run_job
+from weightlora.bench._workers import Job, run_job
 from weightlora.cli import main
 
 def resident():

@@ -10,9 +10,8 @@ from test_paper import FOLDER, NAMES, write_study
 
 from weightlora.bench.grid import Point
 from weightlora.cli import main
-from weightlora.paper._jaccard import jaccard
 from weightlora.paper.picture import Curve, Heat, Lines, Picture, draw
-from weightlora.paper.results import results_of
+from weightlora.paper.results import jaccard, results_of
 from weightlora.paper.study import read_study
 
 AXES = {"x": "keep", "x_label": "adapters kept, K", "y": "metric", "y_label": "accuracy, %"}

@@ -8,14 +8,13 @@ import pytest
 import yaml
 from small_run import TRAINING, write_base
 
-from weightlora.bench.grid import Point, key_of
-from weightlora.bench.records import append_record, read_records
+from weightlora.bench.grid import Point
+from weightlora.bench.records import append_record, key_of, read_records
 from weightlora.bench.table import Cell, Table
 from weightlora.cli import main
 from weightlora.errors import DataError, OptionError
 from weightlora.paper import study
-from weightlora.paper._comparison import with_published
-from weightlora.paper.results import results_of
+from weightlora.paper.results import results_of, with_published
 from weightlora.paper.study import Published, read_study, recipes_folder, study_names
 from weightlora.runs.recipe import read_recipe
 

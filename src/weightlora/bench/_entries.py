@@ -3,26 +3,56 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
+
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from weightlora.errors import OptionError
 from weightlora.files import read_mapping
-from weightlora.options import MOST, MOST_SEED, Range, check_types
 from weightlora.plan.budget import check_keep
 from weightlora.runs.recipe import named_options
 from weightlora.text import closest
+from weightlora.validation import Natural, NotNegative, Seed, Text, checked
 
-_KEYS = (
-    *("output_dir", "base", "tasks", "methods", "budgets", "learning_rates", "seeds", "tuning_seeds"),
-    *("rows", "metric", "tuning_metric", "reference", "timing_rounds", "keep_adapters"),
-)
-_TYPES = {
-    **dict.fromkeys(("output_dir", "metric", "tuning_metric", "reference"), "str"),
-    "timing_rounds": "int",
-    "keep_adapters": "bool",
+
+def _once(values: list[Any]) -> list[Any]:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value!r:.80} once")
+    return values
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 5e-5 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+_Rates = Annotated[list[Annotated[NotNegative, BeforeValidator(_number)]], Field(min_length=1), AfterValidator(_once)]
+_Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_once)]
+_Names = Annotated[list[Text], Field(min_length=1), AfterValidator(_once)]
+_Options = dict[Text, Any]
+_Labelled = Annotated[dict[Text, Any], Field(min_length=1)]
+#: What each entry may be; ``budgets`` has a check of its own.
+_KINDS: Mapping[str, Any] = {
+    "output_dir": Text,
+    "base": _Options | None,
+    **dict.fromkeys(("tasks", "methods"), _Names | _Labelled),
+    "budgets": Any,
+    "learning_rates": _Rates,
+    "seeds": _Seeds,
+    "tuning_seeds": _Seeds,
+    "rows": _Names,
+    **dict.fromkeys(("metric", "tuning_metric", "reference"), str),
+    "timing_rounds": Natural,
+    "keep_adapters": bool,
 }
+#: What options of a method may be, but for those of the method itself.
+_OF_METHOD: Mapping[str, Any] = {"method": Text, "learning_rates": _Rates}
 #: Options of a run that entries of their own decide, so that ``base`` and the options of a row would be ignored.
 _ENTRY_OF = {
     "output_dir": "output_dir",
@@ -74,88 +104,61 @@ def budgets(name: str, value: Any) -> list[Any]:
         OptionError: There is none, one is given twice, or one cannot be kept within.
     """
     given = cast("list[Any]", value if isinstance(value, list) else [value])
-    _require(bool(given), name, given, "give at least one")
+    if not given:
+        raise OptionError(f"{name}=[] is not allowed: give at least one")
     try:
         for keep in given:
             check_keep(keep)
     except OptionError as error:
         raise OptionError(f"{name}: {error}") from error
-    _require_once(name, map(str, given))
+    checked(_Once, [*map(str, given)], name)
     return given
 
 
+_Once = Annotated[list[str], AfterValidator(_once)]
+
+
 def _checked(path: str | Path) -> dict[str, Any]:
+    """The content of a file, each entry as it may be, whatever the others say."""
     content = read_mapping(path)
     try:
         for key in content:
-            if key not in _KEYS:
-                raise OptionError(f"unknown entry {key!r:.80}{closest(str(key), _KEYS)}; there are {', '.join(_KEYS)}")
-        _check(content)
+            if key not in _KINDS:
+                raise OptionError(
+                    f"unknown entry {key!r:.80}{closest(str(key), _KINDS)}; there are {', '.join(_KINDS)}"
+                )
+        try:
+            json.dumps(content, sort_keys=True, ensure_ascii=False).encode()  # as a record holds it
+        except (TypeError, ValueError, RecursionError) as error:  # a date, a set, or a list that holds itself
+            raise OptionError(
+                f"only numbers, texts, lists and mappings are allowed ({error}); put texts in quotes"
+            ) from error
+        for name, value in content.items():
+            labelled = name in ("tasks", "methods") and isinstance(value, dict)
+            checked(_Labelled if labelled else _KINDS[name], value, name)
+        if "budgets" in content:
+            budgets("budgets", content["budgets"])
+        _check_decided("base", content.get("base") or {}, but=("task",))
+        for name, but in {"tasks": (), "methods": ("method", "keep")}.items():
+            given = content.get(name, {})
+            for label in given if isinstance(given, dict) else ():
+                where = f"{name}: {label}"
+                own = checked(_Options | None, given[label], where) or {}
+                _check_decided(where, own, but)
+                for option in own.keys() & _OF_METHOD.keys() if name == "methods" else ():
+                    checked(_OF_METHOD[option], own[option], f"{where}: {option}")
+                if "keep" in own:
+                    budgets(f"{where}: keep", own["keep"])
     except OptionError as error:
         raise OptionError(f"{path}: {error}") from error
     return content
 
 
-def _check(content: Mapping[str, Any]) -> None:
-    """Raise where an entry has a value that it cannot have, whatever the others say."""
-    try:
-        json.dumps(content, sort_keys=True, ensure_ascii=False).encode()  # as a record holds it
-    except (TypeError, ValueError, RecursionError) as error:  # a date, a set, or a list that holds itself
-        raise OptionError(
-            f"only numbers, texts, lists and mappings are allowed ({error}); put texts in quotes"
-        ) from error
-    check_types(_TYPES, content)
-    _require(str(content.get("output_dir", "x")).strip() != "", "output_dir", "", "give a folder")
-    rounds = content.get("timing_rounds", 0)
-    _require(rounds >= 0, "timing_rounds", rounds, "give a whole number of at least 0")
-    for name, (allowed, what) in _NUMBERS.items():
-        if name in content:
-            _check_numbers(name, content[name], allowed, what)
-    if "rows" in content:
-        _check_list("rows", content["rows"], _is_text, "row's name")
-        _require_once("rows", content["rows"])
-    if "budgets" in content:
-        budgets("budgets", content["budgets"])
-    if content.get("base") is not None:
-        _check_options("base", content["base"], but=("task",))
-    for name, own in {"tasks": (), "methods": ("method", "keep")}.items():
-        if name in content:
-            _check_names(name, content[name], but=own)
-
-
-def _check_numbers(name: str, value: Any, allowed: Callable[[Any], bool], what: str) -> None:
-    _check_list(name, value, allowed, what)
-    _require_once(name, map(float, value))
-
-
-def _check_list(name: str, value: Any, allowed: Callable[[Any], bool], what: str) -> None:
-    fits = isinstance(value, list) and bool(value) and all(map(allowed, cast("list[Any]", value)))
-    _require(fits, name, value, f"give a list of at least one {what}")
-
-
-def _check_names(name: str, value: Any, but: Sequence[str]) -> None:
-    known = isinstance(value, (list, dict)) and bool(value) and all(_is_text(one) for one in cast("list[Any]", value))
-    _require(known, name, value, "give names, or names with options")
-    _require_once(name, value)
-    for label, own in cast("dict[str, Any]", value).items() if isinstance(value, dict) else ():
-        if own is not None:
-            _check_options(f"{name}: {label}", own, but=but)
-            if "learning_rates" in own and name == "methods":
-                _check_numbers(f"{name}: {label}: learning_rates", own["learning_rates"], *_NUMBERS["learning_rates"])
-            if "keep" in own:
-                budgets(f"{name}: {label}: keep", own["keep"])
-
-
-def _check_options(where: str, options: Any, but: Sequence[str]) -> None:
-    """Raise unless ``options`` are those of a run, without what another entry decides."""
-    _require(
-        isinstance(options, dict) and all(map(_is_text, options)), where, options, "give options with their values"
-    )
+def _check_decided(where: str, options: Mapping[str, Any], but: Sequence[str]) -> None:
+    """Raise where ``options`` have one that another entry decides."""
     for option, entry in _ENTRY_OF.items():
         if option in options and option not in but:
             raise OptionError(f"{where}: {option} is decided by {entry}; leave it out here")
-    if "method" in options:
-        _require(_is_text(options["method"]), f"{where}: method", options["method"], "give the name of a method")
 
 
 def _merged(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -182,40 +185,3 @@ def _overridden(given: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
     rows = names(given.get("methods", []))
     own = {label: {k: v for k, v in row.items() if k != "learning_rates"} for label, row in rows.items()}
     return {**given, **single, "methods": own, "base": {**base, **named}}
-
-
-def _require(fits: bool, name: str, value: Any, allowed: str) -> None:
-    if not fits:
-        raise OptionError(f"{name}={value!r:.80} is not allowed: {allowed}")
-
-
-def _require_once(name: str, values: Iterable[Any]) -> None:
-    found = list(values)
-    for value in found:
-        _require(found.count(value) == 1, name, found, f"give {value!r:.80} once")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _is_rate(value: Any) -> bool:
-    """Whether it is a learning rate; YAML reads 5e-5 as text."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return False
-    try:
-        return Range(0, MOST).allows(float(value))
-    except (ValueError, OverflowError):
-        return False
-
-
-def _is_seed(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_SEED
-
-
-#: What the lists of numbers hold, and how it is called.
-_NUMBERS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "learning_rates": (_is_rate, "number of at least 0"),
-    "seeds": (_is_seed, f"whole number from 0 to {MOST_SEED}"),
-    "tuning_seeds": (_is_seed, f"whole number from 0 to {MOST_SEED}"),
-}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,9 @@ from typing import Any
 
 import torch
 
-from weightlora.bench._job import LOG, Job, run_job
-from weightlora.bench._workers import Run, ray_slots, run_here, run_on_ray
-from weightlora.bench.grid import Grid, Point, Record, by_key, key_of, unrecorded
-from weightlora.bench.records import append_record, read_runs
-from weightlora.bench.schedule import seconds_left
+from weightlora.bench._workers import LOG, Job, Run, ray_slots, run_here, run_job, run_on_ray
+from weightlora.bench.grid import Grid, Point, unrecorded
+from weightlora.bench.records import Record, append_record, by_key, key_of, read_runs
 from weightlora.errors import OptionError
 from weightlora.files import only_writer, remove_drafts, write_text, written
 from weightlora.folders import own_files, replace_folder, require_replaceable
@@ -208,3 +208,55 @@ def _keep_log(path: Path, record: Record) -> None:
         write_text(path, f"{options}\n{record['error']}\n\n{record.get(LOG, '')}")
     else:
         path.unlink(missing_ok=True)
+
+
+def makespan(seconds: Iterable[float], slots: int) -> float:
+    """Return after how many seconds the last run ends; each begins when one before it leaves a slot.
+
+    Args:
+        seconds: Of each run, in the order in which they begin.
+        slots: Runs at once.
+
+    Example:
+        >>> makespan([3, 1, 1, 4], slots=2)  # 3 beside 1 and 1, then 4 from second 2
+        6.0
+    """
+    ends = [0.0] * slots
+    for length in seconds:
+        heapq.heapreplace(ends, ends[0] + length)
+    return max(ends)
+
+
+def seconds_left(grid: Grid, records: Sequence[Record], slots: int) -> float | None:
+    """Return how long the runs without a record will take; None where no run was successful.
+
+    A run takes as long as the mean of its row's recorded ones; where there is none, as the mean of all.
+
+    Args:
+        grid: The benchmark.
+        records: Those that there are.
+        slots: Runs at once.
+    """
+    known = by_key(records)
+    times = {key: _seconds(record) for key, record in known.items() if record["status"] == "ok"}
+    if not times:
+        return None
+    of_row = {row_key(record["options"]): list[float]() for record in records}
+    for key, seconds in times.items():
+        of_row[row_key(known[key]["options"])].append(seconds)
+    every = statistics.mean(times.values())
+
+    def expected(point: Point) -> float:
+        own = of_row.get(row_key(point.options))
+        return statistics.mean(own) if own else every
+
+    return sum(makespan(map(expected, points), slots) for points in grid.left(known))
+
+
+def _seconds(record: Record) -> float:
+    return record.get("run_seconds") or record["selection_seconds"] + record["training_seconds"]
+
+
+def row_key(options: Record) -> str:
+    """Return what runs have in common that differ only in seed and learning rate, and so cost the same."""
+    return key_of({k: v for k, v in options.items() if k not in ("learning_rate", "seed")})

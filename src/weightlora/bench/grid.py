@@ -6,8 +6,6 @@ with the tuning seeds; its numbers come from the runs of all seeds at that rate,
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from weightlora.bench._entries import budgets, names, read_entries
+from weightlora.bench.records import Record, key_of
 from weightlora.errors import OptionError
 from weightlora.methods import options_of
 from weightlora.runs.recipe import read_recipe
@@ -24,7 +23,6 @@ from weightlora.tasks import find_task
 from weightlora.tasks.rows import HELD_OUT
 from weightlora.text import closest
 
-Record = dict[str, Any]
 #: The benchmark that ``weightlora demo`` runs.
 DEMO = Path(__file__).with_name("demo.yaml")
 #: A run is an entry of the records and leaves nothing else behind; all of it can be overridden in ``base``.
@@ -90,16 +88,6 @@ class Point:
     def key(self) -> str:
         """A name that only a run with the same options has."""
         return key_of(self.options)
-
-
-def key_of(options: Mapping[str, Any]) -> str:
-    """Return a short name for options, whatever their order.
-
-    Example:
-        >>> key_of({"seed": 0, "keep": 5}) == key_of({"keep": 5, "seed": 0}) != key_of({"keep": 5, "seed": 1})
-        True
-    """
-    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -260,8 +248,3 @@ def _budget(keep: Any) -> str:
 def unrecorded(points: Iterable[Point], records: Mapping[str, Record]) -> list[Point]:
     """Return the points whose key has no record, each once."""
     return list({point.key: point for point in points if point.key not in records}.values())
-
-
-def by_key(records: Iterable[Record]) -> dict[str, Record]:
-    """Return the records by the key of their run; a later one wins, as after ``--retry``."""
-    return {key_of(record["options"]): record for record in records}

@@ -8,6 +8,7 @@ them, too.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import platform
@@ -15,15 +16,18 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
 
-from weightlora.errors import DataError
-from weightlora.files import is_deep
+from weightlora.errors import DataError, OptionError
+from weightlora.files import is_deep, only_writer, write_text
+from weightlora.folders import own_files, writer_of
 from weightlora.plan.provenance import library_versions
+from weightlora.runs.files import BENCH, BENCHES, RECORDS_FILE, require_output
 
+Record = dict[str, Any]
 #: Of a record whose run was successful: numbers that it must have, and others that it may have.
 _SECONDS = ("selection_seconds", "training_seconds")
 _NUMBERS = ("run_seconds", "step_ratio", "peak_parameters", "adapter_parameters", "saved_bytes", "sites")
@@ -57,6 +61,21 @@ def read_runs(path: str | Path) -> list[dict[str, Any]]:
 def packed(path: Path) -> Path:
     """Return where the packed lines of a file are, if there are any: ``records.jsonl.gz``."""
     return path.with_name(f"{path.name}.gz")
+
+
+def key_of(options: Mapping[str, Any]) -> str:
+    """Return a short name for options, whatever their order.
+
+    Example:
+        >>> key_of({"seed": 0, "keep": 5}) == key_of({"keep": 5, "seed": 0}) != key_of({"keep": 5, "seed": 1})
+        True
+    """
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def by_key(records: Iterable[Record]) -> dict[str, Record]:
+    """Return the records by the key of their run; a later one wins, as after ``--retry``."""
+    return {key_of(record["options"]): record for record in records}
 
 
 def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
@@ -214,3 +233,92 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+#: Entries that two runs with the same options need not share: they tell of the machine, and how a run failed.
+_PASSING = {"selection_seconds", "training_seconds", "run_seconds", "step_ratio", "provenance"}
+
+
+def merge_records(folders: Sequence[Path], *, mixed_revisions: bool = False) -> list[Record]:
+    """Return the records of several benchmark folders, each run once.
+
+    Of two records of a run the first folder's is kept, or the successful one where the other failed.
+
+    Args:
+        folders: Each has a ``records.jsonl``.
+        mixed_revisions: Allow records of different git revisions and versions.
+
+    Raises:
+        DataError: A folder has no records or a damaged one, or two of them have different results of the same run.
+        OptionError: The records are of different git revisions or versions.
+    """
+    merged: dict[str, Record] = {}
+    origin: dict[str, Path] = {}
+    for file in (folder / RECORDS_FILE for folder in folders):
+        if not (file.exists() or packed(file).exists()):
+            raise DataError(f"there is no {file}; give folders of benchmarks")
+        for key, record in by_key(read_runs(file)).items():
+            known = merged.get(key)
+            if known is not None and record["status"] == known["status"] == "ok":
+                _require_equal(key, (origin[key], known), (file, record))
+            if known is None or (known["status"] == "failed" and record["status"] == "ok"):
+                merged[key], origin[key] = record, file
+    found = differing(merged.values())
+    if found and not mixed_revisions:
+        raise OptionError(
+            f"the records are of different sources: {mixed(found)}; run the benchmark with one, or give "
+            "--mixed_revisions, and the table will say so"
+        )
+    return list(merged.values())
+
+
+def write_merged(records: Sequence[Record], output: Path, folders: Sequence[Path]) -> None:
+    """Write ``records.jsonl`` into the folder ``output``.
+
+    Args:
+        records: What :func:`merge_records` returned.
+        output: The folder; it may be one of those merged.
+        folders: Those merged.
+
+    Raises:
+        OptionError: ``output`` holds records that were not merged, or another process works there.
+        OutputError: ``output`` belongs to a command that makes no records, or the file cannot be written.
+    """
+    file = output / RECORDS_FILE
+    with only_writer(output):
+        owner = writer_of(output)
+        writer = owner if owner in BENCHES else BENCH
+        require_output(output, writer)
+        if (file.exists() or packed(file).exists()) and output.resolve() not in [
+            folder.resolve() for folder in folders
+        ]:
+            raise OptionError(f"{file} is there already; choose another --output, or merge that folder too")
+        with own_files(output, writer):
+            write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+            packed(file).unlink(missing_ok=True)  # all of its records are in the file
+
+
+def _require_equal(key: str, one: tuple[Path, Record], other: tuple[Path, Record]) -> None:
+    """Raise where two records of a run have different results."""
+    (first, known), (second, record) = one, other
+    names = [n for n in dict.fromkeys((*known, *record)) if n not in _PASSING and _text(known, n) != _text(record, n)]
+    if names:
+        shown = "; ".join(f"{name} is {_value(known, name)} and {_value(record, name)}" for name in names[:3])
+        raise DataError(
+            f"run {key} ({_named(record['options'])}) has different results in {first} and {second}: {shown}; remove "
+            "the record that is wrong"
+        )
+
+
+def _text(record: Mapping[str, Any], name: str) -> str:
+    """The entry as it is compared: NaN is NaN."""
+    return json.dumps(record.get(name), sort_keys=True)
+
+
+def _value(record: Mapping[str, Any], name: str) -> str:
+    return f"{record.get(name)!r:.120}"
+
+
+def _named(options: Mapping[str, Any]) -> str:
+    names = ("task", "method", "keep", "learning_rate", "seed")
+    return ", ".join(f"{name}={options[name]}" for name in names if name in options)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from weightlora.bench.dry_run import DryRun
     from weightlora.bench.engine import Progress
-    from weightlora.bench.grid import Grid, Point, Record
+    from weightlora.bench.grid import Grid, Point
+    from weightlora.bench.records import Record
 
 #: Of the runs that are running, so many are named.
 _NAMED = 8
@@ -83,9 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.config, arguments.output_dir, arguments.rest
     )  # a mistake is told before torch is imported
 
-    from weightlora.bench.differences import make_differences, require_rows
     from weightlora.bench.engine import Where, recorded
-    from weightlora.bench.table import to_terminal
+    from weightlora.bench.table import make_differences, require_rows, to_terminal
     from weightlora.cli._screen import PlainConsole
     from weightlora.cli._streams import quiet_libraries
     from weightlora.runs.files import BENCH, require_output
@@ -131,7 +131,7 @@ def print_cost(grid: Grid, console: Console, **flags: Any) -> None:
 def print_table(grid: Grid, records: list[Record], console: Console, writer: str) -> None:
     """Write table.md and table.tex, and print the table."""
     from weightlora.bench.engine import log_file
-    from weightlora.bench.grid import by_key
+    from weightlora.bench.records import by_key
     from weightlora.bench.table import make_table, to_latex, to_markdown, to_terminal
     from weightlora.folders import own_files
 

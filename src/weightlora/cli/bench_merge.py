@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Merge, and say what to do next."""
-    from weightlora.bench.merge import merge_records, write_merged
+    from weightlora.bench.records import merge_records, write_merged
     from weightlora.cli._screen import PlainConsole
 
     records = merge_records(arguments.folders, mixed_revisions=arguments.mixed_revisions)

@@ -40,7 +40,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the four rows, print plan and table, load an adapter in plain PEFT, and leave all of it in a folder."""
-    from weightlora.bench.grid import DEMO, Point, by_key, read_grid
+    from weightlora.bench.grid import DEMO, Point, read_grid
+    from weightlora.bench.records import by_key
 
     _require_packages()
     # Where others use the processor, threads that spin while they wait double the demo's time.

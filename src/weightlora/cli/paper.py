@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from weightlora.bench.grid import Grid, Record
+    from weightlora.bench.grid import Grid
+    from weightlora.bench.records import Record
     from weightlora.paper.results import Results
     from weightlora.paper.study import Study
 
@@ -228,7 +229,7 @@ class _State:
 def _state_of(grid: Grid) -> _State:
     """Return how many runs of a grid have a record; those of other studies in the folder are not counted."""
     from weightlora.bench.engine import recorded
-    from weightlora.bench.grid import by_key
+    from weightlora.bench.records import by_key
 
     known = by_key(recorded(grid))
     keys = {point.key for point in (*grid.tuning, *grid.tested(known))} & known.keys()
@@ -270,7 +271,7 @@ def _lines(study: Study, output_dir: Path) -> Iterator[tuple[str, ...]]:
 
 
 def _grid_cells(study: Study, size: str, output_dir: Path) -> tuple[str, str, str]:
-    from weightlora.bench.schedule import seconds_left
+    from weightlora.bench.engine import seconds_left
     from weightlora.cli._screen import duration
 
     grid = study.grid(size, output_dir / size, checked=False)
