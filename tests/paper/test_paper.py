@@ -156,7 +156,10 @@ def test_a_mistake_is_one_line(words, named, capsys, tmp_path):
         ({"kind": "pie"}, "kind='pie'"),
         ({"titel": "x"}, "closest: 'title'"),
         ({"published": {"columns": ["rte"], "rows": {"lora": [0.1, 0.2]}}}, "lora has 2 values for 1 columns"),
-        ({"published": [1]}, "holds a list"),
+        ({"published": [1]}, "published=[1] is not allowed: give a mapping"),
+        ({"embedded": {"configs": 3}}, "embedded: configs=3 is not allowed: give a list"),
+        ({"full": {}}, "full: differs is missing"),
+        ({"axes": {"x": 3}}, "axes: x=3 is not allowed: give text"),
     ],
 )
 def test_a_mistake_in_a_study_is_named(base, tmp_path, study, named):

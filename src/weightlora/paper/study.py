@@ -6,16 +6,49 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import Required, TypedDict
 
 from weightlora.bench.grid import QUIET, Grid, read_grid
 from weightlora.errors import DataError, OptionError
 from weightlora.files import read_mapping
 from weightlora.text import closest
+from weightlora.validation import Number, Positive, Text, first_fault
 
 SIZES = ("embedded", "full")
-KINDS = ("table", "lines", "heat_map", "jaccard", "memory", "dot_product")
 _FILE = "study.yaml"
+_CLOSED = ConfigDict(extra="forbid")
+
+
+@with_config(_CLOSED)
+class _SetupEntries(TypedDict, total=False):
+    differs: Required[Text]
+    configs: list[Text]
+    seconds_a_run: Positive
+    memory: list[dict[Text, Any]]
+    recipe: Text
+
+
+@with_config(_CLOSED)
+class _PublishedEntries(TypedDict, total=False):
+    scale: Number
+    columns: list[Text]
+    rows: dict[Text, list[Number | list[Number]]]
+    points: list[dict[Text, Any]]
+    statements: list[Text]
+
+
+@with_config(_CLOSED)
+class _StudyEntries(TypedDict, total=False):
+    title: Required[Text]
+    place: Required[Text]
+    kind: Required[Literal["table", "lines", "heat_map", "jaccard", "memory", "dot_product"]]
+    axes: dict[Text, Text] | None
+    published: _PublishedEntries | None
+    embedded: _SetupEntries
+    full: _SetupEntries
 
 
 def recipes_folder() -> Path:
@@ -153,55 +186,49 @@ def read_study(name: str, folder: Path) -> Study:
         raise OptionError(f"no study {name!r:.80}{closest(name, names)}; there are {known}")
     path = folder / name / _FILE
     given = read_mapping(path)
-    _require_entries(path, given, _ENTRIES, needed=("title", "place", "kind"))
-    if given["kind"] not in KINDS:
-        raise OptionError(f"{path}: kind={given['kind']!r:.80} is not allowed: give one of {', '.join(KINDS)}")
-    setups = {size: _setup(path, given[size]) for size in SIZES if size in given}
-    return Study(
-        name=name,
-        title=str(given["title"]),
-        place=str(given["place"]),
-        kind=given["kind"],
-        setups=setups,
-        axes=given.get("axes") or {},
-        published=_published(path, given.get("published") or {}),
-    )
-
-
-_ENTRIES = ("title", "place", "kind", "axes", "published", *SIZES)
-
-
-def _setup(path: Path, given: Any) -> Setup:
-    _require_entries(path, given, ("differs", "configs", "seconds_a_run", "memory", "recipe"), needed=("differs",))
-    recipe = given.get("recipe")
-    configs = tuple((path.parent / name).resolve() for name in given.get("configs", ()))
-    return Setup(
-        differs=str(given["differs"]),
-        configs=configs,
-        seconds_a_run=given.get("seconds_a_run"),
-        memory=tuple({**one, "config": (path.parent / one["config"]).resolve()} for one in given.get("memory", ())),
-        recipe=None if recipe is None else (path.parent / recipe).resolve(),
-    )
-
-
-def _published(path: Path, given: Any) -> Published:
-    _require_entries(path, given, ("scale", "columns", "rows", "points", "statements"), needed=())
-    columns = tuple(given.get("columns", ()))
-    rows = {label: tuple(values) for label, values in (given.get("rows") or {}).items()}
+    _check(path, given)
+    published = given.get("published") or {}
+    rows = {label: tuple(values) for label, values in (published.get("rows") or {}).items()}
+    columns = tuple(published.get("columns", ()))
     for label, values in rows.items():
         if len(values) != len(columns):
             raise DataError(f"{path}: published: {label} has {len(values)} values for {len(columns)} columns")
-    points, statements = (tuple(given.get(name, ())) for name in ("points", "statements"))
-    return Published(given.get("scale", 1), columns, rows, points, statements)
+    return Study(
+        name=name,
+        title=given["title"],
+        place=given["place"],
+        kind=given["kind"],
+        setups={size: _setup(path.parent, given[size]) for size in SIZES if size in given},
+        axes=given.get("axes") or {},
+        published=Published(
+            published.get("scale", 1),
+            columns,
+            rows,
+            tuple(published.get("points", ())),
+            tuple(published.get("statements", ())),
+        ),
+    )
 
 
-def _require_entries(path: Path, given: Any, known: Sequence[str], needed: Sequence[str]) -> None:
-    """Raise unless ``given`` is a mapping with these entries."""
-    if not isinstance(given, dict):
-        raise DataError(f"{path} holds a {type(given).__name__} where entries are expected: {', '.join(known)}")
-    for key in cast("dict[str, Any]", given):
-        if key not in known:
-            raise OptionError(f"{path}: unknown entry {key!r:.80}{closest(str(key), known)}")
-    for key in needed:
-        if key not in given:
-            raise OptionError(f"{path}: {key} is missing")
+def _setup(folder: Path, given: Mapping[str, Any]) -> Setup:
+    return Setup(
+        differs=given["differs"],
+        configs=tuple((folder / name).resolve() for name in given.get("configs", ())),
+        seconds_a_run=given.get("seconds_a_run"),
+        memory=tuple({**one, "config": (folder / one["config"]).resolve()} for one in given.get("memory", ())),
+        recipe=(folder / given["recipe"]).resolve() if "recipe" in given else None,
+    )
+
+
+def _check(path: Path, given: Any) -> None:
+    """Raise where an entry of a study is unknown, missing or has a value that it cannot have."""
+    fault = first_fault(_StudyEntries, given)
+    if fault is None:
+        return
+    where = ": ".join(map(str, fault.path))
+    if fault.allowed:
+        raise OptionError(f"{path}: {where}={fault.value!r:.80} is not allowed: give {fault.allowed}")
+    if fault.missing:
+        raise OptionError(f"{path}: {where} is missing")
+    known = [name for kind in (_StudyEntries, _SetupEntries, _PublishedEntries) for name in kind.__annotations__]
+    raise OptionError(f"{path}: unknown entry {where!r:.80}{closest(str(fault.path[-1]), known)}")
