@@ -233,8 +233,18 @@ def _validated(adapter: TypeAdapter[Any], value: Any, name: str, *, strict: bool
         fault = _fault(found, value)
         if not fault.allowed:
             raise error(f"{name} {'lacks' if fault.missing else 'has an unknown entry'} {fault.path[-1]!r}") from found
+        allowed = fault.allowed if fault.path else _range(adapter.core_schema, fault.allowed)
         inside = f" in the place of {fault.value!r:.40}" if fault.path else ""
-        raise error(f"{name}={value!r:.80} is not allowed: give {fault.allowed}{inside}") from found
+        raise error(f"{name}={value!r:.80} is not allowed: give {allowed}{inside}") from found
+
+
+def _range(schema: Any, allowed: str) -> str:
+    """A bound that a number has passed, with the other one; the far ones that stand for no limit are left out."""
+    schema = schema.get("schema", schema)  # of a value that may be None
+    bounds = [(key, schema[key]) for key in ("ge", "gt", "le", "lt") if abs(schema.get(key, MOST)) < MOST]
+    texts = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    both = f"a number of {' and '.join(f'{texts[key]} {bound:.10g}' for key, bound in bounds)}"
+    return both if len(bounds) == 2 and allowed.startswith("a number of") else allowed
 
 
 def _fault(error: ValidationError, value: Any) -> Fault:
