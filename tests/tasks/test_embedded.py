@@ -14,8 +14,8 @@ from transformers.trainer_utils import validate_quantization_for_training
 from weightlora.errors import DataError, MissingPackageError
 from weightlora.folders import RECORD_FILE
 from weightlora.model.sites import find_sites
+from weightlora.plan.card import base_model_name
 from weightlora.plan.make import make_plan
-from weightlora.plan.provenance import base_model_name
 from weightlora.tasks import find_task
 from weightlora.tasks.classification import accuracy, encode, load_classifier, shuffled_batches
 from weightlora.tasks.embedded import base_files, embedded_model, hub_name, roget, rotten_tomatoes, smollm2, wheel_file

@@ -24,7 +24,7 @@ from typing import Any, cast
 from weightlora.errors import DataError, OptionError
 from weightlora.files import is_deep, only_writer, write_text
 from weightlora.folders import own_files, writer_of
-from weightlora.plan.provenance import library_versions
+from weightlora.plan.plan import library_versions
 from weightlora.runs.files import BENCH, BENCHES, RECORDS_FILE, require_output
 
 Record = dict[str, Any]

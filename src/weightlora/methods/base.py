@@ -15,9 +15,9 @@ from weightlora.errors import PlanError
 from weightlora.methods.common.export import Factors, become_stock, factors_plan, layer_factors
 from weightlora.model.layers import adapter_layers, lora_layers, without_adapters
 from weightlora.model.sites import Candidates, Site, find_sites, require_uniform
+from weightlora.plan.card import base_model_name
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
-from weightlora.plan.provenance import base_model_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -16,8 +16,8 @@ from weightlora.errors import SelectionError
 from weightlora.methods.base import Start, recorded
 from weightlora.methods.common.moving import Attached, MovingMethod
 from weightlora.model.distributed import copy_from_first
+from weightlora.plan.card import base_model_name
 from weightlora.plan.make import make_plan
-from weightlora.plan.provenance import base_model_name
 from weightlora.validation import Positive
 
 if TYPE_CHECKING:

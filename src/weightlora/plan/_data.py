@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,10 +15,14 @@ from weightlora.errors import OptionError, PlanError
 from weightlora.model.sites import Site, TargetParameter
 from weightlora.plan._schema import ENTRY_KEYS, PLAN_KEYS, read_plan_file, write_plan_file
 from weightlora.plan.budget import expanded_ranks
-from weightlora.plan.provenance import library_versions
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide a selection, read without importing them."""
+    return {name: version(name) for name in ("weightlora", "torch", "transformers", "peft")}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlora.plan._data import PlanData, PlannedSite, sites_fingerprint
+from weightlora.plan._data import PlanData, PlannedSite, library_versions, sites_fingerprint
 from weightlora.plan.attach import attach_plan, lora_config_of, require_adapters, require_sites
 from weightlora.plan.card import write_adapter
 from weightlora.plan.heatmap import headline, summary
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from torch import nn
 
-__all__ = ["AdapterPlan", "PlannedSite", "sites_fingerprint"]
+__all__ = ["AdapterPlan", "PlannedSite", "library_versions", "sites_fingerprint"]
 
 
 @dataclass(frozen=True, repr=False)

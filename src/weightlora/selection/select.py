@@ -32,9 +32,9 @@ from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
 from weightlora.model.sites import find_sites
 from weightlora.plan.budget import Keep, Limit
+from weightlora.plan.card import base_model_name
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
-from weightlora.plan.provenance import base_model_name
 from weightlora.plan.ranking import Ranking
 from weightlora.selection._budget import asked_budget, measured_budget, require_measurable
 from weightlora.selection._kept import agreement_of, choices, kept_ranks, kept_sites, require_gradients

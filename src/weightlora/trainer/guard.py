@@ -16,9 +16,8 @@ from weightlora.model.checkpointing import remove_input_hooks, shorten_backward
 from weightlora.model.gathering import require_loaded
 from weightlora.model.layers import adapter_ranks, require_replaceable
 from weightlora.model.sites import require_unwrapped
-from weightlora.plan.card import CARD_FILE, write_card
+from weightlora.plan.card import CARD_FILE, write_base_model_name, write_card
 from weightlora.plan.plan import AdapterPlan
-from weightlora.plan.provenance import write_base_model_name
 from weightlora.text import in_markdown
 
 PLAN_FILE = "plan.json"
