@@ -544,6 +544,7 @@ def test_ray_gives_the_same_records(unbroken, tmp_path, capsys):
     assert "6 records" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_recorded_is_not_run_again_but_for_failures_on_demand(unbroken, tmp_path):
     grid = read_grid(unbroken.output_dir.parent / "b.yaml", tmp_path)
     lines = (unbroken.output_dir / "records.jsonl").read_text().splitlines()

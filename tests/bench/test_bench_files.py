@@ -106,6 +106,7 @@ def one_line(said):
     return re.fullmatch(r"weightlora: error: [^\n]+\n", said) is not None
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("path", WRONG, ids=lambda path: ".".join(map(str, path)))
 def test_nonsense_in_an_entry_is_one_line_that_names_it(path, tmp_path, capsys):
     for value in WRONG[path]:

@@ -123,6 +123,7 @@ def few(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_it_counts_what_the_grid_has_and_leaves_no_records(few):
     grid, told = few, []
     [done] = [p for p in grid.tested({}) if p.row.label == "lora" and p.seed == 0]

@@ -119,6 +119,7 @@ DAMAGED = [
 ]
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(("line", "says"), DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_line_is_named_and_nothing_is_lost(line, says, tmp_path, capsys):
     """In the middle of a file, in front of others and behind them: each command names it and changes nothing."""

@@ -315,6 +315,7 @@ def test_settings_out_of_their_range_are_named(make, text):
         make()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rule", RULES)
 def test_each_rule_picks_sites_of_minilm(minilm, review_batches, rule):
     """The model stays as it was; the head is not trained; rules that read no batch take none."""

@@ -335,6 +335,7 @@ def branch_scores(rule, seed, planted):
     return torch.tensor(values(plan))
 
 
+@pytest.mark.slow
 def test_cross_fitted_scores_of_noise_have_mean_zero_and_others_do_not():
     """Branch 0 can lower the loss and is always kept; the five others see noise."""
     noise = torch.cat([branch_scores("cross_fitted", seed, planted=[0])[1:] for seed in range(12)])
@@ -498,6 +499,7 @@ def test_quantised_layers(quantised_net, rule):
         assert values(selected(rule, data, net=plain)[0]) != pytest.approx(values(plan), rel=0.05)  # negative control
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("rule", NAMES)
 def test_sites_of_minilm_are_picked(minilm, review_batches, rule):
     before = fingerprint(minilm)

@@ -76,6 +76,7 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(name, start, tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -91,6 +91,7 @@ def test_each_adapter_is_stock(demo, tokenizer):
         torch.testing.assert_close(torch.tensor(logits), by_hand, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_plans(demo, records):
     assert tuple(sorted(records)) == ROWS
     for row, record in records.items():

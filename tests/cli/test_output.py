@@ -48,6 +48,7 @@ def command(base, whole, tmp_path):
     return commands.__getitem__
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_full_disk_is_one_line(command, name, capsys):
     with FULL.open("w", buffering=1) as full, redirect_stdout(full):  # closing it would fail if anything were left

@@ -148,6 +148,7 @@ def test_estimate_names_its_rows_and_columns(minilm, tmp_path, capsys):
         assert any(line.startswith(f"{name} ") for line in printed.splitlines()), f"{name} is not explained"
 
 
+@pytest.mark.slow
 def test_the_median_lies_in_the_spread(minilm, review_batches):
     site = Site("bert.encoder.layer.5.output.dense", 1536, 384)
     plan = AdapterPlan((PlannedSite(site, 8, 8, r=8, alpha=8, score=1.0),), lora={"task_type": "SEQ_CLS"})

@@ -99,7 +99,7 @@ def planned_on_all(base, dropout, fast=None):
     return sites, lora, model if fast is None else enable_fast_lora(model, fast)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("dropout", "fast", "dtype"),
     [

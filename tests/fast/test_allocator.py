@@ -34,7 +34,7 @@ def takes_more_than_32_mebibytes():
     return bool(ctypes.CDLL(None).mallopt(-3, 2**31 - 1))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells glibc alone")
 @pytest.mark.parametrize("count", [64, 1])
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_a_useful_site_is_kept_and_an_idle_one_is_not(name, tmp_path):
             assert idle == 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", READING)
 def test_labels_of_other_rows_do_not_lead_to_the_same_choice(name, tmp_path):
     """Methods that read the loss fail; those that read the inputs alone never saw the labels."""

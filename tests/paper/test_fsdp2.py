@@ -75,6 +75,7 @@ def test_each_process_holds_half_of_the_model(run):
         assert seen["held"] == pytest.approx(seen["whole"] / 2, rel=0.05)  # rows of a matrix are not divided
 
 
+@pytest.mark.slow
 def test_the_adapter_is_stock_and_has_the_plans_sites(run):
     plan = AdapterPlan.load(run / "select" / "plan.json")
     results = json.loads((run / "run" / "results.json").read_text())

@@ -183,7 +183,7 @@ def of_two_processes(tmp_path_factory) -> list[dict[str, bytes]]:
     ]
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -411,6 +411,7 @@ def test_cells_answer_to_mouse_and_keys(runs, tmp_path, opened):
     assert page.errors == []
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_broken_page_would_be_seen(runs, tmp_path, opened):
     from axe_playwright_python.sync_playwright import Axe
@@ -448,7 +449,7 @@ LINES = """cells => cells.map(cell => {
 })"""
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_page_of_560_sites_is_readable(large, width, opened):
@@ -476,6 +477,7 @@ def test_a_page_of_560_sites_is_readable(large, width, opened):
     assert page.errors == []
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_grid_that_is_whole_says_nothing_of_scrolling(runs, tmp_path, opened):
     write_page(runs, tmp_path / "report.html")
@@ -485,6 +487,7 @@ def test_a_grid_that_is_whole_says_nothing_of_scrolling(runs, tmp_path, opened):
     page.wait_for_function("!document.querySelector('#run-0 .cut').hidden")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_huge_loss_is_drawn(runs, tmp_path, opened):
     (runs[0] / "results.json").write_text(json.dumps({"losses": [[1, 1.0], [2, 1e300], [1e300, 3]], "metrics": {}}))

@@ -58,7 +58,7 @@ def run_limited():
     return run
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(base, whole, run_limited, tmp_path, capsys, name):
     run = tmp_path / "run"

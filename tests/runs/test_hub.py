@@ -126,6 +126,7 @@ def test_a_failed_push_is_one_line_and_the_same_command_tries_again(pushed):
     assert re.search(r"cannot push .*adapter to me/sentiment: .*403.*; the same command tries again$", lines[0])
 
 
+@pytest.mark.slow
 def test_the_command_pushes_the_adapter_with_plan_card_and_picture(pushed):
     hub, _, folder = pushed
     files = hub.repositories["me/sentiment"]

@@ -205,6 +205,7 @@ def refused(code, said):
     assert lines[-1].startswith("weightlora: error: cannot write"), said
 
 
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_takes_the_place_of_another_it_resumes_from_the_new_one(run, undisturbed):
     folder, of = undisturbed
     whole = of("train, adalora")

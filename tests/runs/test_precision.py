@@ -132,6 +132,7 @@ def test_low_precision_keeps_the_sites(make_trainer, fp32, other_draws, record_p
     assert distance(plan, fp32) < min(distance(other, fp32) for other in other_draws) / 2
 
 
+@pytest.mark.slow
 def test_the_bars_keep_out_what_is_no_rounding(fp32, other_draws, minilm):
     """Negative controls: random choices, and the noise that the second bar is made of."""
     # P(overlap > 14) < 0.001 <= P(overlap > 13): 14 of 18 in common are 14 of the 22 sites in the union.

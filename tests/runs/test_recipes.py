@@ -368,7 +368,7 @@ def loaded(recipe: Recipe, rows: DatasetDict):
     return prepare_model_for_kbit_training(model) if options.load_in_8bit else model
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_dry_run(name, tiny, tmp_path):
     """Select, train two steps, measure; what is saved is a stock adapter, with which stock PEFT says the same."""

@@ -71,6 +71,7 @@ def test_a_moved_run_resumes_also_by_a_relative_path(base, whole, tmp_path, monk
     assert main(words(base, run)) == 0  # finished, by its full path
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("after", [4, 6])
 def test_a_moved_run_ends_with_its_best_checkpoint(base, tmp_path, after):
     """A rate of 1 makes the loss rise: the best checkpoint is an early one, whose stored path is that of before."""

@@ -237,6 +237,7 @@ def test_the_fast_step_gives_the_losses_of_pefts(tmp_path):
     assert plans[0].history != plans[1].history  # it was the fast step that ran: it rounds in another order
 
 
+@pytest.mark.slow
 def test_the_fast_step_goes_on_where_it_stopped(unbroken, tmp_path):
     whole = run(tmp_path, fast="rank")
     # The control of the test above: with dropout behind A the losses are others.
@@ -309,6 +310,7 @@ def test_a_run_killed_after_its_last_checkpoint_takes_no_step_more(tmp_path):
     assert equal(adapter(tmp_path), before)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda m: f"{m[0]}+{m[1]:.2f}s")
 def test_a_killed_run_goes_on_to_the_same_adapter_bit_for_bit(unbroken, launch, tmp_path, moment, record_property):
     awaited, delay = moment
@@ -333,6 +335,7 @@ def curve(folder):
 WRITTEN = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("last", WRITTEN)
 def test_a_checkpoint_that_was_being_written_is_not_gone_on_from(unbroken, tmp_path, last):
     folder = tmp_path / "run"

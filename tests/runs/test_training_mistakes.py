@@ -59,6 +59,7 @@ def base(tmp_path_factory, tokenizer):
     return write_base(tmp_path_factory.mktemp("base"), tokenizer)
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(("options", "says"), MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
 def test_a_mistake_is_one_line_before_the_warm_up(options, says, base, tmp_path, capsys, monkeypatch):
     def paid(*_):
@@ -71,6 +72,7 @@ def test_a_mistake_is_one_line_before_the_warm_up(options, says, base, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("options", GOOD, ids=" ".join)
 @pytest.mark.filterwarnings("ignore:.* batches for .* warm-up steps")
 def test_what_can_be_trained_is_trained(options, base, tmp_path):

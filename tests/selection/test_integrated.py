@@ -141,6 +141,7 @@ def test_settings_out_of_range_are_named(settings, named):
         Integrated(**settings)
 
 
+@pytest.mark.slow
 def test_it_runs_on_minilm_and_another_seed_draws_another_start(minilm, review_batches):
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
     options = {"lora": lora, "keep": 0.25, "steps": 4, "rule": Quick(head_steps=0), "progress": False}
@@ -182,6 +183,7 @@ def test_a_gain_of_rank_one_is_kept_with_one_rank():
     assert first > 20 * abs(second)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("most", [1, 2, 9])
 def test_a_site_keeps_at_most_so_many_ranks(most, minilm, review_batches):
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
@@ -194,6 +196,7 @@ def test_a_site_keeps_at_most_so_many_ranks(most, minilm, review_batches):
     assert max(free.ranks.values()) > 2  # the control
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("keep", "most"), [(0.25, 1), (0.3, 2), (0.5, 2), (0.75, 3), (0.9, 4), ("20k parameters", 1)])
 def test_even_ranks_are_the_budgets_share_of_each_site(keep, most, minilm, review_batches):
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")

@@ -83,6 +83,7 @@ def scored(model, rule="first_order", batches=BATCHES, task="SEQ_CLS", **options
 # -- the same plan ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("rule", [*(entry.name for entry in RULES), *STUDY.values()])
 def test_every_rule_scores_as_on_the_whole_model(rule, tmp_path):
     model = partly(bert(), tmp_path)
@@ -163,6 +164,7 @@ def _values(state):
             yield name, (value.dtype, value.tolist()) if isinstance(value, torch.Tensor) else value
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("rule", [*(entry.name for entry in RULES), *STUDY.values()])
 def test_no_rule_packs_four_bits_for_evaluation(rule, tmp_path):
     """On a processor with AVX512-BF16, bitsandbytes packs the weights of an evaluation pass and rounds their scales."""
@@ -340,6 +342,7 @@ def partitioned(model):
     return model
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "rule",
     [

@@ -29,6 +29,7 @@ def plan_of(rule, model, batches, keep):
     return select(model, batches, rule=rule_of(rule, head_steps=0) if rule in BY_LOSS else rule, **asked)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("rule", BY_LOSS)
 def test_dead_layers_score_nothing_and_are_not_kept(rule, minilm, review_batches):
     with pytest.warns(WeightLoraWarning, match="3 of 35 sites had no gradient in the warm-up"):
@@ -37,6 +38,7 @@ def test_dead_layers_score_nothing_and_are_not_kept(rule, minilm, review_batches
     assert not DEAD & {*plan.names}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("rule", BLIND)
 def test_rules_that_do_not_read_the_loss_miss_it(rule, minilm, review_batches):
     """The control: dead layers can be kept."""

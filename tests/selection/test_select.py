@@ -145,6 +145,7 @@ plan.save(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_plan_does_not_depend_on_the_hash_seed(tmp_path):
     """PEFT keeps names in sets, whose order the hash seed decides; here two processes, at once to save time."""
     files = [tmp_path / "1.json", tmp_path / "2.json"]
@@ -280,6 +281,7 @@ def test_options_are_recorded():
     assert (plan.rule, plan.seed, len(plan.history)) == ("stoiht", 7, 4)
 
 
+@pytest.mark.slow
 def test_first_order_spreads_its_sites_unless_asked_or_not_counted(minilm, review_batches):
     def chosen(**options):
         lora = LoraConfig(r=2, task_type="SEQ_CLS")

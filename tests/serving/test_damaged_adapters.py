@@ -108,6 +108,7 @@ def damaged(rng, folder, config, tensors):
     save_file(kept, folder / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.fuzz
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_folders(save, base, tmp_path, capsys):

@@ -67,6 +67,7 @@ def has_more_columns_than_rows(folder):
     return any(b.shape[0] < b.shape[1] for _, b in pairs(folder).values())
 
 
+@pytest.mark.sampled(60)
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_verdict_is_what_the_runtime_does_and_the_export_is_right(runtime, adapter, tmp_path):
     wanted = by_patterns(adapter.folder)
@@ -101,6 +102,7 @@ def test_each_runtime_reads_some_adapter_wrong_but_vllm(save):
     assert [runtime for runtime in RUNTIMES if reads_right(runtime, saved.folder, wanted)] == ["vllm"]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("seed", range(12))
 def test_random_adapters(seed, save, tmp_path):
     lot = random.Random(seed)
@@ -316,6 +318,7 @@ def test_the_converter_gets_the_export_and_the_base(runtime, converter, save, tm
     assert reads_right("llama.cpp", out, by_patterns(saved.folder))
 
 
+@pytest.mark.slow
 def test_the_converter_gets_the_configuration_of_an_embedded_model(converter, save, tmp_path):
     folder = tmp_path / "adapter"
     shutil.copytree(save(target_modules=[site(0, "q_proj")]).folder, folder)

@@ -54,6 +54,7 @@ def test_the_adapters_are_the_plan(stack, name, tmp_path):
     assert ("lm_head" in trained) == ("modules_to_save" in plan.lora)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("seed", range(16))
 def test_random_plans(seed, tmp_path):
     make, plan = random_plan(seed)

@@ -143,6 +143,7 @@ def requests_of(task, lm: HFLM) -> list[tuple[str, str]]:
     return [request.args for request in task.instances]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ROWS)
 def test_the_trained_tokens_are_those_that_the_harness_scores(name, harness, tokenizer, tiny, arguments):
     task, judged = task_of(name), harness[name]
@@ -273,6 +274,7 @@ def test_a_recipe_names_the_settings_of_its_generator():
         load_rows(task_of("reasoning"), Source(dataset_name="reasoning_gym/chain_sum", dataset_config_name="two"))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "generator",
     ["chain_sum", "arc_agi", "prime_factorization"],  # arc_agi compares tuples, prime_factorization raises on words
@@ -372,6 +374,7 @@ def test_a_row_without_text_is_one_line(plain, text):
         prepare(task_of("language_modelling"), rows, plain, RowOptions())
 
 
+@pytest.mark.sampled(1)
 def test_two_steps_of_lora_and_every_metric(tokenizer, tiny, arguments):
     model = get_peft_model(tiny, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     for task in (task_of("completion"), task_of("reasoning")):
@@ -386,6 +389,7 @@ def test_two_steps_of_lora_and_every_metric(tokenizer, tiny, arguments):
         assert all(0 <= value <= 1 for value in measured.values())
 
 
+@pytest.mark.sampled(1)
 def test_what_is_learnt_by_heart_is_answered(tokenizer, tiny, arguments):
     prepared = prepare(task_of("completion"), splits(OWN[:2]), tokenizer, RowOptions(max_target_length=6))
     options = {"learning_rate": 2e-2, "per_device_train_batch_size": 2, "lr_scheduler_type": "constant"}
@@ -396,6 +400,7 @@ def test_what_is_learnt_by_heart_is_answered(tokenizer, tiny, arguments):
     assert prepared.measure(trainer) == {"validation_exact_match": 1.0}
 
 
+@pytest.mark.sampled(1)
 def test_teacher_forced_numbers_are_those_of_greedy_answers_and_of_a_loss_row_by_row(tokenizer, tiny, arguments):
     rows = splits(OWN)
     generated, forced = (

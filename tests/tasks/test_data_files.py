@@ -252,6 +252,7 @@ ODD += [{"text": [""], "answer_start": [0]}, {"text": ["Paris"], "answer_start":
 ODD += [[{"role": "user", "content": None}, {"role": "assistant", "content": None}], [{"role": None, "content": "a"}]]
 
 
+@pytest.mark.slow
 @pytest.mark.fuzz
 def test_what_the_reader_lets_pass_can_be_prepared(tmp_path, tokenizer, capsys):
     """An odd value in one of three rows, or in all; nothing but our own errors comes out of reader and tokenizer."""
@@ -406,6 +407,7 @@ def test_of_a_limited_file_only_the_first_rows_are_read(form, tmp_path):
     assert peak < size / 4  # text is read in pieces of at most 2^16 characters, of four bytes each at most
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("form", ["csv", "json", "jsonl"])
 def test_the_memory_of_a_whole_file_is_that_of_its_rows_in_arrow(form, tmp_path):
     rows, path = long_rows(16_000), tmp_path / f"rows.{form}"

@@ -177,6 +177,7 @@ def test_a_fresh_head_depends_on_the_seed_alone_and_no_random_number_is_used_up(
     assert not heads[0].equal(heads[2])
 
 
+@pytest.mark.slow
 def test_a_gguf_file_becomes_plain_weights_that_can_be_trained():
     file = smollm2()
     model = load_pretrained("AutoModelForCausalLM", file.parent, seed=0, gguf_file=file.name)

@@ -116,6 +116,7 @@ def share(first: list[int], second: list[int]) -> float:
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 def test_the_accuracy_is_the_one_by_hand(base, adapter, tokenizer, tmp_path):
     plain, adapted = (preferred(loaded(base, folder), tokenizer) for folder in (None, adapter))
     normed = preferred(loaded(base, adapter), tokenizer, per_letter=True)
@@ -138,6 +139,7 @@ def test_the_accuracy_is_the_one_by_hand(base, adapter, tokenizer, tmp_path):
     )
 
 
+@pytest.mark.sampled(1)
 def test_a_model_in_memory_is_judged_as_the_saved_one_and_left_as_it_was(base, adapter, tokenizer, tmp_path):
     folder = write_task(tmp_path / "tasks", ROWS)
     model = loaded(base, adapter).train()
@@ -151,6 +153,7 @@ def test_a_model_in_memory_is_judged_as_the_saved_one_and_left_as_it_was(base, a
     assert found == judge(base, adapter, ["local_choice"], include_path=folder)
 
 
+@pytest.mark.sampled(1)
 def test_a_task_of_the_harness_is_measured_by_it_after_training(base, tokenizer, tmp_path):
     """The same local task judges what SFTTrainer has trained; its rows have their own wording, the user's."""
     folder = write_task(tmp_path / "tasks", ROWS)
@@ -193,6 +196,7 @@ def test_the_users_task_takes_the_place_of_the_harness_s_of_that_name(tmp_path):
     assert len(list(task.eval_docs)) == len(ROWS)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("what", ["no such task", "no such file", "no such folder"])
 def test_a_task_that_is_not_there_is_one_line(what, tmp_path):
     missing = {"test": str(tmp_path / "nothing.json")}
