@@ -407,7 +407,7 @@ def doubled(data):
         ("dot_product", {"steps": 0}, "steps=0 is not allowed: give a number of at least 1"),
         ("dot_product", {"by": "sign"}, "by='sign' is not allowed: give 'magnitude' or 'descent'"),
         ("dot_product", {"keep": 0}, "keep=0 is not allowed"),
-        ("lora_drop", {"energy": 1.1}, "energy=1.1 is not allowed: give a number of at most 1"),
+        ("lora_drop", {"energy": 1.1}, "energy=1.1 is not allowed: give a number of more than 0 and at most 1"),
         ("eva", {"rho": 0.5}, "rho=0.5 is not allowed: give a number of at least 1"),
         ("eva", {"most": 5}, "most=5 is not allowed: give more than steps=20"),
         ("eva", {"rho": 9}, "rho=9 asks for 18 directions at 0, whose inputs have 6; lower rho or r"),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, Field, ValidationError, WrapValidator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, WrapValidator, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from weightlora.errors import PlanError
@@ -77,6 +77,7 @@ class _Site(TypedDict):
     score_error: NotRequired[Annotated[float | None, Field(ge=0, le=_MOST), _say("null or a number from 0")]]
 
 
+@with_config(ConfigDict(extra="forbid"))
 class _Parameter(TypedDict):
     name: _Name
     shape: Annotated[list[_Size], Field(min_length=2, max_length=3), _say("two or three whole numbers from 1")]
