@@ -99,6 +99,7 @@ def plan_of(folder, run):
 # -- one plan --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("run", ["ddp", "fsdp"])
 def test_two_processes_choose_as_one_on_the_same_rows(one, two, run):
     assert_same_choice(plan_of(two, run), plan_of(one, "one"))

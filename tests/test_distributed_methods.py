@@ -20,6 +20,9 @@ ROUNDING = 3e-4
 UNEQUAL = ("adalora", "increlora", "dynamic_lora", "alora")
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The folder with what two processes have left there."""

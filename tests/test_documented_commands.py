@@ -123,6 +123,7 @@ def test_a_task_and_a_model_of_the_hub(small_model):
     assert main([*own(only("--task rte")), *changed, "--output_dir", "out"]) == 0
 
 
+@pytest.mark.slow
 def test_a_recipe_of_the_repository(tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(str(smollm2().parent), gguf_file=smollm2().name)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -143,6 +144,7 @@ def test_a_recipe_of_the_repository(tmp_path, monkeypatch):
     assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.slow
 def test_a_benchmark_of_the_guide(here, small_model, capsys):
     guide = (ROOT / "docs" / "guides" / "methods.md").read_text()
     (here / "b.yaml").write_text(guide.partition("```yaml\n")[2].partition("```")[0])
@@ -176,6 +178,7 @@ def test_differences_that_a_readme_quotes(tmp_path, monkeypatch, capsys):
     assert not [number for number in quoted if number not in printed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun --nproc_per_node 2", "accelerate launch --config_file fsdp2.yaml"])
 def test_two_processes(launcher, here, small_model):
     words = only(launcher)

@@ -81,6 +81,7 @@ def require_planned_adapter(name, folder):
     return plan
 
 
+@pytest.mark.slow
 def test_an_example_writes_the_planned_adapter(finished):
     name, folder, printed = finished
     plan = require_planned_adapter(name, folder)
@@ -107,6 +108,7 @@ def test_a_notebook_is_its_script(script):
     assert differ == [("settings = parser.parse_args()", "settings = parser.parse_args([])")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", ["classification"], indirect=True)
 def test_an_executed_notebook_writes_what_its_script_writes(finished, tmp_path, monkeypatch):
     name, folder, _ = finished

@@ -123,6 +123,7 @@ def add(folder, *names):
         (folder / name).write_text("years of work")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("start", ["new", "written before"])
 @pytest.mark.parametrize("command", BESIDE)
 def test_a_command_writes_beside_files_of_the_user(command, start, bed, made, tmp_path):

@@ -558,6 +558,7 @@ def test_what_is_recorded_is_not_run_again_but_for_failures_on_demand(unbroken, 
     assert lasting(recorded(grid)) == lasting(recorded(unbroken))
 
 
+@pytest.mark.slow
 def test_the_command_writes_and_prints_the_table(unbroken, capsys):
     out = unbroken.output_dir
     words = ["bench", "--config", str(out.parent / "b.yaml"), "--output_dir", str(out)]

@@ -103,10 +103,12 @@ def test_the_numbers_are_those_of_the_plans(demo, records):
     assert max(few, 2 * half) <= lora == 10 * rank_1
 
 
+@pytest.mark.slow
 def test_it_selects_with_the_fast_step(demo):
     assert AdapterPlan.load(demo / "plan.json").options["fast"] == "input"
 
 
+@pytest.mark.slow
 def test_the_plan_on_the_screen_is_that_of_the_time_limit(demo, screen):
     plan = AdapterPlan.load(demo / "plan.json")
     assert plan == AdapterPlan.load(kept(demo)["0.6_of_the_time"] / "plan.json")
@@ -114,6 +116,7 @@ def test_the_plan_on_the_screen_is_that_of_the_time_limit(demo, screen):
     assert f"{len(plan.names)} of 36 sites kept" in screen
 
 
+@pytest.mark.slow
 def test_the_screen_explains_itself(demo, records, screen):
     header = next(line for line in screen.splitlines() if line.strip().startswith("method"))
     explained = screen[screen.index("rate: ") :]

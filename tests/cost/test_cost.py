@@ -258,6 +258,7 @@ def test_checkpointing_and_a_detached_loss_are_refused(minilm, review_batches):
         saved_cost(model, lambda: [model(**review_batches[0]).loss])
 
 
+@pytest.mark.slow
 def test_estimate_prints_three_lines_and_three_more_for_the_fast_step(minilm, tmp_path, capsys):
     lora = LoraConfig(r=8, lora_dropout=0.05, task_type="SEQ_CLS")
     sites = find_sites(minilm, lora).sites

@@ -78,6 +78,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(base, whole, run_limi
     shutil.rmtree(run)
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_select(base, whole, run_limited, tmp_path):
     size = (whole / "plan.json").stat().st_size
     code, said = run_limited(["select", *words(base, tmp_path / "run")[1:]], size - 1)

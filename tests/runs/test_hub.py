@@ -137,12 +137,14 @@ def test_the_command_pushes_the_adapter_with_plan_card_and_picture(pushed):
     assert_card(files)
 
 
+@pytest.mark.slow
 def test_the_plans_own_folder_is_the_same(pushed):
     files = pushed[0].repositories["me/card"]
     assert ADAPTER | {"plan.png"} <= files.keys()
     assert_card(files)
 
 
+@pytest.mark.slow
 def test_the_trainer_pushes_the_plan_of_select_for_and_peft_alone_does_not(pushed):
     repositories = pushed[0].repositories
     assert repositories["me/script"].keys() >= ADAPTER
@@ -150,6 +152,7 @@ def test_the_trainer_pushes_the_plan_of_select_for_and_peft_alone_does_not(pushe
     assert "adapter_model.safetensors" in repositories["me/bare"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sentiment", "script", "card"])
 def test_what_is_downloaded_is_what_was_trained(name, pushed):
     hub, _, folder = pushed

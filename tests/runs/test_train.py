@@ -310,7 +310,7 @@ def test_a_run_killed_after_its_last_checkpoint_takes_no_step_more(tmp_path):
     assert equal(adapter(tmp_path), before)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda m: f"{m[0]}+{m[1]:.2f}s")
 def test_a_killed_run_goes_on_to_the_same_adapter_bit_for_bit(unbroken, launch, tmp_path, moment, record_property):
     awaited, delay = moment

@@ -172,6 +172,7 @@ def logits(model, batch):
         return model.eval()(**batch).logits
 
 
+@pytest.mark.sampled(2)
 def test_the_line_ends_in_a_planned_stock_adapter(any_trainer, base, tmp_path):
     trainer = any_trainer("run")
     the_users, all_sites = trainer.model, set(lora_layers(trainer.model))
@@ -211,6 +212,7 @@ class Batches(TrainerCallback):
         self.seen.append(kwargs["input_ids"].clone())
 
 
+@pytest.mark.sampled(1)
 def test_the_line_is_the_only_difference(any_trainer):
     """Without it: plain LoRA, which trains on the same batches in the same order."""
     runs = []
