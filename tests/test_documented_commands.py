@@ -164,6 +164,7 @@ def test_a_benchmark_of_the_guide(here, small_model, capsys):
     assert read_records(here / "runs" / "both" / "records.jsonl") == records
 
 
+@pytest.mark.slow
 def test_differences_that_a_readme_quotes(tmp_path, monkeypatch, capsys):
     results = ROOT / "docs" / "results" / "paper"
     shutil.copy(results / "embedded" / "records.jsonl.gz", tmp_path)

@@ -153,6 +153,7 @@ def test_a_folder_with_a_file_of_the_user_is_not_replaced(command, start, lost, 
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("command", [*BESIDE, *WHOLE])
 def test_the_same_command_replaces_what_it_wrote(command, bed, made, tmp_path):
     output = made(command, tmp_path / NAME)
@@ -270,6 +271,7 @@ def test_what_a_killed_process_had_not_finished_is_nobodys(tmp_path):
 # -- particular folders ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_benchmark_here_leaves_the_folder_runs(bed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "train").mkdir(parents=True)

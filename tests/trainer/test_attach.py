@@ -383,6 +383,7 @@ def selected_by_hand(trainer, keep):
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.filterwarnings("ignore::weightlora.errors.WeightLoraWarning")  # few batches are used again

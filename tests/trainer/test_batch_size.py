@@ -79,6 +79,7 @@ def losses(results):
     return torch.tensor([loss for _, loss in results["losses"]])
 
 
+@pytest.mark.slow
 def test_the_batch_grows_as_far_as_plain_lora_reached_and_the_losses_stay(steady, plan_from, tmp_path):
     plan, folder = plan_from(3), tmp_path / "large"
     small = run(tmp_path / "small", steady, plan)
@@ -131,6 +132,7 @@ def trainer_on(base, plan, folder):
     return Trainer(plan.attach(deepcopy(base)), arguments, train_dataset=[row] * 64)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("layer", "rows"), [(3, 16), (5, 32)])
 def test_what_is_chosen_fits_and_the_next_larger_does_not(minilm, plan_from, tmp_path, layer, rows):
     plan = AdapterPlan.load(plan_from(layer))
@@ -159,6 +161,7 @@ def test_what_runs_out_of_memory_does_not_fit():
         fitting(Batch(8, 4), broken)
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_grow_is_told_once(minilm, plan_from, tmp_path):
     everything = plain_lora(AdapterPlan.load(plan_from(5)))
     trainer = trainer_on(minilm, everything, tmp_path)

@@ -64,6 +64,7 @@ def test_tensorboard_shows_numbers_and_sites_once(tmp_path, monkeypatch):
     assert not [tag for tag in again.Tags()["scalars"] if "plan" in tag]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::weightlora.errors.WeightLoraWarning")
 def test_wandb_keeps_the_plan_as_an_artefact(tmp_path, monkeypatch):
     import wandb
