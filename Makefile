@@ -24,14 +24,14 @@ demo: setup    ## limits in time and parameters beside LoRA on the embedded mode
 	$(BIN)/weightlora demo --output_dir runs/demo
 
 # Tests of the source text and of the documents: make check and make docs run them, make test does not.
-RULES  := tests/test_imports.py tests/test_packaging.py
-TRUE   := tests/test_documents.py tests/test_docstrings.py
+SOURCE_RULES := tests/test_imports.py tests/test_packaging.py
+TRUE_DOCS := tests/test_documents.py tests/test_docstrings.py
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: setup    ## every kind of thing once, at most six minutes on two cores; `make check` and `make docs` have tests of their own
-	$(PYTEST) --short $(addprefix --ignore=,$(RULES) $(TRUE))
+test: setup    ## every kind of thing once, under nine minutes on two cores; `make check` and `make docs` have tests of their own
+	$(PYTEST) --short $(addprefix --ignore=,$(SOURCE_RULES) $(TRUE_DOCS))
 
-test-all: setup  ## all tests, about twenty minutes on two cores; then the examples and DeepSpeed in two processes
+test-all: setup  ## all tests, half an hour on two cores, with the examples and DeepSpeed in two processes
 	$(PYTEST)
 	PYTHON=$(PYTHON) .ci/examples
 	.ci/zero3
@@ -40,7 +40,7 @@ check: setup   ## format, lint, types, import order
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/pyright
-	$(BIN)/python -m pytest $(RULES)
+	$(BIN)/python -m pytest $(SOURCE_RULES)
 
 fuzz: export WEIGHTLORA_FUZZ ?= 1
 fuzz: setup    ## the generators of cases at full size, about an hour on two cores; WEIGHTLORA_FUZZ=10 for ten times more
@@ -78,7 +78,7 @@ bench: setup   ## the measurements of docs/: hours on two cores; each goes on wh
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(DOCS)  ## run every code block of README.md and docs/, make the notebooks, build the site into build/site
 	$(BIN)/python tests/notebooks.py
-	$(BIN)/python -m pytest $(TRUE)
+	$(BIN)/python -m pytest $(TRUE_DOCS)
 	$(BIN)/mkdocs build --strict
 
 clean:

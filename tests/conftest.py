@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _spread(cases, number):
-    """``number`` of the cases, the first and the last among them."""
+    """``number`` of the cases: the first, and from two on the last and those evenly between them."""
     if number >= len(cases):
         return cases
     return [cases[round(i * (len(cases) - 1) / max(number - 1, 1))] for i in range(number)]

@@ -256,7 +256,7 @@ def test_a_deleted_checkpoint_leaves_the_file_of_the_user(bed, tmp_path):
     assert not (output / "checkpoint-4").exists()
 
 
-def test_what_a_killed_process_had_not_finished_is_nobodys(tmp_path):
+def test_drafts_that_a_killed_process_left_are_not_counted(tmp_path):
     output = tmp_path / NAME
     for text in ("first", "second"):
         with whole_folder(output, "weightlora export") as draft:

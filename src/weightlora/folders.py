@@ -170,7 +170,7 @@ def require_own_files(folder: Path, writer: str, names: Iterable[str]) -> None:
 def _first_foreign(folder: Path, own: frozenset[tuple[str, str]]) -> str | None:
     """The first file in a folder, or in a folder below, that is not in ``own``; an empty folder counts as a file.
 
-    What a killed process had not finished is nobody's.
+    Drafts that a killed process left are not counted.
     """
     paths = (path.relative_to(folder) for path in folder.rglob("*"))
     names = sorted(path.as_posix() for path in paths if not path.parts[0].startswith(DRAFT))

@@ -44,8 +44,13 @@ def loss(model, rows):
 
 
 def is_counted(estimate, configuration, benchmark):
-    """Whether the allocator counts as much; the profiler loses an event now and then, so a count may be too low."""
-    return any(estimate == pytest.approx(benchmark.counted(configuration), rel=0.005) for _ in range(3))
+    """Whether the allocator counts as much. The profiler loses an event now and then: the largest of three counts."""
+    most = 0
+    for _ in range(3):
+        most = max(most, benchmark.counted(configuration))
+        if most > 0.99 * estimate:  # no large event is lost
+            break
+    return estimate == pytest.approx(most, rel=0.005)
 
 
 def with_lora(model, **lora):

@@ -229,6 +229,7 @@ def test_without_its_callback_it_warns_and_cannot_be_exported():
         ({"ranks": [2, 2]}, 9, r"ranks=\[2, 2\] is not allowed: give one of at least 1 for each of clients=3"),
         ({"ranks": 0}, 9, r"ranks=\[0, 0, 0\] is not allowed"),
         ({"ranks": [2, 0, 2]}, 9, r"ranks=\[2, 0, 2\] is not allowed"),
+        ({"ranks": [2, 10**12, 2]}, 9, "give a number of at most 2147483647 in the place of 1000000000000"),
         ({}, 2, "2 steps are fewer than clients=3; train longer or lower clients"),
     ],
 )

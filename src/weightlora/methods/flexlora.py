@@ -19,7 +19,7 @@ from weightlora.errors import OptionError
 from weightlora.methods.base import Start
 from weightlora.methods.common.moving import Attached, MoverCallback, MovingMethod, packed, unpacked, wide_lora
 from weightlora.model.distributed import from_first
-from weightlora.validation import Count
+from weightlora.validation import Count, Whole
 
 if TYPE_CHECKING:
     pass
@@ -39,7 +39,7 @@ class FlexLora(MovingMethod):
     """
 
     clients: Count = 4
-    ranks: Sequence[int] | int | None = None
+    ranks: Sequence[Whole] | Whole | None = None
     rounds: Count = 4
     name = "flexlora"
     turn = 0

@@ -14,7 +14,7 @@ from weightlora.files import whole_file
 #: Colour-blind safe (Okabe and Ito).
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKERS = "osD^vPX"
-#: Letters of a title that a panel has room for.
+#: Letters of a title that fit into a panel.
 _LETTERS = 55
 
 

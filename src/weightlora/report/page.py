@@ -270,7 +270,7 @@ def _script(plots: Mapping[str, Figure]) -> str:
 #: Colours that differ in lightness too, on white and on black: for whoever sees no difference of hue.
 COLOURS = ("#d95f02", "#3b7dd8", "#1b9e77", "#c2479d", "#8a7a00", "#7a6ff0")
 Figure = dict[str, Any]
-#: Names of sites that the history has room for; of more, every second or third is shown.
+#: Names of sites that fit into the history; of more, every second or third is shown.
 _NAMES = 40
 #: Of a curve: up to so many points are marked, and up to so many are no line.
 _MARKED, _NO_LINE = 25, 2
