@@ -86,7 +86,7 @@ def write_run(folder: Path, seed: int) -> Path:
     history = tuple(
         tuple(scores[name] * (1 + lot.gauss(0, 1) / step**0.5) for name in names) for step in range(1, STEPS + 1)
     )
-    options = {"keep": len(kept), "steps": STEPS, "lr": 1e-4, "agreement": 0.87}
+    options = {"keep": len(kept), "steps": STEPS, "learning_rate": 1e-4, "agreement": 0.87}
     folder.mkdir()
     plan = AdapterPlan(entries, rule="first_order", options=options, seed=seed, history=history)
     plan.save(folder / "plan.json")

@@ -235,7 +235,7 @@ def build(variant: Variant, *, keep: int, seed: int, lr: float) -> Method:
         return make_method("random", keep=keep, seed=seed)
     if variant.method == "nearest":
         return ChoosingMethod(lambda model, lora, _batches, _steps: nearest_the_output(model, lora, keep))
-    return make_method(variant.method, keep=keep, seed=seed, lr=lr, progress=False, **variant.options)
+    return make_method(variant.method, keep=keep, seed=seed, learning_rate=lr, progress=False, **variant.options)
 
 
 def nearest_the_output(model: Any, lora: Any, keep: int) -> AdapterPlan:
@@ -301,7 +301,7 @@ def run_smollm2() -> None:
             continue
         batches = list(itertools.islice(sum_batches(tokenizer, seed), LLM_STEPS))
         plan = select(
-            model, batches, lora=lora, keep=105, steps=LLM_STEPS, seed=seed, lr=5e-4, rule=rule, ranking="score"
+            model, batches, lora=lora, keep=105, steps=LLM_STEPS, seed=seed, learning_rate=5e-4, rule=rule, ranking="score"
         )
         append_record(path, {"method": label, "keep": 105, "seed": seed, "steps": LLM_STEPS, "kept": plan.names})
 

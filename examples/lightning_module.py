@@ -75,7 +75,7 @@ plan = weightlora.select(
     train_loader,
     lora=LoraConfig(r=8, lora_alpha=16, task_type="SEQ_CLS"),
     keep=0.5,
-    lr=1e-3,
+    learning_rate=1e-3,
     total_steps=settings.max_steps,
 )
 model = plan.attach(model)

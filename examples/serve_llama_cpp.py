@@ -48,7 +48,7 @@ batch = {**sentence, "labels": sentence["input_ids"]}
 
 # %% Select and attach
 plan = weightlora.select(
-    model, repeat(batch), lora=LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"), keep=0.5, lr=2e-3
+    model, repeat(batch), lora=LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"), keep=0.5, learning_rate=2e-3
 )
 model = plan.attach(model)
 rich.print(terminal_heatmap(plan))

@@ -105,7 +105,7 @@ class Unknown:
 @dataclass
 class Options:
     steps: int | None = None
-    lr: float = 1.0
+    learning_rate: float = 1.0
     seed: int = 0
     own: Unknown | None = None
     later: "NotThere" = None  # noqa: F821
@@ -113,7 +113,7 @@ class Options:
 
 def test_fields_and_arguments_are_checked_by_their_annotations():
     check_fields(Options(own=3, later=3))
-    for wrong in ({"steps": 1.5}, {"steps": 10**30}, {"lr": float("inf")}, {"seed": -1}, {"seed": True}):
+    for wrong in ({"steps": 1.5}, {"steps": 10**30}, {"learning_rate": float("inf")}, {"seed": -1}, {"seed": True}):
         [name] = wrong
         with pytest.raises(OptionError, match=f"^{name}="):
             check_fields(Options(**wrong))

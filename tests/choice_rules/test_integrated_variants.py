@@ -50,7 +50,7 @@ def squared(model, batch):
 
 
 def selected(rule, *, steps=6, data, keep=1):
-    options = {"lora": LORA, "keep": keep, "steps": steps, "lr": RATE, "progress": False}
+    options = {"lora": LORA, "keep": keep, "steps": steps, "learning_rate": RATE, "progress": False}
     return select(Net(), data, rule=rule, loss_fn=squared, **options)
 
 
@@ -89,7 +89,7 @@ def test_the_first_step_is_as_long_as_the_rate_that_was_asked_for(scale, moves):
     rule, net = Varied(lr_scale=scale), Net()
     sites = find_sites(net, LORA).sites
     with probed(net, LORA, sites, batches=batches(5), steps=5, seed=0, loss_fn=squared) as stage:
-        next(rule.score(replace(stage, lr=RATE), (1,), Budget.of_count(1, n=4)))
+        next(rule.score(replace(stage, learning_rate=RATE), (1,), Budget.of_count(1, n=4)))
         moved = [b.detach().abs().mean().item() for b in stage.parameters("lora_B")]
     assert moved == pytest.approx([RATE * moves] * 4, rel=1e-2)
 
@@ -97,14 +97,14 @@ def test_the_first_step_is_as_long_as_the_rate_that_was_asked_for(scale, moves):
 def test_survivors_of_two_rounds_are_those_that_trained_on_without_the_site_dropped_between():
     rule, net, held_out = Rounds(rounds=2), Net(), batches(STEPS + 5)[-1]
     data = batches(rule.batches((STEPS,)))
-    asked = {"lora": LORA, "keep": 2, "steps": STEPS, "lr": RATE, "loss_fn": squared, "progress": False}
+    asked = {"lora": LORA, "keep": 2, "steps": STEPS, "learning_rate": RATE, "loss_fn": squared, "progress": False}
     trained = select_trained(Net(), data, rule=rule, **asked)
     staying = [name for name, score in trained.plan.scores.items() if score]
     assert len(staying) == 3  # 4·√½, on the way from 4 to 2
     with probed(
         net, LORA, find_sites(net, LORA).sites, batches=data, steps=len(data), seed=0, loss_fn=squared
     ) as stage:
-        train_adapters(stage, steps=4, lr=RATE, scale=(2 / 4) ** 0.5)  # two of four sites are kept
+        train_adapters(stage, steps=4, learning_rate=RATE, scale=(2 / 4) ** 0.5)  # two of four sites are kept
         assert len(list(stage.take(2))) == 2  # the first round's scores
 
         def switch_off(names):
@@ -113,7 +113,7 @@ def test_survivors_of_two_rounds_are_those_that_trained_on_without_the_site_drop
                     adapter_weights(stage, [name])[1].zero_()
 
         switch_off(set(stage.layers) - set(staying))
-        train_adapters(stage, steps=4, lr=RATE, names=staying, scale=(2 / 3) ** 0.5)
+        train_adapters(stage, steps=4, learning_rate=RATE, names=staying, scale=(2 / 3) ** 0.5)
         all_three = squared(net, held_out).item()
         switch_off(set(staying) - set(trained.plan.names))
         expected = squared(net, held_out).item()

@@ -139,7 +139,7 @@ def test_a_value_out_of_its_range_is_named(base, tmp_path, capsys, option, value
     ("kind", "name", "option", "values"),
     [
         ("method", "weightlora", "x", ["[1", "2020-99-99", "9" * 5000]),
-        ("method", "weightlora", "lr", ["0", "-1", "nan", "x", "true", "[1]"]),
+        ("method", "weightlora", "learning_rate", ["0", "-1", "nan", "x", "true", "[1]"]),
         ("method", "weightlora", "seed", ["-1", "true", "1.5"]),
         ("method", "weightlora_plus", "alpha", ["half"]),
         ("method", "adalora", "init_r", ["0", "1.5"]),

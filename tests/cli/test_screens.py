@@ -16,7 +16,7 @@ from weightlora.plan.plan import AdapterPlan, PlannedSite
 from weightlora.runs.recipe import MethodOptions, ModelOptions, TaskOptions
 
 WIDTH = 80
-OPTIONS = {"keep": 0.5, "steps": 20, "head_steps": None, "threshold_every": 1, "lr": 0.001, "expand": "scale"}
+OPTIONS = {"keep": 0.5, "steps": 20, "head_steps": None, "threshold_every": 1, "learning_rate": 0.001, "expand": "scale"}
 
 
 @pytest.fixture(autouse=True)

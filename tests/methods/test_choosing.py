@@ -96,11 +96,11 @@ def slow_dot_products(alone):
 @pytest.mark.parametrize("alone", [False, True])
 def test_dot_products_are_those_of_the_full_gradient(alone):
     slow = slow_dot_products(alone)
-    plan = plan_of("dot_product", keep=1, steps=LOOK, alone=alone, lr=RATE, by="descent")
+    plan = plan_of("dot_product", keep=1, steps=LOOK, alone=alone, learning_rate=RATE, by="descent")
     assert plan.scores == pytest.approx({n: -p for n, p in slow.items()}, rel=1e-4)
     assert all(score > 0 for score in plan.scores.values()), "trained adapters went downhill"
     assert plan.names == (max(slow, key=lambda n: abs(slow[n])),)
-    largest = plan_of("dot_product", keep=1, steps=LOOK, alone=alone, lr=RATE)
+    largest = plan_of("dot_product", keep=1, steps=LOOK, alone=alone, learning_rate=RATE)
     assert largest.scores == pytest.approx({n: abs(p) for n, p in slow.items()}, rel=1e-4)
 
 
@@ -134,14 +134,14 @@ NO_DROPOUT = LoraConfig(r=2, lora_alpha=6)
 
 
 def test_energies_are_those_of_the_adapters_outputs():
-    plan = plan_of("lora_drop", lora=NO_DROPOUT, keep=1, steps=LOOK, lr=RATE)
+    plan = plan_of("lora_drop", lora=NO_DROPOUT, keep=1, steps=LOOK, learning_rate=RATE)
     assert plan.scores == pytest.approx(slow_energies(), rel=1e-4)
     assert plan.names == (max(plan.scores, key=plan.scores.get),)
 
 
 @pytest.mark.parametrize("energy", [0.1, 0.6, 0.9, 1.0])
 def test_the_fewest_sites_reach_the_energy(energy):
-    plan = plan_of("lora_drop", net((6, 8, 8, 8, 5)), energy=energy, steps=LOOK, lr=RATE)
+    plan = plan_of("lora_drop", net((6, 8, 8, 8, 5)), energy=energy, steps=LOOK, learning_rate=RATE)
     shares = sorted((plan.scores[name] for name in plan.names), reverse=True)
     assert sum(shares) >= energy - 1e-9
     assert sum(shares[:-1]) < energy
@@ -162,7 +162,7 @@ def test_padding_has_no_energy():
     def scores(**batch):
         torch.manual_seed(0)
         run = lambda model, given: model(**given)  # noqa: E731
-        look = {"data": [batch] * 2, "loss_fn": run, "steps": 2, "lr": RATE}
+        look = {"data": [batch] * 2, "loss_fn": run, "steps": 2, "learning_rate": RATE}
         return plan_of("lora_drop", Reader(), lora=NO_DROPOUT, keep=1, **look).scores
 
     tokens = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(2))
@@ -174,7 +174,7 @@ def test_padding_has_no_energy():
 
 def test_those_that_share_have_one_tensor_and_a_stock_checkpoint_of_copies(tmp_path):
     model = net((6, 8, 8, 8, 8))
-    method = make_method("lora_drop", keep=1, share=True, steps=LOOK, lr=RATE, loss_fn=loss, seed=3)
+    method = make_method("lora_drop", keep=1, share=True, steps=LOOK, learning_rate=RATE, loss_fn=loss, seed=3)
     attached = method.attach(model, NO_DROPOUT, batches(), 100)
     layers = lora_layers(attached)
     kept = max(method.plan.scores, key=method.plan.scores.get)
@@ -328,7 +328,7 @@ def slow_alpha(power, held_out=2, alpha_rate=0.05):
     return dict(zip(names, alpha.tolist(), strict=True))
 
 
-FLEXORA = {"steps": 2, "validation": 2, "alpha_lr": 0.05, "lr": RATE}
+FLEXORA = {"steps": 2, "validation": 2, "alpha_lr": 0.05, "learning_rate": RATE}
 
 
 @pytest.mark.parametrize("power", [1, 3])
@@ -378,9 +378,9 @@ def test_rows_that_are_held_out_are_not_trained_on():
 
 
 @pytest.mark.parametrize("name", ["dot_product", "lora_drop", "flexora"])
-@pytest.mark.parametrize("head_lr", [None, 0.2])
-def test_a_new_head_moves_at_its_own_rate(name, head_lr):
-    """AdamW's first step is w ← (1 − 0.01·lr)·w − lr·g/(|g| + ε): lr for each weight, but for the decay."""
+@pytest.mark.parametrize("head_learning_rate", [None, 0.2])
+def test_a_new_head_moves_at_its_own_rate(name, head_learning_rate):
+    """AdamW's first step is w ← (1 − 0.01·learning_rate)·w − learning_rate·g/(|g| + ε): learning_rate for each weight, but for the decay."""
     seen = []
 
     def watched(model, batch):
@@ -388,11 +388,11 @@ def test_a_new_head_moves_at_its_own_rate(name, head_lr):
         return loss(model, batch)
 
     lora = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
-    options = {"lr": 0.05, "head_lr": head_lr, **({"validation": 1} if name == "flexora" else {})}
+    options = {"learning_rate": 0.05, "head_learning_rate": head_learning_rate, **({"validation": 1} if name == "flexora" else {})}
     plan = plan_of(name, net().double(), lora, doubled(batches()), steps=2, keep=1, loss_fn=watched, **options)
-    assert plan.options["head_lr"] == head_lr
+    assert plan.options["head_learning_rate"] == head_learning_rate
     before, after = seen[:2]
-    for weight, rate in (("2.modules_to_save.default.weight", head_lr or 0.05), ("0.lora_B.default.weight", 0.05)):
+    for weight, rate in (("2.modules_to_save.default.weight", head_learning_rate or 0.05), ("0.lora_B.default.weight", 0.05)):
         step = (after[weight] - before[weight] * (1 - 0.01 * rate)).abs()
         assert step.flatten().tolist() == pytest.approx([rate] * step.numel(), rel=1e-3)
 

@@ -38,7 +38,7 @@ def nothing(_step, _model):
     pass
 
 
-def train(method, model, look=nothing, note=nothing, steps=STEPS, lr=5e-2, weight_decay=0.1):
+def train(method, model, look=nothing, note=nothing, steps=STEPS, learning_rate=5e-2, weight_decay=0.1):
     """A loop of one's own around the mover."""
     (callback,) = method.callbacks()
     callback.mover.before_training(STEPS)

@@ -20,7 +20,7 @@ class Quick(Integrated):
 
 
 RULE = Quick()
-OPTIONS = {"keep": 1, "rule": RULE, "steps": 4, "lr": 1e-2, "seed": 3, "loss_fn": loss, "progress": False}
+OPTIONS = {"keep": 1, "rule": RULE, "steps": 4, "learning_rate": 1e-2, "seed": 3, "loss_fn": loss, "progress": False}
 
 
 def attached(**options):

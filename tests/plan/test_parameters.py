@@ -97,7 +97,7 @@ def test_a_selection_keeps_its_budget(kind, rule):
     net = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(6)))
     batches = [{"x": torch.randn(8, 6)} for _ in range(8)]
     lora = LoraConfig(r=2, target_modules="all-linear", **kind)
-    fields = {"lora": lora, "rule": rule, "loss_fn": squared, "progress": False, "steps": 3, "lr": 0.01}
+    fields = {"lora": lora, "rule": rule, "loss_fn": squared, "progress": False, "steps": 3, "learning_rate": 0.01}
     # An adapter has 2·12 parameters and a vector 6. Two adapters' matrices are 48: with vectors, fewer fit.
     plan = weightlora.select(net, batches, keep="48 parameters", **fields)
     assert 0 < plan.parameters <= 48

@@ -30,7 +30,7 @@ def noded(count):
 
 def selected(rule, *, steps=6, data=None, keep=2, model=None, loss_fn=squared, seed=0):
     data = batches(rule.batches((steps,))) if data is None else data
-    options = {"lora": LORA, "keep": keep, "steps": steps, "lr": 0.05, "seed": seed, "progress": False}
+    options = {"lora": LORA, "keep": keep, "steps": steps, "learning_rate": 0.05, "seed": seed, "progress": False}
     return select(model or Net(), data, rule=rule, loss_fn=loss_fn, **options)
 
 
@@ -39,7 +39,7 @@ def trained_losses(data, steps, omegas):
     net, losses = Net(), []
     sites = find_sites(net, LORA).sites
     with probed(net, LORA, sites, batches=data, steps=len(data), seed=0, loss_fn=squared) as stage:
-        train_adapters(stage, steps=steps, lr=0.05, scale=0.5**0.5)  # two of four sites stay
+        train_adapters(stage, steps=steps, learning_rate=0.05, scale=0.5**0.5)  # two of four sites stay
         with gated(stage.layers) as gates, torch.no_grad():
             for omega in omegas:
                 gates.write(omega)
@@ -112,19 +112,19 @@ def test_the_first_step_of_all_sites_is_as_long_as_their_rate(keep, scale):
     rule, net = Integrated(), Net()
     sites = find_sites(net, LORA).sites
     with probed(net, LORA, sites, batches=batches(5), steps=5, seed=0, loss_fn=squared) as stage:
-        rated = replace(stage, lr=0.05)
+        rated = replace(stage, learning_rate=0.05)
         next(rule.score(rated, (1,), Budget.of_count(keep, n=4)))
         moved = [b.detach().abs().mean().item() for b in stage.parameters("lora_B")]
     assert moved == pytest.approx([0.05 * scale] * 4, rel=1e-2)
 
 
-@pytest.mark.parametrize(("own", "head_lr"), [(None, 0.05), (0.3, 0.3)])
-def test_a_head_keeps_its_rate_where_adapters_have_a_part_of_it(own, head_lr):
+@pytest.mark.parametrize(("own", "head_learning_rate"), [(None, 0.05), (0.3, 0.3)])
+def test_a_head_keeps_its_rate_where_adapters_have_a_part_of_it(own, head_learning_rate):
     net, head = Net(), torch.nn.Parameter(torch.zeros(2))
     with probed(net, LORA, find_sites(net, LORA).sites, batches=[], steps=1, seed=0, loss_fn=squared) as stage:
-        rated = replace(stage, head=[head], head_lr=own)
+        rated = replace(stage, head=[head], head_learning_rate=own)
         optimizer = rated.optimizer(stage.parameters("lora_B"), 0.05, scale=0.5)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.025, head_lr]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.025, head_learning_rate]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def asked(rule, *, steps, data=None, model=None, loss_fn=squared, keep=2, **opti
             started.extend(layer.lora_A["default"].weight.detach().clone() for layer in lora_layers(model).values())
         return loss_fn(model, batch)
 
-    given = {"lora": LORA, "keep": keep, "steps": steps, "lr": RATE, "loss_fn": loss, "progress": False, **options}
+    given = {"lora": LORA, "keep": keep, "steps": steps, "learning_rate": RATE, "loss_fn": loss, "progress": False, **options}
     data = batches(rule.batches((steps,))) if data is None else data
     return {"model": model or Net(), "batches": data, "rule": rule, **given}, started
 

@@ -275,9 +275,9 @@ def test_fewer_batches_than_steps_are_used_again_with_a_warning():
 
 
 def test_options_are_recorded():
-    plan = quietly(net(), pairs(4), steps=4, keep=2, rule="stoiht", lr=0.01, gate_lr=2.0, seed=7, loss_fn=squared)
+    plan = quietly(net(), pairs(4), steps=4, keep=2, rule="stoiht", learning_rate=0.01, gate_lr=2.0, seed=7, loss_fn=squared)
     expected = {"keep": 2, "steps": 4, "head_steps": 0, "threshold_every": 1}
-    assert plan.options == {**expected, "lr": 0.01, "gate_lr": 2.0, "agreement": pytest.approx(1)}
+    assert plan.options == {**expected, "learning_rate": 0.01, "gate_lr": 2.0, "agreement": pytest.approx(1)}
     assert (plan.rule, plan.seed, len(plan.history)) == ("stoiht", 7, 4)
 
 
@@ -451,7 +451,7 @@ REFUSED = {
     "one step": (OptionError, "steps=1", lambda: {"steps": 1}),
     "negative head_steps": (OptionError, "head_steps=-2", lambda: {"head_steps": -2}),
     "unknown rule": (OptionError, "rule='stoith'", lambda: {"rule": "stoith"}),
-    "lr is nan": (OptionError, "lr=nan", lambda: {"lr": NAN}),
+    "rate is nan": (OptionError, "learning_rate=nan", lambda: {"learning_rate": NAN}),
     "no threshold": (OptionError, "threshold_every=0", lambda: {"rule": "stoiht", "threshold_every": 0}),
     "keep more than there is": (OptionError, "keep=4 exceeds the 3", lambda: {"keep": 4}),
     "head_steps without a head": (OptionError, "head_steps=2, .*modules_to_save", lambda: {"head_steps": 2}),
@@ -462,15 +462,15 @@ REFUSED = {
         lambda: {"loss_fn": lambda m, b: squared(m, b).item()},
     ),
     "loss is a vector": (SelectionError, r"\(8, 6\).*loss_fn", lambda: {"loss_fn": lambda m, b: m(b["x"])}),
-    "loss is nan": (SelectionError, "scoring step 3: the loss is nan.*lr", lambda: {"loss_fn": at_step(3, NAN)}),
+    "loss is nan": (SelectionError, "scoring step 3: the loss is nan.*learning_rate", lambda: {"loss_fn": at_step(3, NAN)}),
     "loss is inf": (
         SelectionError,
-        "scoring step 3: the loss is inf.*lr",
+        "scoring step 3: the loss is inf.*learning_rate",
         lambda: {"loss_fn": at_step(3, float("inf"))},
     ),
     "gradient is nan": (
         SelectionError,
-        "scoring step 1: a gradient is not finite.*lr",
+        "scoring step 1: a gradient is not finite.*learning_rate",
         lambda: {"loss_fn": lambda m, b: NotFinite.apply(squared(m, b))},
     ),
     "batches of tuples": (
@@ -517,8 +517,8 @@ WRONG = {
     "rule": [None, 5, "first", [], {}, object()],
     "steps": ["4", "soon", 2.5, True, [3], -1, 0, NAN],
     "total_steps": ["100", 2.5, True, [], -1],
-    "lr": ["1e-3", None, True, 1j, [1], -1, 0, NAN, INF],
-    "head_lr": ["1e-3", True, [], -1, 0, NAN],
+    "learning_rate": ["1e-3", None, True, 1j, [1], -1, 0, NAN, INF],
+    "head_learning_rate": ["1e-3", True, [], -1, 0, NAN],
     "seed": [None, "0", 1.5, True, [0], -1, 2**32],
     "ranking": ["best", 5, [], {}, True],
     "loss_fn": [5, "loss", []],
@@ -596,7 +596,7 @@ def test_fewer_survivors_than_wanted_are_kept_alone_with_a_warning():
 
 @pytest.mark.filterwarnings("ignore:1 of 2 sites had no gradient")
 def test_gates_that_turn_negative_are_no_survivors():
-    """Step 1 moves B against its gradient; where step 2 asks for the opposite, ω falls by η·lr·s·‖∂L/∂B‖₁: below 0."""
+    """Step 1 moves B against its gradient; where step 2 asks for the opposite, ω falls by η·learning_rate·s·‖∂L/∂B‖₁: below 0."""
 
     def opposite(model, batch):
         return batch["sign"] * squared(model, batch)

@@ -137,7 +137,7 @@ def test_a_look_at_the_scores_leaves_them_as_they_are(name):
 @pytest.mark.parametrize("name", ["integrated", "integrated_ranks", "even_ranks"])
 def test_a_rule_that_trains_goes_on_where_it_was_when_it_looked(name):
     """Looks after 13, 27 and 54 steps. The first one is that of T = 13, and the loss saved grows from look to look."""
-    options = {"rule": name, "keep": 0.2, "lr": 0.02 * 6**0.5}  # two of twelve sites: √(2/12) of it
+    options = {"rule": name, "keep": 0.2, "learning_rate": 0.02 * 6**0.5}  # two of twelve sites: √(2/12) of it
     with pytest.warns(UserWarning, match="cannot tell the sites apart"):  # without noise to speak of, all are useful
         auto = chosen(list(range(BRANCHES)), noise=1.0, total_steps=3_000, **options)
     first = chosen(list(range(BRANCHES)), noise=1.0, steps=13, **options)

@@ -42,7 +42,7 @@ def trained_and_start(rule, **options):
             started.extend(layer.lora_A["default"].weight.detach().clone() for layer in lora_layers(model).values())
         return squared(model, batch)
 
-    arguments = {"lora": LORA, "keep": 2, "steps": STEPS, "lr": RATE, "loss_fn": loss, "progress": False, **options}
+    arguments = {"lora": LORA, "keep": 2, "steps": STEPS, "learning_rate": RATE, "loss_fn": loss, "progress": False, **options}
     return select_trained(model, batches(rule.batches((STEPS,))), rule=rule, **arguments), started, model
 
 
@@ -109,7 +109,7 @@ def test_the_gate_of_the_paper_is_in_b():
 def test_the_plan_is_that_of_select_and_the_model_stays_as_it_was():
     rule = RULES["integrated"]
     trained, _, model = trained_and_start(rule)
-    options = {"lora": LORA, "keep": 2, "steps": STEPS, "lr": RATE, "loss_fn": squared, "progress": False}
+    options = {"lora": LORA, "keep": 2, "steps": STEPS, "learning_rate": RATE, "loss_fn": squared, "progress": False}
     plan = select(Net(), batches(rule.batches((STEPS,))), rule=rule, **options)
     assert (trained.plan.history, trained.plan.ranks) == (plan.history, plan.ranks)
     assert dict(trained.plan.options) == {**plan.options, "warm_start": True}
@@ -151,14 +151,14 @@ def test_another_plans_adapters_are_refused():
 def test_minilm_goes_on_from_its_survivors_and_its_head_and_is_stock_lora(minilm, review_batches, tmp_path):
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS", target_modules=["query", "value", "intermediate.dense"])
     rule, fresh = Quickest(head_steps=2), {n: p.clone() for n, p in minilm.named_parameters()}
-    options = {"lora": lora, "keep": 5, "steps": 2, "lr": 2e-3, "seed": 3, "progress": False}
+    options = {"lora": lora, "keep": 5, "steps": 2, "learning_rate": 2e-3, "seed": 3, "progress": False}
     trained = select_trained(minilm, review_batches, rule=rule, **options)
 
     sites = find_sites(minilm, lora).sites
     with probed(minilm, lora, sites, batches=review_batches, steps=6, seed=3) as stage:
-        rated = type(stage)(**{**vars(stage), "lr": 2e-3})
+        rated = type(stage)(**{**vars(stage), "learning_rate": 2e-3})
         rated.train_head(2)
-        train_adapters(rated, steps=2, lr=2e-3, scale=(5 / len(sites)) ** 0.5)
+        train_adapters(rated, steps=2, learning_rate=2e-3, scale=(5 / len(sites)) ** 0.5)
         with torch.no_grad():
             for name in set(stage.layers) - set(trained.plan.names):
                 adapter_weights(stage, [name])[1].zero_()

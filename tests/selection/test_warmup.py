@@ -52,7 +52,7 @@ def selected(data, **options):
     return select(Net(), data, **ruled(**arguments)), started
 
 
-def paper_path(a, data, *, k, threshold_every, lr, gate_lr):
+def paper_path(a, data, *, k, threshold_every, learning_rate, gate_lr):
     """ω after each step of the paper's phase 1: forward with W0 + ω·s·B·A, AdamW on A and B, ω ← H_K(ω − η·∂L/∂ω)."""
     layers = Net().layers
     a = [start.clone().requires_grad_() for start in a]
@@ -80,14 +80,14 @@ def paper_path(a, data, *, k, threshold_every, lr, gate_lr):
 @pytest.mark.parametrize("threshold_every", [1, 3, 10])
 def test_stoiht_walks_the_papers_path(threshold_every):
     data = batches(10)
-    options = {"threshold_every": threshold_every, "lr": 0.05, "gate_lr": 5.0}
+    options = {"threshold_every": threshold_every, "learning_rate": 0.05, "gate_lr": 5.0}
     plan, a = selected(data, rule="stoiht", **options)
     path = paper_path(a, data, k=2, **options)
     # ω is kept in fp32: each of ten steps rounds it and its gradient by 6e-8, and these errors feed on each other.
     torch.testing.assert_close(torch.tensor(plan.history), path, rtol=1e-5, atol=1e-5)
     assert plan.names == tuple(f"layers.{i}" for i in path[-1].nonzero().flatten().tolist())
     assert list(plan.scores.values()) == list(plan.history[-1])
-    for name, other in {"threshold_every": 2, "lr": 0.051, "gate_lr": 5.1}.items():  # negative controls
+    for name, other in {"threshold_every": 2, "learning_rate": 0.051, "gate_lr": 5.1}.items():  # negative controls
         assert not torch.allclose(path, paper_path(a, data, k=2, **{**options, name: other}), rtol=1e-3, atol=1e-3)
 
 
@@ -106,7 +106,7 @@ def without_dropout(model):
 
 
 def test_papers_first_survivors_on_minilm_have_the_largest_gradients(minilm, review_batches):
-    """With B = 0 and a small first AdamW step of −lr·sign, the second gradient of ω is −lr·s·‖∂L/∂B‖₁."""
+    """With B = 0 and a small first AdamW step of −learning_rate·sign, the second gradient of ω is −learning_rate·s·‖∂L/∂B‖₁."""
     batch = {key: torch.cat([batch[key] for batch in review_batches]) for key in review_batches[0]}
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
     norms = {}
@@ -118,7 +118,7 @@ def test_papers_first_survivors_on_minilm_have_the_largest_gradients(minilm, rev
             norms.update(zip(matrices, (g.abs().sum().item() for g in gradients), strict=True))
         return model(**batch).loss
 
-    options = {"rule": "stoiht", "head_steps": 0, "steps": 2, "lr": 1e-4, "loss_fn": loss, "progress": False}
+    options = {"rule": "stoiht", "head_steps": 0, "steps": 2, "learning_rate": 1e-4, "loss_fn": loss, "progress": False}
     plan = select(without_dropout(minilm), [batch, batch], lora=lora, keep=10, **ruled(**options))
     survivors = {entry.site.name for entry, omega in zip(plan.entries, plan.history[1], strict=True) if omega}
     assert survivors == set(sorted(norms, key=norms.get, reverse=True)[:10]) == set(plan.names)
@@ -184,7 +184,7 @@ def test_head_is_trained_alone_before_the_sites_are_scored(rule):
         return value
 
     lora = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
-    options = {"steps": 2, "head_steps": 30, "lr": 0.05, "rule": rule, "loss_fn": loss, "progress": False}
+    options = {"steps": 2, "head_steps": 30, "learning_rate": 0.05, "rule": rule, "loss_fn": loss, "progress": False}
     select(net, batches(1) * 32, lora=lora, keep=1, **ruled(**options))
     head = {"2.modules_to_save.default.weight", "2.modules_to_save.default.bias"}
     adapter = {"0.lora_A.default.weight", "0.lora_B.default.weight"}
@@ -194,9 +194,9 @@ def test_head_is_trained_alone_before_the_sites_are_scored(rule):
     assert losses[30] < losses[0] / 2
 
 
-@pytest.mark.parametrize(("rule", "head_lr"), [("first_order", 0.2), ("stoiht", 0.2), ("stoiht", None)])
-def test_a_head_moves_at_its_own_rate(rule, head_lr):
-    """AdamW's first step is w ← (1 − 0.01·lr)·w − lr·g/(|g| + ε): lr for each weight, but for the decay."""
+@pytest.mark.parametrize(("rule", "head_learning_rate"), [("first_order", 0.2), ("stoiht", 0.2), ("stoiht", None)])
+def test_a_head_moves_at_its_own_rate(rule, head_learning_rate):
+    """AdamW's first step is w ← (1 − 0.01·learning_rate)·w − learning_rate·g/(|g| + ε): learning_rate for each weight, but for the decay."""
     seen = []
     net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
 
@@ -205,22 +205,22 @@ def test_a_head_moves_at_its_own_rate(rule, head_lr):
         return squared(model, batch)
 
     lora = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
-    rates = {"lr": 0.05, **({} if head_lr is None else {"head_lr": head_lr})}
+    rates = {"learning_rate": 0.05, **({} if head_learning_rate is None else {"head_learning_rate": head_learning_rate})}
     options = {"steps": 2, "head_steps": 2, **rates, "rule": rule, "loss_fn": loss, "progress": False}
     plan = select(net, batches(1) * 4, lora=lora, keep=1, **ruled(**options))
     assert {key: plan.options[key] for key in rates} == rates
-    assert ("head_lr" in plan.options) == (head_lr is not None)
+    assert ("head_learning_rate" in plan.options) == (head_learning_rate is not None)
 
-    def moved(name, lr, call):
+    def moved(name, learning_rate, call):
         before, after = seen[call][name], seen[call + 1][name]
-        assert (after - before * (1 - 0.01 * lr)).abs().flatten().tolist() == pytest.approx(
-            [lr] * before.numel(), rel=1e-3
+        assert (after - before * (1 - 0.01 * learning_rate)).abs().flatten().tolist() == pytest.approx(
+            [learning_rate] * before.numel(), rel=1e-3
         )
 
     head = "2.modules_to_save.default.weight"
-    moved(head, 0.05 if head_lr is None else 0.2, call=0)
+    moved(head, 0.05 if head_learning_rate is None else 0.2, call=0)
     if rule == "stoiht":  # its own optimizer begins with the third batch
-        moved(head, 0.05 if head_lr is None else 0.2, call=2)
+        moved(head, 0.05 if head_learning_rate is None else 0.2, call=2)
         moved("0.lora_B.default.weight", 0.05, call=2)
 
 
@@ -232,10 +232,10 @@ def test_a_head_moves_at_its_own_rate(rule, head_lr):
     [
         *(("rule", "lora"), ("steps", 1), ("steps", 0), ("head_steps", -1), ("threshold_every", 0)),
         *(
-            ("lr", float("nan")),
-            ("lr", 0.0),
-            ("lr", float("inf")),
-            ("head_lr", 0.0),
+            ("learning_rate", float("nan")),
+            ("learning_rate", 0.0),
+            ("learning_rate", float("inf")),
+            ("head_learning_rate", 0.0),
             ("gate_lr", -1.0),
         ),
     ],

@@ -40,7 +40,7 @@ QUIET = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "u
 FEW = {"bf16": False, "max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "no", **QUIET}
 PAIRS = [(a, b) for a in range(10) for b in range(9)]
 #: A short warm-up whose weights the training starts from.
-WARM = {"rule": StoIHT(head_steps=1), "keep": 3, "steps": 3, "lr": 2e-3, "warm_start": True}
+WARM = {"rule": StoIHT(head_steps=1), "keep": 3, "steps": 3, "learning_rate": 2e-3, "warm_start": True}
 QUESTIONS = [f"What is {a} plus {b}?" for a, b in PAIRS]
 ANSWERS = [f"{a + b}" for a, b in PAIRS]
 
@@ -249,10 +249,10 @@ def test_the_plan_is_that_of_select_on_the_same_batches(make_classifier, options
 
     trainer.data_collator = remember
     plan = weightlora.select_for(trainer, **options)
-    same = weightlora.select(reference, batches, lora=lora, lr=2e-3, seed=3, **options)
+    same = weightlora.select(reference, batches, lora=lora, learning_rate=2e-3, seed=3, **options)
     assert plan.history == same.history
     assert plan == same
-    others = weightlora.select(reference, batches[1:], lora=lora, lr=2e-3, seed=3, **options)
+    others = weightlora.select(reference, batches[1:], lora=lora, learning_rate=2e-3, seed=3, **options)
     assert others.history != plan.history  # negative control
 
 
@@ -376,7 +376,7 @@ def selected_by_hand(trainer, keep):
         keep=keep,
         rule=rule,
         steps=20,
-        lr=trainer.args.learning_rate,
+        learning_rate=trainer.args.learning_rate,
         seed=trainer.args.seed,
         loss_fn=losses,
         progress=False,
@@ -425,8 +425,8 @@ def test_a_second_start_takes_the_stored_plan(make_classifier, monkeypatch):
         ({"rule": "stoiht"}, "rule='first_order' there, 'stoiht' now"),
         ({"expand": True}, "expand=False there, 'scale' now"),
         ({"seed": 9}, "seed=3 there, 9 now"),
-        ({"lr": 1.0}, "lr=5e-05 there, 1.0 now"),
-        ({"head_lr": 1.0}, "head_lr=5e-05 there, 1.0 now"),
+        ({"learning_rate": 1.0}, "lr=5e-05 there, 1.0 now"),
+        ({"head_learning_rate": 1.0}, "head_lr=5e-05 there, 1.0 now"),
         ({"steps": 7}, "steps=20 there, 7 now"),
         ({"ranking": "score"}, "ranking='spread' there, 'score' now"),
         ({"rule": "integrated", "warm_start": True}, "warm_start=False there, True now"),

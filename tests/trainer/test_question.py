@@ -63,9 +63,9 @@ CHANGES = {
     ),
     "a rule's setting": ({"rule": StoIHT(head_steps=0, gate_lr=2.0)}, "gate_lr=5.0 there, 2.0 now"),
     "steps": ({"steps": 3}, "steps=2 there, 3 now"),
-    "lr": ({"lr": 1.0}, "lr=0.01 there, 1.0 now"),
+    "learning_rate": ({"learning_rate": 1.0}, "lr=0.01 there, 1.0 now"),
     "learning_rate": ({"learning_rate": 0.1}, "lr=0.01 there, 0.1 now"),
-    "head_lr": ({"head_lr": 1.0}, "head_lr=0.01 there, 1.0 now"),
+    "head_learning_rate": ({"head_learning_rate": 1.0}, "head_lr=0.01 there, 1.0 now"),
     "seed": ({"seed": 4}, "seed=3 there, 4 now"),
     "fast": ({"fast": "rank"}, "fast=None there, 'rank' now"),
     "ranking": ({"ranking": "spread"}, "ranking='score' there, 'spread' now"),
@@ -86,10 +86,10 @@ SAME = {
     "nothing": {},
     "more training steps": {"max_steps": 4},
     "what is logged and saved": {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1},
-    "the same options, typed": {"lr": 0.01, "head_lr": 0.01, "seed": 3, "ranking": "score"},
+    "the same options, typed": {"learning_rate": 0.01, "head_learning_rate": 0.01, "seed": 3, "ranking": "score"},
     "the batch, accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1},
 }
-_PLAN = ("keep", "rule", "steps", "lr", "head_lr", "fast", "ranking", "expand", "loss_fn")
+_PLAN = ("keep", "rule", "steps", "learning_rate", "head_learning_rate", "fast", "ranking", "expand", "loss_fn")
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ class Eliminated(Varied):
             trained = [names[i] for i in staying]
             scale = self.rate_scale(budget, stage, len(trained))
             count = len(range(done, steps[-1], self.rounds))
-            train_adapters(stage, steps=count, lr=stage.lr, names=trained, scale=scale)
+            train_adapters(stage, steps=count, learning_rate=stage.learning_rate, names=trained, scale=scale)
             found.append(self.read(stage, most))
             history += found[-1].history
         # In the first round all sites are there.

@@ -11,7 +11,6 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from weightlora.errors import OptionError
 from weightlora.files import read_mapping
-from weightlora.plan.budget import check_keep
 from weightlora.runs.recipe import named_options
 from weightlora.text import closest
 from weightlora.validation import Natural, NotNegative, Seed, Text, checked

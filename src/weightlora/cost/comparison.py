@@ -13,8 +13,9 @@ from torch import nn
 from weightlora.cost.estimate import MakeLoss
 from weightlora.cost.memory import Known, Memory, Setting, count_step
 from weightlora.model.layers import unchecked_patterns
-from weightlora.model.sites import Candidates, adapter_parameters, find_sites
-from weightlora.plan.budget import Keep, read_budget
+from weightlora.model.sites import Candidates, find_sites
+from weightlora.plan.budget import Budget
+from weightlora.plan.limits import Limits
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 
@@ -37,7 +38,7 @@ def compare_memory(
     lora: LoraConfig,
     setting: Setting,
     *,
-    keep: Sequence[Keep] = (),
+    adapters: Sequence[float] = (),
     limit: int | None = None,
 ) -> list[MemoryLine]:
     """Return a line for each method. WeightLoRA has two for each budget: it keeps the upper sites, or the lower ones.
@@ -50,7 +51,8 @@ def compare_memory(
         make_loss: Makes a batch of so many rows and returns its loss.
         lora: Plain LoRA.
         setting: How all of them are trained.
-        keep: Budgets of WeightLoRA; none are a half, a quarter and a tenth of the sites. WeightLoRA+ has the first.
+        adapters: How many WeightLoRA keeps, as numbers or shares; none are a half, a quarter and a tenth of the sites.
+            WeightLoRA+ has the first.
         limit: Bytes of a device, for the largest batch.
 
     Raises:
@@ -60,7 +62,7 @@ def compare_memory(
     found = find_sites(make_model(), lora)
     lines: list[MemoryLine] = []
     known: Known = ({}, set())
-    for name, plan in (("full fine-tuning", None), *_plans(make_model(), found, lora, keep)):
+    for name, plan in (("full fine-tuning", None), *_plans(make_model(), found, lora, adapters)):
         model = make_model()
         if plan is not None:
             with torch.device("meta"), unchecked_patterns():
@@ -74,7 +76,7 @@ def compare_memory(
 
 
 def _plans(
-    model: nn.Module, found: Candidates, lora: LoraConfig, keep: Sequence[Keep]
+    model: nn.Module, found: Candidates, lora: LoraConfig, adapters: Sequence[float]
 ) -> Iterator[tuple[str, AdapterPlan]]:
     """The name of each line and its plan."""
     n = len(found.sites)
@@ -82,9 +84,9 @@ def _plans(
     heights = [float(1 + places[site.name]) for site in found.sites]
     record: Any = {"target_parameters": found.parameters}
     yield "LoRA", make_plan(found.sites, lora, [site.name for site in found.sites], **record)
-    parameters = adapter_parameters(found.sites, lora)
     plans: list[dict[str, AdapterPlan]] = []
-    for budget in (read_budget(k, parameters) for k in keep or [max(n // part, 1) for part in (2, 4, 10)]):
+    for k in (Limits(adapters=each).k_of(n) for each in adapters or [max(n // part, 1) for part in (2, 4, 10)]):
+        budget = Budget.of_count(k or n, n=n)
         ends = {"upper": heights, "lower": [1 + max(heights) - height for height in heights]}
         kept = {end: [found.sites[i].name for i in budget.choose(sizes)] for end, sizes in ends.items()}
         plans.append({end: make_plan(found.sites, lora, names, **record) for end, names in kept.items()})

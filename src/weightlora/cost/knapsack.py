@@ -9,11 +9,9 @@ Sets of sites are whole numbers: bit i is site i.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import fsum, inf
 
 Cause = tuple[int, int]
 """Two sets of sites, ``(own, below)``; a cause holds when one site of each is kept. ``own`` are the sites whose adapter
@@ -80,56 +78,16 @@ class Cost:
         """Position of the site with the lowest cost when kept alone; the first of equals."""
         return min(range(self.n), key=lambda i: self.of([i]))
 
-    @cached_property
-    def places(self) -> dict[int, int]:
-        """Each site's place in the order of the forward pass."""
-        return {i: place for place, i in enumerate(self.order)}
+    def in_adapters(self, kept: Iterable[int]) -> int:
+        """The part of :meth:`of` that the kept adapters themselves cause: the most of it that can grow with the rank.
 
-    @cached_property
-    def least(self) -> tuple[int, ...]:
-        """The least cost of each site: the items that only this site causes."""
-        prices = [0] * self.n
-        for i, places in enumerate(self.in_adapters):
-            for place, below in places:
-                if len(self.items[place].causes) == 1 and below >> i & 1:
-                    prices[i] += self.items[place].amount
-        return tuple(prices)
-
-    @cached_property
-    def on_the_way(self) -> tuple[int, ...]:
-        """For each site, and for bit n, the items of the frozen model that it causes, as bits."""
-        masks = [0] * (self.n + 1)
-        for place, item in enumerate(self.items):
-            for own, below in item.causes:
-                for i in _bits(below & self._everything) if own == ANY else ():
-                    masks[i] |= 1 << place
-        return tuple(masks)
-
-    @cached_property
-    def in_adapters(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """For each site the ``(item, below)`` of its own adapter."""
-        places: list[list[tuple[int, int]]] = [[] for _ in range(self.n)]
-        for place, item in enumerate(self.items):
-            for own, below in item.causes:
-                for i in _bits(own & self._everything) if own != ANY else ():
-                    places[i].append((place, below))
-        return tuple(map(tuple, places))
-
-    @cached_property
-    def sharers(self) -> tuple[frozenset[int], ...]:
-        """For each site the others whose adapters share an item with it."""
-        users: dict[int, set[int]] = {}
-        for i, places in enumerate(self.in_adapters):
-            for place, _ in places:
-                users.setdefault(place, set()).add(i)
-        return tuple(
-            frozenset[int]().union(*(users[place] for place, _ in places)) - {i}
-            for i, places in enumerate(self.in_adapters)
-        )
-
-    @property
-    def _everything(self) -> int:
-        return (1 << self.n + 1) - 1
+        Example:
+            >>> Cost(1, (Item(2, ((0b1, 0b1),)), Item(10, ((ANY, 0b1),))), order=(0,)).in_adapters([0])
+            2
+        """
+        sites = sum(1 << i for i in set(kept)) | 1 << self.n
+        own = (item for item in self.items if all(cause[0] not in (ANY, 1 << self.n) for cause in item.causes))
+        return sum(item.amount for item in own if item.is_caused_by(sites))
 
 
 def make_cost(n: int, items: Iterable[Item], order: Iterable[int]) -> Cost:
@@ -147,146 +105,147 @@ def make_cost(n: int, items: Iterable[Item], order: Iterable[int]) -> Cost:
     return Cost(n, tuple(Item(amount, causes) for causes, amount in amounts.items()), tuple(whole_order))
 
 
+def additive_cost(amounts: Sequence[int]) -> Cost:
+    """Return the cost of sites that do not depend on each other, such as their number or parameters.
+
+    Example:
+        >>> additive_cost([1, 5]).of([0, 1])
+        6
+    """
+    return make_cost(len(amounts), [Item(amount, ((1 << i, 1 << i),)) for i, amount in enumerate(amounts)], order=())
+
+
 @dataclass(frozen=True)
 class CostBudget:
-    """A limit on the cost of the kept sites, where the cost of a site depends on the others.
+    """Limits on the costs of the kept sites, where the cost of a site may depend on the others. All of them hold.
 
     Example:
         >>> below, above = Item(1, ((0b01, 0b01),)), Item(1, ((0b10, 0b10),))
         >>> cost = Cost(2, (below, above, Item(10, ((ANY, 0b01),))), order=(0, 1))
-        >>> CostBudget(cost, limit=5).choose([9.0, 5.0]), CostBudget(cost, limit=11).choose([9.0, 5.0])
+        >>> CostBudget((cost,), (5,)).choose([9.0, 5.0]), CostBudget((cost,), (11,)).choose([9.0, 5.0])
         ([1], [0])
+        >>> CostBudget((cost, additive_cost([1, 1])), (12, 1)).choose([9.0, 5.0])
+        [0]
     """
 
-    cost: Cost
-    limit: int
-    unit: int = 1
-    """Unit of a price: 1 for bytes; for ratios, the time of a plain LoRA step."""
+    costs: tuple[Cost, ...]
+    limits: tuple[int, ...]
+    """The most of each cost."""
 
-    def price(self, kept: Iterable[int]) -> float:
-        """The cost of a set, in units."""
-        return self.cost.of(kept) if self.unit == 1 else self.cost.of(kept) / self.unit
+    def holds(self, kept: Iterable[int]) -> bool:
+        """Whether all limits hold for these sites."""
+        sites = list(kept)
+        return all(cost.of(sites) <= limit for cost, limit in zip(self.costs, self.limits, strict=True))
 
     def choose(self, sizes: Sequence[float]) -> list[int]:
-        """Return the kept positions, sorted: sites of positive size within the limit, with a high total size.
+        """Return the kept positions, sorted: of all sets of sites within the limits, one of the largest total size.
 
-        This is a knapsack whose cost depends on its lowest site. Several sets are tried, and the one of the largest
-        total is returned:
-
-        - for each site as the lowest: that site, then the sites above it by size per cost;
-        - the same, starting with the largest other site that fits;
-        - all sites by descending size, skipping those that no longer fit.
-
-        By the last one, the total is never below that of a top K within the limit. Where the costs simply add up, it is
-        at least half of the highest possible total; ``tests/cost/test_cost.py`` measures the difference.
+        This is an integer program, solved by HiGHS: a variable for each site of positive size, one for each item, and
+        one for each set of sites that an item lies above. Limits are checked again in whole numbers. After 20 seconds
+        the best set found so far is taken.
         """
-        ranked = sorted((i for i in range(self.cost.n) if sizes[i] > 0), key=lambda i: -sizes[i])
-        best = _Knapsack(self)
-        for i in ranked:
-            best.add(i)
-        best_size = best.size(sizes)
-        for bound, lowest in sorted(self._bounds(ranked, sizes), reverse=True):
-            if bound <= best_size:  # the bounds are sorted: no other is better
-                break
-            above = self._above(lowest, ranked)
-            for sack in self._starts(lowest, above):
-                sack.fill(above, sizes)
-                if sack.size(sizes) > best_size:
-                    best, best_size = sack, sack.size(sizes)
-        return sorted(best.kept)
-
-    def _above(self, lowest: int, sites: Sequence[int]) -> list[int]:
-        places = self.cost.places
-        return [i for i in sites if places[i] > places[lowest]]
-
-    def _bounds(self, ranked: Sequence[int], sizes: Sequence[float]) -> Iterator[tuple[float, int]]:
-        """For each site an upper bound of the total with it as the lowest: fractions of sites, at their least cost."""
-        least = self.cost.least
-        dense = sorted(ranked, key=lambda i: -_density(sizes[i], least[i]))
-        for lowest in ranked:
-            left = self.limit - self.cost.of([lowest])
-            if left < 0:
-                continue
-            bound = sizes[lowest]
-            for i in self._above(lowest, dense):
-                if least[i] > left:
-                    bound += sizes[i] * left / least[i]
-                    break
-                bound += sizes[i]
-                left -= least[i]
-            yield bound * (1 + 1e-9), lowest  # float sums in another order may be slightly larger
-
-    def _starts(self, lowest: int, above: Sequence[int]) -> Iterator[_Knapsack]:
-        """The lowest site alone, and with the largest site above it that also fits."""
-        sack = _Knapsack(self)
-        sack.add(lowest)
-        yield sack
-        sack = _Knapsack(self)
-        sack.add(lowest)
-        if any(sack.add(i) for i in above):  # by descending size; stops at the first that fits
-            yield sack
+        tight = 1.0
+        while tight > 0.5:
+            kept = _solved(sizes, self.costs, [tight * limit for limit in self.limits])
+            if self.holds(kept):
+                return kept
+            tight -= 1e-6 if tight > 1 - 1e-5 else 1e-3  # floating point may cross a limit by some 1e-7 of it
+        return []
 
 
-class _Knapsack:
-    """A knapsack while it is filled: its sites, and the items that they cause."""
-
-    def __init__(self, budget: CostBudget) -> None:
-        self._cost, self._limit = budget.cost, budget.limit
-        self.kept: list[int] = []
-        self._sites, self._counted, self._spent = 0, 0, 0
-        self._open: list[tuple[int, int]] = []  # items of kept adapters that a lower site would cause
-        self._count(1 << self._cost.n, self._cost.on_the_way[self._cost.n])
-
-    def size(self, sizes: Sequence[float]) -> float:
-        """The total size of the kept sites."""
-        return fsum(sizes[i] for i in self.kept)
-
-    def add(self, i: int) -> bool:
-        """Add a site if it fits; return whether it was added."""
-        new = self._new_items(i)
-        if self._spent + self._amount(new) > self._limit:
-            return False
-        self.kept.append(i)
-        self._open = [(place, below) for place, below in (*self._open, *self._cost.in_adapters[i])]
-        self._count(1 << i, new)
-        self._open = [(place, below) for place, below in self._open if not self._counted >> place & 1]
-        return True
-
-    def fill(self, sites: Iterable[int], sizes: Sequence[float]) -> None:
-        """Add those of ``sites`` that fit, by descending size per cost."""
-        left = set(sites) - set(self.kept)
-        queue = [self._entry(i, sizes) for i in left]
-        heapq.heapify(queue)
-        while queue:
-            _, i = heapq.heappop(queue)
-            if i in left and self.add(i):
-                left.remove(i)
-                for other in self._cost.sharers[i] & left:  # a shared item is counted already: they cost less now
-                    heapq.heappush(queue, self._entry(other, sizes))
-
-    def _entry(self, i: int, sizes: Sequence[float]) -> tuple[float, int]:
-        return -_density(sizes[i], self._amount(self._new_items(i))), i
-
-    def _new_items(self, i: int) -> int:
-        """The items that adding site ``i`` would add, as bits."""
-        sites = self._sites | 1 << i
-        new = self._cost.on_the_way[i]
-        for place, below in (*self._cost.in_adapters[i], *self._open):
-            if below & sites:
-                new |= 1 << place
-        return new & ~self._counted
-
-    def _count(self, sites: int, items: int) -> None:
-        self._sites |= sites
-        self._spent += self._amount(items)
-        self._counted |= items
-
-    def _amount(self, items: int) -> int:
-        return sum(self._cost.items[place].amount for place in _bits(items))
+#: Seconds after which the best set so far is taken.
+_PATIENCE = 20.0
 
 
-def _density(size: float, price: int) -> float:
-    return size / price if price else inf
+def _solved(sizes: Sequence[float], costs: Sequence[Cost], limits: Sequence[float]) -> list[int]:
+    """The sites that the solver keeps; none where nothing fits."""
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    n = len(sizes)
+    rows = _Rows(n)
+    for cost, limit in zip(costs, limits, strict=True):
+        scale = max(limit, 1.0)
+        spent: dict[int, float] = {}
+        always = 0
+        for item in cost.items:
+            place = rows.caused(item.causes)
+            if place is None:
+                always += item.amount
+            else:
+                spent[place] = spent.get(place, 0.0) + item.amount / scale
+        rows.add(spent, (limit - always) / scale)
+    values = np.zeros(rows.count)
+    values[:n] = [-max(size, 0.0) for size in sizes]
+    highest = np.ones(rows.count)
+    highest[:n] = [float(size > 0) for size in sizes]
+    matrix = csr_array((rows.data, (rows.row, rows.column)), shape=(len(rows.most), rows.count))
+    whole = np.zeros(rows.count)
+    whole[:n] = 1
+    found = milp(
+        values / (-values.sum() or 1.0),
+        constraints=LinearConstraint(matrix, ub=np.array(rows.most)),
+        bounds=Bounds(0, highest),
+        integrality=whole,
+        options={"mip_rel_gap": 0.0, "time_limit": _PATIENCE},
+    )
+    return [] if found.x is None else [i for i in range(n) if found.x[i] > 0.5]
+
+
+class _Rows:
+    """The rows of a linear program over sites, "one of these sites is kept" and "this item is caused"."""
+
+    def __init__(self, n: int) -> None:
+        self.count = n
+        self.data: list[float] = []
+        self.row: list[int] = []
+        self.column: list[int] = []
+        self.most: list[float] = []
+        self._always = 1 << n
+        self._sets: dict[int, int] = {1 << i: i for i in range(n)}
+        self._items: dict[tuple[Cause, ...], int] = {}
+
+    def add(self, factors: Mapping[int, float], most: float) -> None:
+        """Add Σ factor · variable ≤ most."""
+        self.data += factors.values()
+        self.column += factors
+        self.row += [len(self.most)] * len(factors)
+        self.most.append(most)
+
+    def caused(self, causes: tuple[Cause, ...]) -> int | None:
+        """The variable of an item; None where it is always there."""
+        if len(causes) == 1 and causes[0][0] == ANY:
+            return self._any_of(causes[0][1])
+        if causes in self._items:
+            return self._items[causes]
+        place = self._items[causes] = self._new()
+        for own, below in causes:
+            # One of ``own`` and one of ``below``: x + y − 1 ≤ item, and x ≤ item where the first implies the second.
+            parts = [self._any_of(own)] if own & ~below == 0 else [self._any_of(own), self._any_of(below)]
+            places = [part for part in parts if part is not None]
+            if not places:
+                del self._items[causes]
+                return None
+            self.add({**dict.fromkeys(places, 1.0), place: -1.0}, len({*places}) - 1.0)
+        return place
+
+    def _any_of(self, sites: int) -> int | None:
+        """The variable that is 1 where one of the sites is kept; None where one always is."""
+        if sites & self._always:
+            return None
+        if sites not in self._sets:
+            # Of a smaller set that is known, one variable stands for all.
+            inner = max((known for known in self._sets if known & ~sites == 0), key=int.bit_count, default=0)
+            place = self._new()
+            for part in ([self._sets[inner]] if inner else []) + list(_bits(sites & ~inner)):
+                self.add({part: 1.0, place: -1.0}, 0.0)
+            self._sets[sites] = place
+        return self._sets[sites]
+
+    def _new(self) -> int:
+        self.count += 1
+        return self.count - 1
 
 
 def _bits(number: int) -> Iterator[int]:

@@ -38,7 +38,8 @@ def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5) -> Cost:
         model: A model with LoRA on all sites, in the mode in which it is trained. Its gradients are lost; nothing else
             of it changes.
         losses: Runs the forward passes; all of them count.
-        rounds: Timed steps of each kind, after one untimed step.
+        rounds: Timed steps of each kind, after one untimed step. 0: one step alone is measured node by node, so that
+            a and b are 1 and the result includes the reading of the clock.
 
     Raises:
         SelectionError: The loss depends on no trained parameter.
@@ -47,7 +48,8 @@ def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5) -> Cost:
     n = len(layers)
     always = (ANY, 1 << n)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
-    profiles = [_profile(layers, losses, optimizer) for _ in range(rounds + 1)][1:]
+    profiles = [_profile(layers, losses, optimizer) for _ in range(rounds + 1)]
+    profiles = profiles[1:] or profiles
     order = profiles[0].order
     causes = sorted({cause for profile in profiles for cause in profile.seconds})
     shares = {c: statistics.median(profile.seconds.get(c, 0.0) for profile in profiles) for c in causes}
@@ -55,6 +57,9 @@ def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5) -> Cost:
     frozen = [Item(_ns(s), (c,)) for c, s in shares.items() if c[0] == ANY and not c[1] & always[1]]
     below = make_cost(n, frozen, order)
 
+    if not rounds:
+        rest = max(0, _ns(profiles[0].whole) - own.of_all - below.of_all)
+        return make_cost(n, [*own.items, *below.items, Item(rest, (always,))], own.order)
     one, every = own.order[:1], range(n)
     none, first, whole = map(_ns, _steps(layers, losses, optimizer, [(), one, every], rounds))
     a = _factor(whole - first, own.of_all - own.of(one)) if n > 1 else 1.0
@@ -104,6 +109,8 @@ class _Profile:
 
     seconds: Mapping[Cause, float]
     order: tuple[int, ...]
+    whole: float
+    """Seconds of the step, with the reading of the clock."""
 
 
 def _profile(layers: Mapping[str, LoraLayer], losses: Losses, optimizer: torch.optim.Optimizer) -> _Profile:
@@ -112,6 +119,7 @@ def _profile(layers: Mapping[str, LoraLayer], losses: Losses, optimizer: torch.o
     A node's time ends when the next node begins, so it includes adding up gradients.
     """
     optimizer.zero_grad()
+    begin = now()
     seconds: dict[Cause, float] = {}
     with marked(layers) as marks:
         for loss in losses():
@@ -130,10 +138,11 @@ def _profile(layers: Mapping[str, LoraLayer], losses: Losses, optimizer: torch.o
             marks.clear()
     start = now()
     optimizer.step()
-    share = (now() - start) / len(layers)
+    end = now()
+    share = (end - start) / len(layers)
     for i in range(len(layers)):
         seconds[1 << i, 1 << i] = seconds.get((1 << i, 1 << i), 0.0) + share
-    return _Profile(seconds, tuple(marks.order))
+    return _Profile(seconds, tuple(marks.order), end - begin)
 
 
 def _note(clock: list[tuple[Cause, float]], cause: Cause, *_: Any) -> None:

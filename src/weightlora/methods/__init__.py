@@ -1,6 +1,6 @@
 """Every way to spend a LoRA budget, with the same interface; each with its paper.
 
-model = make_method("weightlora", keep=0.5).attach(model, lora, batches, total_steps)
+model = make_method("weightlora", adapters=0.5).attach(model, lora, batches, total_steps)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from weightlora.errors import OptionError
-from weightlora.plan.budget import check_keep
+from weightlora.plan.limits import LIMITS, check_limit
 from weightlora.text import closest
 from weightlora.validation import check_arguments
 
@@ -167,21 +167,20 @@ def make_method(name: str, **options: Any) -> Method:
 
     Args:
         name: One of :data:`METHODS`.
-        options: The method's own settings, such as ``keep`` and ``seed``.
+        options: The method's own settings, such as ``adapters`` and ``seed``.
 
     Raises:
         OptionError: There is no such method, or it has no such option.
 
     Example:
-        >>> make_method("random", keep=0.5, seed=3).callbacks()
+        >>> make_method("random", adapters=0.5, seed=3).callbacks()
         []
     """
     known = _parameters_of(name)
     for option in sorted(set(options) - set(known)):
         raise OptionError(f"{name} has no option {option!r}{closest(option, sorted(known))}")
-    keep: Any = options.get("keep")
-    if keep is not None:
-        check_keep(keep)
+    for limit in LIMITS:
+        check_limit(limit, options.get(limit))
     check_arguments(_build_of(name), options)
     return _build_of(name)(**options)
 
@@ -209,7 +208,7 @@ def options_of(name: str) -> set[str]:
 
     Example:
         >>> sorted(options_of("random"))
-        ['keep', 'seed']
+        ['adapters', 'parameters', 'seed']
     """
     return set(_parameters_of(name))
 
@@ -222,7 +221,7 @@ def defaults_of(name: str) -> dict[str, Any]:
 
     Example:
         >>> defaults_of("random")
-        {'keep': 0.5, 'seed': 0}
+        {'adapters': None, 'parameters': None, 'seed': 0}
     """
     return {option: each.default for option, each in _parameters_of(name).items()}
 

@@ -14,9 +14,10 @@ import torch
 
 from weightlora.errors import SelectionError
 from weightlora.methods.base import PlanningMethod, plan_of, recorded
-from weightlora.model.sites import Site, adapter_parameters, find_sites
-from weightlora.plan.budget import Keep, read_budget
+from weightlora.model.sites import Site, find_sites
+from weightlora.plan.limits import Limits
 from weightlora.plan.plan import AdapterPlan
+from weightlora.selection.allocate import site_budget
 from weightlora.selection.batches import Loss, cycled
 from weightlora.selection.stage import Stage, adapter_weights, let_train, probed, train_adapters
 from weightlora.validation import Count, Positive
@@ -31,24 +32,26 @@ class DotProduct(PlanningMethod):
     """The gradient dot product.
 
     Args:
-        keep: As in :func:`weightlora.select`.
+        adapters: At most so many adapters, or this share of them; half where neither limit is given.
+        parameters: At most so many parameters of whole adapters, or this share of LoRA's.
         steps: Batches that the adapters are trained on. The gradient at W0 is the mean over as many. The paper trains
             for "several epochs".
         alone: Train the adapter of each site separately, as the paper does: n trainings of ``steps``. False trains
             all adapters together once.
         by: ``"magnitude"`` is the paper's figure; ``"descent"`` scores by −⟨∂L/∂W, ΔW⟩, where it is positive.
-        lr: AdamW's learning rate.
-        head_lr: That of a new head; None stands for ``lr``.
+        learning_rate: AdamW's learning rate.
+        head_learning_rate: That of a new head; None stands for ``learning_rate``.
         seed: Decides A's random start and dropout.
         loss_fn: As in :func:`weightlora.select`.
     """
 
-    keep: Keep = 0.5
+    adapters: float | None = None
+    parameters: float | None = None
     steps: Count = 20
     alone: bool = False
     by: Literal["magnitude", "descent"] = "magnitude"
-    lr: Positive = 1e-3
-    head_lr: Positive | None = None
+    learning_rate: Positive = 1e-3
+    head_learning_rate: Positive | None = None
     seed: int = 0
     loss_fn: Loss | None = None
 
@@ -56,13 +59,20 @@ class DotProduct(PlanningMethod):
         """Keep the sites with the largest products."""
         found = find_sites(model, lora)
         sites, names = found.sites, [site.name for site in found.sites]
-        budget = read_budget(self.keep, adapter_parameters(sites, lora))
-        rates: dict[str, Any] = {"lr": self.lr, "head_lr": self.head_lr, "seed": self.seed, "loss_fn": self.loss_fn}
+        budget = site_budget(sites, lora, Limits(adapters=self.adapters, parameters=self.parameters))
+        rates: dict[str, Any] = {
+            "learning_rate": self.learning_rate,
+            "head_learning_rate": self.head_learning_rate,
+            "seed": self.seed,
+            "loss_fn": self.loss_fn,
+        }
         products = dot_products(model, lora, sites, batches, steps=self.steps, alone=self.alone, **rates)
         scores = [abs(products[name]) if self.by == "magnitude" else -products[name] for name in names]
         kept = [names[i] for i in budget.choose(scores) if scores[i] > 0]
         if not kept:
-            raise SelectionError("no adapter moved along its gradient; raise steps or lr, or take by='magnitude'")
+            raise SelectionError(
+                "no adapter moved along its gradient; raise steps or learning_rate, or take by='magnitude'"
+            )
         record = {"rule": "dot_product", "options": recorded(self), "seed": self.seed}
         return plan_of(model, lora, found, kept, scores, **record)
 
@@ -78,8 +88,8 @@ def dot_products(
     *,
     steps: int,
     alone: bool,
-    lr: float,
-    head_lr: Positive | None = None,
+    learning_rate: float,
+    head_learning_rate: Positive | None = None,
     head_steps: int = 0,
     seed: int = 0,
     loss_fn: Loss | None = None,
@@ -93,8 +103,8 @@ def dot_products(
         batches: As in :func:`weightlora.select`; the first ``head_steps`` train the head, ``steps`` more all the rest.
         steps: As in :class:`DotProduct`.
         alone: As in :class:`DotProduct`.
-        lr: As in :class:`DotProduct`.
-        head_lr: As in :class:`DotProduct`.
+        learning_rate: As in :class:`DotProduct`.
+        head_learning_rate: As in :class:`DotProduct`.
         head_steps: Steps in which a new task head is trained before any adapter.
         seed: As in :class:`DotProduct`.
         loss_fn: As in :func:`weightlora.select`.
@@ -105,16 +115,16 @@ def dot_products(
     total = head_steps + 2 * steps * len(runs)
     plain = replace(lora, lora_dropout=0.0)  # the products are those of all of ΔW
     products: dict[str, float] = {}
-    given: dict[str, Any] = {"seed": seed, "loss_fn": loss_fn, "head_lr": head_lr}
+    given: dict[str, Any] = {"seed": seed, "loss_fn": loss_fn, "head_learning_rate": head_learning_rate}
     with probed(model, plain, sites, batches=shown, steps=total, **given) as stage:
         if head_steps:
-            train_adapters(stage, steps=head_steps, lr=lr, names=())
+            train_adapters(stage, steps=head_steps, learning_rate=learning_rate, names=())
         begin = [parameter.detach().clone() for parameter in (*adapter_weights(stage), *stage.head)]
         for run in runs:
             with torch.no_grad():
                 for parameter, value in zip((*adapter_weights(stage), *stage.head), begin, strict=True):
                     parameter.copy_(value)
-            train_adapters(stage, steps=steps, lr=lr, names=run)
+            train_adapters(stage, steps=steps, learning_rate=learning_rate, names=run)
             products |= _products(stage, run, steps)
     return products
 

@@ -18,9 +18,11 @@ from torch import Tensor
 from weightlora.errors import SelectionError
 from weightlora.methods.base import PlanningMethod, plan_of, recorded
 from weightlora.model.gates import gated
-from weightlora.model.sites import Site, adapter_parameters, find_sites
-from weightlora.plan.budget import Budget, Keep, read_budget
+from weightlora.model.sites import Site, find_sites
+from weightlora.plan.budget import Budget
+from weightlora.plan.limits import Limits
 from weightlora.plan.plan import AdapterPlan
+from weightlora.selection.allocate import site_budget
 from weightlora.selection.batches import Loss, cycled
 from weightlora.selection.stage import Stage, adapter_weights, evaluated, let_train, probed
 from weightlora.validation import Count, Positive
@@ -35,26 +37,29 @@ class Flexora(PlanningMethod):
     """Flexora.
 
     Args:
-        keep: As in :func:`weightlora.select`, for whole blocks by falling α. None is the paper: all with α > 0.
+        adapters: At most so many adapters, or this share of them, in whole blocks by falling α. None without
+            ``parameters`` is the paper: all with α > 0.
+        parameters: At most so many parameters of whole adapters, or this share of LoRA's, instead of ``adapters``.
         unit: What has an α: a ``"block"``, as in the paper, or every ``"site"``.
         steps: Steps of A and B, each followed by one of α. None: a tenth of the training's steps, at least 20.
         validation: Batches held out for α; each step of α uses all of them. The authors' code uses 8 in a step.
         alpha_lr: Adam's learning rate for α.
         power: ŵ^power scales the adapters: 1 is the paper, 3 the effect of the authors' code.
-        lr: AdamW's learning rate for A, B and a new task head.
-        head_lr: That of the new head, if another.
+        learning_rate: AdamW's learning rate for A, B and a new task head.
+        head_learning_rate: That of the new head, if another.
         seed: Decides A's random start and dropout.
         loss_fn: As in :func:`weightlora.select`.
     """
 
-    keep: Keep | None = 0.5
+    adapters: float | None = 0.5
+    parameters: float | None = None
     unit: Literal["block", "site"] = "block"
     steps: Count | None = None
     validation: Count = 8
     alpha_lr: Positive = 0.01
     power: Count = 1
-    lr: Positive = 1e-3
-    head_lr: Positive | None = None
+    learning_rate: Positive = 1e-3
+    head_learning_rate: Positive | None = None
     seed: int = 0
     loss_fn: Loss | None = None
 
@@ -63,19 +68,24 @@ class Flexora(PlanningMethod):
         found = find_sites(model, lora)
         sites = found.sites
         units = [(site.block or site.name) if self.unit == "block" else site.name for site in sites]
-        budget = read_budget(len(sites) if self.keep is None else self.keep, adapter_parameters(sites, lora))
+        is_paper = self.adapters is None and self.parameters is None
+        adapters = None if self.parameters is not None else len(sites) if is_paper else self.adapters
+        limits = Limits(adapters=adapters, parameters=self.parameters)
+        budget = site_budget(sites, lora, limits)
         steps = max(20, math.ceil(total_steps / 10)) if self.steps is None else self.steps
         used, total = _interleaved(batches, steps, self.validation), steps * (1 + self.validation)
-        given: dict[str, Any] = {"seed": self.seed, "loss_fn": self.loss_fn, "head_lr": self.head_lr}
+        given: dict[str, Any] = {
+            "seed": self.seed,
+            "loss_fn": self.loss_fn,
+            "head_learning_rate": self.head_learning_rate,
+        }
         with probed(model, lora, sites, batches=used, steps=total, **given) as stage:
             history = self._descend(stage, units, steps)
         alpha = history[-1]
-        kept = _fill(sites, units, alpha, budget, positive=self.keep is None)
+        kept = _fill(sites, units, alpha, budget, positive=is_paper)
         if not kept:
-            none = f"no whole block fits keep={self.keep!r}; raise keep, or take unit='site'"
-            raise SelectionError(
-                "no block has an alpha above 0; raise steps, or give keep=" if self.keep is None else none
-            )
+            none = f"no whole block fits {limits.text}; raise it, or take unit='site'"
+            raise SelectionError("no block has an alpha above 0; raise steps, or give adapters=" if is_paper else none)
         record = {"rule": "flexora", "options": recorded(self, steps=steps), "seed": self.seed}
         return plan_of(model, lora, found, kept, alpha, history=tuple(map(tuple, history)), **record)
 
@@ -87,7 +97,7 @@ class Flexora(PlanningMethod):
         adapters = adapter_weights(stage)
         trained = [*adapters, *stage.head]
         let_train(stage, trained)
-        optimizer = stage.optimizer(adapters, self.lr)
+        optimizer = stage.optimizer(adapters, self.learning_rate)
         alpha_optimizer = torch.optim.Adam([alpha], lr=self.alpha_lr)
         history: list[list[float]] = []
         with gated(stage.layers) as gates:

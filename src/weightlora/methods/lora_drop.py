@@ -21,9 +21,10 @@ from weightlora.errors import SelectionError
 from weightlora.methods.base import PlanningMethod, Prepared, plan_of, recorded
 from weightlora.model.distributed import add_up
 from weightlora.model.layers import lora_layers
-from weightlora.model.sites import adapter_parameters, find_sites
+from weightlora.model.sites import find_sites
 from weightlora.model.token_mask import TokenRows, counted_tokens
-from weightlora.plan.budget import Keep, read_budget
+from weightlora.plan.limits import Limits
+from weightlora.selection.allocate import site_budget
 from weightlora.selection.batches import Loss, cycled, in_parts
 from weightlora.selection.stage import Stage, evaluated, probed, train_adapters
 from weightlora.validation import Count, Positive
@@ -38,23 +39,25 @@ class LoraDrop(PlanningMethod):
     """LoRA-drop.
 
     Args:
-        keep: As in :func:`weightlora.select`; half is Table 1's reading.
-        energy: The paper's rule instead of ``keep``: the fewest sites whose I add up to this share; the paper has 0.9.
+        adapters: At most so many adapters, or this share of them; half where neither limit is given, Table 1's reading.
+        parameters: At most so many parameters of whole adapters, or this share of LoRA's.
+        energy: The paper's rule instead of a limit: the fewest sites whose I add up to this share; the paper has 0.9.
         share: All sites that are not kept share one adapter for each shape, as in the paper. The stock checkpoint then
             holds a copy of it for every site.
         steps: Batches to train on and to measure. None: a tenth of the training's steps, at least 20.
-        lr: AdamW's learning rate in these steps.
-        head_lr: That of a new head; None stands for ``lr``.
+        learning_rate: AdamW's learning rate in these steps.
+        head_learning_rate: That of a new head; None stands for ``learning_rate``.
         seed: Decides A's random start and dropout.
         loss_fn: As in :func:`weightlora.select`.
     """
 
-    keep: Keep = 0.5
+    adapters: float | None = None
+    parameters: float | None = None
     energy: Annotated[float, Field(gt=0, le=1)] | None = None
     share: bool = False
     steps: Count | None = None
-    lr: Positive = 1e-3
-    head_lr: Positive | None = None
+    learning_rate: Positive = 1e-3
+    head_learning_rate: Positive | None = None
     seed: int = 0
     loss_fn: Loss | None = None
 
@@ -62,12 +65,16 @@ class LoraDrop(PlanningMethod):
         """Keep the sites with the strongest outputs; with ``share`` the others share their adapters."""
         found = find_sites(model, lora)
         sites, names = found.sites, [site.name for site in found.sites]
-        budget = read_budget(self.keep, adapter_parameters(sites, lora))
+        budget = site_budget(sites, lora, Limits(adapters=self.adapters, parameters=self.parameters))
         steps = max(20, math.ceil(total_steps / 10)) if self.steps is None else self.steps
         rows = itertools.cycle(list(cycled(batches, steps)))  # measured on the training rows
-        given: dict[str, Any] = {"seed": self.seed, "loss_fn": self.loss_fn, "head_lr": self.head_lr}
+        given: dict[str, Any] = {
+            "seed": self.seed,
+            "loss_fn": self.loss_fn,
+            "head_learning_rate": self.head_learning_rate,
+        }
         with probed(model, lora, sites, batches=rows, steps=2 * steps, **given) as stage:
-            train_adapters(stage, steps=steps, lr=self.lr)
+            train_adapters(stage, steps=steps, learning_rate=self.learning_rate)
             strength = _energies(stage, steps)
         shares = (strength / strength.sum()).tolist()
         wanted = budget.choose(shares) if self.energy is None else fewest(shares, self.energy)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.methods.base import ChoosingMethod, Method
 from weightlora.plan.plan import AdapterPlan
+from weightlora.selection.scoring import OPTIONS, Scoring, takes
 from weightlora.selection.select import selected
-from weightlora.selection.warmup import OPTIONS, Warmup, takes
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -21,15 +21,15 @@ def build(**options: Any) -> Method:
     """Return the method.
 
     Args:
-        options: Those of :func:`weightlora.select`. ``keep`` is how much is kept before the ranks grow; the paper keeps
+        options: Those of :func:`weightlora.select`. The limits are those before the ranks grow; the paper keeps
             n/2 adapters.
 
     Raises:
         OptionError: An argument is out of its range.
     """
-    warmup = Warmup(**options)
+    scoring = Scoring(**options)
 
     def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> AdapterPlan:
-        return selected(model, batches, replace(warmup, lora=lora, total_steps=total_steps)).plan.expand()
+        return selected(model, batches, replace(scoring, lora=lora, total_steps=total_steps)).plan.expand()
 
     return ChoosingMethod(choose)

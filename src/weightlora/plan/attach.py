@@ -50,10 +50,10 @@ def lora_config_of(plan: PlanData, overrides: Mapping[str, Any]) -> LoraConfig:
 
     taken = sorted(set(overrides) & {*_PLANNED_FIELDS, *_CHOOSING_FIELDS, "target_parameters"})
     if taken:
-        raise OptionError(f"{', '.join(taken)} come from the plan; change them with select(keep=...) or expand()")
+        raise OptionError(f"{', '.join(taken)} come from the plan; change them with the limits of select()")
     kept = [entry for entry in plan.entries if entry.r > 0]
     if not kept:
-        raise PlanError("the plan keeps no site, so it has no LoraConfig; select anew with a larger keep")
+        raise PlanError("the plan keeps no site, so it has no LoraConfig; select anew with larger limits")
     besides = plan.target_parameters
     ranks, alphas = {each.r for each in (*kept, *besides)}, {each.alpha for each in (*kept, *besides)}
     own = {"^" + re.escape(entry.site.name): entry for entry in kept}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from weightlora.errors import OptionError
 from weightlora.model.sites import Site
-from weightlora.plan.budget import Budget, Chooser, GainShare, Keep, Limit, read_limit
+from weightlora.plan.budget import Budget, Chooser
 from weightlora.text import natural
 
 Ranking = Literal["score", "spread"]
@@ -33,15 +33,12 @@ class Spread:
         [1, 2]
     """
 
-    budget: Budget | GainShare
-    """A share of the gain stands for as many parameters as the smallest set with it has."""
+    budget: Budget
     blocks: tuple[str, ...]
     """The block of each site. Their numbers are the depth: sites are sorted by name, which puts block 10 before 2."""
 
     def choose(self, sizes: Sequence[float]) -> list[int]:
         """Return the kept positions, sorted; sites without a positive size come last."""
-        if isinstance(self.budget, GainShare):
-            return replace(self, budget=self.budget.budget_of(sizes)).choose(sizes)
         depth = {block: k for k, block in enumerate(sorted(dict.fromkeys(self.blocks), key=natural))}
         chosen: list[int] = []
         for parts in range(len(depth), 0, -1):
@@ -65,30 +62,6 @@ class Spread:
         return shares
 
 
-def is_share(budget: Chooser) -> bool:
-    """Return whether the scores decide how much is kept.
-
-    Example:
-        >>> from fractions import Fraction
-        >>> half = GainShare(costs=(4, 1), share=Fraction(1, 2))
-        >>> is_share(half), is_share(Spread(half, blocks=("0", "1"))), is_share(Budget.of_count(1, n=2))
-        (True, True, False)
-    """
-    return isinstance(budget.budget if isinstance(budget, Spread) else budget, GainShare)
-
-
-def ranking_of(ranking: Ranking | None, keep: Keep, default: Ranking) -> Ranking:
-    """Return ``ranking``; None is ``"score"`` where ``keep`` is memory or step time, and the default elsewhere.
-
-    Example:
-        >>> ranking_of(None, 0.5, "spread"), ranking_of(None, "0.8x", "spread"), ranking_of("score", 0.5, "spread")
-        ('spread', 'score', 'score')
-    """
-    if ranking is not None:
-        return ranking
-    return default if read_limit(keep) is None else "score"
-
-
 def check_ranking(ranking: str | None) -> None:
     """Raise unless there is such a ranking; None is that of the rule.
 
@@ -99,7 +72,7 @@ def check_ranking(ranking: str | None) -> None:
         raise OptionError(f"ranking={ranking!r} is not allowed: give one of {', '.join(RANKINGS)}")
 
 
-def ranked(budget: Chooser | Limit, ranking: str, sites: Sequence[Site]) -> Chooser | Limit:
+def ranked(budget: Chooser, ranking: str, sites: Sequence[Site]) -> Chooser:
     """Return the budget that prefers sites as ``ranking`` says.
 
     Args:
@@ -113,8 +86,6 @@ def ranked(budget: Chooser | Limit, ranking: str, sites: Sequence[Site]) -> Choo
     check_ranking(ranking)
     if ranking == "score":
         return budget
-    if isinstance(budget, Budget | GainShare):
+    if isinstance(budget, Budget):
         return Spread(budget, tuple(site.block for site in sites))
-    raise OptionError(
-        f"ranking={ranking!r} needs keep as a fraction, a number of adapters or of parameters, or a share of the scores"
-    )
+    raise OptionError(f"ranking={ranking!r} does not go with limits on time or memory; give ranking='score'")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError
 from weightlora.methods import METHODS
-from weightlora.plan.budget import check_keep
+from weightlora.plan.limits import LIMITS, read_limits
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs.recipe import MethodOptions, Recipe
 from weightlora.selection.rules import RULES, rule_of, settings_of
@@ -35,7 +35,7 @@ def with_plan(recipe: Recipe) -> Recipe:
     if options.plan is None:
         return recipe
     plan = AdapterPlan.load(options.plan)
-    named = options.rule if "rule" in recipe.given else ""
+    named = (options.rule or "") if "rule" in recipe.given else ""
     there, now = _planned(plan, named), _asked(options, recipe.given, plan)
     pairs = read_pairs("method_options", options.method_options)
     now |= pairs
@@ -47,7 +47,7 @@ def with_plan(recipe: Recipe) -> Recipe:
             "leave plan out to select anew"
         )
     own = {name: there.get(name) for name in _names() if name in there or name not in recipe.given}
-    own |= {name: str(own[name]) for name in ("keep", "steps") if own.get(name) is not None}
+    own |= {name: str(own[name]) for name in (*LIMITS, "steps") if own.get(name) is not None}
     own |= {name: [] for name in ("rule_options", "method_options") if own.get(name, []) is None}
     # Several ranks, or an alpha that is not whole, have no option.
     own |= {name: None for name in ("lora_r", "lora_alpha") if name in own and type(own[name]) is not int}
@@ -112,13 +112,11 @@ def _planned(plan: AdapterPlan, named: str) -> dict[str, Any]:
 def _asked(options: MethodOptions, given: frozenset[str], plan: AdapterPlan) -> dict[str, Any]:
     """The same of the options that were given."""
     asked = {name: getattr(options, name) for name in _names() if name in given}
-    asked |= {"keep": check_keep(options.keep)} if "keep" in given else {}
+    asked |= {name: value for name, value in read_limits(vars(options)).items() if name in given}
     asked |= {"steps": check_steps(asked["steps"])} if "steps" in given else {}
     asked |= {"lora_dropout": float(options.lora_dropout)} if "lora_dropout" in given else {}
     if {"rule", "rule_options"} & given and (_is_ours(plan) or ":" in plan.rule):
-        asked |= _rule_asked(
-            plan.rule if _is_ours(plan) and "rule" not in given else options.rule, options.rule_options
-        )
+        asked |= _rule_asked(plan.rule if options.rule is None else options.rule, options.rule_options)
     return {name: value for name, value in asked.items() if name not in ("rule_options", "method_options")}
 
 

@@ -151,7 +151,7 @@ def dot_product_study(recipe: Recipe) -> DotProducts:
             batches,
             steps=steps,
             alone=True,
-            lr=training.learning_rate,
+            learning_rate=training.learning_rate,
             head_steps=(HEAD_STEPS if head_steps is None else head_steps) if trained_modules(lora) else 0,
             seed=training.seed,
             loss_fn=micro_loss(quiet),

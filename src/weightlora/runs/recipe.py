@@ -18,7 +18,7 @@ from pydantic import Field
 from weightlora.errors import OptionError
 from weightlora.files import read_mapping
 from weightlora.methods import entry_of, make_method, options_of
-from weightlora.plan.budget import check_keep
+from weightlora.plan.limits import LIMITS, read_limits
 from weightlora.runs._parsers import (
     Parser,
     actions_of,
@@ -30,7 +30,6 @@ from weightlora.runs._parsers import (
 )
 from weightlora.selection.rules import RULES, rule_entry, rule_of
 from weightlora.selection.steps import check_steps
-from weightlora.selection.warmup import Warmup
 from weightlora.text import closest
 from weightlora.validation import Count, Natural, NotNegative, Share, Text, check_fields, read_pairs
 
@@ -112,13 +111,17 @@ class MethodOptions:
 
     method: Text = _option("weightlora", "name of a method; `weightlora methods` lists them")
     plan: Text | None = _option(None, "a plan.json to train, instead of a method")
-    keep: Text = _option(
-        str(Warmup.keep),
-        'fraction of LoRA\'s parameters, number of adapters, "300k parameters", 512MB, 0.8x, "60% gain" or auto',
+    adapters: Text | None = _option(
+        None, "at most so many adapters at the rank of LoRA, or this share of them; default without a limit: 0.5"
     )
-    rule: Text = _option(
-        str(Warmup.rule),
-        f"how sites are scored: {', '.join(entry.name for entry in RULES)}, or package.module:Class of your own",
+    parameters: Text | None = _option(
+        None, "at most so many adapter parameters, or this share of LoRA's; ranks are free, and nothing is scored"
+    )
+    time: Text | None = _option(None, "at most this share of LoRA's step time, such as 0.6")
+    memory: Text | None = _option(None, "at most this peak of the device, such as 8GB")
+    rule: Text | None = _option(
+        None,
+        f"how sites are scored; default: first_order, or nothing is scored; there are {', '.join(entry.name for entry in RULES)}, or package.module:Class of your own",
     )
     ranking: Literal["score", "spread"] | None = _option(
         None,
@@ -159,34 +162,37 @@ class MethodOptions:
     def __post_init__(self) -> None:
         check_fields(self)
         entry_of(self.method)  # names and numbers that need no import; the rest is checked when the method is made
-        rule_entry(self.rule)
-        check_keep(self.keep)
+        if self.rule is not None:
+            rule_entry(self.rule)
+        elif self.rule_options:
+            raise OptionError(f"rule_options={self.rule_options} need a rule; give rule, too")
+        read_limits(vars(self))
         if self.steps is not None and self.plan is None:  # beside a plan they are those of a study
             check_steps(self.steps)
 
     @property
-    def scored_by(self) -> Rule:
-        """The rule with its settings.
+    def scored_by(self) -> Rule | None:
+        """The rule with its settings; None where none is named.
 
         Raises:
             OptionError: It is unknown, or a setting is unknown or out of its range.
         """
-        return rule_of(self.rule, **read_pairs("rule_options", self.rule_options))
+        return None if self.rule is None else rule_of(self.rule, **read_pairs("rule_options", self.rule_options))
 
     @property
     def given(self) -> dict[str, Any]:
-        """What the method is built with, checked: ``keep``, ``rule`` and ``steps`` where it has them, and its own.
+        """What the method is built with, checked: limits, ``rule`` and ``steps`` where it has them, and its own.
 
         Raises:
             OptionError: An option is unknown or out of its range.
         """
         steps = None if self.steps is None else check_steps(self.steps)
-        options = {"keep": check_keep(self.keep), "rule": self.scored_by, "steps": steps, "ranking": self.ranking}
+        options = {**read_limits(vars(self)), "rule": self.scored_by, "steps": steps, "ranking": self.ranking}
         known = options_of(self.method)
-        names = ("keep", "rule", "steps", "ranking") if "rule" in known else ("keep",)
+        names = [name for name in options if name in LIMITS or "rule" in known]
         own = read_pairs("method_options", self.method_options)
-        if self.head_learning_rate is not None and "head_lr" in known:
-            own = {"head_lr": self.head_learning_rate, **own}
+        if self.head_learning_rate is not None and "head_learning_rate" in known:
+            own = {"head_learning_rate": self.head_learning_rate, **own}
         for name in ("fast", "lora", "loss_fn"):  # the recipe's and the task's
             if name in own:
                 raise OptionError(f"method_options: {name} is no setting of a method; leave it out")
@@ -227,8 +233,8 @@ def read_recipe(
         OptionError: An option is unknown (the text names the closest), or has a value it cannot have.
 
     Example:
-        >>> recipe = read_recipe(words=["--task", "rte", "--keep", "18", "--learning_rate", "1e-3"])
-        >>> recipe.task.task, recipe.method.keep, recipe.training.learning_rate
+        >>> recipe = read_recipe(words=["--task", "rte", "--adapters", "18", "--learning_rate", "1e-3"])
+        >>> recipe.task.task, recipe.method.adapters, recipe.training.learning_rate
         ('rte', '18', 0.001)
     """
     from weightlora.tasks import find_task, kind_of
@@ -278,7 +284,7 @@ def named_options(content: Mapping[str, Any], words: Sequence[str]) -> dict[str,
         OptionError: An option is unknown, or has a value it cannot have.
 
     Example:
-        >>> named_options({"keep": 18}, ["--seed", "3"])
+        >>> named_options({"adapters": 18}, ["--seed", "3"])
         {'seed': 3}
     """
     names = [option_name(word) for word in words if word.startswith("--")]
@@ -320,8 +326,8 @@ def option_words(content: Mapping[str, Any]) -> list[str]:
         OptionError: A mapping in it cannot be JSON: it holds a date, for instance.
 
     Example:
-        >>> option_words({"keep": 0.5, "method_options": ["init_r=12"], "plan": None})
-        ['--keep=0.5', '--method_options', 'init_r=12']
+        >>> option_words({"time": 0.5, "method_options": ["init_r=12"], "plan": None})
+        ['--time=0.5', '--method_options', 'init_r=12']
     """
     words: list[str] = []
     for key, value in content.items():

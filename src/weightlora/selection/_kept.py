@@ -56,29 +56,23 @@ def choices(budget: Chooser, scores: Scores) -> list[dict[int, int]]:
     return [dict.fromkeys(budget.choose(sizes), 1) for sizes in (scores.sizes, *(scores.halves or ()))]
 
 
-def kept_ranks(scores: Scores, budget: Chooser) -> dict[int, tuple[int, ...]]:
-    """Return which ranks each kept site keeps: those with the best scores, within the budget.
-
-    Raises:
-        SelectionError: No rank has a positive score.
-    """
-    counts = chosen_ranks(budget, scores.ranks)
+def kept_numbers(scores: Scores, ranks: Sequence[int]) -> dict[int, tuple[int, ...] | None]:
+    """Return which of its ranks each kept site keeps, the best ones; None where the site is kept whole."""
+    if not scores.ranks:
+        return {i: None for i, r in enumerate(ranks) if r}
     best = (sorted(range(len(own)), key=lambda k: -own[k]) for own in scores.ranks)
-    kept = {i: tuple(sorted(order[:r])) for i, (r, order) in enumerate(zip(counts, best, strict=True)) if r}
-    if not kept:
-        raise SelectionError("no rank has a positive score; raise steps, or give more batches")
-    return kept
+    return {i: tuple(sorted(order[:r])) for i, (r, order) in enumerate(zip(ranks, best, strict=True)) if r}
 
 
-def kept_sites(scores: Scores, rule: Rule, budget: Chooser) -> tuple[int, ...]:
-    """Positions of the sites with the best scores: within the budget, and positive (the paper's phase 2: ω > 0).
+def require_positive(scores: Scores, rule: Rule, budget: Chooser) -> None:
+    """Raise where no site that fits has a positive score (the paper's phase 2: ω > 0); warn where fewer have one.
 
     Raises:
         SelectionError: None of them has a positive score.
     """
     wanted = budget.choose(scores.sizes)
     positive = {i for i, score in enumerate(scores.final) if score > 0}
-    kept = tuple(i for i in wanted if i in positive)
+    kept = [i for i in wanted if i in positive]
     advice = f"; lower {' or '.join(rule.knobs)}" if rule.knobs else ""
     if not kept:
         raise SelectionError(f"none of the {len(wanted)} wanted sites has a positive score{advice}")
@@ -86,7 +80,6 @@ def kept_sites(scores: Scores, rule: Rule, budget: Chooser) -> tuple[int, ...]:
     if len(kept) < len(wanted) and positive <= set(kept):
         text = f"only {len(kept)} of the {len(wanted)} wanted sites have a positive score, and no others are kept"
         warnings.warn(f"{text}{advice}", WeightLoraWarning, stacklevel=_CALLER)
-    return kept
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:

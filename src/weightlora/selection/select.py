@@ -1,53 +1,58 @@
-"""Selecting the adapters that matter: warm-up, scores, budget, plan. Read this file first.
+"""Selecting the adapters that matter: limits, scores, ranks, plan. Read this file first.
 
-plan = select(model, batches, lora=LoraConfig(r=8), keep=0.5)
-model = plan.attach(model)                 # WeightLoRA: stock PEFT from here on
-model = plan.expand().attach(model)        # WeightLoRA+: the same budget as plain LoRA
+plan = select(model, batches, lora=LoraConfig(r=8), adapters=0.5)
+model = plan.attach(model)                 # stock PEFT from here on
 
-``select_trained`` also returns what the warm-up trained.
+``select_trained`` also returns what the scoring trained.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from numbers import Real
+from time import perf_counter
 from typing import Any
 
 from peft import LoraConfig, PeftModel, PeftType
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from weightlora.cost.knapsack import CostBudget
-from weightlora.errors import OptionError, WeightLoraWarning
+from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
 from weightlora.fast.dropout import Dropout
 from weightlora.fast.enable import enable_fast_lora
 from weightlora.model.distributed import is_first, require_agreement
 from weightlora.model.gathering import why_not_attachable
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
-from weightlora.model.sites import find_sites
-from weightlora.plan.budget import Keep, Limit
+from weightlora.model.sites import Site, find_sites
 from weightlora.plan.card import base_model_name
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
-from weightlora.plan.ranking import Ranking
-from weightlora.selection._budget import asked_budget, measured_budget, require_measurable
-from weightlora.selection._kept import agreement_of, choices, kept_ranks, kept_sites, require_gradients
+from weightlora.plan.ranking import Ranking, ranked
+from weightlora.selection._kept import agreement_of, choices, kept_numbers, require_gradients, require_positive
+from weightlora.selection._measured import measured, measuring_steps, require_measurable
 from weightlora.selection._trained import Trained, adapter_copies, head_copies, require_plain
+from weightlora.selection.allocate import Costs, allocate, chooser_of, rank_budget
 from weightlora.selection.batches import Loss, cycled, in_parts, model_loss, peeked
-from weightlora.selection.rules import settings_of
-from weightlora.selection.rules.base import Rule
+from weightlora.selection.rules import rule_of, settings_of
+from weightlora.selection.rules.base import Rule, Scores
+from weightlora.selection.scoring import UNIFORM, Scoring
 from weightlora.selection.stage import Stage, head_of, with_plain_lora
-from weightlora.selection.steps import Steps, reading_times, scoring_cost, settled
-from weightlora.selection.warmup import Warmup
+from weightlora.selection.steps import (
+    HEAD_STEPS,
+    Steps,
+    default_times,
+    reading_times,
+    scoring_cost,
+    scoring_steps,
+    settled,
+)
 
-#: Steps in which a new head is trained alone, unless the rule says otherwise.
-HEAD_STEPS = 20
 _LOG = logging.getLogger(__name__)
 
 
@@ -55,24 +60,29 @@ def select(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    lora: LoraConfig | None = Warmup.lora,
-    keep: Keep = Warmup.keep,
-    rule: str | Rule = Warmup.rule,
-    steps: Steps | None = Warmup.steps,
-    total_steps: int | None = Warmup.total_steps,
-    lr: float = Warmup.lr,
-    head_lr: float | None = Warmup.head_lr,
-    seed: int = Warmup.seed,
-    ranking: Ranking | None = Warmup.ranking,
-    loss_fn: Loss | None = Warmup.loss_fn,
-    fast: Dropout | None = Warmup.fast,
-    progress: bool = Warmup.progress,
+    lora: LoraConfig | None = Scoring.lora,
+    adapters: float | None = None,
+    parameters: float | None = None,
+    time: float | None = None,
+    memory: str | None = None,
+    rule: str | Rule | None = None,
+    steps: Steps | None = Scoring.steps,
+    total_steps: int | None = Scoring.total_steps,
+    learning_rate: float = Scoring.learning_rate,
+    head_learning_rate: float | None = Scoring.head_learning_rate,
+    seed: int = Scoring.seed,
+    ranking: Ranking | None = Scoring.ranking,
+    loss_fn: Loss | None = Scoring.loss_fn,
+    fast: Dropout | None = Scoring.fast,
+    progress: bool = Scoring.progress,
 ) -> AdapterPlan:
-    """Return a plan that keeps the adapters with the best scores; ``model`` stays bit for bit as it was.
+    """Return a plan within the limits; ``model`` stays bit for bit as it was.
 
-    The warm-up puts plain LoRA on every candidate (see :func:`weightlora.find_sites`). The rule scores the sites over
-    ``steps`` batches, and the best ones that fit the budget are kept. The paper's algorithm (section 2, phase 1) is
-    ``rule="paper"``; docs/lab/selection.md has the measurements behind the defaults.
+    Four limits can be combined, and all of them hold: see :func:`weightlora.selection.allocate.allocate`. Without any,
+    half of the adapters are kept, as in the paper. With ``parameters`` alone ranks are free: a lower rank on all sites,
+    for which nothing is scored and no batch is read. Otherwise plain LoRA is put on every candidate (see
+    :func:`weightlora.find_sites`), and the rule scores the sites on the first batches. The paper's algorithm (section
+    2, phase 1) is ``rule="paper"``; docs/lab/choice.md has the measurements behind the defaults.
 
     Args:
         model: A transformers model, a PEFT model with a LoRA adapter, or any module with linear layers; whole, sharded
@@ -81,37 +91,40 @@ def select(
             device. Fewer than needed are used again, with a warning. Several processes give each its own.
         lora: The adapters wanted. Every field but ``target_modules``, ``r``, ``lora_alpha`` and their patterns is
             passed unchanged into the final config. None takes the PEFT model's own config, else ``LoraConfig()``.
-        keep: A fraction in (0, 1] of plain LoRA's parameters, a number of adapters K, or a budget:
-            ``"300k parameters"``, ``"512MB"`` (trained parameters with gradients and AdamW's state, and what is saved
-            for the backward pass of the first batch) or ``"0.8x"`` (step time on the first batch, relative to LoRA on
-            all sites), or ``"auto"``: as many parameters as the smallest set that has three quarters of the sum of the
-            scores, ``"60% gain"`` for another share. Memory and step time are those of plain LoRA with the step that
-            ``fast`` names; see docs/guides/choose.md.
-        rule: ``"first_order"`` (default) takes the size of the mean ∂L/∂B at B = 0 and trains nothing; ``"paper"`` is
-            the paper's; or a rule with settings of its own, such as ``StoIHT(gate_lr=1.0)``, or one that you wrote.
-        steps: T, warm-up steps in which sites are scored, at least 2; None stands for 0.5 % of ``total_steps``, at
-            least the rule's ``least_steps``, 20 to 100. ``"auto"`` stops when the choice is stable, and after 30 or
-            3 % of ``total_steps`` at the latest.
+        adapters: At most so many whole adapters at the user's rank, the paper's K: ``18``, or a share such as ``0.5``.
+        parameters: At most so many adapter parameters: ``300_000``, or a share of LoRA's such as ``0.1``. Ranks are
+            free; with ``adapters``, ``time`` or ``memory`` they may rise above the user's. A rule of sites that is
+            named keeps whole adapters instead, if there is no other limit.
+        time: At most this share of LoRA's step time, such as ``0.6``, measured on the first batch.
+        memory: The most at the peak of the device, such as ``"8GB"``, with frozen weights, activations, gradients and
+            AdamW's state, counted on the first batch.
+        rule: How sites are scored: None takes ``"first_order"``, the size of the mean ∂L/∂B at B = 0, which trains
+            nothing; ``"paper"`` is the paper's; or a rule with settings of its own, such as ``StoIHT(gate_lr=1.0)``,
+            or one that you wrote.
+        steps: T, steps in which sites are scored. None: with a rule that is not named, at most 3 % of ``total_steps``
+            together with a new head's, or 20; with one that is, 0.5 % of ``total_steps``, at least the rule's
+            ``least_steps``. ``"auto"`` stops when the choice is stable, and after 30 or 3 % of ``total_steps`` at the
+            latest.
         total_steps: The steps of the training to come, where they are known.
-        lr: AdamW's learning rate for what the warm-up trains, constant; best the one of the training. The rules
-            ``integrated``, ``integrated_ranks`` and ``even_ranks`` take √(share of the sites that are kept) of it.
-        head_lr: That of a new head; None stands for ``lr``.
+        learning_rate: AdamW's learning rate for what the scoring trains, constant; best the one of the training. The
+            rules ``integrated``, ``integrated_ranks`` and ``even_ranks`` take √(share of the sites that are kept) of it.
+        head_learning_rate: That of a new head; None stands for ``learning_rate``.
         seed: Decides A's random start, dropout and a shuffling loader's order, whatever the global generators hold.
-        ranking: How sites compete for the budget: ``"score"``, or ``"spread"`` (each part of the depth gets its share,
-            for its best sites). None is ``"score"`` for a budget in memory or step time and for all rules but
-            ``first_order``, and ``"spread"`` elsewhere.
+        ranking: How sites compete: ``"score"``, or ``"spread"`` (each part of the depth gets its share, for its best
+            sites). None is ``"spread"`` for ``first_order`` within a number of adapters or parameters, and ``"score"``
+            elsewhere.
         loss_fn: ``loss_fn(model, batch)`` → scalar tensor, or an iterator over the losses of micro-batches, whose
             gradients add up; the default is ``model(**batch).loss``.
-        fast: The ``dropout`` of :func:`weightlora.enable_fast_lora`: the warm-up uses the fast step, and budgets in
-            bytes or step time are measured with it. None is PEFT's step.
+        fast: The ``dropout`` of :func:`weightlora.enable_fast_lora`: the scoring uses the fast step, and time and
+            memory are measured with it. None is PEFT's step.
         progress: Show a bar where the output is a terminal.
 
     Raises:
         OptionError: An argument has a type or a value that it cannot have.
         SiteError: There is nothing to adapt; the model is inside ``DataParallel`` (give ``model.module``); or weights
             are on the meta device, have no shape yet, or let no gradient pass.
-        SelectionError: The loss has no gradient or is not finite, no site had a gradient, or no site that the
-            budget could take has a positive score.
+        SelectionError: The loss has no gradient or is not finite, no site had a gradient, or no site that fits has a
+            positive score.
 
     Example:
         >>> import torch
@@ -120,31 +133,34 @@ def select(
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
         >>> x = torch.linspace(-1, 1, 64).reshape(8, 8)
         >>> loss = lambda model, batch: (model(batch["x"]) - 1).pow(2).mean()
-        >>> plan = select(model, [{"x": x}] * 4, lora=LoraConfig(r=2), keep=1, steps=4, loss_fn=loss)
+        >>> plan = select(model, [{"x": x}] * 4, lora=LoraConfig(r=2), adapters=1, steps=4, loss_fn=loss)
         >>> plan.names
         ('2',)
     """
-    warmup = Warmup(
+    scoring = Scoring(
         lora=lora,
-        keep=keep,
+        adapters=adapters,
+        parameters=parameters,
+        time=time,
+        memory=memory,
         rule=rule,
         steps=steps,
         total_steps=total_steps,
-        lr=lr,
-        head_lr=head_lr,
+        learning_rate=learning_rate,
+        head_learning_rate=head_learning_rate,
         seed=seed,
         ranking=ranking,
         loss_fn=loss_fn,
         fast=fast,
         progress=progress,
     )
-    return selected(model, batches, warmup).plan
+    return selected(model, batches, scoring).plan
 
 
 def select_trained(model: nn.Module, batches: Iterable[Any], *, rule: str | Rule, **options: Any) -> Trained:
-    """Return what :func:`select` returns, and the kept adapters and the head as the warm-up left them.
+    """Return what :func:`select` returns, and the kept adapters and the head as the scoring left them.
 
-    The paper initialises the kept adapters again. ``trained.attach(model)`` starts them from the warm-up's weights.
+    The paper initialises the kept adapters again. ``trained.attach(model)`` starts them from these weights.
 
     Args:
         model: As in :func:`select`.
@@ -165,20 +181,20 @@ def select_trained(model: nn.Module, batches: Iterable[Any], *, rule: str | Rule
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
         >>> batches = [{"x": torch.randn(8, 8)} for _ in range(8)]
         >>> loss = lambda model, batch: (model(batch["x"]) - 1).pow(2).mean()
-        >>> trained = select_trained(model, batches, rule="integrated", keep=1, steps=4, loss_fn=loss)
+        >>> trained = select_trained(model, batches, rule="integrated", adapters=1, steps=4, loss_fn=loss)
         >>> [(name, tuple(a.shape), bool(b.any())) for name, (a, b) in trained.adapters.items()]
         [('2', (8, 8), True)]
     """
-    return selected(model, batches, Warmup(rule=rule, **options, warm_start=True))
+    return selected(model, batches, Scoring(rule=rule, **options, warm_start=True))
 
 
-def selected(model: nn.Module, batches: Iterable[Any], warmup: Warmup) -> Trained:
-    """Return the plan, and with ``warm_start`` what the warm-up trained; without it no weights are copied.
+def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trained:
+    """Return the plan, and with ``warm_start`` what the scoring trained; without it no weights are copied.
 
     Args:
         model: As in :func:`select`.
         batches: As in :func:`select`.
-        warmup: What is asked for.
+        scoring: What is asked for.
 
     Raises:
         OptionError: See :func:`select`.
@@ -186,66 +202,130 @@ def selected(model: nn.Module, batches: Iterable[Any], warmup: Warmup) -> Traine
         SelectionError: See :func:`select`.
     """
     _require_batches(batches)
-    rule, keep, fast, steps = warmup.scored_by, warmup.keep, warmup.fast, warmup.t
-    times = reading_times(steps, rule, warmup.total_steps)
-    lora = deepcopy(_config_of(model) if warmup.lora is None else warmup.lora)
+    lora = deepcopy(_config_of(model) if scoring.lora is None else scoring.lora)
     found = find_sites(model, lora)
-    if warmup.warm_start:
+    if scoring.warm_start:
         require_plain(lora)
-    sites = found.sites
-    budget = asked_budget(
-        keep, warmup.ranked_by, sites, lora, besides=sum(each.parameters for each in found.parameters)
-    )
-    if isinstance(budget, Limit):
-        require_measurable(budget, model, lora)
     _warn_of_attach(model, lora)
-    loss_fn = warmup.loss_fn or model_loss
-    adapters: dict[str, tuple[Tensor, Tensor]] = {}
-    whole: dict[str, Tensor] = {}
+    costs = Costs.of(found.sites, lora, besides=sum(each.parameters for each in found.parameters))
+    record: dict[str, Any] = {
+        "seed": scoring.seed,
+        "base_model": base_model_name(model),
+        "target_parameters": found.parameters,
+    }
+    if scoring.scored_by is None:
+        ranks = allocate(found.sites, None, costs, scoring)
+        return Trained(_planned(found.sites, lora, ranks, rule=UNIFORM, options=scoring.limits.asked, **record), {}, {})
+    if scoring.are_measured:
+        require_measurable(scoring, model, lora, costs)
+    elif not scoring.scored_by.scores_ranks:  # a mistake is found before anything is run
+        chooser_of(found.sites, costs, scoring, scoring.ranked_by)
 
-    start = time.perf_counter()
-    with with_plain_lora(model, lora, sites, seed=warmup.seed) as attached:
-        head = head_of(attached)
-        head_steps = _head_steps(rule, bool(head))
-        total = head_steps + rule.batches(times)
-        level = _tell_cost(total, warmup.total_steps, most=steps == "auto")
-        if fast is not None:
-            enable_fast_lora(attached, fast)
-        if isinstance(budget, Limit):
+    start = perf_counter()
+    with with_plain_lora(model, lora, found.sites, seed=scoring.seed) as attached:
+        head, loss_fn = head_of(attached), scoring.loss_fn or model_loss
+        course = _course(scoring, bool(head))
+        rule, total = course.rule, course.head_steps + course.rule.batches(course.times)
+        level = _tell_cost(total + course.measuring, scoring.total_steps, most=len(course.times) > 1)
+        if scoring.fast is not None:
+            enable_fast_lora(attached, scoring.fast)
+        if scoring.are_measured:
             first, batches = peeked(batches)
-            with untouched(model, seed=warmup.seed):  # the scores are as if nothing had been measured
-                budget = measured_budget(budget, attached, partial(in_parts, model, first, loss_fn), sites, lora)
-        with tqdm(total=total, disable=None if warmup.progress else True, leave=False) as bar:
+            with untouched(model, seed=scoring.seed):  # the scores are as if nothing had been measured
+                losses = partial(in_parts, model, first, loss_fn)
+                costs = measured(costs, scoring, attached, losses, lora, rounds=course.rounds)
+        if rule.scores_ranks:
+            chooser = ranked(rank_budget(costs, scoring, len(found.sites)), scoring.ranked_by, found.sites)
+        else:
+            chooser = chooser_of(found.sites, costs, scoring, scoring.ranked_by)
+        with tqdm(total=total, disable=None if scoring.progress else True, leave=False) as bar:
             rows = cycled(batches, total)
-            stage = Stage(model, sites, lora_layers(attached), head, rows, loss_fn, bar, warmup.lr, warmup.head_lr)
-            stage.train_head(head_steps)
-            scored, scores = settled(rule.score(stage, times, budget), partial(choices, budget))
+            rates = (scoring.learning_rate, scoring.head_learning_rate)
+            stage = Stage(model, found.sites, lora_layers(attached), head, rows, loss_fn, bar, *rates)
+            stage.train_head(course.head_steps)
+            scored, scores = settled(rule.score(stage, course.times, chooser), partial(choices, chooser))
         require_gradients(list(stage.layers), scores)
-        kept = kept_ranks(scores, budget) if scores.ranks else dict.fromkeys(kept_sites(scores, rule, budget))
-        require_agreement(repr((kept, [site.name for site in sites])), "the choice")
-        if warmup.warm_start:
-            adapters, whole = adapter_copies(stage.layers, scores.gates, kept), head_copies(attached, head)
+        if scores.ranks:
+            ranks = allocate(found.sites, scores.ranks, costs, scoring)
+            if not any(ranks):
+                raise SelectionError("no rank has a positive score; raise steps, or give more batches")
+        else:
+            positive = [size if final > 0 else 0.0 for size, final in zip(scores.sizes, scores.final, strict=True)]
+            require_positive(scores, rule, chooser)
+            ranks = allocate(found.sites, positive, costs, scoring, ranking=scoring.ranked_by)
+        require_agreement(repr((ranks, [site.name for site in found.sites])), "the choice")
+        adapters: dict[str, tuple[Tensor, Tensor]] = {}
+        whole: dict[str, Tensor] = {}
+        if scoring.warm_start:
+            adapters = adapter_copies(stage.layers, scores.gates, kept_numbers(scores, ranks))
+            whole = head_copies(attached, head)
 
     if is_first():
-        _LOG.log(level, "selection took %.1f s", time.perf_counter() - start)
-    measured: dict[str, Any] = {"scored": scored} if steps == "auto" else {}
-    measured |= {"cost": budget.price(kept)} if isinstance(budget, CostBudget) else {}
-    measured |= {} if scores.halves is None else {"agreement": agreement_of(scores.halves)}
-    plan = make_plan(
-        sites,
+        _LOG.log(level, "selection took %.1f s", perf_counter() - start)
+    plan = _planned(
+        found.sites,
         lora,
-        kept=[sites[i].name for i in kept],
+        ranks,
         scores=scores.final,
         errors=scores.errors,
-        ranks={sites[i].name: len(own) for i, own in kept.items() if own is not None} or None,
         history=scores.history,
         rule=rule.name,
-        options={**_options(warmup, head_steps), **measured},
-        seed=warmup.seed,
-        base_model=base_model_name(model),
-        target_parameters=found.parameters,
+        options={**_options(scoring, course), **_found(scored, scores, costs, ranks, course)},
+        **record,
     )
     return Trained(plan, adapters, whole)
+
+
+@dataclass(frozen=True)
+class _Course:
+    """The rule, and how many steps it takes."""
+
+    rule: Rule
+    head_steps: int
+    times: tuple[int, ...]
+    """After how many steps the scores are looked at."""
+    rounds: int
+    """Of the measurement of step times."""
+    measuring: int
+    """Steps that measuring takes."""
+
+
+def _course(scoring: Scoring, has_head: bool) -> _Course:
+    """How the steps of a selection are spent."""
+    rule = scoring.scored_by
+    assert rule is not None, "something is scored"
+    rounds, measuring = measuring_steps(scoring)
+    if scoring.rule is None and scoring.steps is None:
+        head_steps, times = default_times(scoring.total_steps, has_head=has_head, spent=measuring)
+        if times:
+            return _Course(rule, head_steps, times, rounds, measuring)
+        warnings.warn(
+            f"{scoring.total_steps} steps leave none for scoring within 3 % of them: sites are taken at random, of every "
+            "projection alike; train longer, give steps, or give parameters alone, for which nothing is scored",
+            WeightLoraWarning,
+            stacklevel=4,
+        )
+        return _Course(rule_of("stratified"), 0, (0,), rounds, measuring)
+    steps = scoring_steps(scoring.total_steps, rule.least_steps) if scoring.steps is None else scoring.steps
+    return _Course(
+        rule, _head_steps(rule, has_head), reading_times(steps, rule, scoring.total_steps), rounds, measuring
+    )
+
+
+def _planned(sites: Sequence[Site], lora: LoraConfig, ranks: Sequence[int], **record: Any) -> AdapterPlan:
+    kept = {site.name: r for site, r in zip(sites, ranks, strict=True) if r}
+    return make_plan(sites, lora, kept=[*kept], ranks=kept, **record)
+
+
+def _found(scored: int, scores: Scores, costs: Costs, ranks: Sequence[int], course: _Course) -> dict[str, Any]:
+    """What a plan records of the scoring besides the scores."""
+    kept = [i for i, r in enumerate(ranks) if r]
+    found: dict[str, Any] = {"scored": scored} if len(course.times) > 1 else {}
+    if costs.time is not None:
+        found["step_time"] = costs.time.of(kept) / costs.time.of_all
+    if costs.memory is not None:
+        found["peak_bytes"] = costs.memory.of(kept)
+    return found | ({} if scores.halves is None else {"agreement": agreement_of(scores.halves)})
 
 
 def _tell_cost(scoring: int, training: int | None, *, most: bool) -> int:
@@ -258,18 +338,18 @@ def _tell_cost(scoring: int, training: int | None, *, most: bool) -> int:
     return level
 
 
-def _options(warmup: Warmup, head_steps: int) -> dict[str, Any]:
+def _options(scoring: Scoring, course: _Course) -> dict[str, Any]:
     """The settings that a plan records; those that are off by default are left out."""
     return {
-        "keep": warmup.keep,
-        "steps": warmup.t,
-        "lr": warmup.lr,
-        **settings_of(warmup.scored_by),
-        "head_steps": head_steps,
-        **({} if warmup.head_lr is None else {"head_lr": warmup.head_lr}),
-        **({} if warmup.ranked_by == "score" else {"ranking": warmup.ranked_by}),
-        **({} if warmup.fast is None else {"fast": warmup.fast}),
-        **({"warm_start": True} if warmup.warm_start else {}),
+        **scoring.limits.asked,
+        "steps": "auto" if scoring.steps == "auto" else course.times[-1],
+        "learning_rate": scoring.learning_rate,
+        **settings_of(course.rule),
+        "head_steps": course.head_steps,
+        **({} if scoring.head_learning_rate is None else {"head_learning_rate": scoring.head_learning_rate}),
+        **({} if scoring.ranked_by == "score" else {"ranking": scoring.ranked_by}),
+        **({} if scoring.fast is None else {"fast": scoring.fast}),
+        **({"warm_start": True} if scoring.warm_start else {}),
     }
 
 

@@ -39,9 +39,9 @@ class Stage:
     batches: Iterator[Any]
     loss_fn: Loss
     progress: tqdm[Any]
-    lr: float = 1e-3
+    learning_rate: float = 1e-3
     """AdamW's learning rate for whatever the warm-up trains, constant."""
-    head_lr: float | None = None
+    head_learning_rate: float | None = None
     """That of the head, where it has its own."""
 
     def parameters(self, matrix: Literal["lora_A", "lora_B"]) -> list[nn.Parameter]:
@@ -81,7 +81,7 @@ class Stage:
         average_gradients(watched)
         gradients = [tensor.grad for tensor in watched if tensor.grad is not None]
         if gradients and not bool(torch.isfinite(nn.utils.get_total_norm(gradients))):
-            raise SelectionError(f"{where}: a gradient is not finite; lower lr or look at that batch")
+            raise SelectionError(f"{where}: a gradient is not finite; lower learning_rate or look at that batch")
         self.progress.set_description(what)
         if batch is None:
             self.progress.update()
@@ -102,16 +102,18 @@ class Stage:
         self.progress.set_description(what)
         self.progress.update()
 
-    def optimizer(self, adapters: Sequence[nn.Parameter], lr: float, scale: float = 1.0) -> torch.optim.AdamW:
+    def optimizer(
+        self, adapters: Sequence[nn.Parameter], learning_rate: float, scale: float = 1.0
+    ) -> torch.optim.AdamW:
         """AdamW for these weights of adapters, and for the head at its own rate.
 
         Args:
             adapters: What is trained beside the head.
-            lr: The learning rate, also of a head without a rate of its own.
-            scale: Factor of ``lr`` for the adapters.
+            learning_rate: The learning rate, also of a head without a rate of its own.
+            scale: Factor of ``learning_rate`` for the adapters.
         """
-        own = lr if self.head_lr is None else self.head_lr
-        return torch.optim.AdamW([{"params": adapters, "lr": lr * scale}, {"params": self.head, "lr": own}])
+        own = learning_rate if self.head_learning_rate is None else self.head_learning_rate
+        return torch.optim.AdamW([{"params": adapters, "lr": learning_rate * scale}, {"params": self.head, "lr": own}])
 
     def train_head(self, steps: int) -> None:
         """Train the head alone: its random weights would otherwise decide the first gradients of the adapters."""
@@ -119,7 +121,7 @@ class Stage:
             return
         with switched_off(self.layers.values()):
             let_train(self, self.head)
-            optimizer = self.optimizer([], self.lr)
+            optimizer = self.optimizer([], self.learning_rate)
             for step in range(1, steps + 1):
                 self.backward("head", step, self.head)
                 optimizer.step()
@@ -162,7 +164,7 @@ def probed(
     steps: int,
     seed: int,
     loss_fn: Loss | None = None,
-    head_lr: float | None = None,
+    head_learning_rate: float | None = None,
 ) -> Generator[Stage]:
     """Yield a stage with plain LoRA on ``sites``; ``model`` is restored bit for bit when the block ends.
 
@@ -174,7 +176,7 @@ def probed(
         steps: Batches that the block will use.
         seed: Decides A's random start and dropout.
         loss_fn: As in :func:`weightlora.select`.
-        head_lr: As in :func:`weightlora.select`.
+        head_learning_rate: As in :func:`weightlora.select`.
 
     Example:
         >>> from weightlora.model.sites import find_sites
@@ -183,7 +185,7 @@ def probed(
         >>> batches = [{"x": torch.ones(2, 4)}]
         >>> sites = find_sites(net).sites
         >>> with probed(net, LoraConfig(r=2), sites, batches=batches, steps=1, seed=0, loss_fn=loss) as stage:
-        ...     train_adapters(stage, steps=1, lr=0.1)
+        ...     train_adapters(stage, steps=1, learning_rate=0.1)
         ...     moved = bool(stage.parameters("lora_B")[0].any())
         >>> moved, type(net[0]).__name__
         (True, 'Linear')
@@ -194,7 +196,16 @@ def probed(
     ):
         head = head_of(attached)
         rows = cycled(batches, steps)
-        yield Stage(model, sites, lora_layers(attached), head, rows, loss_fn or model_loss, bar, head_lr=head_lr)
+        yield Stage(
+            model,
+            sites,
+            lora_layers(attached),
+            head,
+            rows,
+            loss_fn or model_loss,
+            bar,
+            head_learning_rate=head_learning_rate,
+        )
 
 
 @contextmanager
@@ -228,21 +239,21 @@ def evaluated(model: nn.Module) -> Generator[None]:
 
 
 def train_adapters(
-    stage: Stage, *, steps: int, lr: float, names: Sequence[str] | None = None, scale: float = 1.0
+    stage: Stage, *, steps: int, learning_rate: float, names: Sequence[str] | None = None, scale: float = 1.0
 ) -> None:
     """Train A, B and the new head for ``steps`` batches with AdamW at a constant rate.
 
     Args:
         stage: The model in its warm-up.
         steps: Batches, one a step.
-        lr: AdamW's learning rate.
+        learning_rate: AdamW's learning rate.
         names: The sites whose adapters are trained; None stands for all.
         scale: Factor of the learning rate for the adapters.
     """
     adapters = adapter_weights(stage, names)
     trained = [*adapters, *stage.head]
     let_train(stage, trained)
-    optimizer = stage.optimizer(adapters, lr, scale)
+    optimizer = stage.optimizer(adapters, learning_rate, scale)
     for step in range(1, steps + 1):
         stage.backward("adapters", step, trained)
         optimizer.step()
@@ -325,4 +336,4 @@ def _require_number(loss: object, where: str) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise SelectionError(f"{where}: the loss is {kind_of(loss)}; loss_fn must return one number as a tensor")
     if not bool(torch.isfinite(loss)):
-        raise SelectionError(f"{where}: the loss is {loss.item()}; lower lr or look at that batch")
+        raise SelectionError(f"{where}: the loss is {loss.item()}; lower learning_rate or look at that batch")

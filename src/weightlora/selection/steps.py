@@ -24,8 +24,10 @@ SETTLED = 2 / 3
 _FEWEST = 6
 #: Scoring that takes a larger share of the training's steps is told with what to do.
 _CHEAP = 0.05
-#: What ``"auto"`` may take: this part of the training's steps, or so many passes where that is less or not known.
-_SHARE, _PASSES = 0.03, 30
+#: What the default may take of the training's steps; ``"auto"`` may take 30 passes where that is less or not known.
+SHARE, _PASSES = 0.03, 30
+#: The steps of the default in a training of unknown length, and the most in which it trains a new head before.
+_STEPS, HEAD_STEPS = 20, 20
 
 
 def check_steps(steps: str | int, least: int = 2) -> Steps:
@@ -48,7 +50,7 @@ def check_steps(steps: str | int, least: int = 2) -> Steps:
     return int(steps)
 
 
-def warmup_steps(total_steps: int | None, least: int = 20) -> int:
+def scoring_steps(total_steps: int | None, least: int = 20) -> int:
     """Return T: 0.5 % of the planned optimizer steps, at least ``least``.
 
     The paper's 0.5 % is two steps of a usual run, and the first carries no information.
@@ -58,7 +60,7 @@ def warmup_steps(total_steps: int | None, least: int = 20) -> int:
         least: The rule's ``least_steps``.
 
     Example:
-        >>> warmup_steps(410), warmup_steps(10_000), warmup_steps(None, least=30)
+        >>> scoring_steps(410), scoring_steps(10_000), scoring_steps(None, least=30)
         (20, 50, 30)
     """
     return least if total_steps is None else max(least, math.ceil(total_steps / 200))
@@ -85,9 +87,39 @@ def scoring_cost(scoring: int, training: int, *, most: bool = False) -> tuple[in
         return logging.INFO, line
     where = f"only where a step of the plan takes less than {1 - share:.2f} of LoRA's" if share < 1 else "in no case"
     return logging.WARNING, (
-        f"{line}: it pays back in time {where} (0.87 with half of LoRA's parameters on MiniLM); train longer, lower "
-        "steps, or take rule='stratified', which reads no batches, or LoRA of a lower rank"
+        f"{line}: it pays back in time {where} (0.87 with half of LoRA's adapters on MiniLM); leave steps and rule "
+        "out for at most 3 %, train longer, or give parameters alone, for which nothing is scored"
     )
+
+
+def default_times(total_steps: int | None, *, has_head: bool, spent: int = 0) -> tuple[int, tuple[int, ...]]:
+    """Return how many steps a new head is trained, and after how many further steps the scores are looked at.
+
+    Where the training's steps are known these are at most 3 % of them, a new head taking up to half; scoring stops
+    before where the choice is settled. No times: there are too few steps for any scoring.
+
+    Args:
+        total_steps: The training's.
+        has_head: Whether a head is trained, too.
+        spent: Steps that measuring takes of the 3 %.
+
+    Example:
+        >>> default_times(None, has_head=True), default_times(1_000, has_head=False)
+        ((20, (20,)), (0, (7, 15, 30)))
+        >>> default_times(250, has_head=True), default_times(20, has_head=False)
+        ((3, (4,)), (0, ()))
+    """
+    if total_steps is None:
+        return (HEAD_STEPS if has_head else 0), (_STEPS,)
+    most = int(SHARE * total_steps) - spent
+    head = min(HEAD_STEPS, most // 2) if has_head else 0
+    left = most - head
+    if left < 1 or (has_head and head < 1):
+        return 0, ()
+    times = [left]
+    while times[0] >= 2 * _FEWEST:
+        times.insert(0, times[0] // 2)
+    return head, tuple(times)
 
 
 def reading_times(steps: Steps, rule: Rule, total_steps: int | None = None) -> tuple[int, ...]:
@@ -112,7 +144,7 @@ def reading_times(steps: Steps, rule: Rule, total_steps: int | None = None) -> t
     """
     if steps != "auto":
         return (steps,)
-    passes = _PASSES if total_steps is None else max(_PASSES, int(_SHARE * total_steps))
+    passes = _PASSES if total_steps is None else max(_PASSES, int(SHARE * total_steps))
     times: tuple[int, ...] = (_FEWEST,)  # also where a single look takes more than that
     for count in range(1, passes):
         reading = rule.passes(range(1, count + 1)) - count

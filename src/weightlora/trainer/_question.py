@@ -5,7 +5,7 @@ first batch, and every option that decides scores or limits.
 
 Left out is what may differ between two starts of one run. Modules that are trained whole have no part in the base
 weights: a new head is random, and a script may build it without a seed. The number of processes may change as long as
-an optimizer step has as many rows. The number of training steps counts only where the warm-up's T depends on it.
+an optimizer step has as many rows. The number of training steps counts only where a named rule's T depends on it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ from weightlora.model.gathering import loaded
 from weightlora.model.sites import all_modules, find_sites, trained_modules
 from weightlora.model.torch_private import is_persistent
 from weightlora.plan.attach import asked_fields
+from weightlora.plan.limits import LIMITS
 from weightlora.plan.plan import AdapterPlan, sites_fingerprint
 from weightlora.selection.rules import settings_of
-from weightlora.selection.steps import reading_times
-from weightlora.selection.warmup import Warmup
+from weightlora.selection.rules.base import Rule
+from weightlora.selection.scoring import UNIFORM, Scoring
+from weightlora.selection.steps import reading_times, scoring_steps
 from weightlora.trainer.loader import planned_steps
 
 START_FILE = "warm_start.safetensors"
@@ -60,7 +62,7 @@ def question_of(
         name: The method, a choosing one.
         lora: The adapters wanted.
         options: The method's, with those of the trainer.
-        first: The first micro-batch of the training.
+        first: The first micro-batch of the training; None where none is read.
         own_loss: The loss is not the trainer's.
     """
     model: Any = trainer.model
@@ -69,7 +71,7 @@ def question_of(
         "options": {**_options(name, options, planned_steps(trainer)), **_training(trainer), "own_loss": own_loss},
         "candidates": sites_fingerprint(find_sites(model, lora).sites),
         "base_weights": weights_fingerprint(model, lora),
-        "first_batch": batch_fingerprint(first),
+        "first_batch": None if first is None else batch_fingerprint(first),
     }
     return json.loads(json.dumps(asked, default=str))
 
@@ -134,22 +136,36 @@ def batch_fingerprint(batch: Any) -> str:
 
 def _options(name: str, given: Mapping[str, Any], total_steps: int) -> dict[str, Any]:
     """The options that decide scores and limits, with the values that they come to."""
-    warmup = Warmup(**given, total_steps=total_steps)
-    rule, steps = warmup.scored_by, warmup.t
+    scoring = Scoring(**given, total_steps=total_steps)
+    rule = scoring.scored_by
+    scored: dict[str, Any] = {}
+    if rule is not None:
+        scored = {
+            "ranking": scoring.ranked_by,
+            **settings_of(rule),
+            **_steps(scoring, rule, total_steps),
+            "learning_rate": float(scoring.learning_rate),
+            "head_learning_rate": float(scoring.head_learning_rate or scoring.learning_rate),
+        }
     return {
-        "keep": warmup.keep,
-        "ranking": warmup.ranked_by,
-        "rule": rule.name,
-        **settings_of(rule),
-        "steps": steps,
-        **({"most_steps": reading_times("auto", rule, total_steps)[-1]} if steps == "auto" else {}),
-        "lr": float(warmup.lr),
-        "head_lr": float(warmup.head_lr or warmup.lr),
-        "seed": warmup.seed,
-        "fast": warmup.fast,
-        "warm_start": warmup.warm_start,
+        **dict.fromkeys(LIMITS),
+        **scoring.limits.asked,
+        "rule": UNIFORM if rule is None else rule.name,
+        **scored,
+        "seed": scoring.seed,
+        "fast": scoring.fast,
+        "warm_start": scoring.warm_start,
         "expand": "scale" if name == "weightlora_plus" else False,
     }
+
+
+def _steps(scoring: Scoring, rule: Rule, total_steps: int) -> dict[str, Any]:
+    """T; where the default decides it, a longer or shorter training is no other question."""
+    if scoring.steps is None and scoring.rule is None:
+        return {"steps": None}
+    if scoring.steps == "auto":
+        return {"steps": "auto", "most_steps": reading_times("auto", rule, total_steps)[-1]}
+    return {"steps": scoring_steps(total_steps, rule.least_steps) if scoring.steps is None else scoring.steps}
 
 
 def _training(trainer: Trainer) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Any method on a transformers or TRL trainer, in one line before ``trainer.train()``.
 
-plan = weightlora.select_for(trainer, keep=0.5)                # WeightLoRA; expand=True is WeightLoRA+
+plan = weightlora.select_for(trainer, time=0.6)                # or parameters=0.1, memory="8GB", adapters=18
 method = weightlora.method_for(trainer, "adalora", init_r=12)  # any other method
 """
 
@@ -28,6 +28,7 @@ from weightlora.model.distributed import from_first, process_count
 from weightlora.model.gathering import is_offloaded, partitioned_dtype
 from weightlora.model.layers import take_tuner, without_adapters
 from weightlora.model.restore import seeded
+from weightlora.plan.limits import LIMITS, Limits
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import peeked
 from weightlora.trainer._question import START_FILE, keep_plan, question_of, read_start, stored_plan, write_start
@@ -88,7 +89,7 @@ def method_for(
         seed: Decides all random numbers; None takes the trainer's.
         fast: Warm-up and training use the step of :func:`weightlora.enable_fast_lora`, with this ``dropout``; None
             leaves it to the model, on which it may be enabled already.
-        options: The method's own, such as ``keep`` and ``rule``.
+        options: The method's own, such as ``parameters`` and ``rule``.
 
     Raises:
         OptionError: There is no such method or option, the trainer has trained, is wrapped, has an optimizer or a
@@ -107,12 +108,14 @@ def method_for(
         >>> rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8
         >>> quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
         >>> trainer = Trainer(model, TrainingArguments(str(tmp_path), max_steps=1, **quiet), train_dataset=rows)
-        >>> method = method_for(trainer, "random", keep=1)
+        >>> method = method_for(trainer, "random", adapters=1)
         >>> len(method.plan.names), trainer.model is model
         (1, True)
     """
     entry = entry_of(name)
-    if entry.reads != "nothing":
+    scores = not (entry.reuses_plan and Limits(**{k: options.get(k) for k in LIMITS}).frees_ranks)
+    scores = scores or options.get("rule") is not None
+    if entry.reads != "nothing" and scores:
         require_usable_batches(trainer)
         require_readable_twice(trainer)
     lora = lora_of(trainer, lora)
@@ -124,9 +127,9 @@ def method_for(
     method = make_method(name, **given)
     _require_possible(trainer, entry, fast)
     start = _plan_path(trainer).with_name(START_FILE) if given.get("warm_start") else None
-    first, batches = _batches(trainer, entry, seed)
+    first, batches = _batches(trainer, entry, seed) if scores else (None, ())
     if entry.reuses_plan:
-        ((first, *_), _), own_loss = first, "loss_fn" in options
+        first, own_loss = first[0][0] if scores else None, "loss_fn" in options
         question = question_of(trainer, name, lora, given, first=first, own_loss=own_loss)
         stored = from_first(partial(stored_plan, _plan_path(trainer), question))
         if stored is not None:
@@ -139,18 +142,30 @@ def method_for(
 
 
 def select_for(
-    trainer: Trainer, *, expand: bool = False, lora: LoraConfig | None = None, **options: Any
+    trainer: Trainer,
+    *,
+    adapters: float | None = None,
+    parameters: float | None = None,
+    time: float | None = None,
+    memory: str | None = None,
+    lora: LoraConfig | None = None,
+    **options: Any,
 ) -> AdapterPlan:
     """Return the plan for what ``trainer`` is about to train; its model carries exactly the planned adapters.
 
-    The same as ``method_for(trainer, "weightlora", ...).plan``.
+    Say what to save, in one word or in several; all limits hold. The same as
+    ``method_for(trainer, "weightlora", ...).plan``.
 
     Args:
         trainer: As in :func:`method_for`.
-        expand: WeightLoRA+: give the kept sites the freed rank; see :meth:`AdapterPlan.expand`.
+        adapters: At most so many whole adapters at the user's rank, or this share of them; half of them where no limit
+            is given.
+        parameters: At most so many adapter parameters, or this share of LoRA's. Ranks are free, and no batch is read.
+        time: At most this share of LoRA's step time.
+        memory: The most at the peak of the device, such as ``"8GB"``.
         lora: As in :func:`method_for`.
-        options: Further arguments of :func:`method_for` and :func:`weightlora.select`: keep, rule, steps, seed, lr,
-            fast, ...
+        options: Further arguments of :func:`method_for` and :func:`weightlora.select`: rule, steps, seed,
+            learning_rate, fast, ...
 
     Raises:
         OptionError: See :func:`method_for`.
@@ -163,12 +178,12 @@ def select_for(
         >>> rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 160
         >>> quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
         >>> trainer = Trainer(base, TrainingArguments(str(tmp_path / "run"), max_steps=1, **quiet), train_dataset=rows)
-        >>> plan = select_for(trainer, lora=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), keep=1)
+        >>> plan = select_for(trainer, lora=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), adapters=1)
         >>> len(plan.names), type(trainer.model).__name__
         (1, 'PeftModel')
     """
-    name = "weightlora_plus" if expand else "weightlora"
-    return method_for(trainer, name, lora=lora, **options).plan
+    asked = {"adapters": adapters, "parameters": parameters, "time": time, "memory": memory}
+    return method_for(trainer, lora=lora, **{k: v for k, v in asked.items() if v is not None}, **options).plan
 
 
 def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int, fast: Dropout | None = None) -> Method:
@@ -256,7 +271,7 @@ def _defaults(trainer: Trainer, entry: MethodEntry, seed: int, fast: Dropout | N
     together = entry.trains == "ranks" and process_count() > 1
     return {
         "seed": seed,
-        "lr": arguments.learning_rate,
+        "learning_rate": arguments.learning_rate,
         "loss_fn": losses(quiet) if entry.batch == "step" else micro_loss(quiet, together=together),
         "fast": fast,
         "progress": not arguments.disable_tqdm,

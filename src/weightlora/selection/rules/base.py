@@ -84,6 +84,11 @@ class Rule(ABC):
         path = f"{type(self).__module__}:{type(self).__qualname__}"
         return next((entry.name for entry in RULES if entry.path == path), path)
 
+    @property
+    def scores_ranks(self) -> bool:
+        """Whether it scores single ranks, so that the budget is spent rank by rank."""
+        return False
+
     def batches(self, steps: Sequence[int]) -> int:
         """Return how many batches :meth:`score` reads for these ``steps``."""
         return steps[-1]

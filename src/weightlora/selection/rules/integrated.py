@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from weightlora.errors import OptionError
 from weightlora.model.distributed import copy_from_first
 from weightlora.model.gates import gated
-from weightlora.plan.budget import Budget, whole_budget
+from weightlora.plan.budget import whole_budget
 from weightlora.selection.rules.base import Rule, batch_means, require
 from weightlora.selection.stage import evaluated, let_train, train_adapters
 
@@ -76,6 +75,11 @@ class Integrated(Rule):
         require(known or whole, f"most_ranks={most!r}", "1 or more ranks, or 'even'")
         require(most is None or self.per == "rank", f"most_ranks with per={self.per!r}", "per='rank'")
 
+    @property
+    def scores_ranks(self) -> bool:
+        """With ``per="rank"``."""
+        return self.per == "rank"
+
     def batches(self, steps: Sequence[int]) -> int:
         """T batches to train on, and those that the scores are read from."""
         return steps[-1] + len(steps) * self.probes
@@ -94,7 +98,7 @@ class Integrated(Rule):
         history: list[tuple[float, ...]] = []
         for start, end in pairwise((0, *steps)):
             scale = self.rate_scale(budget, stage, len(stage.layers))
-            train_adapters(stage, steps=end - start, lr=stage.lr, scale=scale)
+            train_adapters(stage, steps=end - start, learning_rate=stage.learning_rate, scale=scale)
             scores = self.read(stage, most)
             history += scores.history
             yield end, replace(scores, history=tuple(history))
@@ -109,15 +113,13 @@ class Integrated(Rule):
         """Return how many ranks each site may keep; none where sites are kept whole.
 
         Raises:
-            OptionError: The budget cannot be spent on single ranks, or has no share.
+            OptionError: The budget cannot be spent on single ranks.
         """
         if self.per == "site":
             return []
         whole = whole_budget(budget)
         all_ranks = [b.shape[1] for b in stage.parameters("lora_B")]
         if self.most_ranks == "even":
-            if not isinstance(whole, Budget):
-                raise OptionError("most_ranks='even' needs keep as a fraction or a number; give it, or most_ranks=None")
             total = sum(whole.costs)
             return [math.ceil(Fraction(r * min(whole.limit, total), total)) for r in all_ranks]
         return [r if self.most_ranks is None else min(self.most_ranks, r) for r in all_ranks]

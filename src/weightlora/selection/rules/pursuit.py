@@ -9,7 +9,6 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from weightlora.errors import OptionError
-from weightlora.plan.budget import GainShare
 from weightlora.plan.ranking import Spread
 from weightlora.selection.rules.base import Rule, Scores
 from weightlora.selection.rules.first_order import GradientSizes
@@ -60,16 +59,11 @@ class Pursuit(Rule):
         """Yield the scores after T steps; the history has a row for each round.
 
         Raises:
-            OptionError: The budget is a share of the scores, or spreads the sites.
+            OptionError: The budget spreads the sites.
         """
         if isinstance(budget, Spread):
             raise OptionError(
                 "rule='pursuit' does not go with ranking='spread'; give another ranking, or take another rule"
-            )
-        if isinstance(budget, GainShare):
-            raise OptionError(
-                "rule='pursuit' needs a budget that does not depend on the scores; give keep as a fraction, a number "
-                "of adapters, parameters, bytes or a step time, or take another rule"
             )
         names = list(stage.layers)
         kept: dict[int, _Score] = {}
@@ -81,7 +75,9 @@ class Pursuit(Rule):
             if done < rounds:
                 count = len(range(done - 1, steps[-1], rounds - 1))
                 with switched_off([layer for i, layer in enumerate(stage.layers.values()) if i not in kept]):
-                    train_adapters(stage, steps=count, lr=stage.lr, names=[names[i] for i in kept])
+                    train_adapters(
+                        stage, steps=count, learning_rate=stage.learning_rate, names=[names[i] for i in kept]
+                    )
                 scored = self._scored(stage, kept)
                 history.append(tuple(score.size for score in scored))
         yield (

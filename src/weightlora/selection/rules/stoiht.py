@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from weightlora.errors import OptionError
 from weightlora.model.gates import gated
-from weightlora.plan.ranking import is_share
 from weightlora.selection.rules.base import Rule, Scores, jackknife_of_rows, require
 from weightlora.selection.stage import let_train
 
@@ -56,17 +54,11 @@ class StoIHT(Rule):
         require(0 < self.gate_lr < float("inf"), f"gate_lr={self.gate_lr}", "a positive number")
 
     def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:
-        """Yield the gates after the last step; ω of a dropped site is 0.
-
-        Raises:
-            OptionError: The budget is a share of the scores: sites are dropped before there are any.
-        """
-        if is_share(budget):
-            raise OptionError("this rule drops sites at every step, so keep has to say how many stay: give a number")
+        """Yield the gates after the last step; ω of a dropped site is 0."""
         adapters = [*stage.parameters("lora_A"), *stage.parameters("lora_B")]
         trained = [*adapters, *stage.head]
         let_train(stage, trained)
-        optimizer = stage.optimizer(adapters, stage.lr)
+        optimizer = stage.optimizer(adapters, stage.learning_rate)
         count = steps[-1]
         history: list[tuple[float, ...]] = []
         gradients: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What a warm-up is asked for: one object from ``select``, a method, a recipe or a trainer to the selection itself."""
+"""What a selection is asked for: one object from ``select``, a method, a recipe or a trainer to the selection itself."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from weightlora.plan.budget import Keep, check_keep
-from weightlora.plan.ranking import Ranking, ranking_of
+from weightlora.plan.limits import Limits
+from weightlora.plan.ranking import Ranking
 from weightlora.selection.rules import require_training_rule, rule_of
-from weightlora.selection.steps import Steps, check_steps, warmup_steps
+from weightlora.selection.steps import Steps, check_steps
 from weightlora.validation import Natural, Positive, check_fields
 
 if TYPE_CHECKING:
@@ -22,39 +22,42 @@ if TYPE_CHECKING:
     from weightlora.selection.rules.base import Rule
 
 F = TypeVar("F", bound=Callable[..., Any])
+#: The rule where none is named and sites have to be chosen.
+DEFAULT_RULE = "first_order"
+#: What a plan calls its rule where nothing is scored.
+UNIFORM = "uniform"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Warmup:
+class Scoring(Limits):
     """The arguments of a selection, checked; :func:`weightlora.select` says what they mean.
 
     Raises:
         OptionError: One of them has a type or a value that it cannot have.
 
     Example:
-        >>> Warmup(total_steps=10_000).t, Warmup(rule="pursuit").t
-        (50, 100)
+        >>> Scoring(adapters=18).asked, Scoring(parameters=0.1).scored_by
+        ({'adapters': 18}, None)
     """
 
     lora: LoraConfig | None = None
-    keep: Keep = 0.5
-    rule: str | Rule = "first_order"
+    rule: str | Rule | None = None
     steps: Steps | None = None
     total_steps: Natural | None = None
-    lr: Positive = 1e-3
-    head_lr: Positive | None = None
+    learning_rate: Positive = 1e-3
+    head_learning_rate: Positive | None = None
     seed: int = 0
     ranking: Ranking | None = None
     loss_fn: Loss | None = None
     fast: Dropout | None = None
     progress: bool = True
     warm_start: bool = False
-    """Whether the weights that the warm-up trained are wanted, too."""
+    """Whether the weights that the scoring trained are wanted, too."""
 
     def __post_init__(self) -> None:
         from weightlora.selection.rules.base import require
 
-        check_keep(self.keep)
+        super().__post_init__()
         check_fields(self)
         rule, fast, loss_fn = self.scored_by, self.fast, self.loss_fn
         if self.steps is not None:
@@ -65,36 +68,36 @@ class Warmup:
             require_training_rule(rule)
 
     @cached_property
-    def scored_by(self) -> Rule:
-        """The rule as an object."""
+    def scored_by(self) -> Rule | None:
+        """The rule as an object; None where ranks are free and no rule is named: then nothing is scored."""
+        if self.rule is None:
+            return None if self.frees_ranks else rule_of(DEFAULT_RULE)
         return rule_of(self.rule)
 
     @property
-    def t(self) -> Steps:
-        """T, or ``"auto"``: the steps that were asked for, else those of the rule and the training."""
-        return warmup_steps(self.total_steps, self.scored_by.least_steps) if self.steps is None else self.steps
-
-    @property
     def ranked_by(self) -> Ranking:
-        """How sites compete: as was asked for, else as the rule and the budget want it."""
-        return ranking_of(self.ranking, self.keep, self.scored_by.ranking)
+        """How sites compete: as was asked for, else as the rule and the limits want it."""
+        if self.ranking is not None:
+            return self.ranking
+        rule = self.scored_by
+        return "score" if self.are_measured or rule is None else rule.ranking
 
 
 #: Those that a method takes when it is made; the others are known when it is attached.
-OPTIONS = tuple(f.name for f in fields(Warmup) if f.name not in ("lora", "total_steps", "warm_start"))
+OPTIONS = tuple(f.name for f in fields(Scoring) if f.name not in ("lora", "total_steps", "warm_start"))
 
 
 def takes(names: Sequence[str]) -> Callable[[F], F]:
-    """Return a decorator for a function of ``**options``: it shows these options of a warm-up, with their defaults.
+    """Return a decorator for a function of ``**options``: it shows these options of a scoring, with their defaults.
 
     Example:
-        >>> @takes(["keep", "seed"])
+        >>> @takes(["time", "seed"])
         ... def build(**options):
-        ...     return Warmup(**options)
+        ...     return Scoring(**options)
         >>> inspect.signature(build)
-        <Signature (*, keep: 'Keep' = 0.5, seed: 'int' = 0)>
+        <Signature (*, time: 'float | None' = None, seed: 'int' = 0)>
     """
-    known = inspect.signature(Warmup).parameters
+    known = inspect.signature(Scoring).parameters
 
     def shown(function: F) -> F:
         vars(function)["__signature__"] = inspect.Signature([known[name] for name in names])

@@ -1,0 +1,297 @@
+"""The one solver: scores, costs and limits become the rank of each site. Pure numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, cast
+
+from weightlora.cost.knapsack import Cost, CostBudget, additive_cost
+from weightlora.errors import OptionError
+from weightlora.model.sites import Site, output_vectors, rank_and_alpha
+from weightlora.plan.budget import Budget, Chooser, chosen_ranks
+from weightlora.plan.limits import Limits
+from weightlora.plan.ranking import Ranking, ranked
+from weightlora.text import natural
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+SiteScores = Sequence[float]
+RankScores = Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What adapters cost in one model, in the order of its candidates.
+
+    Example:
+        >>> Costs(ranks=(8, 8), of_rank=(10, 20)).parameters([1, 2])
+        50
+    """
+
+    ranks: tuple[int, ...]
+    """The user's rank of each site: plain LoRA."""
+    of_rank: tuple[int, ...]
+    """Parameters of one rank."""
+    fixed: tuple[int, ...] = ()
+    """Parameters of an adapter that its rank does not change (DoRA's magnitude, B's bias); empty where it is 0."""
+    time: Cost | None = None
+    """Nanoseconds of a step for each set of sites at the user's ranks, where time is limited."""
+    memory: Cost | None = None
+    """Bytes at the peak for each set of sites at the user's ranks, where memory is limited."""
+    besides: int = 0
+    """Parameters of adapters that are not chosen, such as those of ``target_parameters``."""
+
+    @classmethod
+    def of(cls, sites: Sequence[Site], lora: LoraConfig, *, besides: int = 0) -> Costs:
+        """Return the costs in parameters of a user's LoRA."""
+        ranks = tuple(rank_and_alpha(lora, site.name)[0] for site in sites)
+        vectors = output_vectors(lora)
+        fixed = tuple(vectors * site.out_features for site in sites) if vectors else ()
+        return cls(ranks, tuple(site.parameters(1) for site in sites), fixed, besides=besides)
+
+    @cached_property
+    def adapters(self) -> tuple[int, ...]:
+        """Parameters of plain LoRA's adapter at each site."""
+        return tuple(self._adapter(i, r) for i, r in enumerate(self.ranks))
+
+    def parameters(self, ranks: Sequence[int]) -> int:
+        """Parameters of adapters of these ranks; 0 is no adapter."""
+        return sum(self._adapter(i, r) for i, r in enumerate(ranks))
+
+    def _adapter(self, i: int, r: int) -> int:
+        return r * self.of_rank[i] + (self.fixed[i] if r and self.fixed else 0)
+
+
+def allocate(
+    sites: Sequence[Site],
+    scores: SiteScores | RankScores | None,
+    costs: Costs,
+    limits: Limits,
+    *,
+    ranking: Ranking = "score",
+) -> list[int]:
+    """Return the rank of each site within all limits; 0 = no adapter.
+
+    1. ``adapters``, ``time`` and ``memory`` give the sites: those of the largest total score that fit, at the user's
+       rank. A site without a positive score is not kept. Without any of these limits all sites are open.
+    2. ``parameters`` gives the ranks on them: the same share of the user's rank on each, as large as fits. What is left
+       raises single sites by one, the best score first; where nothing is scored, in an order that is spread over depth
+       and projections. So below rank 1 on all, as many sites as fit have rank 1.
+    3. Without ``parameters`` each of these sites has the user's rank.
+    4. Where ranks are scored one by one, ``parameters`` go to the ranks of the best score for their parameters instead.
+    5. Scores of sites with ``parameters`` alone keep whole adapters: who names such a rule asks for this.
+
+    A rank above the user's, which 2 may give, never breaks a limit on time or memory: what an adapter itself takes is
+    counted as if all of it grew with its rank.
+
+    Args:
+        sites: All candidates.
+        scores: Of each site, or of each rank of each site; None where nothing was scored.
+        costs: What they cost.
+        limits: What is allowed.
+        ranking: How sites compete for a number of adapters or parameters.
+
+    Raises:
+        OptionError: Nothing fits.
+
+    Example:
+        >>> sites = [Site(f"layer.{i}.q", 5, 5) for i in range(4)]
+        >>> costs = Costs(ranks=(8,) * 4, of_rank=(10,) * 4)
+        >>> allocate(sites, [1.0, 4.0, 3.0, 2.0], costs, Limits(adapters=2))
+        [0, 8, 8, 0]
+        >>> allocate(sites, None, costs, Limits(parameters=0.25)), allocate(sites, None, costs, Limits(parameters=30))
+        ([2, 2, 2, 2], [1, 1, 1, 0])
+        >>> allocate(sites, [1.0, 4.0, 3.0, 2.0], costs, Limits(adapters=2, parameters=1.0))
+        [0, 16, 16, 0]
+    """
+    limits = limits.limits
+    most = limits.parameters_of(sum(costs.adapters), costs.besides)
+    if scores is not None and _of_ranks(scores):
+        return chosen_ranks(rank_budget(costs, limits, len(sites)), scores)
+    flat = None if scores is None else cast("SiteScores", scores)
+    chooser = None if limits.frees_ranks and flat is None else chooser_of(sites, costs, limits, ranking)
+    if chooser is None:
+        kept = list(range(len(sites)))
+    else:
+        order = _places(spread_order(sites))
+        kept = chooser.choose([1 + 1 / (2 + order[i]) for i in order] if flat is None else flat)
+        kept = [i for i in kept if flat is None or flat[i] > 0]
+    if most is None or (limits.frees_ranks and flat is not None):
+        return [r if i in {*kept} else 0 for i, r in enumerate(costs.ranks)]
+    first = spread_order(sites) if flat is None else sorted(kept, key=lambda i: -flat[i])
+    return _filled([i for i in first if i in {*kept}], costs, limits, most)
+
+
+def chooser_of(sites: Sequence[Site], costs: Costs, limits: Limits, ranking: Ranking) -> Chooser:
+    """Return what chooses whole sites at the user's rank within the limits; rules use it, too.
+
+    Raises:
+        OptionError: No site fits.
+    """
+    limits = limits.limits
+    n, k = len(sites), limits.k_of(len(sites))
+    most = limits.parameters_of(sum(costs.adapters), costs.besides) if limits.frees_ranks else None
+    if limits.are_measured:
+        bounds = [*_measured(costs, limits), *([(additive_cost((1,) * n), k)] if k is not None else [])]
+        budget = CostBudget(tuple(cost for cost, _ in bounds), tuple(limit for _, limit in bounds))
+        if not any(budget.holds([i]) for i in range(n)):
+            raise OptionError(f"no site fits {limits.text}; {_needs(sites, budget.costs[0], costs, limits)}")
+        return ranked(budget, ranking, sites)
+    if most is not None:
+        smallest = min(range(n), key=lambda i: costs.adapters[i])
+        if most < costs.adapters[smallest]:
+            raise OptionError(
+                f"no site fits {limits.text} ({most:,} of plain LoRA's {sum(costs.adapters):,} parameters): the "
+                f"smallest adapter, at {sites[smallest].name}, has {costs.adapters[smallest]:,}; raise parameters, "
+                "lower r, or leave rule out, so that ranks are free"
+            )
+        return ranked(Budget(costs.adapters, most, costs.fixed), ranking, sites)
+    assert k is not None, "a limit is given"
+    return ranked(Budget.of_count(k, n=n), ranking, sites)
+
+
+def site_budget(sites: Sequence[Site], lora: LoraConfig, limits: Limits) -> Budget:
+    """Return the budget of a method that keeps whole adapters, within a number of them or of parameters.
+
+    Raises:
+        OptionError: Both are limited, or no site fits.
+
+    Example:
+        >>> from peft import LoraConfig
+        >>> sites = [Site("a", 5, 5), Site("b", 5, 5), Site("c", 10, 10)]
+        >>> site_budget(sites, LoraConfig(r=1), Limits(adapters=2)).choose([1.0, 2.0, 3.0])
+        [1, 2]
+        >>> site_budget(sites, LoraConfig(r=1), Limits(parameters=0.5)).choose([1.0, 2.0, 3.0])
+        [2]
+    """
+    if limits.adapters is not None and limits.parameters is not None:
+        raise OptionError(f"{limits.text}: this method keeps whole adapters; limit adapters or parameters, not both")
+    budget = chooser_of(sites, Costs.of(sites, lora), limits, "score")
+    assert isinstance(budget, Budget), "neither measured nor spread"
+    return budget
+
+
+def rank_budget(costs: Costs, limits: Limits, n: int) -> Budget:
+    """Return the budget that single ranks are chosen within.
+
+    Raises:
+        OptionError: Time or memory is limited, or both adapters and parameters are.
+    """
+    limits = limits.limits
+    k = limits.k_of(n)
+    most = limits.parameters_of(sum(costs.adapters), costs.besides)
+    if limits.are_measured or (k is not None and most is not None):
+        raise OptionError(
+            f"single ranks are chosen within adapters or parameters alone, not within {limits.text}; give one of them, "
+            "or a rule that scores sites"
+        )
+    return Budget.of_count(k, n=n) if k is not None else Budget(costs.adapters, cast("int", most), costs.fixed)
+
+
+def spread_order(sites: Sequence[Site]) -> list[int]:
+    """Return all positions in an order of which any beginning is spread over projections and depth.
+
+    Of each projection the blocks come in van der Corput's order (0, 1/2, 1/4, 3/4, ...), which begins at another depth
+    for each projection.
+
+    Example:
+        >>> sites = [Site(f"layer.{i}.{kind}", 4, 4) for i in range(4) for kind in "kq"]
+        >>> [sites[i].name[6:] for i in spread_order(sites)]
+        ['0.k', '2.q', '2.k', '0.q', '1.k', '3.q', '3.k', '1.q']
+    """
+    kinds: dict[str, list[int]] = {}
+    for i in sorted(range(len(sites)), key=lambda i: natural(sites[i].name)):
+        kind = sites[i].projection
+        kinds.setdefault("" if kind.isdigit() else kind, []).append(i)  # layers of an nn.Sequential are of one kind
+    turns: dict[int, tuple[float, int]] = {}
+    for kind, places in enumerate(kinds.values()):
+        shift = kind * len(places) // len(kinds)
+        order = sorted(range(len(places)), key=lambda d: _van_der_corput_place((d - shift) % len(places), len(places)))
+        for turn, depth in enumerate(order):
+            turns[places[depth]] = ((turn + 0.5) / len(places), kind)
+    return sorted(turns, key=lambda i: turns[i])
+
+
+def _van_der_corput_place(depth: int, n: int) -> float:
+    """The bits of depth/n in reverse order."""
+    value, unit, left = 0.0, 1.0, depth / n
+    for bit in range(20):
+        left *= 2
+        if left >= 1:
+            left -= 1
+            value += unit * 2**bit
+    return value
+
+
+def _filled(order: Sequence[int], costs: Costs, limits: Limits, most: int) -> list[int]:
+    """The same share of the user's rank on each site of ``order``, then one more on its first sites that fit."""
+    top = max(costs.ranks)
+    measured = _measured(costs, limits)
+
+    def ranks_at(share: int) -> list[int]:
+        ranks = [0] * len(costs.ranks)
+        for i in order:
+            ranks[i] = costs.ranks[i] * share // top
+        return ranks
+
+    def fits(ranks: Sequence[int]) -> bool:
+        return costs.parameters(ranks) <= most and all(_grown(cost, ranks, costs) <= limit for cost, limit in measured)
+
+    whole = limits.frees_ranks  # then the user's rank is the most: a higher one would be more than LoRA
+    low, high = 0, (top if whole else max(top, most // max(sum(costs.of_rank[i] for i in order), 1) * 2)) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(ranks_at(middle)) else (low, middle)
+    ranks = ranks_at(low)
+    for i in order:
+        if whole and ranks[i] >= costs.ranks[i]:
+            continue
+        ranks[i] += 1
+        if not fits(ranks):
+            ranks[i] -= 1
+    if not any(ranks):
+        least = min(order, key=lambda i: costs.of_rank[i])
+        raise OptionError(
+            f"no adapter fits {limits.text}: rank 1 at one site takes "
+            f"{costs.of_rank[least] + (costs.fixed[least] if costs.fixed else 0):,} parameters; raise parameters"
+        )
+    return ranks
+
+
+def _grown(cost: Cost, ranks: Sequence[int], costs: Costs) -> int:
+    """An upper bound of the cost at these ranks: what an adapter itself takes is counted as if it grew with the rank."""
+    kept = [i for i, r in enumerate(ranks) if r]
+    more = max((ranks[i] / costs.ranks[i] for i in kept), default=1.0)
+    own = cost.in_adapters(kept) if more > 1 else 0
+    return cost.of(kept) + round((max(more, 1.0) - 1) * own)
+
+
+def _measured(costs: Costs, limits: Limits) -> list[tuple[Cost, int]]:
+    """The measured costs with their limits in nanoseconds and bytes."""
+    found: list[tuple[Cost, int]] = []
+    if limits.time is not None and costs.time is not None:
+        found.append((costs.time, int(limits.time * costs.time.of_all)))
+    if limits.bytes is not None and costs.memory is not None:
+        found.append((costs.memory, limits.bytes))
+    return found
+
+
+def _needs(sites: Sequence[Site], cost: Cost, costs: Costs, limits: Limits) -> str:
+    """What the cheapest site takes."""
+    name, least = sites[cost.cheapest].name, cost.of([cost.cheapest])
+    if cost is costs.time:
+        return f"the cheapest, {name}, takes {least / cost.of_all:.3f} of LoRA's step time; raise time"
+    return f"with one adapter, at {name}, the peak is {least / 1e9:.3f} GB; raise memory, or lower the batch"
+
+
+def _of_ranks(scores: SiteScores | RankScores) -> bool:
+    return bool(scores) and isinstance(scores[0], Sequence)
+
+
+def _places(order: Iterable[int]) -> dict[int, int]:
+    """Each position's place in an order, by position."""
+    found = {i: place for place, i in enumerate(order)}
+    return {i: found[i] for i in sorted(found)}
