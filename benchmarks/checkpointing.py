@@ -22,9 +22,9 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers.utils import logging
 
-from weightlora import shorten_backward
 from weightlora.bench.records import append_record
 from weightlora.cost.step_time import interleaved, median_ratio
+from weightlora.model.checkpointing import shorten_backward
 from weightlora.model.sites import find_sites
 from weightlora.plan.make import make_plan
 from weightlora.tasks.embedded import embedded_model

@@ -301,7 +301,15 @@ def run_smollm2() -> None:
             continue
         batches = list(itertools.islice(sum_batches(tokenizer, seed), LLM_STEPS))
         plan = select(
-            model, batches, lora=lora, keep=105, steps=LLM_STEPS, seed=seed, learning_rate=5e-4, rule=rule, ranking="score"
+            model,
+            batches,
+            lora=lora,
+            keep=105,
+            steps=LLM_STEPS,
+            seed=seed,
+            learning_rate=5e-4,
+            rule=rule,
+            ranking="score",
         )
         append_record(path, {"method": label, "keep": 105, "seed": seed, "steps": LLM_STEPS, "kept": plan.names})
 

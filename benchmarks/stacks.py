@@ -49,7 +49,8 @@ def site(layer: int, name: str) -> str:
 
 def plans() -> dict[str, Any]:
     """A plan of each kind by its name."""
-    from weightlora import AdapterPlan, Site
+    from weightlora import AdapterPlan
+    from weightlora.model.sites import Site
     from weightlora.plan.plan import PlannedSite
 
     widths = {"down_proj": (24, 16), "gate_proj": (16, 24), "up_proj": (16, 24), "k_proj": (16, 8), "v_proj": (16, 8)}
@@ -291,7 +292,7 @@ def has(python: str, stack: str) -> bool:
 def line(stack: str, title: str, pythons: list[str]) -> str:
     """Emit the plans for one stack, let it read them, and say what came of it."""
     from weightlora.errors import StackError
-    from weightlora.stacks.emit import emit_plan
+    from weightlora.stacks.emit import emit
 
     python = next((python for python in pythons if has(python, stack)), None)
     if python is None:
@@ -302,7 +303,7 @@ def line(stack: str, title: str, pythons: list[str]) -> str:
         for name, plan in own.items():
             output = Path(folder) / name.replace(" ", "-")
             try:
-                emit_plan(plan, stack, output)
+                emit(plan, stack, output)
             except StackError as error:
                 refused[name] = str(error)
                 continue

@@ -65,7 +65,7 @@ plan.save(settings.output_dir / "plan.json")
 
 # %% Export
 # As: weightlora export ADAPTER --for llama.cpp --base embedded/smollm2 --converter CONVERTER --output DIR
-served = weightlora.export_adapter(
+served = weightlora.export(
     settings.output_dir / "adapter",
     "llama.cpp",
     settings.output_dir / "served",

@@ -229,8 +229,8 @@ def loaded_by(statement: str) -> set[str]:
     [
         ("import weightlora", "weightlora"),
         ("from weightlora import AdapterPlan", "weightlora.plan.plan"),
-        ("from weightlora import METHODS, make_method", "weightlora.methods"),
-        ("from weightlora import Site, find_sites, WeightLoraError", "weightlora.model.sites"),
+        ("from weightlora.methods import METHODS, make_method", "weightlora.methods"),
+        ("from weightlora import find_sites, WeightLoraError", "weightlora.model.sites"),
     ],
 )
 def test_the_package_loads_nothing_heavy(statement, light):

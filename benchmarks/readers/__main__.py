@@ -31,7 +31,7 @@ from weightlora.errors import ServingError, WeightLoraError
 from weightlora.serving import reader_of
 from weightlora.serving.adapter import read_base, read_files
 from weightlora.serving.check import find_problems, needed_option
-from weightlora.serving.export import export_adapter
+from weightlora.serving.export import export
 
 RESULTS = Path(__file__).parents[1] / "results" / "readers.jsonl.gz"
 #: By runtime: its module here, and the option that says where its code is.
@@ -126,7 +126,7 @@ def _rows(saved: Saved, readers: dict[str, Any], output: Path) -> Iterator[Row]:
 
 def _exported(layout: str, reader: Any, saved: Saved, output: Path) -> str:
     try:
-        export_adapter(saved.folder, layout, output)
+        export(saved.folder, layout, output)
     except ServingError:
         return "refused"
     except WeightLoraError as error:

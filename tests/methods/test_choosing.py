@@ -388,11 +388,18 @@ def test_a_new_head_moves_at_its_own_rate(name, head_learning_rate):
         return loss(model, batch)
 
     lora = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
-    options = {"learning_rate": 0.05, "head_learning_rate": head_learning_rate, **({"validation": 1} if name == "flexora" else {})}
+    options = {
+        "learning_rate": 0.05,
+        "head_learning_rate": head_learning_rate,
+        **({"validation": 1} if name == "flexora" else {}),
+    }
     plan = plan_of(name, net().double(), lora, doubled(batches()), steps=2, keep=1, loss_fn=watched, **options)
     assert plan.options["head_learning_rate"] == head_learning_rate
     before, after = seen[:2]
-    for weight, rate in (("2.modules_to_save.default.weight", head_learning_rate or 0.05), ("0.lora_B.default.weight", 0.05)):
+    for weight, rate in (
+        ("2.modules_to_save.default.weight", head_learning_rate or 0.05),
+        ("0.lora_B.default.weight", 0.05),
+    ):
         step = (after[weight] - before[weight] * (1 - 0.01 * rate)).abs()
         assert step.flatten().tolist() == pytest.approx([rate] * step.numel(), rel=1e-3)
 

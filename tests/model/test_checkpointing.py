@@ -9,9 +9,8 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-import weightlora
 from weightlora.errors import WeightLoraWarning
-from weightlora.model.checkpointing import remove_input_hooks
+from weightlora.model.checkpointing import remove_input_hooks, shorten_backward
 from weightlora.model.sites import find_sites
 from weightlora.plan.make import make_plan
 from weightlora.tasks.embedded import minilm as minilm_folder
@@ -67,7 +66,7 @@ def test_the_backward_pass_ends_at_the_lowest_adapter_and_no_gradient_changes():
     model.activation_checkpointing_enable()
     hooked, layers = gradients(model)
     assert layers == ALL  # transformers' own way, in which the selection saves nothing
-    weightlora.shorten_backward(model)
+    shorten_backward(model)
     short, layers = gradients(model)
     assert layers == ABOVE
     assert all(map(torch.equal, short, hooked))

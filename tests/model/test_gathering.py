@@ -100,4 +100,4 @@ def loss(model, batch):
 
 
 def test_what_a_hook_loads_is_no_fault():
-    require_loaded(cpu_offload(llama(), execution_device="cpu"), warm_up=True)
+    require_loaded(cpu_offload(llama(), execution_device="cpu"), computes=True)

@@ -83,7 +83,7 @@ def test_the_block_of_the_card_says_the_name_of_a_class(run, hub, tmp_path):
     }
     # With it, transformers would take the folder for a whole model and look for its weights there.
     assert not (run / "adapter" / "config.json").exists()
-    served = weightlora.export_adapter(run / "adapter", "vllm", tmp_path / "served")
+    served = weightlora.export(run / "adapter", "vllm", tmp_path / "served")
     assert printed(served, hub) == printed(run / "adapter", hub)
 
 

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 from test_warmup import LORA, SCALE, Net, batches, squared
 from torch import nn
+from weightlora.selection._budget import asked_budget
 
 from weightlora import select
 from weightlora.cost.knapsack import ANY, CostBudget, Item, make_cost
@@ -15,7 +16,6 @@ from weightlora.errors import OptionError
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
 from weightlora.plan.budget import Budget
-from weightlora.selection._budget import asked_budget
 from weightlora.selection.rules.first_order import FirstOrder
 from weightlora.selection.rules.pursuit import Pursuit, more_kept
 from weightlora.selection.select import select_trained
@@ -37,7 +37,15 @@ def asked(rule, *, steps, data=None, model=None, loss_fn=squared, keep=2, **opti
             started.extend(layer.lora_A["default"].weight.detach().clone() for layer in lora_layers(model).values())
         return loss_fn(model, batch)
 
-    given = {"lora": LORA, "keep": keep, "steps": steps, "learning_rate": RATE, "loss_fn": loss, "progress": False, **options}
+    given = {
+        "lora": LORA,
+        "keep": keep,
+        "steps": steps,
+        "learning_rate": RATE,
+        "loss_fn": loss,
+        "progress": False,
+        **options,
+    }
     data = batches(rule.batches((steps,))) if data is None else data
     return {"model": model or Net(), "batches": data, "rule": rule, **given}, started
 

@@ -33,9 +33,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from weightlora import Site, WeightLoraError, select, select_trained
+from weightlora import WeightLoraError, select
 from weightlora.errors import OptionError, SelectionError, SiteError, WeightLoraWarning
 from weightlora.model.layers import lora_layers
+from weightlora.model.sites import Site
+from weightlora.selection.select import select_trained
 
 RULES = ["first_order", "stoiht"]
 
@@ -134,13 +136,14 @@ from peft import LoraConfig
 from transformers import BertConfig, BertForSequenceClassification
 import weightlora
 from weightlora import select
+from weightlora.selection.rules.stoiht import StoIHT
 
 sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
 torch.manual_seed(0)
 model = BertForSequenceClassification(BertConfig(vocab_size=40, max_position_embeddings=16, **sizes))
 batch = {"input_ids": torch.arange(32).reshape(4, 8), "labels": torch.tensor([0, 1, 1, 0])}
 lora = LoraConfig(r=2, target_modules=["query", "key", "value", "dense"], modules_to_save=["classifier", "pooler"])
-plan = select(model, [batch] * 5, lora=lora, steps=3, rule=weightlora.StoIHT(head_steps=2), progress=False)
+plan = select(model, [batch] * 5, lora=lora, steps=3, rule=StoIHT(head_steps=2), progress=False)
 plan.save(sys.argv[1])
 """
 
@@ -275,7 +278,9 @@ def test_fewer_batches_than_steps_are_used_again_with_a_warning():
 
 
 def test_options_are_recorded():
-    plan = quietly(net(), pairs(4), steps=4, keep=2, rule="stoiht", learning_rate=0.01, gate_lr=2.0, seed=7, loss_fn=squared)
+    plan = quietly(
+        net(), pairs(4), steps=4, keep=2, rule="stoiht", learning_rate=0.01, gate_lr=2.0, seed=7, loss_fn=squared
+    )
     expected = {"keep": 2, "steps": 4, "head_steps": 0, "threshold_every": 1}
     assert plan.options == {**expected, "learning_rate": 0.01, "gate_lr": 2.0, "agreement": pytest.approx(1)}
     assert (plan.rule, plan.seed, len(plan.history)) == ("stoiht", 7, 4)
@@ -462,7 +467,11 @@ REFUSED = {
         lambda: {"loss_fn": lambda m, b: squared(m, b).item()},
     ),
     "loss is a vector": (SelectionError, r"\(8, 6\).*loss_fn", lambda: {"loss_fn": lambda m, b: m(b["x"])}),
-    "loss is nan": (SelectionError, "scoring step 3: the loss is nan.*learning_rate", lambda: {"loss_fn": at_step(3, NAN)}),
+    "loss is nan": (
+        SelectionError,
+        "scoring step 3: the loss is nan.*learning_rate",
+        lambda: {"loss_fn": at_step(3, NAN)},
+    ),
     "loss is inf": (
         SelectionError,
         "scoring step 3: the loss is inf.*learning_rate",

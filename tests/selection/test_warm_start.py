@@ -42,7 +42,15 @@ def trained_and_start(rule, **options):
             started.extend(layer.lora_A["default"].weight.detach().clone() for layer in lora_layers(model).values())
         return squared(model, batch)
 
-    arguments = {"lora": LORA, "keep": 2, "steps": STEPS, "learning_rate": RATE, "loss_fn": loss, "progress": False, **options}
+    arguments = {
+        "lora": LORA,
+        "keep": 2,
+        "steps": STEPS,
+        "learning_rate": RATE,
+        "loss_fn": loss,
+        "progress": False,
+        **options,
+    }
     return select_trained(model, batches(rule.batches((STEPS,))), rule=rule, **arguments), started, model
 
 

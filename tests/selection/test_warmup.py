@@ -205,7 +205,10 @@ def test_a_head_moves_at_its_own_rate(rule, head_learning_rate):
         return squared(model, batch)
 
     lora = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
-    rates = {"learning_rate": 0.05, **({} if head_learning_rate is None else {"head_learning_rate": head_learning_rate})}
+    rates = {
+        "learning_rate": 0.05,
+        **({} if head_learning_rate is None else {"head_learning_rate": head_learning_rate}),
+    }
     options = {"steps": 2, "head_steps": 2, **rates, "rule": rule, "loss_fn": loss, "progress": False}
     plan = select(net, batches(1) * 4, lora=lora, keep=1, **ruled(**options))
     assert {key: plan.options[key] for key in rates} == rates

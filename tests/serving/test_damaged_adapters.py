@@ -17,7 +17,7 @@ from weightlora.errors import WeightLoraError
 from weightlora.serving import READERS
 from weightlora.serving.adapter import read_base, read_files
 from weightlora.serving.check import find_problems
-from weightlora.serving.export import export_adapter
+from weightlora.serving.export import export
 
 #: Folders; each takes some 20 ms.
 COUNT = cases(150, 5_000)
@@ -127,7 +127,7 @@ def test_damaged_folders(save, base, tmp_path, capsys):
             adapter = read_files(folder)
             for reader in READERS:
                 find_problems(adapter, reader, rng.choice((None, layers)))
-            export_adapter(folder, name, tmp_path / "out", base=rng.choice((base, None)))
+            export(folder, name, tmp_path / "out", base=rng.choice((base, None)))
             counts["exported"] += 1
         except WeightLoraError as error:
             assert_one_line(error)

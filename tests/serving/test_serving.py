@@ -28,8 +28,8 @@ from weightlora.errors import DataError, OptionError, PlanError, ServingError
 from weightlora.serving import READERS, reader_of
 from weightlora.serving._write import Planned, write_tensors
 from weightlora.serving.adapter import read_base, read_files
-from weightlora.serving.check import find_problems, needed_option
-from weightlora.serving.export import export_adapter
+from weightlora.serving.check import check, find_problems, needed_option
+from weightlora.serving.export import export
 
 RUNTIMES = [reader.name for reader in READERS if reader.name != "everywhere"]
 
@@ -74,9 +74,9 @@ def test_the_verdict_is_what_the_runtime_does_and_the_export_is_right(runtime, a
     assert verdict(adapter.folder, runtime, adapter.base) == reads_right(runtime, adapter.folder, wanted)
     if is_refused(runtime, wanted) or (runtime == "ollama" and has_more_columns_than_rows(adapter.folder)):
         with pytest.raises(ServingError, match=r"merge_and_unload|--converter"):
-            export_adapter(adapter.folder, runtime, tmp_path / "out")
+            export(adapter.folder, runtime, tmp_path / "out")
         return
-    out = export_adapter(adapter.folder, runtime, tmp_path / "out")
+    out = export(adapter.folder, runtime, tmp_path / "out")
     assert reads_right(runtime, out, wanted)
     if runtime != "mlx":
         assert verdict(out, runtime, adapter.base)
@@ -87,9 +87,9 @@ def test_one_layout_is_right_everywhere(adapter, tmp_path):
     wanted = by_patterns(adapter.folder)
     if is_refused("everywhere", wanted):
         with pytest.raises(ServingError, match="merge_and_unload"):
-            export_adapter(adapter.folder, "everywhere", tmp_path / "out")
+            export(adapter.folder, "everywhere", tmp_path / "out")
         return
-    out = export_adapter(adapter.folder, "everywhere", tmp_path / "out")
+    out = export(adapter.folder, "everywhere", tmp_path / "out")
     right = {runtime for runtime in RUNTIMES if reads_right(runtime, out, wanted)}
     assert right >= {*RUNTIMES} - {"mlx", "ollama"}
     assert torch.allclose(logits(adapter.base, out), adapter.logits, atol=1e-5)
@@ -117,12 +117,12 @@ def test_random_adapters(seed, save, tmp_path):
     for runtime in RUNTIMES:
         assert verdict(saved.folder, runtime, saved.base) == reads_right(runtime, saved.folder, wanted), runtime
         if not is_refused(runtime, wanted):
-            assert reads_right(runtime, export_adapter(saved.folder, runtime, tmp_path / runtime), wanted), runtime
+            assert reads_right(runtime, export(saved.folder, runtime, tmp_path / runtime), wanted), runtime
 
 
 def test_an_adapter_that_is_read_right_is_copied(save, tmp_path):
     saved = save(target_modules=ALL)
-    out = export_adapter(saved.folder, "sglang", tmp_path / "out")
+    out = export(saved.folder, "sglang", tmp_path / "out")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (out / name).read_bytes() == (saved.folder / name).read_bytes()
 
@@ -137,7 +137,7 @@ def test_a_scale_costs_no_precision(dtype, kept, alpha, save, tmp_path):
     (saved.folder / "adapter_config.json").write_text(
         json.dumps({**json.loads((saved.folder / "adapter_config.json").read_text()), "target_modules": ".*_proj"})
     )
-    out = load_file(export_adapter(saved.folder, "sglang", tmp_path / "out") / "adapter_model.safetensors")
+    out = load_file(export(saved.folder, "sglang", tmp_path / "out") / "adapter_model.safetensors")
     wanted = {name: t.to(dtype).double() for name, t in tensors.items()}
     for name, t in wanted.items():
         factor = alpha / 4 if "lora_B" in name else 1.0
@@ -158,7 +158,7 @@ def test_a_scale_costs_no_precision(dtype, kept, alpha, save, tmp_path):
 def test_what_no_layout_can_express_is_refused_with_the_way_out(fields, said, runtime, save, tmp_path, base):
     saved = save(**{"target_modules": ["q_proj"], **fields})
     with pytest.raises(ServingError, match=said) as caught:
-        export_adapter(saved.folder, runtime, tmp_path / "out")
+        export(saved.folder, runtime, tmp_path / "out")
     assert "merge_and_unload" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     assert not verdict(saved.folder, runtime, base)
@@ -169,7 +169,7 @@ def test_an_initialisation_that_changed_the_base_is_refused(save, tmp_path):
     file = saved.folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": "pissa"}))
     with pytest.raises(ServingError, match="path_initial_model_for_weight_conversion"):
-        export_adapter(saved.folder, "vllm", tmp_path / "out")
+        export(saved.folder, "vllm", tmp_path / "out")
 
 
 @pytest.mark.parametrize(("r", "option"), [(16, None), (17, "--max-lora-rank 32"), (300, "--max-lora-rank 320")])
@@ -182,7 +182,7 @@ def test_vllm_needs_a_limit_above_its_default(r, option, save):
 def test_vllm_asks_for_the_largest_rank_in_the_configuration(save, tmp_path):
     saved = save(target_modules=everywhere("v_proj"), r=32, rank_pattern={"v_proj": 8})
     assert needed_option(read_files(saved.folder), reader_of("vllm")) == "--max-lora-rank 32"
-    out = export_adapter(saved.folder, "everywhere", tmp_path / "out")
+    out = export(saved.folder, "everywhere", tmp_path / "out")
     assert needed_option(read_files(out), reader_of("vllm")) is None
 
 
@@ -196,15 +196,15 @@ def test_padding_limits_the_gpus(save, capsys):
 def test_a_rank_above_every_limit_is_refused(save, tmp_path):
     saved = save(target_modules=[site(0, "q_proj")], r=513)
     with pytest.raises(ServingError, match="rank 513 is above 512"):
-        export_adapter(saved.folder, "vllm", tmp_path / "out")
+        export(saved.folder, "vllm", tmp_path / "out")
 
 
 def test_a_failed_export_leaves_what_was_there(save, tmp_path):
     saved = save(target_modules=everywhere("v_proj"))
-    out = export_adapter(saved.folder, "vllm", tmp_path / "out")
+    out = export(saved.folder, "vllm", tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(DataError, match="give --base"):
-        export_adapter(saved.folder, "sglang", out, base=str(tmp_path / "nowhere"))
+        export(saved.folder, "sglang", out, base=str(tmp_path / "nowhere"))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -229,7 +229,7 @@ def test_who_reads_one_end_of_a_model_that_ties_both(name, base, tmp_path):
     assert right == {"vllm", "sglang"} | ({"lorax"} if name == "lm_head" else set())
     for runtime in {*RUNTIMES} - right:
         with pytest.raises(ServingError, match="merge_and_unload"):
-            export_adapter(tmp_path / "adapter", runtime, tmp_path / "out", base=str(tmp_path / "tied"))
+            export(tmp_path / "adapter", runtime, tmp_path / "out", base=str(tmp_path / "tied"))
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def converter(tmp_path):
 @pytest.mark.parametrize("runtime", ["llama.cpp", "ollama", "everywhere"])
 def test_the_converter_gets_the_export_and_the_base(runtime, converter, save, tmp_path):
     saved = save(target_modules=everywhere("q_proj"), use_rslora=True)
-    out = export_adapter(saved.folder, runtime, tmp_path / "out", converter=converter)
+    out = export(saved.folder, runtime, tmp_path / "out", converter=converter)
     r = 8 if runtime == "everywhere" else 4  # TGI pads
     assert json.loads((out / "adapter.gguf").read_text()) == [["LlamaForCausalLM"], LAYERS, r, "f32"]
     assert reads_right("llama.cpp", out, by_patterns(saved.folder))
@@ -354,7 +354,7 @@ def test_a_converter_that_fails_is_one_line_and_leaves_nothing(script, said, con
 def test_a_wrong_converter_is_refused(runtime, name, said, converter, save, tmp_path):
     saved = save(target_modules=ALL)
     with pytest.raises(OptionError, match=said):
-        export_adapter(saved.folder, runtime, tmp_path / "out", converter=f"{converter}{name}")
+        export(saved.folder, runtime, tmp_path / "out", converter=f"{converter}{name}")
     assert not (tmp_path / "out").exists()
 
 
@@ -445,6 +445,6 @@ def test_a_mistake_is_one_line_and_2(words, said, save, capsys):
 
 
 def test_the_public_function_is_the_same():
-    assert weightlora.export_adapter is export_adapter
+    assert (weightlora.export, weightlora.check) == (export, check)
     with pytest.raises(OptionError, match="closest: 'mlx'"):
-        weightlora.export_adapter("anywhere", "mlxx", "out")
+        weightlora.export("anywhere", "mlxx", "out")

@@ -23,7 +23,7 @@ from weightlora.model.layers import lora_layers
 from weightlora.plan.make import read_adapter
 from weightlora.serving.adapter import read_files
 from weightlora.stacks import STACKS, stack_of
-from weightlora.stacks.emit import emit_plan
+from weightlora.stacks.emit import emit
 from weightlora.tasks.embedded import minilm
 
 PEFT_STACKS = (*READ, "trl")
@@ -34,9 +34,9 @@ def applied(stack, make, plan, folder):
     """A small model with what ``stack`` makes of its configuration, printed or in a folder."""
     folder.mkdir(exist_ok=True)
     try:
-        text = emit_plan(plan, stack)
+        text = emit(plan, stack)
     except OptionError:
-        text = emit_plan(plan, stack, folder / "out")
+        text = emit(plan, stack, folder / "out")
     return read_trl(make(), text, folder / "c.yaml") if stack == "trl" else READ[stack](make(), text)
 
 
@@ -79,7 +79,7 @@ def test_an_adapter_directory_only_where_options_cannot_say_it(stack, needs):
 
     def is_needed(plan):
         try:
-            emit_plan(plan, stack)
+            emit(plan, stack)
         except OptionError:
             return True
         return False
@@ -88,7 +88,7 @@ def test_an_adapter_directory_only_where_options_cannot_say_it(stack, needs):
 
 
 def test_the_command_line_of_trl_only_where_its_options_can_say_it():
-    code = {name for name, (_, plan) in PLANS.items() if "import" in emit_plan(plan, "trl")}
+    code = {name for name, (_, plan) in PLANS.items() if "import" in emit(plan, "trl")}
     unequal = {name for name in PLANS if "unequal" in name or "fraction" in name or name == "endings, all kept"}
     assert code == unequal
 
@@ -99,7 +99,7 @@ def test_the_command_line_of_trl_only_where_its_options_can_say_it():
 )
 def test_whole_types(stack, kept):
     plan = make_plan(llama, ranks(named(*kept), 4), 12)
-    assert read_types(stack, emit_plan(plan, stack)) == (set(kept), 4, 3)
+    assert read_types(stack, emit(plan, stack)) == (set(kept), 4, 3)
 
 
 @pytest.mark.parametrize("stack", TYPES)
@@ -120,7 +120,7 @@ def test_whole_types(stack, kept):
 def test_what_whole_types_cannot_express(stack, plan, said, tmp_path):
     for output in (None, tmp_path / "out"):
         with pytest.raises(StackError, match=said) as caught:
-            emit_plan(plan, stack, output)
+            emit(plan, stack, output)
         assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -131,9 +131,9 @@ def test_layers_that_the_plan_does_not_know(tmp_path):
     plan = make_plan(llama, ranks(named("q_proj"), 4))
     entries = tuple(entry for entry in plan.entries if entry.site.name in named("q_proj", layers=(0, 1)))
     half = replace(plan, entries=entries)
-    assert "q_proj" in emit_plan(half, "torchtune")
+    assert "q_proj" in emit(half, "torchtune")
     with pytest.raises(StackError, match="in 2 of 4"):
-        emit_plan(replace(half, base_model=str(tmp_path)), "torchtune")
+        emit(replace(half, base_model=str(tmp_path)), "torchtune")
 
 
 # -- the new adapter --------------------------------------------------------------------------------------------------
@@ -142,9 +142,9 @@ UNEQUAL = PLANS["unequal ranks and alphas"][1]
 
 
 def test_the_new_adapter_is_initialised_as_by_peft(tmp_path):
-    emit_plan(UNEQUAL, "swift", tmp_path / "a")
-    emit_plan(UNEQUAL, "swift", tmp_path / "b")
-    emit_plan(replace(UNEQUAL, seed=8), "swift", tmp_path / "c")
+    emit(UNEQUAL, "swift", tmp_path / "a")
+    emit(UNEQUAL, "swift", tmp_path / "b")
+    emit(replace(UNEQUAL, seed=8), "swift", tmp_path / "c")
     a, b, c = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "abc")
     wide = [(name, tensor) for name, tensor in a.items() if "lora_A" in name]
     assert len(wide) == len(UNEQUAL.names)
@@ -159,7 +159,7 @@ def test_the_new_adapter_is_initialised_as_by_peft(tmp_path):
 
 
 def test_the_new_adapter_can_be_shown_and_names_its_base(tmp_path):
-    emit_plan(replace(UNEQUAL, base_model="some/model"), "swift", tmp_path / "out")
+    emit(replace(UNEQUAL, base_model="some/model"), "swift", tmp_path / "out")
     folder = tmp_path / "out" / "adapter"
     assert read_adapter(folder).ranks == UNEQUAL.ranks
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/model"
@@ -179,10 +179,10 @@ def test_the_new_adapter_can_be_shown_and_names_its_base(tmp_path):
 def test_an_adapter_that_needs_the_base_weights(field, tmp_path):
     plan = make_plan(llama, ranks(HALF, 2, 4), **field)
     with pytest.raises(StackError, match=next(iter(field))):
-        emit_plan(plan, "llamafactory", tmp_path / "out")
+        emit(plan, "llamafactory", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     for stack in ("peft", "trl"):
-        assert f"{next(iter(field))}=" in emit_plan(plan, stack)
+        assert f"{next(iter(field))}=" in emit(plan, stack)
 
 
 # -- files and the command line ---------------------------------------------------------------------------------------
@@ -191,21 +191,21 @@ def test_an_adapter_that_needs_the_base_weights(field, tmp_path):
 def test_a_folder_with_other_files_stays(tmp_path):
     (tmp_path / "mine.yaml").write_text("a: 1")
     with pytest.raises(OutputError, match=r"mine\.yaml"):
-        emit_plan(UNEQUAL, "axolotl", tmp_path)
+        emit(UNEQUAL, "axolotl", tmp_path)
     assert (tmp_path / "mine.yaml").read_text() == "a: 1"
 
 
 def test_an_output_is_replaced_whole(tmp_path, monkeypatch):
     out = tmp_path / "out"
-    text = emit_plan(UNEQUAL, "llamafactory", out)
+    text = emit(UNEQUAL, "llamafactory", out)
     assert (out / "llamafactory.yaml").read_text() == text
     monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OutputError, match="No space"):
-        emit_plan(replace(UNEQUAL, seed=9), "llamafactory", out)
+        emit(replace(UNEQUAL, seed=9), "llamafactory", out)
     assert (out / "llamafactory.yaml").read_text() == text
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
     monkeypatch.undo()
-    emit_plan(PLANS["one rank"][1], "llamafactory", out)
+    emit(PLANS["one rank"][1], "llamafactory", out)
     assert [path.name for path in tmp_path.rglob("[!.]*") if path.is_file()] == ["llamafactory.yaml"]
 
 
@@ -217,7 +217,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     UNEQUAL.save("plan.json")
     assert main(["emit", "plan.json", "--for", "axolotl"]) == 0
-    assert capsys.readouterr().out == emit_plan(UNEQUAL, "axolotl")
+    assert capsys.readouterr().out == emit(UNEQUAL, "axolotl")
     assert main(["emit", "plan.json", "--for", "swift", "--output", "out"]) == 0
     assert capsys.readouterr().out == "wrote adapter and swift.yaml in out\n"
     assert yaml.safe_load((tmp_path / "out" / "swift.yaml").read_text())["adapters"] == ["out/adapter"]
@@ -244,7 +244,7 @@ def test_a_mistake_is_one_line(words, said, tmp_path, monkeypatch, capsys):
 def test_a_plan_without_sites():
     for entry in STACKS:
         with pytest.raises(PlanError, match="keeps no site"):
-            weightlora.emit_plan(make_plan(llama, {}), entry.name)
+            weightlora.emit(make_plan(llama, {}), entry.name)
 
 
 def test_every_stack_is_tested():
@@ -259,7 +259,7 @@ def test_every_stack_is_tested():
 @pytest.mark.parametrize("name", ["one rank", "one site", "2 of 28 sites"])
 def test_trl_trains_what_its_command_line_reads(name, tmp_path):
     plan = PLANS[name][1]
-    (tmp_path / "trl.yaml").write_text(emit_plan(plan, "trl"))
+    (tmp_path / "trl.yaml").write_text(emit(plan, "trl"))
     parser = TrlParser([SFTConfig, ModelConfig])
     words = ["--config", str(tmp_path / "trl.yaml"), "--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
     words += ["--use_cpu", "--report_to", "none", "--bf16", "false", "--per_device_train_batch_size", "2"]

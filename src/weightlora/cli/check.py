@@ -40,16 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
     from weightlora.cli._streams import quiet_libraries
     from weightlora.runs.files import adapter_in
     from weightlora.serving import READERS, reader_of
-    from weightlora.serving.adapter import base_name, is_here, read_base, read_files
-    from weightlora.serving.check import find_problems
+    from weightlora.serving.adapter import read_files
+    from weightlora.serving.check import base_at, find_problems
 
     readers = READERS if arguments.reader == "all" else (reader_of(arguments.reader),)
     adapter = read_files(adapter_in(arguments.adapter))
-    name = arguments.base or base_name(adapter)
-    base = None
-    if arguments.base or is_here(name):
-        with quiet_libraries():
-            base = read_base(name, adapter.config.get("task_type"))
+    with quiet_libraries():
+        base = base_at(adapter, arguments.base)
     console, right = PlainConsole(), True
     for reader in readers:
         found = find_problems(adapter, reader, base)

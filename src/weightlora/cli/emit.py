@@ -30,9 +30,9 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the text, or where the files are."""
     from weightlora.plan.plan import AdapterPlan
-    from weightlora.stacks.emit import emit_plan
+    from weightlora.stacks.emit import emit
 
-    text = emit_plan(AdapterPlan.load(arguments.plan), arguments.stack, arguments.output)
+    text = emit(AdapterPlan.load(arguments.plan), arguments.stack, arguments.output)
     if arguments.output is None:
         print(text, end="")
     else:

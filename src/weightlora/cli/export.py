@@ -43,13 +43,11 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.runs.files import adapter_in
     from weightlora.serving import reader_of
     from weightlora.serving.adapter import base_name, read_files
-    from weightlora.serving.export import export_adapter, next_step
+    from weightlora.serving.export import export, next_step
 
     start, folder = time.perf_counter(), adapter_in(arguments.adapter)
     with quiet_libraries():
-        output = export_adapter(
-            folder, arguments.reader, arguments.output, base=arguments.base, converter=arguments.converter
-        )
+        output = export(folder, arguments.reader, arguments.output, base=arguments.base, converter=arguments.converter)
     seconds = time.perf_counter() - start
     reader, base = reader_of(arguments.reader), arguments.base or base_name(read_files(folder))
     console = PlainConsole()

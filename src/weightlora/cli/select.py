@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
         run,
         help="choose the adapters: plan.json and its plots",
         description=(
-            "Run the warm-up of a recipe and write plan.json, heatmap.png and, where sites have different scores, "
+            "Score the sites of a recipe and write plan.json, heatmap.png and, where sites have different scores, "
             "knee.png into --output_dir (default: runs/select). The options are those of weightlora train, in the "
             "YAML file or here, where they win."
         ),

@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 #: What the options of a selection mean; methods have further ones of their own.
 _MEANINGS = {
-    "steps": "warm-up batches that score sites",
+    "steps": "batches that score sites",
     "scored": "steps after which the choice was stable, or the most allowed",
     "head_steps": "steps that train a new head first",
     "threshold_every": "steps between hard thresholds",
-    "learning_rate": "learning rate of the warm-up",
-    "head_learning_rate": "that of a new head in the warm-up",
+    "learning_rate": "learning rate of the scoring",
+    "head_learning_rate": "that of a new head in the scoring",
     "gate_lr": "step size of the gates",
     "per": "what is kept or dropped: whole adapters, or single ranks",
     "most_ranks": "ranks that a site keeps at most",
     "draw": "which random order of one seed",
-    "fast": "fast step in the warm-up, and what its dropout drops",
-    "warm_start": "adapters start from the warm-up's weights",
+    "fast": "fast step in the scoring, and what its dropout drops",
+    "warm_start": "adapters start from the weights of the scoring",
     "expand": "WeightLoRA+: lora_alpha grows with the rank (scale) or stays (keep)",
     "agreement": "rank correlation of the scores of two halves of the batches",
     "cost": "measured: bytes, or share of plain LoRA's step time",

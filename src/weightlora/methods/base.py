@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Method(Protocol):
     """A way to spend a LoRA budget; whatever it trains, it ends in a stock PEFT checkpoint.
 
-    Callers read what kind of method it is off its line in :data:`weightlora.METHODS`, never off its class.
+    Callers read what kind of method it is off its line in :data:`weightlora.methods.METHODS`, never off its class.
     """
 
     @property

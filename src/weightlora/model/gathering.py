@@ -31,7 +31,7 @@ _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 _HOOK = ("_hf_hook", "_old_forward", "forward")
 
 
-def require_loaded(model: nn.Module, *, warm_up: bool = False) -> None:
+def require_loaded(model: nn.Module, *, computes: bool = False) -> None:
     """Raise where a weight has no values or no shape, or is one through which no gradient passes.
 
     Such are weights on the meta device, of lazy modules, made under ``torch.inference_mode()``, and 4-bit weights that
@@ -39,7 +39,7 @@ def require_loaded(model: nn.Module, *, warm_up: bool = False) -> None:
 
     Args:
         model: A base model or a PEFT model.
-        warm_up: The model computes at once, on every process, also with its buffers. Otherwise processes other than
+        computes: The model computes at once, on every process, also with its buffers. Otherwise processes other than
             the first may lack the values, which FSDP's cpu_ram_efficient_loading gives them when the training starts.
 
     Raises:
@@ -54,12 +54,12 @@ def require_loaded(model: nn.Module, *, warm_up: bool = False) -> None:
         weightlora.errors.SiteError: weight (2 of 2 weights) is on the meta device and nothing loads it: load the \
 model's weights, such as with from_pretrained and without torch.device('meta')
     """
-    tensors = dict(chain(model.named_parameters(), model.named_buffers() if warm_up else ()))
+    tensors = dict(chain(model.named_parameters(), model.named_buffers() if computes else ()))
     parts = [
         module for module in model.modules() if has_offloaded_params(module)
     ]  # accelerate loads them when they run
     later = {id(t) for part in parts for t in chain(part.parameters(recurse=False), part.buffers(recurse=False))}
-    must_be_here = warm_up or is_first()
+    must_be_here = computes or is_first()
     faults: tuple[tuple[Callable[[Tensor], bool], str], ...] = (
         (
             is_lazy,

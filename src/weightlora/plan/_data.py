@@ -58,7 +58,7 @@ class PlanData:
     """The selection's settings: keep, steps (T) and those of its rule."""
     seed: int = 0
     history: tuple[tuple[float, ...], ...] = ()
-    """A row per warm-up step, in the order of ``entries``: the mean gain so far (``"first_order"``) or the gates ω."""
+    """A row per scoring step, in the order of ``entries``: the mean gain so far (``"first_order"``) or the gates ω."""
     base_model: str | None = None
     versions: Mapping[str, str] = field(default_factory=library_versions)
     target_parameters: tuple[TargetParameter, ...] = ()

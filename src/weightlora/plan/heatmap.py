@@ -139,7 +139,8 @@ def make_heatmap(plan: PlanData) -> Heatmap:
     """Return the plan's sites as a grid of layers and projections.
 
     Example:
-        >>> from weightlora import AdapterPlan, Site
+        >>> from weightlora import AdapterPlan
+        >>> from weightlora.model.sites import Site
         >>> grid = make_heatmap(AdapterPlan((
         ...     PlannedSite(Site("layer.0.q", 8, 8), 4, 8, r=0, alpha=8, score=1.0),
         ...     PlannedSite(Site("layer.1.q", 8, 8), 4, 8, r=4, alpha=8, score=3.0),

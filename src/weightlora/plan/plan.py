@@ -28,7 +28,7 @@ class AdapterPlan(PlanData):
     :func:`weightlora.select` makes it, :meth:`load` reads it, :meth:`attach` and :meth:`to_lora_config` use it.
 
     Example:
-        >>> from weightlora import Site
+        >>> from weightlora.model.sites import Site
         >>> plan = AdapterPlan((
         ...     PlannedSite(Site("a", 8, 8), 4, 8, r=4, alpha=8, score=2.0),
         ...     PlannedSite(Site("b", 8, 8), 4, 8, r=0, alpha=8, score=1.0),
@@ -69,7 +69,7 @@ class AdapterPlan(PlanData):
         - the plan is checked against the model before and after;
         - the saved config holds the full names. PEFT shortens lists of 20 or more names to suffixes, which can match
           more modules in another model;
-        - :func:`weightlora.shorten_backward` is called, for models with gradient checkpointing;
+        - :func:`weightlora.model.checkpointing.shorten_backward` is called, for models with gradient checkpointing;
         - after an error the model is as it was.
 
         Args:

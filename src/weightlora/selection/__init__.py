@@ -1,1 +1,1 @@
-"""Which sites are kept: the warm-up and its rules."""
+"""Which sites are kept: scoring and its rules."""

@@ -19,16 +19,16 @@ _CALLER = 4
 
 
 def require_gradients(names: Sequence[str], scores: Scores) -> None:
-    """Raise where no site had a gradient in the whole warm-up; warn where some had none."""
+    """Raise where no site had a gradient in the whole scoring; warn where some had none."""
     without = [name for name, found in zip(names, scores.has_gradient, strict=True) if not found]
     if len(without) == len(names):
         raise SelectionError(
-            f"no site had a gradient in {len(scores.history)} warm-up steps, so their scores say nothing; does the "
+            f"no site had a gradient in {len(scores.history)} scoring steps, so their scores say nothing; does the "
             "loss depend on the adapted layers?"
         )
     if without:
         warnings.warn(
-            f"{len(without)} of {len(names)} sites had no gradient in the warm-up, {without[0]} among them: the loss "
+            f"{len(without)} of {len(names)} sites had no gradient in the scoring, {without[0]} among them: the loss "
             "does not depend on them; leave them out of target_modules",
             WeightLoraWarning,
             stacklevel=_CALLER,

@@ -1,7 +1,7 @@
-"""What a warm-up trained: the plan, and the weights from which the training of its adapters can go on.
+"""What a scoring trained: the plan, and the weights from which the training of its adapters can go on.
 
 trained = select_trained(model, batches, rule="integrated", lora=lora, keep=0.5)
-model = trained.attach(model)  # the adapters as they were at the end of the warm-up; stock PEFT from here on
+model = trained.attach(model)  # the adapters as they were at the end of the scoring; stock PEFT from here on
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from peft.tuners.lora import LoraLayer
 
-#: Values with which the final adapters compute what the warm-up's did: ΔW = s·B·A on the unchanged base weights.
+#: Values with which the final adapters compute what the scoring's did: ΔW = s·B·A on the unchanged base weights.
 _PLAIN = {"init_lora_weights": (True, False, "gaussian"), "use_dora": (False,), "layer_replication": (None,)}
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A plan with the weights that the warm-up trained; all tensors are copies on the CPU."""
+    """A plan with the weights that the scoring trained; all tensors are copies on the CPU."""
 
     plan: AdapterPlan
     adapters: Mapping[str, tuple[Tensor, Tensor]]
@@ -36,7 +36,7 @@ class Trained:
     """The modules that PEFT trains whole, by the parameters' names in the PEFT model."""
 
     def attach(self, model: nn.Module) -> PeftModel:
-        """Put the plan's adapters into ``model``, with the weights that the warm-up trained.
+        """Put the plan's adapters into ``model``, with the weights that the scoring trained.
 
         Raises:
             PlanMismatchError: The model lacks planned sites, or has them in other shapes.
@@ -68,7 +68,7 @@ def adapter_copies(
     """Return A and ω·B of the kept sites, as copies on the CPU.
 
     Args:
-        layers: All sites of the warm-up.
+        layers: All sites that were scored.
         gates: ω of each site; None where the rule has no gates.
         kept: Positions of the sites that the plan keeps, and which of its ranks each keeps; None stands for all.
     """
@@ -91,7 +91,7 @@ def head_copies(attached: nn.Module, head: Sequence[nn.Parameter]) -> dict[str, 
 
 
 def require_plain(lora: LoraConfig) -> None:
-    """Raise unless the final adapters compute the same with the warm-up's weights as plain LoRA did.
+    """Raise unless the final adapters compute the same with the weights of the scoring as plain LoRA did.
 
     Raises:
         OptionError: With the field of ``lora`` and what is allowed.
@@ -100,6 +100,6 @@ def require_plain(lora: LoraConfig) -> None:
         found = getattr(lora, name)
         if found not in allowed:
             raise OptionError(
-                f"warm_start=True: the warm-up trains plain LoRA, and {name}={found!r} makes other adapters of its "
+                f"warm_start=True: the scoring trains plain LoRA, and {name}={found!r} makes other adapters of its "
                 f"weights; give {' or '.join(map(repr, allowed))}, or leave warm_start out"
             )

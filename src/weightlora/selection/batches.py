@@ -1,4 +1,4 @@
-"""The batches of a warm-up and the loss of one batch."""
+"""The batches of a scoring and the loss of one batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from weightlora.model.gathering import device_of
 
 Loss = Callable[[nn.Module, Any], Tensor | Iterable[Tensor]]
 """``loss_fn(model, batch)``: one number, or an iterable of the losses of micro-batches whose gradients add up."""
-_NO_BATCH = "batches is empty; give at least one batch, best one for each warm-up step"
+_NO_BATCH = "batches is empty; give at least one batch, best one for each scoring step"
 
 
 def cycled(batches: Iterable[Any], steps: int) -> Iterator[Any]:
@@ -32,7 +32,7 @@ def cycled(batches: Iterable[Any], steps: int) -> Iterator[Any]:
         raise SelectionError(_NO_BATCH)
     if len(seen) < steps:
         warnings.warn(
-            f"{len(seen)} batches for {steps} warm-up steps: they are used again; give more batches or fewer steps",
+            f"{len(seen)} batches for {steps} scoring steps: they are used again; give more batches or fewer steps",
             WeightLoraWarning,
             stacklevel=2,
         )

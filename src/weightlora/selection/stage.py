@@ -1,4 +1,4 @@
-"""A model in its warm-up: plain LoRA on every site, batches and a loss; restored bit for bit afterwards."""
+"""A model while its sites are scored: plain LoRA on every site, batches and a loss; restored bit for bit afterwards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from weightlora.selection.batches import Loss, cycled, in_parts, kind_of, model_
 
 @dataclass(frozen=True)
 class Stage:
-    """A model with plain LoRA on every site, and what each warm-up step needs."""
+    """A model with plain LoRA on every site, and what each scoring step needs."""
 
     model: nn.Module
     sites: Sequence[Site]
@@ -40,7 +40,7 @@ class Stage:
     loss_fn: Loss
     progress: tqdm[Any]
     learning_rate: float = 1e-3
-    """AdamW's learning rate for whatever the warm-up trains, constant."""
+    """AdamW's learning rate for whatever the scoring trains, constant."""
     head_learning_rate: float | None = None
     """That of the head, where it has its own."""
 
@@ -140,7 +140,7 @@ def with_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site], *
         SiteError: A weight has no values, or autograd cannot use it.
     """
     require_loadable(model)
-    require_loaded(model, warm_up=True)
+    require_loaded(model, computes=True)
     with untouched(model, seed=seed), torch.inference_mode(False), torch.enable_grad():
         attached = attach_plain_lora(model, lora, sites)
         make_whole(attached)
@@ -244,7 +244,7 @@ def train_adapters(
     """Train A, B and the new head for ``steps`` batches with AdamW at a constant rate.
 
     Args:
-        stage: The model in its warm-up.
+        stage: The model while its sites are scored.
         steps: Batches, one a step.
         learning_rate: AdamW's learning rate.
         names: The sites whose adapters are trained; None stands for all.

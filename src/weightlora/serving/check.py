@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightlora.model.sites import TASK_HEADS
-from weightlora.serving import padded_rank
-from weightlora.serving.adapter import BaseModel, last_name, layer_number, matrix_name, missing_layers, split_groups
+from weightlora.serving import padded_rank, reader_of
+from weightlora.serving.adapter import (
+    BaseModel,
+    base_name,
+    is_here,
+    last_name,
+    layer_number,
+    matrix_name,
+    missing_layers,
+    read_base,
+    read_files,
+    split_groups,
+)
 
 if TYPE_CHECKING:
     from weightlora.serving import Reader
@@ -30,6 +42,43 @@ class Problem:
     """Whether an export mends it."""
     known: bool = True
     """False where it is not known whether the adapter is read right: this is no yes, and no reason to refuse."""
+
+
+def check(folder: str | Path, reader: str, *, base: str | None = None) -> tuple[Problem, ...]:
+    """Return every reason why a runtime does not compute with an adapter what PEFT computes; none where it does.
+
+    Args:
+        folder: A directory that PEFT saved a LoRA adapter into.
+        reader: A runtime such as ``"vllm"`` or ``"llama.cpp"``.
+        base: Folder or hub name of the base model. None takes the one that the adapter names, where it is a folder.
+
+    Raises:
+        OptionError: There is no such runtime.
+        PlanError: The folder holds no LoRA adapter.
+        DataError: The base model's configuration cannot be read.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
+        >>> lora = LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={"1.self_attn.q_proj": 2})
+        >>> get_peft_model(model, lora).save_pretrained(tmp_path)
+        >>> [problem.text[:41] for problem in check(tmp_path, "mlx")][1:]
+        ['ranks from 2 to 4; one rank for all sites', 'the scale of 1 of 2 sites is read wrong: ']
+    """
+    adapter = read_files(folder)
+    return find_problems(adapter, reader_of(reader), base_at(adapter, base))
+
+
+def base_at(adapter: Adapter, base: str | None) -> BaseModel | None:
+    """Return the base model that is given, or the one that the adapter names where it is a folder; else None.
+
+    Raises:
+        DataError: Its configuration cannot be read.
+    """
+    name = base or base_name(adapter)
+    return read_base(name, adapter.config.get("task_type")) if base or is_here(name) else None
 
 
 def find_problems(adapter: Adapter, reader: Reader, base: BaseModel | None = None) -> tuple[Problem, ...]:

@@ -63,7 +63,7 @@ class _Piece:
     embedding: bool = False
 
 
-def export_adapter(
+def export(
     folder: str | Path,
     reader: str,
     output: str | Path,

@@ -33,7 +33,7 @@ _PLAIN = (
 )
 
 
-def emit_plan(plan: AdapterPlan, stack: str, output: str | Path | None = None) -> str:
+def emit(plan: AdapterPlan, stack: str, output: str | Path | None = None) -> str:
     """Return ``plan`` in the configuration of a training stack: exactly its sites, ranks and alphas.
 
     Args:
@@ -50,13 +50,14 @@ def emit_plan(plan: AdapterPlan, stack: str, output: str | Path | None = None) -
         OutputError: The folder holds other files, or cannot be written.
 
     Example:
-        >>> from weightlora import AdapterPlan, Site
+        >>> from weightlora import AdapterPlan
+        >>> from weightlora.model.sites import Site
         >>> from weightlora.plan.plan import PlannedSite
         >>> plan = AdapterPlan((
         ...     PlannedSite(Site("h.0.q", 8, 8), 4, 8, r=4, alpha=8, score=2.0),
         ...     PlannedSite(Site("h.1.q", 8, 8), 4, 8, r=0, alpha=8, score=1.0),
         ... ))
-        >>> print(emit_plan(plan, "llamafactory"), end="")
+        >>> print(emit(plan, "llamafactory"), end="")
         # Put these lines into your configuration: llamafactory-cli train yours.yaml
         finetuning_type: lora
         lora_rank: 4

@@ -70,7 +70,7 @@ def method_for(
 
     Methods that choose sites use the trainer's own data loader, collator, loss, precision and gradient accumulation.
     The plan is written to ``output_dir/plan.json`` at once and into every checkpoint. Where WeightLoRA finds a plan
-    there, it uses that plan instead of a new warm-up, so that a resumed run has the same structure. All that the plan
+    there, it uses that plan instead of scoring again, so that a resumed run has the same structure. All that the plan
     was made for must be the same: LoRA configuration, candidates, base weights, options, seed, and the first batch of
     the training. Anything else is an error that names what differs. With ``warm_start=True`` it also writes the weights
     that the training starts from, and a second start reads them there; a checkpoint that the trainer then resumes from
@@ -84,10 +84,10 @@ def method_for(
     Args:
         trainer: A trainer that has not trained yet. Its model is a PEFT model with fresh LoRA adapters, and stays the
             same object; or it has no adapters and ``lora`` is given.
-        name: One of :data:`weightlora.METHODS`.
+        name: One of :data:`weightlora.methods.METHODS`.
         lora: The adapters wanted, where the trainer's model has none: plain LoRA on all candidates, the budget.
         seed: Decides all random numbers; None takes the trainer's.
-        fast: Warm-up and training use the step of :func:`weightlora.enable_fast_lora`, with this ``dropout``; None
+        fast: Scoring and training use the step of :func:`weightlora.enable_fast_lora`, with this ``dropout``; None
             leaves it to the model, on which it may be enabled already.
         options: The method's own, such as ``parameters`` and ``rule``.
 
@@ -204,7 +204,7 @@ def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int, fast: Dropout | Non
     if plan.options.get("warm_start"):
         warnings.warn(
             "the plan was made with warm_start=True, but a plan holds no weights: its adapters are initialised again; "
-            "to start from the warm-up, give the method and its options instead of the plan",
+            "to start from the weights of the scoring, give the method and its options instead of the plan",
             WeightLoraWarning,
             stacklevel=2,
         )

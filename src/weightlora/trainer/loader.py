@@ -1,6 +1,6 @@
 """What a trainer is going to train on, looked at before it does: its own batches and loss, and where its weights are.
 
-DDP copies, FSDP and DeepSpeed part the model when the training starts, so that a warm-up before it finds it whole;
+DDP copies, FSDP and DeepSpeed part the model when the training starts, so that scoring before it finds it whole;
 two settings part it as it is loaded.
 """
 
@@ -211,7 +211,7 @@ def require_weights(trainer: Trainer) -> None:
     """
     if _loads_on_first(trainer):
         raise OptionError(
-            "FSDP's cpu_ram_efficient_loading leaves the weights on the first process, but the warm-up needs them: run "
+            "FSDP's cpu_ram_efficient_loading leaves the weights on the first process, but the scoring needs them: run "
             "`weightlora select` in one process first, then `weightlora train --plan plan.json` with all of them "
             "(docs/guides/distributed.md)"
         )

@@ -120,7 +120,7 @@ def require_training_rule(rule: Rule) -> None:
     if not rule.trains_adapters:
         others = [entry.name for entry in RULES if rule_of(entry.name).trains_adapters]
         raise OptionError(
-            f"warm_start=True: rule={rule.name!r} trains no adapters in its warm-up; give one of {', '.join(others)}, "
+            f"warm_start=True: rule={rule.name!r} trains no adapters while it scores; give one of {', '.join(others)}, "
             "or leave warm_start out"
         )
 

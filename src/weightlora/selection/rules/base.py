@@ -1,4 +1,4 @@
-"""What a rule is: it scores every site by a few warm-up steps. What rules share: scores with their errors."""
+"""What a rule is: it scores every site in a few steps. What rules share: scores with their errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Scores:
     ranks: tuple[tuple[float, ...], ...] = ()
     """The score of each rank of each site, where a rule scores single ranks: the budget is spent rank by rank."""
     gates: tuple[float, ...] | None = None
-    """What each site's B is multiplied by at the end of the warm-up; None where there are no gates."""
+    """What each site's B is multiplied by at the end of the scoring; None where there are no gates."""
 
     @property
     def final(self) -> tuple[float, ...]:
@@ -49,7 +49,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """Scores sites in the warm-up: the base of all rules, ours and yours.
+    """Scores sites: the base of all rules, ours and yours.
 
     A rule is a frozen dataclass. Its fields are its settings, which the plan records. By default it reads one batch
     for each of T steps. The model has a rule of its own: ``select(..., rule=MyRule())``, or in a recipe

@@ -58,5 +58,5 @@ class Stratified(BlindRule):
 
 
 def drawing(draw: int) -> torch.Generator:
-    """Return the random numbers of a draw: of the warm-up's seed, and not of the generator's state."""
+    """Return the random numbers of a draw: of the scoring's seed, and not of the generator's state."""
     return torch.Generator().manual_seed(torch.initial_seed() + _FAR * draw)  # the state depends on the rank
