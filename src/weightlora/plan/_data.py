@@ -67,6 +67,14 @@ class PlanData:
     """What :func:`weightlora.select_for` was asked: a later start in the same folder that asks something else does not
     get this plan. Empty where a plan was made in another way."""
 
+    spent: Mapping[str, int] = field(default_factory=dict[str, int], compare=False)
+    """Steps that scoring and measuring took (``scoring_steps``), and those of the training (``total_steps``), if known."""
+
+    @property
+    def learning_rate_factor(self) -> float:
+        """The factor of LoRA's learning rate that suits this plan."""
+        return 1.0
+
     @property
     def names(self) -> tuple[str, ...]:
         """The kept sites, sorted."""
@@ -168,6 +176,7 @@ class PlanData:
         top = {"fingerprint": self.fingerprint, **{key: getattr(self, key) for key in PLAN_KEYS}}
         besides = {"target_parameters": [asdict(each) for each in self.target_parameters]} if self._besides else {}
         asked = {"question": self.question} if self.question else {}
+        asked |= {"spent": self.spent} if self.spent else {}
         write_plan_file(path, {**top, "sites": rows, "history": self.history, **besides, **asked})
 
     @classmethod
@@ -191,6 +200,7 @@ class PlanData:
                 for row in data.get("target_parameters", ())
             ),
             question=data.get("question", {}),
+            spent=data.get("spent", {}),
             **{key: data[key] for key in PLAN_KEYS},
         )
         if data["fingerprint"] != plan.fingerprint:

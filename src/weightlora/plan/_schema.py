@@ -105,6 +105,7 @@ class _Plan(TypedDict):
     history: list[list[_Finite]]
     target_parameters: NotRequired[list[_Parameter]]
     question: NotRequired[dict[str, Any]]
+    spent: NotRequired[dict[str, Annotated[int, Field(ge=0, le=MOST)]]]
 
 
 _TASKS = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]

@@ -1,4 +1,4 @@
-"""What a user wants to save: adapters, parameters, step time, memory. Each is a limit, and all of them hold together."""
+"""What a user wants to save: adapters, parameters, step time, memory. Each is a limit, and all of them hold."""
 
 from __future__ import annotations
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightlora.plan._data import PlanData, PlannedSite, library_versions, sites_fingerprint
+from weightlora.plan.alternatives import Alternative, alternatives
 from weightlora.plan.attach import attach_plan, lora_config_of, require_adapters, require_sites
 from weightlora.plan.card import write_adapter
-from weightlora.plan.heatmap import headline, summary
+from weightlora.plan.screen import headline, rows_html, summary
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -40,6 +41,22 @@ class AdapterPlan(PlanData):
     def __str__(self) -> str:
         """Return one screen: what is kept, by which rule, where, and how to go on."""
         return summary(self)
+
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook, with the heat map."""
+        return rows_html(self)
+
+    @property
+    def alternatives(self) -> tuple[Alternative, ...]:
+        """The plan, plain LoRA, and what else the same money buys, with what each costs.
+
+        Example:
+            >>> from weightlora.model.sites import Site
+            >>> plan = AdapterPlan((PlannedSite(Site("a", 8, 8), 4, 8, r=1, alpha=2, score=0.0),))
+            >>> [(row.name, row.parameters) for row in plan.alternatives]
+            [('this plan', 16), ('LoRA, rank 4', 64), ('LoRA, rank 1', 16)]
+        """
+        return alternatives(self)
 
     def __repr__(self) -> str:
         """Return one line."""

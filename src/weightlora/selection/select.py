@@ -271,6 +271,7 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         history=scores.history,
         rule=rule.name,
         options={**_options(scoring, course), **_found(scored, scores, costs, ranks, course)},
+        spent=_spent(scoring, course, scored),
         **record,
     )
     return Trained(plan, adapters, whole)
@@ -324,8 +325,14 @@ def _found(scored: int, scores: Scores, costs: Costs, ranks: Sequence[int], cour
     if costs.time is not None:
         found["step_time"] = costs.time.of(kept) / costs.time.of_all
     if costs.memory is not None:
-        found["peak_bytes"] = costs.memory.of(kept)
+        found |= {"peak_bytes": costs.memory.of(kept), "lora_peak_bytes": costs.memory.of_all}
     return found | ({} if scores.halves is None else {"agreement": agreement_of(scores.halves)})
+
+
+def _spent(scoring: Scoring, course: _Course, scored: int) -> dict[str, int]:
+    """The steps that the selection took, and those of the training."""
+    steps = course.head_steps + course.rule.batches([t for t in course.times if t <= scored]) + course.measuring
+    return {"scoring_steps": steps} | ({} if scoring.total_steps is None else {"total_steps": scoring.total_steps})
 
 
 def _tell_cost(scoring: int, training: int | None, *, most: bool) -> int:

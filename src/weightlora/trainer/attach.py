@@ -24,7 +24,7 @@ from weightlora.methods import Method, MethodEntry, entry_of, make_method, optio
 from weightlora.methods.base import ChoosingMethod, planned_method, with_question
 from weightlora.methods.common.export import cast_trained
 from weightlora.model.checkpointing import remove_input_hooks
-from weightlora.model.distributed import from_first, process_count
+from weightlora.model.distributed import from_first, is_first, process_count
 from weightlora.model.gathering import is_offloaded, partitioned_dtype
 from weightlora.model.layers import take_tuner, without_adapters
 from weightlora.model.restore import seeded
@@ -165,7 +165,7 @@ def select_for(
         memory: The most at the peak of the device, such as ``"8GB"``.
         lora: As in :func:`method_for`.
         options: Further arguments of :func:`method_for` and :func:`weightlora.select`: rule, steps, seed,
-            learning_rate, fast, ...
+            learning_rate, fast, ... With ``progress=False`` the plan is not printed.
 
     Raises:
         OptionError: See :func:`method_for`.
@@ -183,7 +183,10 @@ def select_for(
         (1, 'PeftModel')
     """
     asked = {"adapters": adapters, "parameters": parameters, "time": time, "memory": memory}
-    return method_for(trainer, lora=lora, **{k: v for k, v in asked.items() if v is not None}, **options).plan
+    plan = method_for(trainer, lora=lora, **{k: v for k, v in asked.items() if v is not None}, **options).plan
+    if options.get("progress", not trainer.args.disable_tqdm) and is_first():
+        print(plan)  # noqa: T201 - the screen is for whoever runs the script
+    return plan
 
 
 def adopt(trainer: Trainer, plan: AdapterPlan, *, seed: int, fast: Dropout | None = None) -> Method:
