@@ -1,0 +1,95 @@
+"""The screen of a plan, and the trivial alternatives on it: numbers derived from ranks and shapes."""
+
+from dataclasses import replace
+
+import pytest
+
+from weightlora.model.sites import Site
+from weightlora.plan.alternatives import alternatives, floor_share
+from weightlora.plan.plan import AdapterPlan, PlannedSite
+
+R, WIDTH, BLOCKS = 8, 16, 6
+
+
+def plan_of(ranks, *, options=None, spent=None, names=None, **fields):
+    """A plan of one square layer a block, at these ranks."""
+    sites = [
+        PlannedSite(Site(name, WIDTH, WIDTH), R, 16, r=r, alpha=16, score=float(i))
+        for i, (name, r) in enumerate(zip(names or [f"layer.{i}.q" for i in range(len(ranks))], ranks, strict=True))
+    ]
+    return AdapterPlan(tuple(sites), options=options or {}, spent=spent or {}, **fields)
+
+
+def rows_of(plan):
+    return {row.name: row for row in alternatives(plan)}
+
+
+def test_the_lower_rank_is_the_highest_that_has_no_more_parameters():
+    """Two of six sites at rank 8 have 16 ranks: rank 2 on all six has 12, rank 3 would have 18."""
+    rows = rows_of(plan_of([0, 0, 0, 0, R, R]))
+    assert rows["LoRA, rank 2"].parameters == 6 * 2 * 2 * WIDTH <= rows["this plan"].parameters == 2 * R * 2 * WIDTH
+    assert rows["LoRA, rank 8"].parameters == 6 * R * 2 * WIDTH
+    assert [name for name in rows if name.startswith("LoRA, rank")] == ["LoRA, rank 8", "LoRA, rank 2"]
+
+
+def test_a_plan_of_less_than_rank_one_on_all_has_no_lower_rank():
+    assert not [name for name in rows_of(plan_of([1, 0, 0, 0, 0, 0])) if name in ("LoRA, rank 1", "LoRA, rank 0")]
+
+
+@pytest.mark.parametrize("floor", range(BLOCKS))
+def test_time_is_estimated_from_the_floor(floor):
+    """Forward 1 and backward 1 - f, of the 2 that LoRA takes."""
+    plan = plan_of([0] * floor + [R] * (BLOCKS - floor))
+    assert floor_share(plan) == floor / BLOCKS
+    row = alternatives(plan)[0]
+    assert row.step_time == pytest.approx((2 - floor / BLOCKS) / 2)
+    assert row.time_known == "estimated"
+    assert row.memory == pytest.approx(1 - floor / BLOCKS)
+
+
+def test_a_pooler_does_not_lower_the_floor():
+    plan = plan_of([0, R, R], names=["layer.0.q", "layer.1.q", "pooler"])
+    assert floor_share(plan) == 0.5
+
+
+def test_measured_figures_take_the_place_of_estimates_and_say_so():
+    options = {"time": 0.6, "step_time": 0.58, "peak_bytes": 4 * 10**8, "lora_peak_bytes": 10**9}
+    plan = plan_of([0, 0, R, R, R, R], options=options, spent={"scoring_steps": 9, "total_steps": 300})
+    own, lora, *_ = alternatives(plan)
+    assert (own.step_time, own.time_known, own.memory, own.memory_known) == (0.58, "measured", 4e8, "counted")
+    assert own.training_time == pytest.approx(0.58 + 9 / 300)
+    assert lora.memory == 1e9
+    assert "LoRA, 61 % of the steps" in rows_of(plan)  # 0.58 + 0.03
+    assert "LoRA, micro-batch ÷ 3" in rows_of(plan)  # 1 / 0.4 rounded up
+    assert "pays back in time from step 22 on" in str(plan)  # 9 / 0.42 = 21.4
+
+
+def test_nothing_to_select_is_said():
+    assert "nothing to select: all 6 adapters" in str(plan_of([R] * 6))
+    assert "nothing to select" in str(plan_of([2] * 6, rule="uniform", options={"parameters": 0.25}))
+    assert "nothing to select" not in str(plan_of([0] * 3 + [R] * 3))
+
+
+def test_the_screen_fits_80_columns_and_40_lines_whatever_the_names_are():
+    kinds = [f"self_attn.{'very_long_projection_name_' * 2}{i}" for i in range(9)]
+    names = [f"{'prefix.' * 12}layers.{block}.{kind}" for block in range(60) for kind in kinds]
+    options = {"parameters": 123_456_789, "adapters": 99, "time": 0.6, "memory": "123.5GiB", "learning_rate": 1e-3}
+    text = str(plan_of([R] * len(names), names=names, options=options, base_model="x/" * 90))
+    assert max(map(len, text.splitlines())) <= 80
+    assert len(text.splitlines()) <= 40
+
+
+def test_a_notebook_shows_the_heat_map_and_the_screen_with_names_escaped():
+    page = plan_of([R, 0], names=["layer.0.<b>", "layer.1.<b>"], base_model="<script>")._repr_html_()
+    assert "<b>" not in page
+    assert "<script>" not in page
+    assert "&lt;b&gt;" in page
+    assert page.count("<tr>") == 3
+    assert "LoRA, rank 8" in page
+
+
+def test_what_was_spent_is_in_the_file_and_is_no_part_of_the_plans_equality(tmp_path):
+    plan = plan_of([R, 0], spent={"scoring_steps": 9})
+    plan.save(tmp_path / "plan.json")
+    assert AdapterPlan.load(tmp_path / "plan.json").spent == {"scoring_steps": 9}
+    assert replace(plan, spent={}) == plan
