@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from weightlora.model.sites import Site
-from weightlora.plan.alternatives import alternatives, floor_share
+from weightlora.plan._alternatives import alternatives, floor_share
 from weightlora.plan.plan import AdapterPlan, PlannedSite
 
 R, WIDTH, BLOCKS = 8, 16, 6

@@ -7,8 +7,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from weightlora.plan._alternatives import Alternative, alternatives
 from weightlora.plan._data import PlanData, PlannedSite
-from weightlora.plan.alternatives import Alternative, alternatives
 from weightlora.plan.heatmap import make_heatmap, ordered_projections, short_blocks, shortened
 from weightlora.plan.limits import LIMITS
 from weightlora.text import natural
