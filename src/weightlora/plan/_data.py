@@ -68,7 +68,7 @@ class PlanData:
     get this plan. Empty where a plan was made in another way."""
 
     spent: Mapping[str, int] = field(default_factory=dict[str, int], compare=False)
-    """Steps that scoring and measuring took, ``scoring_steps``, and those of the training, ``total_steps``, if known."""
+    """Steps of scoring and measuring, ``scoring_steps``, and of the training, ``total_steps``, where they are known."""
 
     @property
     def learning_rate_factor(self) -> float:
