@@ -55,6 +55,7 @@ def summary(plan: PlanData) -> str:
         parameters counted; time estimated; memory: activations, estimated
         <BLANKLINE>
         rate      that of LoRA
+        note      at equal parameters a lower rank on all sites did better: parameters=0.50
     """
     lines = [*_asked(plan), *_kept(plan), "", *_best_table(plan), "", *_costs(plan), "", *_advice(plan)]
     return "\n".join(lines)
@@ -134,6 +135,9 @@ def _advice(plan: PlanData) -> Iterator[str]:
     else:
         own = "" if rate is None else f", {rate * factor:g} where LoRA has {rate:g}"
         yield _line("rate", f"about {factor:g} times LoRA's{own}")
+    if {*plan.options} & {*LIMITS} == {"adapters"} and len(plan.names) < len(plan.entries):
+        share = plan.parameters / plan.lora_parameters
+        yield _line("note", f"at equal parameters a lower rank on all sites did better: parameters={share:.2f}")
     steps, total = plan.spent.get("scoring_steps"), plan.spent.get("total_steps")
     if not steps:
         return
