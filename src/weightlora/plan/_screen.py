@@ -55,7 +55,7 @@ def summary(plan: PlanData) -> str:
         parameters counted; time estimated; memory: activations, estimated
         <BLANKLINE>
         rate      that of LoRA
-        note      at equal parameters a lower rank on all sites did better: parameters=0.50
+        note      a lower rank on all sites did better in our study: parameters=0.50
     """
     lines = [*_asked(plan), *_kept(plan), "", *_best_table(plan), "", *_costs(plan), "", *_advice(plan)]
     return "\n".join(lines)
@@ -137,7 +137,7 @@ def _advice(plan: PlanData) -> Iterator[str]:
         yield _line("rate", f"about {factor:g} times LoRA's{own}")
     if {*plan.options} & {*LIMITS} == {"adapters"} and len(plan.names) < len(plan.entries):
         share = plan.parameters / plan.lora_parameters
-        yield _line("note", f"at equal parameters a lower rank on all sites did better: parameters={share:.2f}")
+        yield _line("note", f"a lower rank on all sites did better in our study: parameters={share:.2f}")
     steps, total = plan.spent.get("scoring_steps"), plan.spent.get("total_steps")
     if not steps:
         return
