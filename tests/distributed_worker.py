@@ -99,7 +99,7 @@ def small_batches():
 
 
 def small_plan(model, batches, rule="first_order", **options):
-    arguments = {"lora": LORA, "keep": 5, "steps": 8, "learning_rate": 1e-2, "progress": False}
+    arguments = {"lora": LORA, "adapters": 5, "steps": 8, "learning_rate": 1e-2, "progress": False}
     return weightlora.select(model, batches, rule=RULES[rule], **{**arguments, **options})
 
 

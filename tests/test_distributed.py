@@ -132,7 +132,7 @@ def test_a_sharded_model_may_have_adapters(two):
 
 
 def test_a_sharded_model_is_left_as_it_was(two):
-    """Also after a warm-up that failed between forward and backward pass, where FSDP2 holds gathered weights."""
+    """Also after a scoring that failed between forward and backward pass, where FSDP2 holds gathered weights."""
     for afterwards, error in zip(told(two, "afterwards"), told(two, "not_finite"), strict=True):
         assert len(afterwards["losses"]) == len(RULES) + 2
         assert len(set(afterwards["losses"])) == 1

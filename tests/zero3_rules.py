@@ -50,7 +50,7 @@ for rule, checkpointed in [(rule, False) for rule in RULES] + [("first_order", T
     trainer.model_accepts_loss_kwargs = False  # a classifier's loss is a mean, which the Trainer does not see
     if process_count() == 1:
         (folder / f"rules-{name}" / "plan.json").unlink()  # of the two processes, which is in FOLDER as well
-    plan = weightlora.select_for(trainer, keep=2, rule=rule, steps=4)
+    plan = weightlora.select_for(trainer, adapters=2, rule=rule, steps=4)
     assert is_partitioned(model) == (process_count() == 2)
     # PEFT's unload() leaves the copy of the head, which is whole.
     frozen = [p for name, p in model.named_parameters() if not p.requires_grad and "classifier" not in name]

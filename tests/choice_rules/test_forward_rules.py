@@ -41,7 +41,7 @@ def squared(model, batch):
     return model(**batch).square().mean()
 
 
-def chosen(net, data=(), *, rule, keep=1, r=2, **options):
+def chosen(net, data=(), *, rule, adapters=1, r=2, **options):
     rule = STUDY.get(rule, rule) if isinstance(rule, str) else rule
     return select(net, data, lora=LoraConfig(r=r), rule=rule, keep=keep, loss_fn=squared, progress=False, **options)
 
@@ -129,7 +129,7 @@ def test_projections_are_ordered_by_their_types_mean_and_then_by_their_own_nfn()
 
     def plan(by):
         return select(
-            net(), texts(4), lora=LoraConfig(r=2), rule=PLoP(by=by), keep=2, steps=4, loss_fn=loss, progress=False
+            net(), texts(4), lora=LoraConfig(r=2), rule=PLoP(by=by), adapters=2, steps=4, loss_fn=loss, progress=False
         ).scores
 
     own, by_type = plan("site"), plan("type")
@@ -247,9 +247,9 @@ def endings(names):
     [("last_layers", [9, 10, 11]), ("first_layers", [0, 1, 2]), ("strided", [0, 4, 8])],
 )
 def test_whole_blocks_are_kept_by_their_place(rule, blocks):
-    plan = chosen(Decoder(), rule=rule, keep=21)
+    plan = chosen(Decoder(), rule=rule, adapters=21)
     assert blocks_of(plan.names) == blocks
-    assert blocks_of(chosen(Decoder(), rule=rule, keep=21, seed=1).names) == blocks  # nothing is random
+    assert blocks_of(chosen(Decoder(), rule=rule, adapters=21, seed=1).names) == blocks  # nothing is random
     assert blocks_of(plan.scores) == [*range(12)]
 
 
@@ -282,15 +282,15 @@ def test_random_sites_of_a_part(rule, allowed):
     assert other.names != plan.names
     assert chosen(Decoder(), rule=rule, keep=0.2, r=1).names == plan.names  # the draw depends on the seed alone
     with pytest.warns(WeightLoraWarning, match=f"only {12 * len(allowed)} of the 84 wanted sites"):
-        assert len(chosen(Decoder(), rule=rule, keep=84).names) == 12 * len(allowed)
+        assert len(chosen(Decoder(), rule=rule, adapters=84).names) == 12 * len(allowed)
 
 
 def test_a_small_site_of_another_part_does_not_fill_the_budget():
     """The budget of one MLP projection and a key, which may not be kept: the projection alone is."""
     down, key = 2 * (16 + D), 2 * (D + 2)
-    plan = chosen(Decoder(), rule="mlp", keep=f"{down + key} parameters")
+    plan = chosen(Decoder(), rule="mlp", parameters=down + key)
     assert len(plan.names) == 1
-    everything = chosen(Decoder(), rule="stratified", keep=f"{down + key} parameters")
+    everything = chosen(Decoder(), rule="stratified", parameters=down + key)
     assert len(everything.names) > 1  # negative control: another rule fills it
 
 
@@ -322,7 +322,7 @@ def test_each_rule_picks_sites_of_minilm(minilm, review_batches, rule):
     before = fingerprint(minilm)
     data = review_batches[:2] if rule in ("plop", "explained_variance") else ()
     lora = LoraConfig(r=2, task_type="SEQ_CLS")
-    plan = select(minilm, data, lora=lora, keep=5, steps=2, rule=STUDY[rule], progress=False)
+    plan = select(minilm, data, lora=lora, adapters=5, steps=2, rule=STUDY[rule], progress=False)
     assert fingerprint(minilm) == before
     assert len(plan.names) == 5
     assert all(plan.scores[name] > 0 for name in plan.names)

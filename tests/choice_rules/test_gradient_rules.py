@@ -58,7 +58,7 @@ def squared(model, batch):
 
 
 def selected(rule, data, net=None, loss_fn=squared, **options):
-    """The plan, and A by site as the warm-up began with it."""
+    """The plan, and A by site as the scoring began with it."""
     started = {}
 
     def loss(model, batch):
@@ -69,7 +69,7 @@ def selected(rule, data, net=None, loss_fn=squared, **options):
 
     arguments = {
         "lora": LORA,
-        "keep": 1,
+        "adapters": 1,
         "steps": len(data),
         "progress": False,
         "rule": BY_GRADIENT.get(rule, rule),
@@ -395,7 +395,7 @@ def test_aletheia_keeps_whole_blocks():
             norms[name] += net.get_submodule(name).weight.grad.norm().item() / len(data)
     net.zero_grad()
     blocks = [norms[f"{i}.0"] + norms[f"{i}.2"] for i in range(3)]
-    plan, _ = selected("aletheia", data, net=net, keep=2)
+    plan, _ = selected("aletheia", data, net=net, adapters=2)
     assert plan.scores == pytest.approx({name: blocks[int(name[0])] for name in norms}, rel=1e-6)
     best = max(range(3), key=lambda i: blocks[i])
     assert set(plan.names) == {f"{best}.0", f"{best}.2"}
@@ -407,7 +407,7 @@ def test_aletheia_names_a_site_without_a_gradient_in_a_block_that_has_one():
     net = nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 5))).double()
     net[0].add_module("dead", nn.Linear(5, 5).double())
     net[0].forward = lambda x: net[0][1](net[0][0](x))
-    with pytest.warns(WeightLoraWarning, match=r"1 of 3 sites had no gradient in the warm-up, 0\.dead among them"):
+    with pytest.warns(WeightLoraWarning, match=r"1 of 3 sites had no gradient in the scoring, 0\.dead among them"):
         selected("aletheia", batches(2), net=net)
 
 
@@ -504,7 +504,7 @@ def test_quantised_layers(quantised_net, rule):
 def test_sites_of_minilm_are_picked(minilm, review_batches, rule):
     before = fingerprint(minilm)
     lora = LoraConfig(r=4, task_type="SEQ_CLS")
-    options = {"lora": lora, "keep": 5, "loss_fn": lambda model, batch: model(**batch).loss}
+    options = {"lora": lora, "adapters": 5, "loss_fn": lambda model, batch: model(**batch).loss}
     plan, _ = selected(rule_of(BY_GRADIENT[rule], head_steps=2), review_batches, net=minilm, **options, steps=4)
     assert fingerprint(minilm) == before
     assert (plan.rule, len(plan.entries), len(plan.names)) == (BY_GRADIENT[rule], 36, 5)
@@ -519,7 +519,7 @@ def test_a_site_that_the_loss_does_not_depend_on_has_no_score(rule):
             super().__init__()
             self.idle = nn.Linear(6, 6).double()
 
-    with pytest.warns(WeightLoraWarning, match="1 of 4 sites had no gradient in the warm-up, idle among them"):
+    with pytest.warns(WeightLoraWarning, match="1 of 4 sites had no gradient in the scoring, idle among them"):
         plan, _ = selected(rule, batches(4), net=Idle())
     assert plan.scores["idle"] == 0
     assert all(score != 0 for name, score in plan.scores.items() if name != "idle")

@@ -49,7 +49,7 @@ def squared(model, batch):
     return (model(batch["x"]) - batch["y"]).pow(2).mean()
 
 
-def selected(rule, *, steps=6, data, keep=1):
+def selected(rule, *, steps=6, data, adapters=1):
     options = {"lora": LORA, "keep": keep, "steps": steps, "learning_rate": RATE, "progress": False}
     return select(Net(), data, rule=rule, loss_fn=squared, **options)
 
@@ -97,7 +97,7 @@ def test_the_first_step_is_as_long_as_the_rate_that_was_asked_for(scale, moves):
 def test_survivors_of_two_rounds_are_those_that_trained_on_without_the_site_dropped_between():
     rule, net, held_out = Rounds(rounds=2), Net(), batches(STEPS + 5)[-1]
     data = batches(rule.batches((STEPS,)))
-    asked = {"lora": LORA, "keep": 2, "steps": STEPS, "learning_rate": RATE, "loss_fn": squared, "progress": False}
+    asked = {"lora": LORA, "adapters": 2, "steps": STEPS, "learning_rate": RATE, "loss_fn": squared, "progress": False}
     trained = select_trained(Net(), data, rule=rule, **asked)
     staying = [name for name, score in trained.plan.scores.items() if score]
     assert len(staying) == 3  # 4·√½, on the way from 4 to 2

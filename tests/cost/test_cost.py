@@ -207,7 +207,7 @@ def test_select_keeps_what_the_budget_pays_for(minilm, review_batches, keep, fas
     assert plan.options["keep"] == keep
     assert plan.options["cost"] <= read_limit(keep).amount
     # Measuring does not change the scores.
-    assert plan.scores == select(minilm, review_batches, keep=3, **options).scores
+    assert plan.scores == select(minilm, review_batches, adapters=3, **options).scores
 
 
 def test_a_byte_budget_is_what_is_really_held(minilm, review_batches):

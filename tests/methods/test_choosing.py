@@ -96,11 +96,11 @@ def slow_dot_products(alone):
 @pytest.mark.parametrize("alone", [False, True])
 def test_dot_products_are_those_of_the_full_gradient(alone):
     slow = slow_dot_products(alone)
-    plan = plan_of("dot_product", keep=1, steps=LOOK, alone=alone, learning_rate=RATE, by="descent")
+    plan = plan_of("dot_product", adapters=1, steps=LOOK, alone=alone, learning_rate=RATE, by="descent")
     assert plan.scores == pytest.approx({n: -p for n, p in slow.items()}, rel=1e-4)
     assert all(score > 0 for score in plan.scores.values()), "trained adapters went downhill"
     assert plan.names == (max(slow, key=lambda n: abs(slow[n])),)
-    largest = plan_of("dot_product", keep=1, steps=LOOK, alone=alone, learning_rate=RATE)
+    largest = plan_of("dot_product", adapters=1, steps=LOOK, alone=alone, learning_rate=RATE)
     assert largest.scores == pytest.approx({n: abs(p) for n, p in slow.items()}, rel=1e-4)
 
 
@@ -134,7 +134,7 @@ NO_DROPOUT = LoraConfig(r=2, lora_alpha=6)
 
 
 def test_energies_are_those_of_the_adapters_outputs():
-    plan = plan_of("lora_drop", lora=NO_DROPOUT, keep=1, steps=LOOK, learning_rate=RATE)
+    plan = plan_of("lora_drop", lora=NO_DROPOUT, adapters=1, steps=LOOK, learning_rate=RATE)
     assert plan.scores == pytest.approx(slow_energies(), rel=1e-4)
     assert plan.names == (max(plan.scores, key=plan.scores.get),)
 
@@ -163,7 +163,7 @@ def test_padding_has_no_energy():
         torch.manual_seed(0)
         run = lambda model, given: model(**given)  # noqa: E731
         look = {"data": [batch] * 2, "loss_fn": run, "steps": 2, "learning_rate": RATE}
-        return plan_of("lora_drop", Reader(), lora=NO_DROPOUT, keep=1, **look).scores
+        return plan_of("lora_drop", Reader(), lora=NO_DROPOUT, adapters=1, **look).scores
 
     tokens = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(2))
     padded = torch.cat([tokens, 9 * torch.ones(3, 5, 6)], dim=1)
@@ -174,7 +174,7 @@ def test_padding_has_no_energy():
 
 def test_those_that_share_have_one_tensor_and_a_stock_checkpoint_of_copies(tmp_path):
     model = net((6, 8, 8, 8, 8))
-    method = make_method("lora_drop", keep=1, share=True, steps=LOOK, learning_rate=RATE, loss_fn=loss, seed=3)
+    method = make_method("lora_drop", adapters=1, share=True, steps=LOOK, learning_rate=RATE, loss_fn=loss, seed=3)
     attached = method.attach(model, NO_DROPOUT, batches(), 100)
     layers = lora_layers(attached)
     kept = max(method.plan.scores, key=method.plan.scores.get)
@@ -270,7 +270,7 @@ def deberta():
     return DebertaV2ForSequenceClassification(DebertaV2Config(vocab_size=32, **sizes, **positions, position_buckets=4))
 
 
-@pytest.mark.parametrize(("name", "options"), [("eva", {"steps": 2}), ("lora_drop", {"steps": 2, "keep": 2})])
+@pytest.mark.parametrize(("name", "options"), [("eva", {"steps": 2}), ("lora_drop", {"steps": 2, "adapters": 2})])
 def test_a_classifier_whose_projections_are_called_on_positions_is_no_obstacle(name, options):
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(1, 32, (8, 6), generator=generator) for _ in range(2)]
@@ -334,7 +334,7 @@ FLEXORA = {"steps": 2, "validation": 2, "alpha_lr": 0.05, "learning_rate": RATE}
 @pytest.mark.parametrize("power", [1, 3])
 def test_alpha_is_that_of_autograd(power):
     slow = slow_alpha(power)
-    plan = plan_of("flexora", net((6, 8, 8, 5)), NO_DROPOUT, keep=1, power=power, **FLEXORA)
+    plan = plan_of("flexora", net((6, 8, 8, 5)), NO_DROPOUT, adapters=1, power=power, **FLEXORA)
     assert plan.scores == pytest.approx(slow, abs=1e-5)
     assert plan.names == (max(slow, key=slow.get),)
     assert len(plan.history) == 2
@@ -365,11 +365,11 @@ def test_whole_blocks_are_kept_within_the_budget():
         model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)) for _ in range(3)))
         return plan_of("flexora", model, **options, **FLEXORA).names
 
-    assert len(chosen(keep=5)) == 4
-    assert len({name.split(".")[0] for name in chosen(keep=5)}) == 2
-    assert len(chosen(keep=5, unit="site")) == 5
-    with pytest.raises(SelectionError, match="no whole block fits keep=1; raise keep, or take unit='site'"):
-        chosen(keep=1)
+    assert len(chosen(adapters=5)) == 4
+    assert len({name.split(".")[0] for name in chosen(adapters=5)}) == 2
+    assert len(chosen(adapters=5, unit="site")) == 5
+    with pytest.raises(SelectionError, match="no whole block fits adapters=1; raise keep, or take unit='site'"):
+        chosen(adapters=1)
 
 
 def test_rows_that_are_held_out_are_not_trained_on():
@@ -380,7 +380,7 @@ def test_rows_that_are_held_out_are_not_trained_on():
 @pytest.mark.parametrize("name", ["dot_product", "lora_drop", "flexora"])
 @pytest.mark.parametrize("head_learning_rate", [None, 0.2])
 def test_a_new_head_moves_at_its_own_rate(name, head_learning_rate):
-    """AdamW's first step is w ← (1 − 0.01·learning_rate)·w − learning_rate·g/(|g| + ε): learning_rate for each weight, but for the decay."""
+    """AdamW's first step is w ← (1 − 0.01·learning_rate)·w − η·g/(|g| + ε): η for each weight, but for the decay."""
     seen = []
 
     def watched(model, batch):
@@ -393,7 +393,7 @@ def test_a_new_head_moves_at_its_own_rate(name, head_learning_rate):
         "head_learning_rate": head_learning_rate,
         **({"validation": 1} if name == "flexora" else {}),
     }
-    plan = plan_of(name, net().double(), lora, doubled(batches()), steps=2, keep=1, loss_fn=watched, **options)
+    plan = plan_of(name, net().double(), lora, doubled(batches()), steps=2, adapters=1, loss_fn=watched, **options)
     assert plan.options["head_learning_rate"] == head_learning_rate
     before, after = seen[:2]
     for weight, rate in (
@@ -413,7 +413,7 @@ def doubled(data):
     [
         ("dot_product", {"steps": 0}, "steps=0 is not allowed: give a number of at least 1"),
         ("dot_product", {"by": "sign"}, "by='sign' is not allowed: give 'magnitude' or 'descent'"),
-        ("dot_product", {"keep": 0}, "keep=0 is not allowed"),
+        ("dot_product", {"adapters": 0}, "adapters=0 is not allowed"),
         ("lora_drop", {"energy": 1.1}, "energy=1.1 is not allowed: give a number of more than 0 and at most 1"),
         ("eva", {"rho": 0.5}, "rho=0.5 is not allowed: give a number of at least 1"),
         ("eva", {"most": 5}, "most=5 is not allowed: give more than steps=20"),

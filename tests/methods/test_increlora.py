@@ -43,7 +43,7 @@ def train(method, model, look=nothing, note=nothing, steps=STEPS, learning_rate=
     (callback,) = method.callbacks()
     callback.mover.before_training(STEPS)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
     for step in range(1, steps + 1):
         look(step, model)
         (model(batch(step)) - 1).square().mean().backward()

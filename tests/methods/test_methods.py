@@ -36,7 +36,7 @@ def adapters(model: PeftModel) -> dict[str, int]:
     return {name: m.r["default"] for name, m in base.named_modules() if isinstance(m, LoraLayer)}
 
 
-def drawn(seed: int, *, keep=5, lora: LoraConfig = LORA):
+def drawn(seed: int, *, adapters=5, lora: LoraConfig = LORA):
     method = make_method("random", keep=keep, seed=seed)
     method.attach(llama(), lora, [], 100)
     return method.plan
@@ -99,12 +99,12 @@ def test_lora_is_rank_r_on_all_sites():
 
 
 def test_random_keeps_k_sites_and_counts_their_parameters():
-    method = make_method("random", keep=5, seed=3)
+    method = make_method("random", adapters=5, seed=3)
     model = method.attach(llama(), LORA, [], 100)
     assert adapters(model) == dict.fromkeys(method.plan.names, 4)
     assert len(method.plan.names) == 5
     assert method.plan.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert (method.plan.rule, method.plan.seed, method.plan.options) == ("random", 3, {"keep": 5})
+    assert (method.plan.rule, method.plan.seed, method.plan.options) == ("random", 3, {"adapters": 5})
 
 
 def test_the_draw_depends_on_the_seed_alone():
@@ -131,7 +131,7 @@ def test_every_site_is_drawn_equally_often():
 
 def test_a_parameter_budget_is_spent_and_not_exceeded():
     for seed in range(10):
-        plan = drawn(seed, keep="600 parameters")
+        plan = drawn(seed, parameters=600)
         left = 600 - plan.parameters
         assert left >= 0
         assert all(e.site.parameters(e.lora_r) > left for e in plan.entries if e.r == 0), "another would have fitted"
@@ -139,7 +139,7 @@ def test_a_parameter_budget_is_spent_and_not_exceeded():
 
 def test_a_parameter_budget_also_holds_under_a_rank_pattern():
     lora = LoraConfig(r=4, rank_pattern={"q_proj": 16})
-    assert all(drawn(seed, keep="600 parameters", lora=lora).parameters <= 600 for seed in range(10))
+    assert all(drawn(seed, parameters=600, lora=lora).parameters <= 600 for seed in range(10))
 
 
 # -- WeightLoRA ------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_a_parameter_budget_also_holds_under_a_rank_pattern():
 @pytest.mark.parametrize("rule", ["first_order", "stoiht"])
 def test_a_selection_is_in_force_after_attach_and_export_returns_stock_lora(minilm, review_batches, name, rule):
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
-    method = make_method(name, keep=9, seed=5, **{**QUICK, **ruled(rule, head_steps=2, threshold_every=3)})
+    method = make_method(name, adapters=9, seed=5, **{**QUICK, **ruled(rule, head_steps=2, threshold_every=3)})
     model = method.attach(minilm, lora, review_batches, 100)
     plan = method.plan
     assert (len(plan.entries), len(plan.names)) == (36, 9)
@@ -178,7 +178,7 @@ def test_a_selection_is_in_force_after_attach_and_export_returns_stock_lora(mini
 def test_both_choose_the_same_sites(minilm, review_batches):
     plans = []
     for name in ("weightlora", "weightlora_plus"):
-        method = make_method(name, keep=9, **QUICK)
+        method = make_method(name, adapters=9, **QUICK)
         model = method.attach(minilm, LoraConfig(r=4, task_type="SEQ_CLS"), review_batches, 100)
         minilm = model.unload()  # select() leaves the model as it was, attach() does not
         plans.append(method.plan)
@@ -186,8 +186,8 @@ def test_both_choose_the_same_sites(minilm, review_batches):
     assert plans[0].expand() == plans[1]
 
 
-def test_the_warmup_follows_from_the_length_of_the_training(minilm, review_batches):
-    method = make_method("weightlora", keep=9, progress=False)
+def test_the_scoring_follows_from_the_length_of_the_training(minilm, review_batches):
+    method = make_method("weightlora", adapters=9, progress=False)
     batches = [
         {key: tensor[:1, :4] if tensor.ndim == 2 else tensor[:1] for key, tensor in review_batches[0].items()}
     ] * 26
@@ -197,9 +197,9 @@ def test_the_warmup_follows_from_the_length_of_the_training(minilm, review_batch
 
 
 def test_export_refuses_a_model_that_does_not_carry_the_plan():
-    method = make_method("random", keep=5)
+    method = make_method("random", adapters=5)
     method.attach(llama(), LORA, [], 100)
-    other = make_method("random", keep=6).attach(llama(), LORA, [], 100)
+    other = make_method("random", adapters=6).attach(llama(), LORA, [], 100)
     with pytest.raises(PlanMismatchError):
         method.export(other)
 

@@ -1,4 +1,4 @@
-"""Method `weightlora` with `warm_start`: the training goes on from the warm-up's weights."""
+"""Method `weightlora` with `warm_start`: the training goes on from the weights of the scoring."""
 
 import pytest
 import torch
@@ -20,7 +20,15 @@ class Quick(Integrated):
 
 
 RULE = Quick()
-OPTIONS = {"keep": 1, "rule": RULE, "steps": 4, "learning_rate": 1e-2, "seed": 3, "loss_fn": loss, "progress": False}
+OPTIONS = {
+    "adapters": 1,
+    "rule": RULE,
+    "steps": 4,
+    "learning_rate": 1e-2,
+    "seed": 3,
+    "loss_fn": loss,
+    "progress": False,
+}
 
 
 def attached(**options):
@@ -32,13 +40,13 @@ def first_loss(model):
     return loss(model, batches(7)[-1]).item()
 
 
-def test_warm_start_begins_where_the_warm_up_ended_and_the_default_at_the_base_model():
+def test_warm_start_begins_where_the_scoring_ended_and_the_default_at_the_base_model():
     trained = select_trained(net(), batches(6), lora=LORA, **OPTIONS)
     method, warm = attached(warm_start=True)
     cold_method, cold = attached()
     assert first_loss(warm) == first_loss(trained.attach(net()))
     assert first_loss(cold) == first_loss(net())
-    assert first_loss(warm) < first_loss(cold)  # the warm-up learned something
+    assert first_loss(warm) < first_loss(cold)  # the scoring learned something
     assert method.plan.ranks == cold_method.plan.ranks
     assert dict(method.plan.options) == {**cold_method.plan.options, "warm_start": True}
 

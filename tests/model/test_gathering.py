@@ -66,9 +66,9 @@ def refused(model, says, call):
 @UNUSABLE
 @pytest.mark.parametrize("wrapped", [False, True], ids=["base", "PEFT"])
 def test_select_and_attach_refuse_it(make, says, wrapped):
-    plan = weightlora.select(llama(), BATCHES, lora=LORA, keep=1, steps=2, progress=False)
+    plan = weightlora.select(llama(), BATCHES, lora=LORA, adapters=1, steps=2, progress=False)
     model = get_peft_model(make(), LORA) if wrapped else make()
-    refused(model, says, lambda: weightlora.select(model, BATCHES, keep=1, steps=2, progress=False))
+    refused(model, says, lambda: weightlora.select(model, BATCHES, adapters=1, steps=2, progress=False))
     refused(model, says, lambda: plan.attach(model))
 
 
@@ -83,9 +83,9 @@ def test_a_trainer_with_it_is_refused(make, says, method, tmp_path):
     assert not (tmp_path / "plan.json").exists()
 
 
-def test_a_buffer_of_inference_mode_is_refused_where_a_warm_up_computes_with_it():
+def test_a_buffer_of_inference_mode_is_refused_where_a_scoring_computes_with_it():
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
-    options = {"keep": 1, "steps": 2, "loss_fn": loss, "progress": False}
+    options = {"adapters": 1, "steps": 2, "loss_fn": loss, "progress": False}
     batches = [{"x": torch.linspace(-1, 1, 32).reshape(8, 4)}] * 2
     plan = weightlora.select(net, batches, **options)
     with torch.inference_mode():

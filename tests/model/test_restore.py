@@ -191,7 +191,7 @@ def interrupted(error):
 
 def run(model, rule, error, **options):
     lora = None if hasattr(model, "peft_config") else LoraConfig(r=2, modules_to_save=["classifier", "score"])
-    arguments = {"steps": 3, "head_steps": 2, "rule": rule, "keep": 2, "lora": lora, "progress": False, **options}
+    arguments = {"steps": 3, "head_steps": 2, "rule": rule, "adapters": 2, "lora": lora, "progress": False, **options}
     return select(model, [TOKENS] * 5, loss_fn=interrupted(error), **ruled(**arguments))
 
 
@@ -211,7 +211,7 @@ def test_select_leaves_the_model_untouched(make, rule, error):
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
-def test_warm_up_does_touch_the_model_while_it_runs(make):
+def test_scoring_does_touch_the_model_while_it_runs(make):
     """Negative control of the test above: there was something to undo, in the modules and in the random states."""
     model, changed = make(), set()
     before = fingerprint(model)
@@ -222,7 +222,7 @@ def test_warm_up_does_touch_the_model_while_it_runs(make):
         assert all(module.training for module in model.modules())
         return model(**batch).loss
 
-    select(model, [TOKENS] * 2, lora=LoraConfig(r=2), steps=2, keep=1, loss_fn=loss, progress=False)
+    select(model, [TOKENS] * 2, lora=LoraConfig(r=2), steps=2, adapters=1, loss_fn=loss, progress=False)
     assert {"tree", "attributes", "parameters", "random"} <= changed
     assert ("buffers" in changed) == (make is NormedBert)
 
@@ -249,7 +249,7 @@ def test_a_users_hook_survives_and_can_still_be_removed():
 
 @pytest.mark.parametrize("names", [("other",), ("default", "second"), ("first", "second")], ids="+".join)
 def test_every_adapter_of_a_peft_model_survives(names):
-    """Names that may clash with the adapter of the warm-up, and adapters that are not active."""
+    """Names that may clash with the adapter of the scoring, and adapters that are not active."""
     config = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
     model = get_peft_model(bert(), config, adapter_name=names[0])
     for name in names[1:]:
@@ -257,14 +257,14 @@ def test_every_adapter_of_a_peft_model_survives(names):
     model.eval().set_adapter(names[-1])
     logits = model(**TOKENS).logits
     before = fingerprint(model)
-    run(model, "first_order", None, head_steps=0, keep=1)
+    run(model, "first_order", None, head_steps=0, adapters=1)
     assert fingerprint(model) == before
     assert torch.equal(model(**TOKENS).logits, logits)
 
 
 @pytest.mark.parametrize("make", [bert, lora_bert], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("rule", ["first_order", "stoiht"])
-def test_the_fast_warm_up_leaves_the_model_untouched(make, rule):
+def test_the_fast_scoring_leaves_the_model_untouched(make, rule):
     model, fast = make(), set()
     before = fingerprint(model)
 
@@ -274,7 +274,7 @@ def test_the_fast_warm_up_leaves_the_model_untouched(make, rule):
 
     lora = None if make is lora_bert else LoraConfig(r=2, modules_to_save=["classifier"])
     plan = select(
-        model, [TOKENS] * 3, lora=lora, loss_fn=loss, steps=3, keep=2, **ruled(rule, head_steps=0), fast="rank"
+        model, [TOKENS] * 3, lora=lora, loss_fn=loss, steps=3, adapters=2, **ruled(rule, head_steps=0), fast="rank"
     )
     assert fingerprint(model) == before
     assert fast == {"rank"}  # it was on meanwhile

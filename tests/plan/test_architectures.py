@@ -165,7 +165,7 @@ def test_methods_that_choose_carry_them_too(method):
 def test_a_number_of_parameters_is_for_all_adapters():
     plan, _, _ = selected("OLMoE", LoraConfig(**ALL), keep=1.0)
     besides = sum(each.parameters for each in plan.target_parameters)
-    smaller, _, _ = selected("OLMoE", LoraConfig(**ALL), keep=f"{besides + 200} parameters")
+    smaller, _, _ = selected("OLMoE", LoraConfig(**ALL), parameters=besides + 200)
     assert besides < smaller.parameters <= besides + 200
 
 
@@ -208,8 +208,8 @@ def unread():
         ("OLMoE", {**ALL, "use_dora": True}, {}, OptionError, "use_dora=True"),
         ("OLMoE", {**ALL, "lora_bias": True}, {}, OptionError, "lora_bias=True"),
         ("OLMoE", ALL, {"keep": "1MB"}, OptionError, "cannot be measured with target_parameters"),
-        ("OLMoE", ALL, {"keep": "0.8x"}, OptionError, "cannot be measured with target_parameters"),
-        ("OLMoE", ALL, {"keep": "100 parameters"}, OptionError, "leaves no site beside 2,"),
+        ("OLMoE", ALL, {"time": 0.8}, OptionError, "cannot be measured with target_parameters"),
+        ("OLMoE", ALL, {"parameters": 100}, OptionError, "leaves no site beside 2,"),
         ("DeepSeek-V3", {"target_modules": ["o_proj", "gate_proj"]}, {}, OptionError, "without also targeting up_proj"),
         ("Mixtral", {"target_modules": ["w1", "w2", "w3"]}, {}, SiteError, "fused experts alone"),
         ("Mixtral", {"target_modules": ["q_proj"], "target_parameters": ["norm.weight"]}, {}, SiteError, "1 dimension"),

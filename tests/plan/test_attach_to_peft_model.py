@@ -73,7 +73,7 @@ def test_the_same_object_carries_the_plan_and_is_saved_as_stock_lora(kind, tmp_p
 def test_a_plan_selected_on_a_peft_model_is_attached_to_it():
     model = wrapped(task_type="CAUSAL_LM")
     ids = torch.arange(16).reshape(2, 8)
-    plan = weightlora.select(model, [{"input_ids": ids, "labels": ids}] * 2, keep=2, steps=2, progress=False)
+    plan = weightlora.select(model, [{"input_ids": ids, "labels": ids}] * 2, adapters=2, steps=2, progress=False)
     assert plan.expand().attach(model) is model
     assert list(lora_layers(model)) == list(plan.names)
     assert model.get_nb_trainable_parameters()[0] == plan.expand().parameters
@@ -82,7 +82,7 @@ def test_a_plan_selected_on_a_peft_model_is_attached_to_it():
 @pytest.mark.filterwarnings("error:`is_gradient_checkpointing`:FutureWarning")
 def test_a_word_of_transformers_to_peft_is_not_shown():
     model, ids = llama(), torch.arange(16).reshape(2, 8)
-    plan = weightlora.select(model, [{"input_ids": ids, "labels": ids}] * 2, keep=2, steps=2, progress=False)
+    plan = weightlora.select(model, [{"input_ids": ids, "labels": ids}] * 2, adapters=2, steps=2, progress=False)
     plan.attach(model)
 
 

@@ -37,7 +37,7 @@ def net():
 def plan_of(**lora):
     lora = LoraConfig(r=2, lora_alpha=4, target_modules=["0", "1", "2"], **lora)
     scored = {"scores": [3.0, 1.0, 2.0], "errors": [0.1, 0.2, 0.3], "history": ((1.0, 2.0, 3.0), (3.0, 1.0, 2.0))}
-    options = {"keep": 2, "steps": 2, "kind": "mlp", "warm_start": False, "agreement": 0.5}
+    options = {"adapters": 2, "steps": 2, "kind": "mlp", "warm_start": False, "agreement": 0.5}
     return make_plan(find_sites(net(), lora).sites, lora, ["0", "2"], rule="first_order", options=options, **scored)
 
 

@@ -99,7 +99,7 @@ def test_a_selection_keeps_its_budget(kind, rule):
     lora = LoraConfig(r=2, target_modules="all-linear", **kind)
     fields = {"lora": lora, "rule": rule, "loss_fn": squared, "progress": False, "steps": 3, "learning_rate": 0.01}
     # An adapter has 2·12 parameters and a vector 6. Two adapters' matrices are 48: with vectors, fewer fit.
-    plan = weightlora.select(net, batches, keep="48 parameters", **fields)
+    plan = weightlora.select(net, batches, parameters=48, **fields)
     assert 0 < plan.parameters <= 48
     assert trained(plan.attach(net)) == plan.parameters
 

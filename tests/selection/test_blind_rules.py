@@ -41,7 +41,7 @@ def orthogonal(seed):
 def test_condition_numbers_of_known_weights():
     stretched = orthogonal(0) @ torch.diag(torch.tensor([8.0, 7, 6, 5, 4, 2]).double()) @ orthogonal(1)
     singular = torch.outer(drawn(D), drawn(D, seed=1))
-    plan = chosen(Net([orthogonal(0), stretched, singular, 0 * singular]), rule="kappa_tune", keep=2)
+    plan = chosen(Net([orthogonal(0), stretched, singular, 0 * singular]), rule="kappa_tune", adapters=2)
     assert [*plan.scores.values()] == pytest.approx([1, 2 / 8, 0, 0], abs=1e-12)
     assert plan.names == ("layers.0", "layers.1")
     assert len(plan.history) == 1
@@ -51,13 +51,13 @@ def test_condition_numbers_of_known_weights():
 def test_condition_number_of_a_transposed_and_of_a_quantised_weight(quantised_net):
     layer = Conv1D(3, D)
     values = torch.linalg.svdvals(layer.weight.detach())
-    found = select(nn.Sequential(layer), (), lora=LoraConfig(r=2, fan_in_fan_out=True), keep=1, rule="kappa_tune")
+    found = select(nn.Sequential(layer), (), lora=LoraConfig(r=2, fan_in_fan_out=True), adapters=1, rule="kappa_tune")
     assert [*found.scores.values()] == pytest.approx([float(values[-1] / values[0])])
     expected = []
     for place in (0, 2):
         values = torch.linalg.svdvals(dequantize_module_weight(quantised_net[place]).float())
         expected.append(float(values[-1] / values[0]))
-    found = select(quantised_net, (), lora=LoraConfig(r=2), keep=1, rule=KappaTune())
+    found = select(quantised_net, (), lora=LoraConfig(r=2), adapters=1, rule=KappaTune())
     assert [*found.scores.values()] == pytest.approx(expected, rel=1e-4)
 
 
@@ -79,11 +79,11 @@ def endings(names):
 
 
 def test_stratified_keeps_half_of_every_projection():
-    plan = chosen(Decoder(), rule="stratified", keep=42)
+    plan = chosen(Decoder(), rule="stratified", adapters=42)
     counts = {ending: sum(name.endswith(ending) for name in plan.names) for ending in endings(plan.scores)}
     assert set(counts.values()) == {6}
     assert len(counts) == 7
-    assert chosen(Decoder(), rule="stratified", keep=42, seed=1).names != plan.names
+    assert chosen(Decoder(), rule="stratified", adapters=42, seed=1).names != plan.names
     # Negative control: a plain draw is not so even.
     order = [list(plan.scores)[i] for i in torch.randperm(84, generator=torch.Generator().manual_seed(0))[:42]]
     assert {sum(name.endswith(ending) for name in order) for ending in counts} != {6}
@@ -102,7 +102,7 @@ def test_stratified_keeps_the_same_share_of_projections_of_unequal_number():
         assert abs(downs - 5 * keep / 25) < 1
     # Without the random shift of each projection, one down and one up would always tie at the top.
     pairs = {
-        tuple(sorted(name.split(".")[-1] for name in chosen(net, rule="stratified", keep=2, seed=seed).names))
+        tuple(sorted(name.split(".")[-1] for name in chosen(net, rule="stratified", adapters=2, seed=seed).names))
         for seed in range(20)
     }
     assert ("up", "up") in pairs
@@ -116,7 +116,7 @@ def test_a_blind_rule_has_no_steps_of_a_head():
 @pytest.mark.parametrize("rule", ["kappa_tune", "stratified"])
 def test_each_rule_picks_sites_of_minilm_and_takes_no_batch(minilm, rule):
     before = fingerprint(minilm)
-    plan = select(minilm, (), lora=LoraConfig(r=2, task_type="SEQ_CLS"), keep=5, rule=rule, progress=False)
+    plan = select(minilm, (), lora=LoraConfig(r=2, task_type="SEQ_CLS"), adapters=5, rule=rule, progress=False)
     assert fingerprint(minilm) == before
     assert len(plan.names) == 5
     assert all(plan.scores[name] > 0 for name in plan.names)

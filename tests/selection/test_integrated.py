@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from test_warmup import LORA, Net, batches, squared
+from test_scoring import LORA, Net, batches, squared
 
 from weightlora import select
 from weightlora.errors import OptionError, WeightLoraWarning
@@ -28,7 +28,7 @@ def noded(count):
     return type("Noded", (Integrated,), {"nodes": count})()
 
 
-def selected(rule, *, steps=6, data=None, keep=2, model=None, loss_fn=squared, seed=0):
+def selected(rule, *, steps=6, data=None, adapters=2, model=None, loss_fn=squared, seed=0):
     data = batches(rule.batches((steps,))) if data is None else data
     options = {"lora": LORA, "keep": keep, "steps": steps, "learning_rate": 0.05, "seed": seed, "progress": False}
     return select(model or Net(), data, rule=rule, loss_fn=loss_fn, **options)
@@ -95,8 +95,8 @@ def test_a_dead_site_scores_nothing_and_a_planted_one_most():
         teacher.layers[2].weight += 0.3 * torch.randn(6, 6).double()
         inputs = [torch.randn(16, 24).double() for _ in range(24)]
         data = [{"x": x, "y": teacher(x)} for x in inputs]
-    with pytest.warns(WeightLoraWarning, match=r"1 of 4 sites had no gradient in the warm-up, layers\.1"):
-        plan = selected(Integrated(), steps=20, data=data, keep=1, model=Branches())
+    with pytest.warns(WeightLoraWarning, match=r"1 of 4 sites had no gradient in the scoring, layers\.1"):
+        plan = selected(Integrated(), steps=20, data=data, adapters=1, model=Branches())
     assert plan.names == ("layers.2",)
     assert plan.scores["layers.1"] == 0
     others = max(plan.scores["layers.0"], plan.scores["layers.3"])
@@ -158,7 +158,7 @@ def test_the_scores_of_single_ranks_add_up_to_those_of_whole_sites():
     data = batches(10)
     whole, single = selected(Integrated(), data=data), selected(Integrated(per="rank"), data=data)
     assert single.scores == pytest.approx(whole.scores, rel=1e-4, abs=1e-7)  # a rotation in fp32
-    assert single.parameters <= 2 * whole.lora_parameters / 4  # keep=2 of four adapters
+    assert single.parameters <= 2 * whole.lora_parameters / 4  # adapters=2 of four adapters
     assert sum(single.ranks.values()) > 0
 
 
@@ -177,7 +177,7 @@ def test_a_gain_of_rank_one_is_kept_with_one_rank():
                 scores.update(zip(stage.layers, found.ranks, strict=True))
                 yield done, found
 
-    with pytest.warns(WeightLoraWarning, match=r"had no gradient in the warm-up, layers\.1"):
+    with pytest.warns(WeightLoraWarning, match=r"had no gradient in the scoring, layers\.1"):
         selected(Watched(per="rank"), steps=60, data=data, keep=0.9, model=Branches())
     first, second = scores["layers.2"]
     assert first > 20 * abs(second)
@@ -231,4 +231,4 @@ def test_a_plan_of_single_ranks_is_stock_peft(minilm, review_batches, tmp_path):
         again = PeftModel.from_pretrained(model.unload(), tmp_path)
         torch.testing.assert_close(again(**review_batches[0]).logits, logits, rtol=0, atol=0)
     with pytest.raises(OptionError, match="give per='site'"):
-        selected(Integrated(per="rank"), keep="0.8x")
+        selected(Integrated(per="rank"), time=0.8)

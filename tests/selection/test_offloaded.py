@@ -34,7 +34,7 @@ from weightlora.selection.rules import RULES
 from weightlora.trainer.attach import method_for
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*batches for.*warm-up steps", "ignore:The following device_map keys", "ignore::FutureWarning"
+    "ignore:.*batches for.*scoring steps", "ignore:The following device_map keys", "ignore::FutureWarning"
 )
 
 BATCHES = [
@@ -77,7 +77,7 @@ def on_cpu(model, _folder):
 
 def scored(model, rule="first_order", batches=BATCHES, task="SEQ_CLS", **options):
     lora = options.pop("lora", LoraConfig(r=2, task_type=task))
-    return select(model, batches, lora=lora, rule=rule, **{"keep": 4, "steps": 3, "progress": False, **options})
+    return select(model, batches, lora=lora, rule=rule, **{"adapters": 4, "steps": 3, "progress": False, **options})
 
 
 # -- the same plan ---------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_the_trainer_of_an_offloaded_model(tmp_path):
         arguments = Placed(str(tmp_path / name), max_steps=4, use_cpu=True, report_to="none", seed=1)
         rows = [{"input_ids": row, "labels": row} for batch in TEXTS for row in batch["input_ids"]] * 4
         trainer = Trainer(model, arguments, train_dataset=rows)
-        return select_for(trainer, lora=LoraConfig(r=2, task_type="CAUSAL_LM"), keep=4, steps=2), trainer.model
+        return select_for(trainer, lora=LoraConfig(r=2, task_type="CAUSAL_LM"), adapters=4, steps=2), trainer.model
 
     (plan, model), (expected, _) = planned(on_disk(llama(), tmp_path / "d"), "a"), planned(llama(), "b")
     assert plan == expected

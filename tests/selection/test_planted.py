@@ -32,7 +32,7 @@ def plan_of(rule, model, batches, keep):
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("rule", BY_LOSS)
 def test_dead_layers_score_nothing_and_are_not_kept(rule, minilm, review_batches):
-    with pytest.warns(WeightLoraWarning, match="3 of 35 sites had no gradient in the warm-up"):
+    with pytest.warns(WeightLoraWarning, match="3 of 35 sites had no gradient in the scoring"):
         plan = plan_of(rule, minilm, review_batches * 2, keep=0.1)
     assert {name for name, score in plan.scores.items() if score == 0} == DEAD
     assert not DEAD & {*plan.names}

@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 from peft import LoraConfig
-from test_warmup import LORA, SCALE, Net, batches, squared
+from test_scoring import LORA, SCALE, Net, batches, squared
 from torch import nn
 from weightlora.selection._budget import asked_budget
 
@@ -28,8 +28,8 @@ def pursuit(rounds, probes=4):
     return type("Rounds", (Pursuit,), {"rounds": rounds, "probes": probes})()
 
 
-def asked(rule, *, steps, data=None, model=None, loss_fn=squared, keep=2, **options):
-    """What ``select`` takes, and A as the warm-up began with it, once the loss was asked for."""
+def asked(rule, *, steps, data=None, model=None, loss_fn=squared, adapters=2, **options):
+    """What ``select`` takes, and A as the scoring began with it, once the loss was asked for."""
     started = []
 
     def loss(model, batch):
@@ -88,7 +88,7 @@ def slow_pursuit(a, data, *, rounds, probes, steps, k):
 def test_rounds_are_those_of_a_slow_loop(rounds):
     rule, steps = pursuit(rounds, probes=3), 6
     data = batches(rule.batches((steps,)))
-    given, started = asked(rule, steps=steps, data=data, keep=3)
+    given, started = asked(rule, steps=steps, data=data, adapters=3)
     plan = select(**given)
     kept, history = slow_pursuit(started, data, rounds=rounds, probes=3, steps=steps, k=3)
     assert {*plan.names} == {f"layers.{i}" for i in kept}
@@ -188,7 +188,7 @@ def test_sites_whose_scores_are_overtaken_stay(kind, seed):
 
 
 def test_a_step_time_is_a_budget():
-    plan = selected(pursuit(2), steps=4, keep="0.9x", model=Widths(), lora=LoraConfig(r=2))
+    plan = selected(pursuit(2), steps=4, time=0.9, model=Widths(), lora=LoraConfig(r=2))
     assert 0 < plan.options["cost"] <= 0.9
 
 
@@ -203,8 +203,8 @@ def test_a_large_site_leaves_fewer_places_and_drops_none():
 
 def test_one_site_is_that_of_first_order_and_nothing_is_trained():
     data = batches(4)  # no batch is left for training
-    plan = selected(Pursuit(), steps=10, data=[*data, *[{"x": None}] * 30], keep=1)
-    assert plan.scores == pytest.approx(selected(FirstOrder(), steps=4, data=data, keep=1).scores, rel=1e-6)
+    plan = selected(Pursuit(), steps=10, data=[*data, *[{"x": None}] * 30], adapters=1)
+    assert plan.scores == pytest.approx(selected(FirstOrder(), steps=4, data=data, adapters=1).scores, rel=1e-6)
 
 
 @pytest.mark.parametrize(("k", "steps"), [(2, 6), (4, 2)])
@@ -229,7 +229,7 @@ def test_spread_sites_are_no_budget():
 
 @pytest.mark.parametrize(("rule", "steps"), [("first_order", 20), ("even_ranks", 30), ("pursuit", 100)])
 def test_each_rule_has_a_number_of_steps_of_its_own(rule, steps):
-    options = {"lora": LORA, "keep": 2, "loss_fn": squared, "progress": False}
+    options = {"lora": LORA, "adapters": 2, "loss_fn": squared, "progress": False}
     assert select(Net(), batches(130), rule=rule, **options).options["steps"] == steps
     # Half a percent of a long training is more.
     assert select(Net(), batches(240), rule=rule, total_steps=40_000, **options).options["steps"] == 200

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from peft import LoraConfig
-from test_warmup import Net, batches, squared
+from test_scoring import Net, batches, squared
 
 from weightlora import select
 from weightlora.errors import OptionError
@@ -51,7 +51,7 @@ def mine(tmp_path, monkeypatch):
 
 
 def chosen(rule):
-    options = {"lora": LoraConfig(r=2), "keep": 1, "steps": 2, "progress": False}
+    options = {"lora": LoraConfig(r=2), "adapters": 1, "steps": 2, "progress": False}
     return select(Net(), batches(2), rule=rule, loss_fn=squared, **options)
 
 

@@ -43,7 +43,7 @@ RULES = ["first_order", "stoiht"]
 
 
 def quietly(model, batches, **options):
-    return select(model, batches, **ruled(**{"steps": 3, "keep": 1, "progress": False, **options}))
+    return select(model, batches, **ruled(**{"steps": 3, "adapters": 1, "progress": False, **options}))
 
 
 def net(dropout=0.0):
@@ -86,7 +86,7 @@ def found(rule, seed, planted):
         return {"x": x, "y": x[:, planted].sum((1, 2)).unsqueeze(1) if planted else 12**0.5 * torch.randn(64, 1)}
 
     data = [batch() for _ in range(10)]
-    plan = quietly(Branches(), data, keep=2, steps=10, rule=rule, threshold_every=10, loss_fn=squared, seed=seed)
+    plan = quietly(Branches(), data, adapters=2, steps=10, rule=rule, threshold_every=10, loss_fn=squared, seed=seed)
     return {int(name.rsplit(".", 1)[1]) for name in plan.names}
 
 
@@ -98,7 +98,7 @@ def test_layers_that_can_lower_the_loss_are_found_and_noise_prefers_none(rule):
 
 
 def test_the_better_half_of_minilm_is_kept(minilm, review_batches):
-    plan = quietly(minilm, review_batches, lora=LoraConfig(r=4, task_type="SEQ_CLS"), keep=18, head_steps=3)
+    plan = quietly(minilm, review_batches, lora=LoraConfig(r=4, task_type="SEQ_CLS"), adapters=18, head_steps=3)
     assert len(plan.entries) == 36
     by_score = sorted(plan.scores, key=plan.scores.get, reverse=True)
     best_three = [[name for name in by_score if f"layer.{block}." in name][:3] for block in range(6)]
@@ -204,7 +204,7 @@ def test_modules_that_peft_adds_for_the_task_are_not_written_into_the_users_conf
     assert lora.modules_to_save == ["pooler"] == plan.to_lora_config().modules_to_save
 
 
-def test_warm_up_runs_with_the_users_scale_and_dropout():
+def test_scoring_runs_with_the_users_scale_and_dropout():
     def scores(**fields):
         plan = quietly(net(), pairs(3), lora=LoraConfig(r=4, lora_alpha=8, **fields), loss_fn=squared)
         return torch.tensor(list(plan.scores.values()))
@@ -217,7 +217,7 @@ def test_warm_up_runs_with_the_users_scale_and_dropout():
 
 def test_users_rank_pattern_decides_the_ranks():
     lora = LoraConfig(r=2, lora_alpha=4, rank_pattern={"3": 5}, alpha_pattern={"3": 7})
-    plan = quietly(net(), pairs(3), lora=lora, keep=3, loss_fn=squared)
+    plan = quietly(net(), pairs(3), lora=lora, adapters=3, loss_fn=squared)
     assert plan.ranks == {"0": 2, "3": 5, "5": 2}
     layers = lora_layers(plan.attach(net()))
     assert {name: layer.scaling["default"] for name, layer in layers.items()} == {"0": 2.0, "3": 7 / 5, "5": 2.0}
@@ -225,7 +225,7 @@ def test_users_rank_pattern_decides_the_ranks():
 
 def test_parameter_budget_holds_under_a_rank_pattern():
     lora = LoraConfig(r=1, rank_pattern={"3": 20})
-    assert quietly(net(), pairs(3), lora=lora, keep="40 parameters", loss_fn=squared).parameters <= 40
+    assert quietly(net(), pairs(3), lora=lora, parameters=40, loss_fn=squared).parameters <= 40
 
 
 class Nested(nn.Module):
@@ -272,16 +272,16 @@ def test_loader_list_and_generator_of_the_same_batches_give_the_same_plan():
 
 def test_fewer_batches_than_steps_are_used_again_with_a_warning():
     data = pairs(2)
-    with pytest.warns(WeightLoraWarning, match="2 batches for 5 warm-up steps"):
+    with pytest.warns(WeightLoraWarning, match="2 batches for 5 scoring steps"):
         plan = quietly(net(), data, steps=5, loss_fn=squared)
     assert plan == quietly(net(), [*data, *data, data[0]], steps=5, loss_fn=squared)
 
 
 def test_options_are_recorded():
     plan = quietly(
-        net(), pairs(4), steps=4, keep=2, rule="stoiht", learning_rate=0.01, gate_lr=2.0, seed=7, loss_fn=squared
+        net(), pairs(4), steps=4, adapters=2, rule="stoiht", learning_rate=0.01, gate_lr=2.0, seed=7, loss_fn=squared
     )
-    expected = {"keep": 2, "steps": 4, "head_steps": 0, "threshold_every": 1}
+    expected = {"adapters": 2, "steps": 4, "head_steps": 0, "threshold_every": 1}
     assert plan.options == {**expected, "learning_rate": 0.01, "gate_lr": 2.0, "agreement": pytest.approx(1)}
     assert (plan.rule, plan.seed, len(plan.history)) == ("stoiht", 7, 4)
 
@@ -290,7 +290,7 @@ def test_options_are_recorded():
 def test_first_order_spreads_its_sites_unless_asked_or_not_counted(minilm, review_batches):
     def chosen(**options):
         lora = LoraConfig(r=2, task_type="SEQ_CLS")
-        return quietly(minilm, review_batches, **{"lora": lora, "keep": 3, "head_steps": 2, **options})
+        return quietly(minilm, review_batches, **{"lora": lora, "adapters": 3, "head_steps": 2, **options})
 
     def parts(plan):
         return {int(name.split(".")[3]) // 2 for name in plan.names}  # of six blocks
@@ -303,7 +303,7 @@ def test_first_order_spreads_its_sites_unless_asked_or_not_counted(minilm, revie
     assert len(parts(by_score)) < 3  # negative control
     assert "ranking" not in by_score.options
     assert chosen(keep="60% gain").options["ranking"] == "spread"
-    for other in ({"keep": "0.8x"}, {"rule": "kappa_tune"}):
+    for other in ({"time": 0.8}, {"rule": "kappa_tune"}):
         assert "ranking" not in chosen(**other).options
     assert chosen(rule="kappa_tune").names == chosen(rule="kappa_tune", ranking="score").names
 
@@ -458,7 +458,7 @@ REFUSED = {
     "unknown rule": (OptionError, "rule='stoith'", lambda: {"rule": "stoith"}),
     "rate is nan": (OptionError, "learning_rate=nan", lambda: {"learning_rate": NAN}),
     "no threshold": (OptionError, "threshold_every=0", lambda: {"rule": "stoiht", "threshold_every": 0}),
-    "keep more than there is": (OptionError, "keep=4 exceeds the 3", lambda: {"keep": 4}),
+    "keep more than there is": (OptionError, "adapters=4 exceeds the 3", lambda: {"adapters": 4}),
     "head_steps without a head": (OptionError, "head_steps=2, .*modules_to_save", lambda: {"head_steps": 2}),
     "detached loss": (SelectionError, "step 1.*no gradient", lambda: {"loss_fn": lambda m, b: squared(m, b).detach()}),
     "loss is a float": (
@@ -492,7 +492,7 @@ REFUSED = {
     "empty generator": (SelectionError, "batches is empty", lambda: {"batches": iter(())}),
     "nothing depends on the sites": (
         SelectionError,
-        "no site had a gradient in 3 warm-up steps",
+        "no site had a gradient in 3 scoring steps",
         lambda: {"model": Unread(), "loss_fn": squared},
     ),
     "ia3": (
@@ -539,7 +539,14 @@ WRONG = {
 @pytest.mark.parametrize("choose", [select, partial(select_trained, rule="integrated")])
 @pytest.mark.parametrize("name", WRONG)
 def test_no_argument_of_a_wrong_type_gets_as_far_as_the_model(name, choose):
-    given = {"batches": pairs(3), "lora": LoraConfig(r=2), "keep": 1, "steps": 3, "loss_fn": squared, "progress": False}
+    given = {
+        "batches": pairs(3),
+        "lora": LoraConfig(r=2),
+        "adapters": 1,
+        "steps": 3,
+        "loss_fn": squared,
+        "progress": False,
+    }
     for value in WRONG[name]:
         model = value if name == "model" else net()
         before = fingerprint(model) if isinstance(model, nn.Module) and not _is_lazy(model) else None
@@ -588,24 +595,24 @@ class HalfUnread(Unread):
 def test_a_site_that_the_loss_does_not_depend_on_is_named(rule):
     """Its ω stays at 1 under the paper's rule, which a threshold may well keep."""
     with pytest.warns(WeightLoraWarning, match=r"1 of 2 sites had no gradient.*unread"):
-        quietly(HalfUnread(), pairs(3), keep=1, rule=rule, threshold_every=3, loss_fn=squared)
+        quietly(HalfUnread(), pairs(3), adapters=1, rule=rule, threshold_every=3, loss_fn=squared)
     quietly(
-        net(), pairs(3), keep=1, rule=rule, threshold_every=3, loss_fn=squared
+        net(), pairs(3), adapters=1, rule=rule, threshold_every=3, loss_fn=squared
     )  # control: warnings of ours are errors here
 
 
 @pytest.mark.filterwarnings("ignore:1 of 2 sites had no gradient")
 def test_fewer_survivors_than_wanted_are_kept_alone_with_a_warning():
     with pytest.warns(WeightLoraWarning, match=r"only 1 of the 2 wanted sites have a positive score") as warned:
-        plan = quietly(HalfUnread(), pairs(3), keep=2, loss_fn=squared)
+        plan = quietly(HalfUnread(), pairs(3), adapters=2, loss_fn=squared)
     assert plan.names == ("read",)
     assert {warning.filename for warning in warned} == {__file__}
-    assert quietly(HalfUnread(), pairs(3), keep=1, loss_fn=squared).names == ("read",)  # as many as wanted: none
+    assert quietly(HalfUnread(), pairs(3), adapters=1, loss_fn=squared).names == ("read",)  # as many as wanted: none
 
 
 @pytest.mark.filterwarnings("ignore:1 of 2 sites had no gradient")
 def test_gates_that_turn_negative_are_no_survivors():
-    """Step 1 moves B against its gradient; where step 2 asks for the opposite, ω falls by η·learning_rate·s·‖∂L/∂B‖₁: below 0."""
+    """Step 1 moves B against its gradient; where step 2 asks for the opposite, ω falls by η·lr·s·‖∂L/∂B‖₁: below 0."""
 
     def opposite(model, batch):
         return batch["sign"] * squared(model, batch)
@@ -613,7 +620,7 @@ def test_gates_that_turn_negative_are_no_survivors():
     def plan(second, model=None):
         data = [{**batch, "sign": sign} for batch, sign in zip(pairs(1) * 2, (1.0, second), strict=True)]
         options = {"rule": "stoiht", "gate_lr": 1e4, "steps": 2, "loss_fn": opposite}
-        return quietly(model or net(), data, keep=2, **options)
+        return quietly(model or net(), data, adapters=2, **options)
 
     with pytest.raises(SelectionError, match=r"^none of the 2 wanted sites has a positive.*gate_lr or steps"):
         plan(second=-1.0)

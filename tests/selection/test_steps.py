@@ -21,7 +21,7 @@ from weightlora.selection.steps import (
     likeness,
     reading_times,
     settled,
-    warmup_steps,
+    scoring_steps,
 )
 
 BRANCHES = 12
@@ -118,7 +118,9 @@ def test_rules_say_how_many_batches_and_passes_they_take(name):
         return loss(model, batch) * 1e-9  # StoIHT needs small gradients
 
     rule = TwoRounds() if name == "pursuit" else rule_of(name)  # it takes no more rounds than it keeps sites
-    plan = select(Branches(), batches(), rule=rule, lora=LORA, keep=2, steps="auto", total_steps=3_000, loss_fn=counted)
+    plan = select(
+        Branches(), batches(), rule=rule, lora=LORA, adapters=2, steps="auto", total_steps=3_000, loss_fn=counted
+    )
     times = reading_times("auto", rule, 3_000)
     read = times[: times.index(plan.options["scored"]) + 1]
     assert len(times) > 1
@@ -199,8 +201,8 @@ def test_other_steps_are_refused(steps):
 @pytest.mark.parametrize(
     ("total", "t"), [(None, 20), (0, 20), (1, 20), (4000, 20), (4001, 21), (10_000, 50), (10_001, 51)]
 )
-def test_warmup_is_half_a_percent_rounded_up_and_at_least_twenty(total, t):
-    assert warmup_steps(total) == t
+def test_scoring_is_half_a_percent_rounded_up_and_at_least_twenty(total, t):
+    assert scoring_steps(total) == t
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,7 @@ def test_a_selection_logs_its_cost_before_and_its_seconds_after(caplog):
     """A head is trained 2 steps alone, then 3 score: 5 of 20 steps are a quarter, of 100 steps a twentieth."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     lora = LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])
-    asked = {"lora": lora, "keep": 1, "steps": 3, "rule": rule_of("first_order", head_steps=2), "progress": False}
+    asked = {"lora": lora, "adapters": 1, "steps": 3, "rule": rule_of("first_order", head_steps=2), "progress": False}
     batches = [{"x": torch.ones(2, 4)}] * 5
     caplog.set_level(logging.INFO, "weightlora")
     for total, level, share in ((20, logging.WARNING, "25 %"), (100, logging.INFO, "5 %")):

@@ -1,10 +1,10 @@
-"""`select_trained`: the adapters after `attach` are those of the warm-up, as references written out here train them."""
+"""`select_trained`: the adapters after `attach` are those of the scoring, as references written out here train them."""
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from study_rules import STUDY
-from test_warmup import LORA, SCALE, Net, batches, squared
+from test_scoring import LORA, SCALE, Net, batches, squared
 
 from weightlora import select
 from weightlora.errors import OptionError, PlanMismatchError
@@ -34,7 +34,7 @@ RULES = {"integrated": Quick(), "stoiht": StoIHT(gate_lr=5.0)}
 
 
 def trained_and_start(rule, **options):
-    """What was trained, and A as the warm-up began with it."""
+    """What was trained, and A as the scoring began with it."""
     started, model = [], Net()
 
     def loss(model, batch):
@@ -44,7 +44,7 @@ def trained_and_start(rule, **options):
 
     arguments = {
         "lora": LORA,
-        "keep": 2,
+        "adapters": 2,
         "steps": STEPS,
         "learning_rate": RATE,
         "loss_fn": loss,
@@ -55,7 +55,7 @@ def trained_and_start(rule, **options):
 
 
 def slow_updates(a, *, gates, folded=True):
-    """ω·s·B·A of each layer after the warm-up: AdamW on A and B, with ω as in the paper where there are gates."""
+    """ω·s·B·A of each layer after the scoring: AdamW on A and B, with ω as in the paper where there are gates."""
     layers, data = Net().layers, batches(STEPS)
     a = [start.clone().requires_grad_() for start in a]
     b = [torch.zeros(6, 2, dtype=torch.float64, requires_grad=True) for _ in layers]
@@ -96,7 +96,7 @@ def test_the_first_loss_is_that_of_the_trained_survivors_alone(name):
     assert len(kept) == 2
     first = squared(trained.attach(Net()), held_out).item()
     base = squared(Net(), held_out).item()
-    # ω is fp32, see test_warmup; without gates everything is in double precision.
+    # ω is fp32, see test_scoring; without gates everything is in double precision.
     exact = 1e-5 if name == "stoiht" else 1e-10
     assert first == pytest.approx(slow_loss(updates, kept, held_out), rel=exact)
     # Negative controls: the adapters that were dropped, none, and, by default, fresh ones.
@@ -117,7 +117,14 @@ def test_the_gate_of_the_paper_is_in_b():
 def test_the_plan_is_that_of_select_and_the_model_stays_as_it_was():
     rule = RULES["integrated"]
     trained, _, model = trained_and_start(rule)
-    options = {"lora": LORA, "keep": 2, "steps": STEPS, "learning_rate": RATE, "loss_fn": squared, "progress": False}
+    options = {
+        "lora": LORA,
+        "adapters": 2,
+        "steps": STEPS,
+        "learning_rate": RATE,
+        "loss_fn": squared,
+        "progress": False,
+    }
     plan = select(Net(), batches(rule.batches((STEPS,))), rule=rule, **options)
     assert (trained.plan.history, trained.plan.ranks) == (plan.history, plan.ranks)
     assert dict(trained.plan.options) == {**plan.options, "warm_start": True}
@@ -137,7 +144,7 @@ def test_what_was_trained_shares_no_memory_with_a_model():
         return squared(model, batch)
 
     lora = LoraConfig(r=2, target_modules=["layers.0", "layers.1", "layers.2"], modules_to_save=["layers.3"])
-    trained, *_ = trained_and_start(Quick(head_steps=0), lora=lora, loss_fn=loss, keep=1)
+    trained, *_ = trained_and_start(Quick(head_steps=0), lora=lora, loss_fn=loss, adapters=1)
     attached = trained.attach(Net())
     assert len(trained.head) == 2
     tensors = [tensor for pair in trained.adapters.values() for tensor in pair] + list(trained.head.values())
@@ -159,7 +166,7 @@ def test_another_plans_adapters_are_refused():
 def test_minilm_goes_on_from_its_survivors_and_its_head_and_is_stock_lora(minilm, review_batches, tmp_path):
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS", target_modules=["query", "value", "intermediate.dense"])
     rule, fresh = Quickest(head_steps=2), {n: p.clone() for n, p in minilm.named_parameters()}
-    options = {"lora": lora, "keep": 5, "steps": 2, "learning_rate": 2e-3, "seed": 3, "progress": False}
+    options = {"lora": lora, "adapters": 5, "steps": 2, "learning_rate": 2e-3, "seed": 3, "progress": False}
     trained = select_trained(minilm, review_batches, rule=rule, **options)
 
     sites = find_sites(minilm, lora).sites
@@ -216,7 +223,7 @@ def test_all_other_plain_lora_is_taken(changed):
     assert all(layer.lora_B["default"].weight.any() for layer in lora_layers(attached).values())
 
 
-def test_single_ranks_start_where_the_warm_up_left_them():
+def test_single_ranks_start_where_the_scoring_left_them():
     """The update of a kept site is the sum over its kept ranks of s·b·aᵀ, and not the whole of s·B·A."""
     left = {}
 

@@ -39,8 +39,8 @@ from weightlora.trainer.attach import adopt
 QUIET = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True, "seed": 3}
 FEW = {"bf16": False, "max_steps": 3, "per_device_train_batch_size": 4, "save_strategy": "no", **QUIET}
 PAIRS = [(a, b) for a in range(10) for b in range(9)]
-#: A short warm-up whose weights the training starts from.
-WARM = {"rule": StoIHT(head_steps=1), "keep": 3, "steps": 3, "learning_rate": 2e-3, "warm_start": True}
+#: A short scoring whose weights the training starts from.
+WARM = {"rule": StoIHT(head_steps=1), "adapters": 3, "steps": 3, "learning_rate": 2e-3, "warm_start": True}
 QUESTIONS = [f"What is {a} plus {b}?" for a, b in PAIRS]
 ANSWERS = [f"{a + b}" for a, b in PAIRS]
 
@@ -256,8 +256,8 @@ def test_the_plan_is_that_of_select_on_the_same_batches(make_classifier, options
     assert others.history != plan.history  # negative control
 
 
-def test_the_warm_up_leaves_no_trace_in_the_trainers_metrics(chat_tokenizer, tmp_path):
-    """SFTTrainer's loss writes entropy and token accuracy down; the first log must not be about the warm-up."""
+def test_the_scoring_leaves_no_trace_in_the_trainers_metrics(chat_tokenizer, tmp_path):
+    """SFTTrainer's loss writes entropy and token accuracy down; the first log must not be about the scoring."""
     trainer = sft(chat_tokenizer, tmp_path)
     before = deepcopy(trainer._metrics)
     weightlora.select_for(trainer)
@@ -311,7 +311,7 @@ def test_gradient_checkpointing_changes_nothing(make_classifier):
 def test_bf16_keeps_nearly_the_same_sites(make_classifier):
     plain = weightlora.select_for(make_classifier("a"), rule=FirstOrder(head_steps=0), steps=8)
     rounded = weightlora.select_for(make_classifier("b", bf16=True), rule=FirstOrder(head_steps=0), steps=8)
-    assert rounded.history != plain.history  # the precision did reach the warm-up
+    assert rounded.history != plain.history  # the precision did reach the scoring
     assert plain.jaccard(rounded) >= 0.8
 
 
@@ -342,7 +342,7 @@ def test_a_trainer_without_adapters_takes_a_config(make_classifier):
     with pytest.raises(OptionError, match=r"no LoRA adapters.*get_peft_model"):
         weightlora.select_for(trainer)
     config = LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
-    plan = weightlora.select_for(trainer, lora=config, keep=2)
+    plan = weightlora.select_for(trainer, lora=config, adapters=2)
     assert set(lora_layers(trainer.model)) == set(plan.names)
     assert len(plan.names) == 2
     trainer.train()
@@ -394,7 +394,7 @@ def test_method_for_and_select_for_and_select_give_the_same_plan(make_classifier
         made.model_accepts_loss_kwargs = False  # a classifier's loss is a mean, which the Trainer then divides
         return made
 
-    options = {"keep": 3, "rule": FirstOrder(head_steps=4), "steps": 20}
+    options = {"adapters": 3, "rule": FirstOrder(head_steps=4), "steps": 20}
     by_method = weightlora.method_for(trainer("a"), "weightlora", **options).plan
     by_line = weightlora.select_for(trainer("b"), **options)
     assert by_method == by_line
@@ -410,23 +410,23 @@ def test_method_for_and_select_for_and_select_give_the_same_plan(make_classifier
 
 def test_a_second_start_takes_the_stored_plan(make_classifier, monkeypatch):
     plan = weightlora.select_for(make_classifier())
-    monkeypatch.setattr("weightlora.methods.weightlora.selected", lambda *_, **__: pytest.fail("a second warm-up"))
+    monkeypatch.setattr("weightlora.methods.weightlora.selected", lambda *_, **__: pytest.fail("a second scoring"))
     trainer = make_classifier()
     assert weightlora.select_for(trainer) == plan
     assert set(lora_layers(trainer.model)) == set(plan.names)
-    with pytest.raises(pytest.fail.Exception, match="second warm-up"):
+    with pytest.raises(pytest.fail.Exception, match="second scoring"):
         weightlora.select_for(make_classifier("elsewhere"))  # negative control
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"keep": 3}, "keep=0.5 there, 3 now"),
+        ({"adapters": 3}, "keep=0.5 there, 3 now"),
         ({"rule": "stoiht"}, "rule='first_order' there, 'stoiht' now"),
         ({"expand": True}, "expand=False there, 'scale' now"),
         ({"seed": 9}, "seed=3 there, 9 now"),
         ({"learning_rate": 1.0}, "lr=5e-05 there, 1.0 now"),
-        ({"head_learning_rate": 1.0}, "head_lr=5e-05 there, 1.0 now"),
+        ({"head_learning_rate": 1.0}, "head_learning_rate=5e-05 there, 1.0 now"),
         ({"steps": 7}, "steps=20 there, 7 now"),
         ({"ranking": "score"}, "ranking='spread' there, 'score' now"),
         ({"rule": "integrated", "warm_start": True}, "warm_start=False there, True now"),
@@ -457,7 +457,7 @@ def test_a_second_warm_start_begins_with_the_stored_weights(make_classifier, tmp
     trainer.train()  # changes the weights, and writes no checkpoint
     again = make_classifier(learning_rate=2e-3)
     with monkeypatch.context() as patched:
-        patched.setattr("weightlora.methods.weightlora.selected", lambda *_, **__: pytest.fail("a second warm-up"))
+        patched.setattr("weightlora.methods.weightlora.selected", lambda *_, **__: pytest.fail("a second scoring"))
         assert weightlora.select_for(again, **WARM) == plan
     second = trained_weights(again)
     assert first.keys() == second.keys()
@@ -572,7 +572,7 @@ def test_pissa_works_on_the_base_model(make_classifier):
     trainer = make_classifier(lora=False)
     config = LoraConfig(r=2, target_modules=["query"], init_lora_weights="pissa", task_type="SEQ_CLS")
     before = logits(trainer.model, first_batch(trainer))
-    weightlora.select_for(trainer, lora=config, keep=2)
+    weightlora.select_for(trainer, lora=config, adapters=2)
     assert all(layer.lora_B["default"].weight.any() for layer in lora_layers(trainer.model).values())
     torch.testing.assert_close(logits(trainer.model, first_batch(trainer)), before, rtol=0, atol=1e-4)
 

@@ -10,7 +10,7 @@ import weightlora
 from weightlora.errors import OptionError, OutputError, SelectionError
 from weightlora.model.layers import lora_layers
 
-ASKED = {"keep": 2, "rule": "first_order", "steps": 2}
+ASKED = {"adapters": 2, "rule": "first_order", "steps": 2}
 OTHER = LoraConfig(r=2, target_modules=["k_proj"])
 
 
@@ -99,6 +99,6 @@ def test_a_model_that_train_makes_anew_is_refused_before_anything_is_scored(tmp_
         train_dataset=Rows([0] * 400),
     )
     with pytest.raises(OptionError, match=r"model_init.*give model=") as caught:
-        weightlora.select_for(trainer, lora=LoraConfig(r=2, target_modules=["q_proj"]), keep=1)
+        weightlora.select_for(trainer, lora=LoraConfig(r=2, target_modules=["q_proj"]), adapters=1)
     assert "\n" not in str(caught.value)
     assert drawn == []

@@ -11,7 +11,7 @@ from transformers.integrations.neftune import activate_neftune, deactivate_neftu
 import weightlora
 from weightlora.errors import OptionError, SelectionError
 
-ASKED = {"keep": 2, "rule": "first_order", "steps": 2}
+ASKED = {"adapters": 2, "rule": "first_order", "steps": 2}
 
 
 class ItsOwnIterator(IterableDataset):
@@ -57,7 +57,7 @@ def test_rows_that_can_be_read_once_are_refused_before_one_is_drawn(make_tiny, k
     if kind is not Zipped:  # whose rows are pairs
         trainer.train()  # nothing was changed
         assert trainer.state.global_step == 2
-    weightlora.method_for(make_tiny("elsewhere", rows=kind(drawn)), "random", keep=1)  # it reads none
+    weightlora.method_for(make_tiny("elsewhere", rows=kind(drawn)), "random", adapters=1)  # it reads none
 
 
 @pytest.mark.parametrize("rows", [Again(), Streamed.from_generator(lambda: iter(tiny_rows()))], ids=["torch", "hf"])

@@ -24,7 +24,7 @@ from weightlora.selection.rules.first_order import FirstOrder
 from weightlora.selection.rules.stoiht import StoIHT
 from weightlora.trainer._question import weights_fingerprint
 
-ASKED = {"keep": 2, "rule": StoIHT(head_steps=0), "steps": 2}
+ASKED = {"adapters": 2, "rule": StoIHT(head_steps=0), "steps": 2}
 
 
 def scaled():
@@ -55,7 +55,7 @@ CHANGES = {
     "init_lora_weights": ({"lora": {"init_lora_weights": "gaussian"}}, "init_lora_weights=True there, 'gaussian' now"),
     "base weights": ({"model": scaled}, "other base weights"),
     "type of the base": ({"model": lambda: tiny_llama().bfloat16()}, "other base weights"),
-    "keep": ({"keep": 1}, "keep=2 there, 1 now"),
+    "keep": ({"adapters": 1}, "adapters=2 there, 1 now"),
     "rule": ({"rule": "kappa_tune"}, "rule='stoiht' there, 'kappa_tune' now"),
     "a rule of one's own": (
         {"rule": STUDY["fisher"]},
@@ -63,9 +63,9 @@ CHANGES = {
     ),
     "a rule's setting": ({"rule": StoIHT(head_steps=0, gate_lr=2.0)}, "gate_lr=5.0 there, 2.0 now"),
     "steps": ({"steps": 3}, "steps=2 there, 3 now"),
-    "learning_rate": ({"learning_rate": 1.0}, "lr=0.01 there, 1.0 now"),
-    "learning_rate": ({"learning_rate": 0.1}, "lr=0.01 there, 0.1 now"),
-    "head_learning_rate": ({"head_learning_rate": 1.0}, "head_lr=0.01 there, 1.0 now"),
+    "learning_rate": ({"learning_rate": 1.0}, "learning_rate=0.01 there, 1.0 now"),
+    "learning_rate": ({"learning_rate": 0.1}, "learning_rate=0.01 there, 0.1 now"),
+    "head_learning_rate": ({"head_learning_rate": 1.0}, "head_learning_rate=0.01 there, 1.0 now"),
     "seed": ({"seed": 4}, "seed=3 there, 4 now"),
     "fast": ({"fast": "rank"}, "fast=None there, 'rank' now"),
     "ranking": ({"ranking": "spread"}, "ranking='score' there, 'spread' now"),
@@ -137,8 +137,8 @@ def test_the_same_question_takes_the_plan_without_scoring(ask, monkeypatch, what
 
 @pytest.mark.filterwarnings("ignore:keep=1.0")
 def test_one_adapter_and_all_of_them_are_two_questions(ask):
-    ask(keep=1)
-    with pytest.raises(OptionError, match=r"keep=1 there, 1.0 now"):
+    ask(adapters=1)
+    with pytest.raises(OptionError, match=r"adapters=1 there, 1.0 now"):
         ask(keep=1.0)
 
 
@@ -168,7 +168,7 @@ def test_a_new_head_without_a_seed_and_a_model_that_ran_are_the_same_question(tm
         arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer))
         lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
-        plan = weightlora.select_for(trainer, lora=lora, keep=1, steps=2, rule=FirstOrder(head_steps=1))
+        plan = weightlora.select_for(trainer, lora=lora, adapters=1, steps=2, rule=FirstOrder(head_steps=1))
         return trainer, plan
 
     first, plan = start(1)

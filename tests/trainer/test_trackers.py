@@ -28,7 +28,7 @@ def train(folder, report_to, steps=4, resume=None):
     )
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS"))
     trainer = Trainer(model, arguments, train_dataset=rows)
-    plan = weightlora.select_for(trainer, keep=2, steps=2)
+    plan = weightlora.select_for(trainer, adapters=2, steps=2)
     trainer.train(resume_from_checkpoint=resume)
     return plan, trainer
 

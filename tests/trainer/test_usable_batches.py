@@ -57,7 +57,7 @@ def test_a_generating_trainer_is_refused_untouched_and_the_two_steps_work(kind, 
     with pytest.raises(
         OptionError, match=rf"{kind}Trainer makes its batches .*peft_config=plan.to_lora_config"
     ) as caught:
-        weightlora.select_for(trainer, keep=1)
+        weightlora.select_for(trainer, adapters=1)
     assert "\n" not in str(caught.value)
     assert trainer.callback_handler.callbacks == callbacks
     assert list(trainer.model.named_modules()) == modules
@@ -65,7 +65,7 @@ def test_a_generating_trainer_is_refused_untouched_and_the_two_steps_work(kind, 
 
     ids = torch.arange(24).reshape(3, 8)
     batches = [{"input_ids": ids, "labels": ids}] * 2
-    plan = weightlora.select(llama(len(chat_tokenizer)), batches, lora=LORA, keep=1, steps=2, progress=False)
+    plan = weightlora.select(llama(len(chat_tokenizer)), batches, lora=LORA, adapters=1, steps=2, progress=False)
     planned = generating(kind, chat_tokenizer, tmp_path / "planned", plan.to_lora_config())
     plan.check(planned.model)
     planned.train()
@@ -139,7 +139,7 @@ def prompts(rows: list[dict]) -> dict:
 def test_a_loss_that_fails_on_the_loaders_batches_is_one_line(collator, method, tmp_path):
     trainer = small(tmp_path, data_collator=collator)
     with pytest.raises(OptionError, match=r"Trainer.compute_loss fails on a batch of its own loader") as caught:
-        weightlora.method_for(trainer, method, lora=LORA, keep=1)
+        weightlora.method_for(trainer, method, lora=LORA, adapters=1)
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is not None
     assert type(trainer.model) is LlamaForCausalLM
@@ -151,7 +151,7 @@ def test_methods_that_read_no_batches_need_none(tmp_path):
             return super()._prepare_inputs(inputs)
 
     trainer = small(tmp_path, Generating)
-    assert len(weightlora.method_for(trainer, "random", lora=LORA, keep=1).plan.names) == 1
+    assert len(weightlora.method_for(trainer, "random", lora=LORA, adapters=1).plan.names) == 1
 
 
 # -- sentence transformers, whose package is not needed here -----------------------------------------------------------
@@ -197,7 +197,7 @@ def test_a_sentence_transformer_is_selected_on_by_its_transformer():
         return sentences[0].auto_model(**batch).last_hidden_state.square().mean()
 
     lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-    plan = weightlora.select(transformer, batches, lora=lora, keep=1, steps=2, loss_fn=loss_fn, progress=False)
+    plan = weightlora.select(transformer, batches, lora=lora, adapters=1, steps=2, loss_fn=loss_fn, progress=False)
     # What model.add_adapter does inside.
     inject_adapter_in_model(plan.to_lora_config(), transformer)
     plan.check(transformer)

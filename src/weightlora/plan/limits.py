@@ -52,7 +52,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in LIMITS:
-            check_limit(name, getattr(self, name))
+            object.__setattr__(self, name, check_limit(name, getattr(self, name)))
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -89,9 +89,6 @@ class Limits:
 
         Raises:
             OptionError: There are fewer candidates, or the share of them is less than one adapter.
-
-        Warns:
-            WeightLoraWarning: ``adapters`` is 1.0, so that nothing is selected.
         """
         limits = self.limits
         if limits.adapters is None:
@@ -102,9 +99,6 @@ class Limits:
                     f"adapters={limits.adapters} exceeds the {n} candidate sites; lower it or widen target_modules"
                 )
             return limits.adapters
-        if limits.adapters == 1.0 and not limits.parameters:
-            text = "adapters=1.0 is all of them, so nothing is selected; adapters=1 is one adapter, 0.5 half of them"
-            warnings.warn(text, WeightLoraWarning, stacklevel=2)
         k = math.floor(_decimal(limits.adapters) * n)
         if k == 0:
             raise OptionError(f"adapters={limits.adapters} of {n} candidate sites is less than one adapter; raise it")
@@ -137,6 +131,22 @@ class Limits:
         # The decimal that the user wrote, not the float nearest to it: 0.1 of 30 parameters are 3.
         return math.floor(_decimal(self.parameters) * total)
 
+    def time_of(self, total: int) -> int | None:
+        """Return the most time of a step, in the unit of LoRA's ``total``; None where it is not limited."""
+        return None if self.time is None else math.floor(_decimal(self.time) * total)
+
+    def warn_of_all(self, stacklevel: int) -> None:
+        """Warn where the only limit is 1.0, so that nothing is selected; 1 may have been meant.
+
+        Args:
+            stacklevel: As of ``warnings.warn``, counted from here.
+        """
+        one = {"adapters": "one adapter", "parameters": "one parameter"}
+        for name, what in one.items():
+            if [*self.asked] == [name] and isinstance(value := self.asked[name], float) and value == 1.0:
+                text = f"{name}=1.0 is all of them, so nothing is selected; {name}=1 is {what}, 0.5 half of them"
+                warnings.warn(text, WeightLoraWarning, stacklevel=stacklevel)
+
     @property
     def bytes(self) -> int | None:
         """The limit on memory in bytes.
@@ -148,22 +158,27 @@ class Limits:
         return None if self.memory is None else _read_bytes(self.memory)
 
 
-def check_limit(name: str, value: Any) -> None:
-    """Raise unless ``value`` is one that the limit ``name`` can have; no model is needed.
+def check_limit(name: str, value: Any) -> Any:
+    """Return a value of the limit ``name`` as an int, float, text or None; no model is needed.
 
     Raises:
-        OptionError: With what is allowed.
+        OptionError: It is not allowed.
+
+    Example:
+        >>> check_limit("adapters", 18), check_limit("time", 1), check_limit("memory", None)
+        (18, 1.0, None)
     """
     if value is None:
-        return
+        return None
     if name == "memory":
-        good = isinstance(value, str) and _read_bytes(value) is not None
-    else:
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        whole = isinstance(value, Integral) and name != "time"
-        good = is_number and 0 < value < math.inf and (whole or value <= 1)
-    if not good:
-        raise OptionError(f"{name}={value!r:.80} is not allowed: give {_ALLOWED[name]}")
+        if isinstance(value, str) and _read_bytes(value) is not None:
+            return value
+    elif not isinstance(value, bool) and isinstance(value, Real) and 0 < float(value) < math.inf:
+        if isinstance(value, Integral) and name != "time":
+            return int(value)
+        if float(value) <= 1:
+            return float(value)
+    raise OptionError(f"{name}={value!r:.80} is not allowed: give {_ALLOWED[name]}")
 
 
 def read_limit(name: str, text: str) -> float | str:
@@ -183,8 +198,7 @@ def read_limit(name: str, text: str) -> float | str:
             break
         except ValueError:
             continue
-    check_limit(name, value)
-    return value
+    return check_limit(name, value)
 
 
 def read_limits(texts: Mapping[str, str | None]) -> dict[str, float | str]:

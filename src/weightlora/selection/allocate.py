@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from weightlora.cost.knapsack import Cost, CostBudget, additive_cost
 from weightlora.errors import OptionError
@@ -17,6 +18,7 @@ from weightlora.text import natural
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from typing_extensions import TypeIs
 
 SiteScores = Sequence[float]
 RankScores = Sequence[Sequence[float]]
@@ -55,13 +57,14 @@ class Costs:
     @cached_property
     def adapters(self) -> tuple[int, ...]:
         """Parameters of plain LoRA's adapter at each site."""
-        return tuple(self._adapter(i, r) for i, r in enumerate(self.ranks))
+        return tuple(self.adapter(i, r) for i, r in enumerate(self.ranks))
 
     def parameters(self, ranks: Sequence[int]) -> int:
         """Parameters of adapters of these ranks; 0 is no adapter."""
-        return sum(self._adapter(i, r) for i, r in enumerate(ranks))
+        return sum(self.adapter(i, r) for i, r in enumerate(ranks))
 
-    def _adapter(self, i: int, r: int) -> int:
+    def adapter(self, i: int, r: int) -> int:
+        """Parameters of an adapter of rank ``r`` at a site."""
         return r * self.of_rank[i] + (self.fixed[i] if r and self.fixed else 0)
 
 
@@ -77,15 +80,16 @@ def allocate(
 
     1. ``adapters``, ``time`` and ``memory`` give the sites: those of the largest total score that fit, at the user's
        rank. A site without a positive score is not kept. Without any of these limits all sites are open.
-    2. ``parameters`` gives the ranks on them: the same share of the user's rank on each, as large as fits. What is left
-       raises single sites by one, the best score first; where nothing is scored, in an order that is spread over depth
-       and projections. So below rank 1 on all, as many sites as fit have rank 1.
+    2. ``parameters`` gives the ranks on them: the same share of the user's rank on each, at least 1, as large as fits.
+       What is left raises single sites by one, the best score first; where nothing is scored, in an order that is
+       spread over depth and projections. Where rank 1 on all does not fit, as many sites as fit have rank 1.
     3. Without ``parameters`` each of these sites has the user's rank.
     4. Where ranks are scored one by one, ``parameters`` go to the ranks of the best score for their parameters instead.
-    5. Scores of sites with ``parameters`` alone keep whole adapters: who names such a rule asks for this.
+    5. Scores of sites with ``parameters`` alone keep whole adapters: who names such a rule asks for this. The best
+       score comes first, and an adapter that no longer fits is passed over.
 
-    A rank above the user's, which 2 may give, never breaks a limit on time or memory: what an adapter itself takes is
-    counted as if all of it grew with its rank.
+    With ``parameters`` alone no rank is above the user's. A rank above it, which 2 may give next to another limit,
+    never breaks a limit on time or memory: what an adapter itself takes is counted as if all of it grew with its rank.
 
     Args:
         sites: All candidates.
@@ -108,49 +112,47 @@ def allocate(
         [0, 16, 16, 0]
     """
     limits = limits.limits
-    most = limits.parameters_of(sum(costs.adapters), costs.besides)
     if scores is not None and _of_ranks(scores):
-        return chosen_ranks(rank_budget(costs, limits, len(sites)), scores)
-    flat = None if scores is None else cast("SiteScores", scores)
-    chooser = None if limits.frees_ranks and flat is None else chooser_of(sites, costs, limits, ranking)
-    if chooser is None:
-        kept = list(range(len(sites)))
+        return chosen_ranks(rank_budget(costs, limits), scores)
+    spread = spread_order(sites)
+    if scores is None:
+        sizes, order = [1 + 1 / (2 + place) for _, place in sorted(zip(spread, range(len(sites)), strict=True))], spread
     else:
-        order = _places(spread_order(sites))
-        kept = chooser.choose([1 + 1 / (2 + order[i]) for i in order] if flat is None else flat)
-        kept = [i for i in kept if flat is None or flat[i] > 0]
-    if most is None or (limits.frees_ranks and flat is not None):
-        return [r if i in {*kept} else 0 for i, r in enumerate(costs.ranks)]
-    first = spread_order(sites) if flat is None else sorted(kept, key=lambda i: -flat[i])
-    return _filled([i for i in first if i in {*kept}], costs, limits, most)
+        sizes = list(scores)
+        order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    is_uniform = scores is None and limits.frees_ranks
+    chosen = range(len(sites)) if is_uniform else chooser_of(sites, costs, limits, ranking).choose(sizes)
+    kept = {i for i in chosen if sizes[i] > 0}
+    if limits.parameters is None or (limits.frees_ranks and not is_uniform):
+        return [r if i in kept else 0 for i, r in enumerate(costs.ranks)]
+    return _filled([i for i in order if i in kept], costs, limits)
 
 
 def chooser_of(sites: Sequence[Site], costs: Costs, limits: Limits, ranking: Ranking) -> Chooser:
     """Return what chooses whole sites at the user's rank within the limits; rules use it, too.
 
     Raises:
-        OptionError: No site fits.
+        OptionError: No site fits, or the ranking does not go with these limits.
     """
-    limits = limits.limits
-    n, k = len(sites), limits.k_of(len(sites))
-    most = limits.parameters_of(sum(costs.adapters), costs.besides) if limits.frees_ranks else None
+    limits, n = limits.limits, len(sites)
+    k = limits.k_of(n)
     if limits.are_measured:
         bounds = [*_measured(costs, limits), *([(additive_cost((1,) * n), k)] if k is not None else [])]
         budget = CostBudget(tuple(cost for cost, _ in bounds), tuple(limit for _, limit in bounds))
         if not any(budget.holds([i]) for i in range(n)):
-            raise OptionError(f"no site fits {limits.text}; {_needs(sites, budget.costs[0], costs, limits)}")
-        return ranked(budget, ranking, sites)
-    if most is not None:
+            raise OptionError(f"no site fits {limits.text}{_what_is_missing(sites, costs, bounds)}")
+    elif k is None:
+        budget = Budget(costs.adapters, _most(costs, limits), costs.fixed)
         smallest = min(range(n), key=lambda i: costs.adapters[i])
-        if most < costs.adapters[smallest]:
+        if budget.limit < costs.adapters[smallest]:
             raise OptionError(
-                f"no site fits {limits.text} ({most:,} of plain LoRA's {sum(costs.adapters):,} parameters): the "
-                f"smallest adapter, at {sites[smallest].name}, has {costs.adapters[smallest]:,}; raise parameters, "
+                f"no site fits {limits.text} ({budget.limit:,} of plain LoRA's {sum(costs.adapters):,} parameters): "
+                f"the smallest adapter, at {sites[smallest].name}, has {costs.adapters[smallest]:,}; raise parameters, "
                 "lower r, or leave rule out, so that ranks are free"
             )
-        return ranked(Budget(costs.adapters, most, costs.fixed), ranking, sites)
-    assert k is not None, "a limit is given"
-    return ranked(Budget.of_count(k, n=n), ranking, sites)
+    else:
+        budget = Budget.of_count(k, n=n)
+    return ranked(budget, ranking, sites)
 
 
 def site_budget(sites: Sequence[Site], lora: LoraConfig, limits: Limits) -> Budget:
@@ -169,26 +171,29 @@ def site_budget(sites: Sequence[Site], lora: LoraConfig, limits: Limits) -> Budg
     """
     if limits.adapters is not None and limits.parameters is not None:
         raise OptionError(f"{limits.text}: this method keeps whole adapters; limit adapters or parameters, not both")
+    limits.warn_of_all(stacklevel=4)
     budget = chooser_of(sites, Costs.of(sites, lora), limits, "score")
     assert isinstance(budget, Budget), "neither measured nor spread"
     return budget
 
 
-def rank_budget(costs: Costs, limits: Limits, n: int) -> Budget:
+def rank_budget(costs: Costs, limits: Limits) -> Budget:
     """Return the budget that single ranks are chosen within.
 
     Raises:
-        OptionError: Time or memory is limited, or both adapters and parameters are.
+        OptionError: Time or memory is limited, both adapters and parameters are, or not even one rank fits.
     """
-    limits = limits.limits
-    k = limits.k_of(n)
-    most = limits.parameters_of(sum(costs.adapters), costs.besides)
-    if limits.are_measured or (k is not None and most is not None):
+    limits, n = limits.limits, len(costs.ranks)
+    if limits.are_measured or len(limits.asked) > 1:
         raise OptionError(
             f"single ranks are chosen within adapters or parameters alone, not within {limits.text}; give one of them, "
             "or a rule that scores sites"
         )
-    return Budget.of_count(k, n=n) if k is not None else Budget(costs.adapters, cast("int", most), costs.fixed)
+    k = limits.k_of(n)
+    if k is not None:
+        return Budget.of_count(k, n=n)
+    _require_one_rank(range(n), costs, limits)
+    return Budget(costs.adapters, _most(costs, limits), costs.fixed)
 
 
 def spread_order(sites: Sequence[Site]) -> list[int]:
@@ -226,72 +231,83 @@ def _van_der_corput_place(depth: int, n: int) -> float:
     return value
 
 
-def _filled(order: Sequence[int], costs: Costs, limits: Limits, most: int) -> list[int]:
+def _filled(order: Sequence[int], costs: Costs, limits: Limits) -> list[int]:
     """The same share of the user's rank on each site of ``order``, then one more on its first sites that fit."""
-    top = max(costs.ranks)
-    measured = _measured(costs, limits)
+    ranks = [0] * len(costs.ranks)
+    if not order:
+        return ranks
+    _require_one_rank(order, costs, limits)
+    most, growth = _most(costs, limits), _growth(order, costs, limits)
+    top = max(costs.ranks[i] for i in order)
+    highest = {i: most if growth is None else int(costs.ranks[i] * growth) for i in order}
 
-    def ranks_at(share: int) -> list[int]:
-        ranks = [0] * len(costs.ranks)
+    def at(share: int) -> list[int]:
         for i in order:
-            ranks[i] = costs.ranks[i] * share // top
+            ranks[i] = min(max(costs.ranks[i] * share // top, 1), highest[i]) if share else 0
         return ranks
 
-    def fits(ranks: Sequence[int]) -> bool:
-        return costs.parameters(ranks) <= most and all(_grown(cost, ranks, costs) <= limit for cost, limit in measured)
-
-    whole = limits.frees_ranks  # then the user's rank is the most: a higher one would be more than LoRA
-    low, high = 0, (top if whole else max(top, most // max(sum(costs.of_rank[i] for i in order), 1) * 2)) + 1
+    low, high = 0, most + 1  # a share is the rank of the site with the highest one, which is at most its parameters
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(ranks_at(middle)) else (low, middle)
-    ranks = ranks_at(low)
+        low, high = (middle, high) if costs.parameters(at(middle)) <= most else (low, middle)
+    left = most - costs.parameters(at(low))
     for i in order:
-        if whole and ranks[i] >= costs.ranks[i]:
-            continue
-        ranks[i] += 1
-        if not fits(ranks):
-            ranks[i] -= 1
-    if not any(ranks):
-        least = min(order, key=lambda i: costs.of_rank[i])
-        raise OptionError(
-            f"no adapter fits {limits.text}: rank 1 at one site takes "
-            f"{costs.of_rank[least] + (costs.fixed[least] if costs.fixed else 0):,} parameters; raise parameters"
-        )
+        price = costs.of_rank[i] if ranks[i] else costs.adapter(i, 1)
+        if price <= left and ranks[i] < highest[i]:
+            ranks[i] += 1
+            left -= price
     return ranks
 
 
-def _grown(cost: Cost, ranks: Sequence[int], costs: Costs) -> int:
-    """An upper bound of the cost at these ranks: what an adapter itself takes is counted as if it grew with the rank."""
-    kept = [i for i, r in enumerate(ranks) if r]
-    more = max((ranks[i] / costs.ranks[i] for i in kept), default=1.0)
-    own = cost.in_adapters(kept) if more > 1 else 0
-    return cost.of(kept) + round((max(more, 1.0) - 1) * own)
+def _growth(kept: Sequence[int], costs: Costs, limits: Limits) -> Fraction | None:
+    """How many times the user's rank these sites may have; None where only parameters limit it."""
+    if limits.frees_ranks:
+        return Fraction(1)
+    own = [(limit - cost.of(kept), cost.in_adapters(kept)) for cost, limit in _measured(costs, limits)]
+    return min((1 + Fraction(left, taken) for left, taken in own if taken), default=None)
+
+
+def _most(costs: Costs, limits: Limits) -> int:
+    """The most parameters of the sites' adapters, where they are limited."""
+    most = limits.parameters_of(sum(costs.adapters), costs.besides)
+    assert most is not None, "parameters are limited"
+    return most
 
 
 def _measured(costs: Costs, limits: Limits) -> list[tuple[Cost, int]]:
     """The measured costs with their limits in nanoseconds and bytes."""
     found: list[tuple[Cost, int]] = []
-    if limits.time is not None and costs.time is not None:
-        found.append((costs.time, int(limits.time * costs.time.of_all)))
-    if limits.bytes is not None and costs.memory is not None:
+    if costs.time is not None and (nanoseconds := limits.time_of(costs.time.of_all)) is not None:
+        found.append((costs.time, nanoseconds))
+    if costs.memory is not None and limits.bytes is not None:
         found.append((costs.memory, limits.bytes))
     return found
 
 
-def _needs(sites: Sequence[Site], cost: Cost, costs: Costs, limits: Limits) -> str:
-    """What the cheapest site takes."""
-    name, least = sites[cost.cheapest].name, cost.of([cost.cheapest])
-    if cost is costs.time:
-        return f"the cheapest, {name}, takes {least / cost.of_all:.3f} of LoRA's step time; raise time"
-    return f"with one adapter, at {name}, the peak is {least / 1e9:.3f} GB; raise memory, or lower the batch"
+def _require_one_rank(places: Iterable[int], costs: Costs, limits: Limits) -> None:
+    """Raise where parameters do not pay for rank 1 at one of these sites.
+
+    Raises:
+        OptionError: With what the cheapest takes.
+    """
+    least, most = min(costs.adapter(i, 1) for i in places), _most(costs, limits)
+    if least > most:
+        raise OptionError(
+            f"no adapter fits {limits.text}: rank 1 at one site takes {least:,} parameters, and {most:,} are left for "
+            "it; raise parameters"
+        )
 
 
-def _of_ranks(scores: SiteScores | RankScores) -> bool:
+def _what_is_missing(sites: Sequence[Site], costs: Costs, bounds: Sequence[tuple[Cost, int]]) -> str:
+    """What the cheapest site takes of the first measured cost that it exceeds."""
+    for cost, limit in bounds:
+        name, least = sites[cost.cheapest].name, cost.of([cost.cheapest])
+        if least > limit and cost is costs.time:
+            return f": the cheapest, {name}, takes {least / cost.of_all:.3f} of LoRA's step time; raise time"
+        if least > limit:
+            return f": with one adapter, at {name}, the peak is {least / 1e9:.3f} GB; raise memory, or lower the batch"
+    return ": sites that are fast enough take too much memory, and the others too much time; raise one of them"
+
+
+def _of_ranks(scores: SiteScores | RankScores) -> TypeIs[RankScores]:
     return bool(scores) and isinstance(scores[0], Sequence)
-
-
-def _places(order: Iterable[int]) -> dict[int, int]:
-    """Each position's place in an order, by position."""
-    found = {i: place for place, i in enumerate(order)}
-    return {i: found[i] for i in sorted(found)}

@@ -1,4 +1,4 @@
-"""What a selection is asked for: one object from ``select``, a method, a recipe or a trainer to the selection itself."""
+"""What a selection is asked for: one object from ``select``, a method, a recipe or a trainer to the selection."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from weightlora.errors import OptionError
 from weightlora.plan.limits import Limits
 from weightlora.plan.ranking import Ranking
 from weightlora.selection.rules import require_training_rule, rule_of
@@ -64,7 +65,14 @@ class Scoring(Limits):
             check_steps(self.steps)
         require(fast in (None, "input", "rank"), f"fast={fast!r}", "'input', 'rank' or None")
         require(loss_fn is None or callable(loss_fn), f"loss_fn={loss_fn!r:.80}", "a function, or None")
-        if self.warm_start:
+        if self.ranking == "spread" and self.are_measured:
+            raise OptionError(
+                f"ranking='spread' does not go with {self.text}, whose sites are chosen by scores and measured costs; "
+                "leave ranking out"
+            )
+        if self.warm_start and rule is None:
+            raise OptionError(f"warm_start=True: with {self.text} alone nothing is scored or trained; name a rule")
+        if self.warm_start and rule is not None:
             require_training_rule(rule)
 
     @cached_property

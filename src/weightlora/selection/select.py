@@ -30,6 +30,7 @@ from weightlora.model.gathering import why_not_attachable
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, find_sites
+from weightlora.plan.budget import Chooser, whole_budget
 from weightlora.plan.card import base_model_name
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
@@ -54,6 +55,8 @@ from weightlora.selection.steps import (
 )
 
 _LOG = logging.getLogger(__name__)
+#: From a function that ``selected`` calls, warnings name the line that called ``select()``: so many frames above.
+_CALLER = 4
 
 
 def select(
@@ -107,7 +110,7 @@ def select(
             latest.
         total_steps: The steps of the training to come, where they are known.
         learning_rate: AdamW's learning rate for what the scoring trains, constant; best the one of the training. The
-            rules ``integrated``, ``integrated_ranks`` and ``even_ranks`` take √(share of the sites that are kept) of it.
+            rules ``integrated``, ``integrated_ranks`` and ``even_ranks`` take √(share of the kept sites) of it.
         head_learning_rate: That of a new head; None stands for ``learning_rate``.
         seed: Decides A's random start, dropout and a shuffling loader's order, whatever the global generators hold.
         ranking: How sites compete: ``"score"``, or ``"spread"`` (each part of the depth gets its share, for its best
@@ -207,6 +210,7 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
     if scoring.warm_start:
         require_plain(lora)
     _warn_of_attach(model, lora)
+    scoring.warn_of_all(stacklevel=_CALLER)
     costs = Costs.of(found.sites, lora, besides=sum(each.parameters for each in found.parameters))
     record: dict[str, Any] = {
         "seed": scoring.seed,
@@ -218,8 +222,8 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         return Trained(_planned(found.sites, lora, ranks, rule=UNIFORM, options=scoring.limits.asked, **record), {}, {})
     if scoring.are_measured:
         require_measurable(scoring, model, lora, costs)
-    elif not scoring.scored_by.scores_ranks:  # a mistake is found before anything is run
-        chooser_of(found.sites, costs, scoring, scoring.ranked_by)
+    if not scoring.are_measured or scoring.scored_by.scores_ranks:  # a mistake is found before anything is run
+        _chooser(scoring.scored_by, found.sites, costs, scoring)
 
     start = perf_counter()
     with with_plain_lora(model, lora, found.sites, seed=scoring.seed) as attached:
@@ -234,10 +238,7 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
             with untouched(model, seed=scoring.seed):  # the scores are as if nothing had been measured
                 losses = partial(in_parts, model, first, loss_fn)
                 costs = measured(costs, scoring, attached, losses, lora, rounds=course.rounds)
-        if rule.scores_ranks:
-            chooser = ranked(rank_budget(costs, scoring, len(found.sites)), scoring.ranked_by, found.sites)
-        else:
-            chooser = chooser_of(found.sites, costs, scoring, scoring.ranked_by)
+        chooser = _chooser(rule, found.sites, costs, scoring)
         with tqdm(total=total, disable=None if scoring.progress else True, leave=False) as bar:
             rows = cycled(batches, total)
             rates = (scoring.learning_rate, scoring.head_learning_rate)
@@ -301,16 +302,27 @@ def _course(scoring: Scoring, has_head: bool) -> _Course:
         if times:
             return _Course(rule, head_steps, times, rounds, measuring)
         warnings.warn(
-            f"{scoring.total_steps} steps leave none for scoring within 3 % of them: sites are taken at random, of every "
-            "projection alike; train longer, give steps, or give parameters alone, for which nothing is scored",
+            f"{scoring.total_steps} steps leave none for scoring within 3 % of them: sites are taken at random, of "
+            "every projection alike; train longer, give steps, or give parameters alone, for which nothing is scored",
             WeightLoraWarning,
-            stacklevel=4,
+            stacklevel=_CALLER + 1,
         )
         return _Course(rule_of("stratified"), 0, (0,), rounds, measuring)
     steps = scoring_steps(scoring.total_steps, rule.least_steps) if scoring.steps is None else scoring.steps
     return _Course(
         rule, _head_steps(rule, has_head), reading_times(steps, rule, scoring.total_steps), rounds, measuring
     )
+
+
+def _chooser(rule: Rule, sites: Sequence[Site], costs: Costs, scoring: Scoring) -> Chooser:
+    """What chooses sites or ranks by the rule's scores.
+
+    Raises:
+        OptionError: The rule or its ranking does not go with the limits, or nothing fits.
+    """
+    if rule.scores_ranks:
+        return whole_budget(ranked(rank_budget(costs, scoring), scoring.ranked_by, sites))
+    return chooser_of(sites, costs, scoring, scoring.ranked_by)
 
 
 def _planned(sites: Sequence[Site], lora: LoraConfig, ranks: Sequence[int], **record: Any) -> AdapterPlan:
@@ -369,7 +381,7 @@ def _require_batches(batches: object) -> None:
 def _warn_of_attach(model: nn.Module, lora: LoraConfig) -> None:
     reason = why_not_attachable(model, lora)
     if reason is not None:
-        warnings.warn(f"plan.attach will refuse this model: {reason}", WeightLoraWarning, stacklevel=4)
+        warnings.warn(f"plan.attach will refuse this model: {reason}", WeightLoraWarning, stacklevel=_CALLER)
 
 
 def _head_steps(rule: Rule, has_head: bool) -> int:

@@ -297,8 +297,8 @@ def read_start(path: Path, model: nn.Module) -> None:
         except (OSError, SafetensorError) as error:
             raise OptionError(
                 f"{path.parent} has a plan made with warm_start=True, but {path.name} cannot be read ({error}), so its "
-                "adapters cannot start from the scoring's weights; choose another output_dir, or delete the plan to score "
-                "again"
+                "adapters cannot start from the scoring's weights; choose another output_dir, or delete the plan to "
+                "score the sites again"
             ) from error
 
     weights = from_first(read)

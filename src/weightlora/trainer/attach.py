@@ -7,7 +7,7 @@ method = weightlora.method_for(trainer, "adalora", init_r=12)  # any other metho
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,10 @@ from weightlora.model.distributed import from_first, is_first, process_count
 from weightlora.model.gathering import is_offloaded, partitioned_dtype
 from weightlora.model.layers import take_tuner, without_adapters
 from weightlora.model.restore import seeded
-from weightlora.plan.limits import LIMITS, Limits
+from weightlora.plan.limits import LIMITS
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import peeked
+from weightlora.selection.scoring import Scoring
 from weightlora.trainer._question import START_FILE, keep_plan, question_of, read_start, stored_plan, write_start
 from weightlora.trainer.guard import (
     PLAN_FILE,
@@ -113,13 +114,12 @@ def method_for(
         (1, True)
     """
     entry = entry_of(name)
-    scores = not (entry.reuses_plan and Limits(**{k: options.get(k) for k in LIMITS}).frees_ranks)
-    scores = scores or options.get("rule") is not None
-    if entry.reads != "nothing" and scores:
-        require_usable_batches(trainer)
-        require_readable_twice(trainer)
     lora = lora_of(trainer, lora)
     guard = guarded(trainer)
+    reads = _reads_batches(entry, options)
+    if reads:
+        require_usable_batches(trainer)
+        require_readable_twice(trainer)
     fast = fast_dropout(trainer.model) if fast is None else fast  # pyright: ignore[reportArgumentType]
     seed = trainer.args.seed if seed is None else seed
     defaults = _defaults(trainer, entry, seed, fast)
@@ -127,9 +127,9 @@ def method_for(
     method = make_method(name, **given)
     _require_possible(trainer, entry, fast)
     start = _plan_path(trainer).with_name(START_FILE) if given.get("warm_start") else None
-    first, batches = _batches(trainer, entry, seed) if scores else (None, ())
+    step, batches = _batches(trainer, entry, seed) if reads else (None, ())
     if entry.reuses_plan:
-        first, own_loss = first[0][0] if scores else None, "loss_fn" in options
+        first, own_loss = None if step is None else step[0][0], "loss_fn" in options
         question = question_of(trainer, name, lora, given, first=first, own_loss=own_loss)
         stored = from_first(partial(stored_plan, _plan_path(trainer), question))
         if stored is not None:
@@ -178,9 +178,9 @@ def select_for(
         >>> rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 160
         >>> quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
         >>> trainer = Trainer(base, TrainingArguments(str(tmp_path / "run"), max_steps=1, **quiet), train_dataset=rows)
-        >>> plan = select_for(trainer, lora=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), adapters=1)
-        >>> len(plan.names), type(trainer.model).__name__
-        (1, 'PeftModel')
+        >>> plan = select_for(trainer, lora=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), parameters=0.5)
+        >>> [*plan.ranks.values()], type(trainer.model).__name__
+        ([1, 1], 'PeftModel')
     """
     asked = {"adapters": adapters, "parameters": parameters, "time": time, "memory": memory}
     plan = method_for(trainer, lora=lora, **{k: v for k, v in asked.items() if v is not None}, **options).plan
@@ -281,13 +281,20 @@ def _defaults(trainer: Trainer, entry: MethodEntry, seed: int, fast: Dropout | N
     }
 
 
-def _batches(trainer: Trainer, entry: MethodEntry, seed: int) -> tuple[Any, Iterable[Any]]:
-    """The first of the training's own batches, and all of them in the order that the seed decides.
+def _reads_batches(entry: MethodEntry, options: Mapping[str, Any]) -> bool:
+    """Whether the method's choice reads batches; it need not where parameters alone are limited.
 
-    There are none where the method reads none.
+    Raises:
+        OptionError: A limit or a rule is none.
     """
-    if entry.reads == "nothing":
-        return None, ()
+    if not entry.reuses_plan:
+        return entry.reads != "nothing"
+    asked = {key: options[key] for key in (*LIMITS, "rule") if key in options}
+    return Scoring(**asked).scored_by is not None
+
+
+def _batches(trainer: Trainer, entry: MethodEntry, seed: int) -> tuple[Any, Iterable[Any]]:
+    """The first of the training's own batches, and all of them in the order that the seed decides."""
     require_weights(trainer)
     model: Any = trainer.model
     if trainer.args.activation_checkpointing:  # as trainer.train() will do

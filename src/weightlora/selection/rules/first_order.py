@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class FirstOrder(Rule):
     """Score a site by ‖mean ∂L/∂B‖₁ over T batches at B = 0, where A, B and the gates stay as they are.
 
-    The first Adam step from B = 0 moves B by −learning_rate·sign(∂L/∂B). The gate's gradient is then −learning_rate·‖∂L/∂B‖₁, so this score
-    is the gate's gain to first order. It needs no optimizer, and the mean over batches reduces their noise.
+    The first Adam step from B = 0 moves B by −η·sign(∂L/∂B) at the learning rate η. The gate's gradient is then
+    −η·‖∂L/∂B‖₁, so this score is the gate's gain to first order. It needs no optimizer, and the mean over batches
+    reduces their noise.
 
     Neighbours have gradients of about the same size, and little is gained by keeping both. So a budget in adapters or
     parameters is spread over the depth (``ranking="spread"``) unless another ranking is asked for.

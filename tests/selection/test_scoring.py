@@ -40,7 +40,7 @@ def squared(model, batch):
 
 
 def selected(data, **options):
-    """The plan, and A as the warm-up began with it."""
+    """The plan, and A as the scoring began with it."""
     started = []
 
     def loss(model, batch):
@@ -48,7 +48,7 @@ def selected(data, **options):
             started.extend(layer.lora_A["default"].weight.detach().clone() for layer in lora_layers(model).values())
         return squared(model, batch)
 
-    arguments = {"lora": LORA, "keep": 2, "steps": len(data), "loss_fn": loss, "progress": False, **options}
+    arguments = {"lora": LORA, "adapters": 2, "steps": len(data), "loss_fn": loss, "progress": False, **options}
     return select(Net(), data, **ruled(**arguments)), started
 
 
@@ -57,7 +57,7 @@ def paper_path(a, data, *, k, threshold_every, learning_rate, gate_lr):
     layers = Net().layers
     a = [start.clone().requires_grad_() for start in a]
     b = [torch.zeros(6, 2, dtype=torch.float64, requires_grad=True) for _ in layers]
-    optimizer = torch.optim.AdamW([*a, *b], lr=lr)
+    optimizer = torch.optim.AdamW([*a, *b], lr=learning_rate)
     omega, path = torch.ones(len(layers), dtype=torch.float64), []
     for step, batch in enumerate(data, start=1):
         omega.requires_grad_()
@@ -106,7 +106,7 @@ def without_dropout(model):
 
 
 def test_papers_first_survivors_on_minilm_have_the_largest_gradients(minilm, review_batches):
-    """With B = 0 and a small first AdamW step of −learning_rate·sign, the second gradient of ω is −learning_rate·s·‖∂L/∂B‖₁."""
+    """With B = 0 and a small first AdamW step of −η·sign, the second gradient of ω is −η·s·‖∂L/∂B‖₁."""
     batch = {key: torch.cat([batch[key] for batch in review_batches]) for key in review_batches[0]}
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
     norms = {}
@@ -119,7 +119,7 @@ def test_papers_first_survivors_on_minilm_have_the_largest_gradients(minilm, rev
         return model(**batch).loss
 
     options = {"rule": "stoiht", "head_steps": 0, "steps": 2, "learning_rate": 1e-4, "loss_fn": loss, "progress": False}
-    plan = select(without_dropout(minilm), [batch, batch], lora=lora, keep=10, **ruled(**options))
+    plan = select(without_dropout(minilm), [batch, batch], lora=lora, adapters=10, **ruled(**options))
     survivors = {entry.site.name for entry, omega in zip(plan.entries, plan.history[1], strict=True) if omega}
     assert survivors == set(sorted(norms, key=norms.get, reverse=True)[:10]) == set(plan.names)
     assert survivors != set(sorted(norms)[:10])  # negative control: equal gates would be cut by name
@@ -172,7 +172,7 @@ def test_first_order_history_is_the_running_mean_of_the_gradient_while_nothing_m
 
 @pytest.mark.parametrize("rule", ["first_order", "stoiht"])
 def test_head_is_trained_alone_before_the_sites_are_scored(rule):
-    """Everything that requires a gradient is recorded at each step of the warm-up, and whether the adapters run."""
+    """Everything that requires a gradient is recorded at each step of the scoring, and whether the adapters run."""
     trained, idle, losses = [], [], []
     net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
 
@@ -185,7 +185,7 @@ def test_head_is_trained_alone_before_the_sites_are_scored(rule):
 
     lora = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
     options = {"steps": 2, "head_steps": 30, "learning_rate": 0.05, "rule": rule, "loss_fn": loss, "progress": False}
-    select(net, batches(1) * 32, lora=lora, keep=1, **ruled(**options))
+    select(net, batches(1) * 32, lora=lora, adapters=1, **ruled(**options))
     head = {"2.modules_to_save.default.weight", "2.modules_to_save.default.bias"}
     adapter = {"0.lora_A.default.weight", "0.lora_B.default.weight"}
     assert trained[:30] == [head] * 30
@@ -196,7 +196,7 @@ def test_head_is_trained_alone_before_the_sites_are_scored(rule):
 
 @pytest.mark.parametrize(("rule", "head_learning_rate"), [("first_order", 0.2), ("stoiht", 0.2), ("stoiht", None)])
 def test_a_head_moves_at_its_own_rate(rule, head_learning_rate):
-    """AdamW's first step is w ← (1 − 0.01·learning_rate)·w − learning_rate·g/(|g| + ε): learning_rate for each weight, but for the decay."""
+    """AdamW's first step is w ← (1 − 0.01·learning_rate)·w − η·g/(|g| + ε): η for each weight, but for the decay."""
     seen = []
     net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
 
@@ -210,7 +210,7 @@ def test_a_head_moves_at_its_own_rate(rule, head_learning_rate):
         **({} if head_learning_rate is None else {"head_learning_rate": head_learning_rate}),
     }
     options = {"steps": 2, "head_steps": 2, **rates, "rule": rule, "loss_fn": loss, "progress": False}
-    plan = select(net, batches(1) * 4, lora=lora, keep=1, **ruled(**options))
+    plan = select(net, batches(1) * 4, lora=lora, adapters=1, **ruled(**options))
     assert {key: plan.options[key] for key in rates} == rates
     assert ("head_learning_rate" in plan.options) == (head_learning_rate is not None)
 
@@ -251,7 +251,7 @@ def test_option_out_of_its_range_is_named_with_its_value(option, value):
 
 
 def test_fewer_batches_are_used_again_with_a_warning():
-    with pytest.warns(WeightLoraWarning, match="3 batches for 7 warm-up steps"):
+    with pytest.warns(WeightLoraWarning, match="3 batches for 7 scoring steps"):
         assert list(cycled(iter("abc"), 7)) == list("abcabca")
 
 
