@@ -14,7 +14,6 @@ import argparse
 from itertools import chain, islice, repeat
 from pathlib import Path
 
-import rich
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig
@@ -23,7 +22,6 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 import weightlora
-from weightlora.plan.heatmap import terminal_heatmap
 from weightlora.tasks.embedded import minilm, rotten_tomatoes
 
 # %% Settings
@@ -62,7 +60,7 @@ plan = weightlora.select(
     model,
     train_loader,
     lora=LoraConfig(r=8, lora_alpha=16, task_type="SEQ_CLS"),
-    keep=0.5,
+    adapters=0.5,
     learning_rate=1e-3,
     total_steps=settings.max_steps,
     loss_fn=loss_fn,
@@ -71,8 +69,7 @@ model = plan.attach(model)
 
 # %% What was kept
 if accelerator.is_main_process:
-    rich.print(terminal_heatmap(plan))
-    print(f"{plan.parameters:,} of LoRA's {plan.lora_parameters:,} parameters")
+    print(plan)
 
 # %% Train
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)

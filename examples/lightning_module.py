@@ -13,14 +13,12 @@ import argparse
 from pathlib import Path
 
 import lightning
-import rich
 import torch
 from peft import LoraConfig, PeftModel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import weightlora
-from weightlora.plan.heatmap import terminal_heatmap
 from weightlora.tasks.embedded import minilm, rotten_tomatoes
 
 # %% Settings
@@ -74,15 +72,14 @@ plan = weightlora.select(
     model,
     train_loader,
     lora=LoraConfig(r=8, lora_alpha=16, task_type="SEQ_CLS"),
-    keep=0.5,
+    adapters=0.5,
     learning_rate=1e-3,
     total_steps=settings.max_steps,
 )
 model = plan.attach(model)
 
 # %% What was kept
-rich.print(terminal_heatmap(plan))
-print(f"{plan.parameters:,} of LoRA's {plan.lora_parameters:,} parameters")
+print(plan)
 
 # %% Train and save
 # The adapter is all that is saved: Lightning's own checkpoints hold the base model, too.

@@ -14,14 +14,12 @@ import argparse
 from itertools import repeat
 from pathlib import Path
 
-import rich
 import torch
 import xllamacpp
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import weightlora
-from weightlora.plan.heatmap import terminal_heatmap
 from weightlora.tasks.embedded import smollm2
 
 # %% Settings
@@ -48,11 +46,10 @@ batch = {**sentence, "labels": sentence["input_ids"]}
 
 # %% Select and attach
 plan = weightlora.select(
-    model, repeat(batch), lora=LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"), keep=0.5, learning_rate=2e-3
+    model, repeat(batch), lora=LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"), adapters=0.5, learning_rate=2e-3
 )
 model = plan.attach(model)
-rich.print(terminal_heatmap(plan))
-print(f"{plan.parameters:,} of LoRA's {plan.lora_parameters:,} parameters")
+print(plan)
 
 # %% Train and save
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)

@@ -13,8 +13,26 @@ MODULES = sorted(
 )
 #: Files whose functions are called by users: each shows how.
 SHOWN = (
-    *("model.sites", "model.gates", "model.restore", "plan.budget", "plan.plan", "fast.dropout", "fast.enable"),
-    *("selection.select", "selection.rules", "selection.rules.stoiht", "selection.rules.first_order"),
+    *(
+        "model.sites",
+        "model.gates",
+        "model.restore",
+        "plan.budget",
+        "plan.limits",
+        "plan.plan",
+        "plan._screen",
+        "fast.dropout",
+        "fast.enable",
+    ),
+    *(
+        "plan._alternatives",
+        "selection.allocate",
+        "selection.scoring",
+        "selection.select",
+        "selection.rules",
+        "selection.rules.stoiht",
+        "selection.rules.first_order",
+    ),
     *("selection.rules.pursuit", "selection.rules.integrated"),
     *("trainer.attach", "methods", "text"),
 )

@@ -69,7 +69,7 @@ def named(tmp_path_factory, small_model):
     for name in ("a.csv", "b.csv"):
         (folder / name).write_text("\n".join(["review,label", *ROWS]))
     for name in ("mine.yaml", "select.yaml", "recipe.yaml"):
-        (folder / name).write_text("task: rotten_tomatoes\nkeep: 5\n")
+        (folder / name).write_text("task: rotten_tomatoes\nadapters: 5\n")
     recipe = ["--config", str(folder / "recipe.yaml"), "--model_name_or_path", str(small_model), *SHORT]
     assert main(["select", *recipe, "--output_dir", str(folder / "runs" / "select")]) == 0
     for name in ("plan.json", "runs/train/plan.json"):
@@ -111,7 +111,7 @@ def test_commands_run(words, here, small_model):
         assert main(words) == (words[0] == "check")  # not all runtimes read values without queries
         return
     changed = [] if words[0] == "select" else ["--output_dir", str(here / "out")]
-    changed += ["--keep", "5"] * (words[0] == "analyse")  # of twelve sites
+    changed += ["--adapters", "5"] * (words[0] == "analyse")  # of twelve sites
     assert main([*words, "--model_name_or_path", str(small_model), *SHORT, *changed]) == 0
 
 
@@ -119,7 +119,7 @@ def test_commands_run(words, here, small_model):
 def test_a_task_and_a_model_of_the_hub(small_model):
     rows = [{"sentence1": text, "sentence2": text, "label": i % 2} for i, text in enumerate(ROWS)]
     DatasetDict({split: Dataset.from_list(rows) for split in ("train", "validation")}).save_to_disk("rte")
-    changed = ["--model_name_or_path", str(small_model), "--dataset_name", "rte", "--keep", "5", *SHORT]
+    changed = ["--model_name_or_path", str(small_model), "--dataset_name", "rte", "--adapters", "5", *SHORT]
     assert main([*own(only("--task rte")), *changed, "--output_dir", "out"]) == 0
 
 
@@ -130,7 +130,7 @@ def test_a_recipe_of_the_repository(tmp_path, monkeypatch):
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(ROOT)
-    changed = ["--model_name_or_path", str(tmp_path / "model"), "--keep", "5", "--steps", "2", *SHORT]
+    changed = ["--model_name_or_path", str(tmp_path / "model"), "--adapters", "5", "--steps", "2", *SHORT]
     words = [
         *own(only("recipes/smollm2-reasoning.yaml")),
         *changed,
@@ -149,7 +149,7 @@ def test_a_benchmark_of_the_guide(here, small_model, capsys):
     guide = (ROOT / "docs" / "guides" / "methods.md").read_text()
     (here / "b.yaml").write_text(guide.partition("```yaml\n")[2].partition("```")[0])
     changed = ["--model_name_or_path", str(small_model), *SHORT, "--max_steps", "2", "--held_out_samples", "4"]
-    changed += ["--keep", "5", "--learning_rate", "1e-3", "--seed", "0"]  # in the place of its lists
+    changed += ["--adapters", "5", "--learning_rate", "1e-3", "--seed", "0"]  # in the place of its lists
     for flag in ("--workers", "--table", "--retry"):
         assert main([*own(only("weightlora bench --config b.yaml", flag)), *changed]) == 0
     records = read_records(here / "runs" / "b" / "records.jsonl")

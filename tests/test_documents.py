@@ -5,6 +5,7 @@ import re
 import runpy
 import shlex
 import warnings
+from ast import literal_eval
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from weightlora.bench.grid import read_grid
 from weightlora.cli import main
 from weightlora.methods import METHODS
 from weightlora.model.sites import Site
+from weightlora.plan.limits import LIMITS, check_limit
 from weightlora.plan.plan import AdapterPlan, PlannedSite
 from weightlora.runs.recipe import read_recipe
 
@@ -96,13 +98,31 @@ def own(words):
 def test_code_blocks_run(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "document"}
-    text = document.read_text(encoding="utf-8").replace(
-        "max_steps=300", "max_steps=3"
-    )  # README's; readme_walk.py takes all
+    # README's; readme_walk.py takes all. Of 150 steps two score.
+    text = document.read_text(encoding="utf-8").replace("max_steps=300", "max_steps=150")
     for code in blocks(text):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             exec(compile(code, str(document), "exec"), namespace)
+
+
+def test_limits_that_readme_and_faq_name_are_allowed():
+    """Those in comments and tables as well, which no block runs."""
+    named = [
+        (name, literal_eval(value))
+        for document in ("README.md", "docs/faq.md", "docs/guides/choose.md")
+        for name, value in re.findall(
+            r"\b(adapters|parameters|time|memory)=(\"[^\"]*\"|[\d_.]*\d)", (ROOT / document).read_text(encoding="utf-8")
+        )
+    ]
+    assert {name for name, _ in named} == {*LIMITS}
+    for name, value in named:
+        check_limit(name, value)
+
+
+def test_the_first_screen_of_readme_has_sixty_lines():
+    before, _, after = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Where to read on\n")
+    assert len(before.splitlines()) + len(after.strip().partition("\n\n")[0].splitlines()) + 2 <= 60
 
 
 def test_there_are_blocks_to_run():
@@ -147,7 +167,7 @@ def test_every_command_is_one_of_ours_with_known_options(words, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "words", [["train", "--kep", "0.5"], ["show"], ["methods", "--taks"], ["train", "--keep", "2.5"]]
+    "words", [["train", "--adaptrs", "0.5"], ["show"], ["methods", "--taks"], ["train", "--adapters", "2.5"]]
 )
 def test_a_wrong_command_would_be_seen(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -175,7 +195,7 @@ def test_the_benchmark_of_the_guide_can_be_read(tmp_path):
     path = tmp_path / "b.yaml"
     path.write_text(block, encoding="utf-8")
     grid = read_grid(path)
-    assert [row.label for row in grid.rows][:2] == ["lora", "random, K = 1"]
+    assert [row.label for row in grid.rows][:3] == ["lora", "random, K = 1", "random, K = 5"]
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in METHODS])

@@ -96,7 +96,7 @@ def default_times(total_steps: int | None, *, has_head: bool, spent: int = 0) ->
     """Return how many steps a new head is trained, and after how many further steps the scores are looked at.
 
     Where the training's steps are known these are at most 3 % of them, a new head taking up to half; scoring stops
-    before where the choice is settled. No times: there are too few steps for any scoring.
+    before where the choice is settled. No times: fewer than two steps are left for scoring.
 
     Args:
         total_steps: The training's.
@@ -114,7 +114,7 @@ def default_times(total_steps: int | None, *, has_head: bool, spent: int = 0) ->
     most = int(SHARE * total_steps) - spent
     head = min(HEAD_STEPS, most // 2) if has_head else 0
     left = most - head
-    if left < 1 or (has_head and head < 1):
+    if left < 2 or (has_head and head < 1):  # scores of one batch have no standard error
         return 0, ()
     times = [left]
     while times[0] >= 2 * _FEWEST:
