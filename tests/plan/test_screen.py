@@ -93,3 +93,18 @@ def test_what_was_spent_is_in_the_file_and_is_no_part_of_the_plans_equality(tmp_
     plan.save(tmp_path / "plan.json")
     assert AdapterPlan.load(tmp_path / "plan.json").spent == {"scoring_steps": 9}
     assert replace(plan, spent={}) == plan
+
+
+@pytest.mark.parametrize(("kept", "factor"), [(1, 2.0), (2, 2.0), (3, 1.0), (10, 1.0), (20, 1.0)])
+def test_few_adapters_at_loras_alpha_want_twice_the_rate(kept, factor):
+    """Below 0.15 of the parameters: 1 and 2 of 20 equal sites are 0.05 and 0.1, 3 are 0.15."""
+    plan = plan_of([0] * (20 - kept) + [R] * kept)
+    assert plan.learning_rate_factor == factor
+    assert ("about 2 times LoRA's" in str(plan)) == (factor == 2)
+
+
+def test_a_lower_rank_whose_alpha_changed_wants_loras_rate():
+    plan = plan_of([1] * 20)
+    assert plan.learning_rate_factor == 1.0  # alpha is still 16, so that alpha/r is not LoRA's
+    lower = replace(plan, entries=tuple(replace(entry, alpha=2) for entry in plan.entries))
+    assert lower.learning_rate_factor == 2.0

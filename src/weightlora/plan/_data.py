@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+#: Below this share of LoRA's parameters a plan at LoRA's alpha/r wants a higher rate.
+_FEW = 0.15
+
+
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide a selection, read without importing them."""
     return {name: version(name) for name in ("weightlora", "torch", "transformers", "peft")}
@@ -72,8 +76,12 @@ class PlanData:
 
     @property
     def learning_rate_factor(self) -> float:
-        """The factor of LoRA's learning rate that suits this plan."""
-        return 1.0
+        """The factor of LoRA's learning rate that suits this plan: 2 for few parameters at LoRA's alpha/r, else 1.
+
+        Lower ranks on all sites have an alpha that carries the rate over. docs/lab/choice.md has the measurements.
+        """
+        carried = any(e.r and e.alpha * e.lora_r != e.lora_alpha * e.r for e in self.entries)
+        return 2.0 if not carried and self.parameters < _FEW * self.lora_parameters else 1.0
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from safetensors import SafetensorError, safe_open
 
@@ -30,6 +31,7 @@ def make_plan(
     scores: Sequence[float] | None = None,
     errors: Sequence[float] = (),
     ranks: Mapping[str, int] | None = None,
+    alpha_by: Literal["ratio", "root"] = "ratio",
     target_parameters: Sequence[TargetParameter] | None = None,
     **record: Any,
 ) -> AdapterPlan:
@@ -41,8 +43,10 @@ def make_plan(
         kept: Names of the sites that carry an adapter.
         scores: One per site; None where sites were not scored.
         errors: Standard error of each score; empty where they have none.
-        ranks: Rank of each kept site, where it is not ``lora``'s. Alpha changes with it, so that alpha/r stays; rsLoRA,
-            whose scaling is alpha/√r, keeps alpha.
+        ranks: Rank of each kept site, where it is not ``lora``'s.
+        alpha_by: What happens to alpha at another rank. ``"ratio"`` keeps alpha/r. ``"root"`` takes alpha · √(the least
+            share of its rank that a kept site has), rounded, for all sites alike: this carries the user's learning rate
+            over (docs/lab/choice.md), and equal alphas stay equal. rsLoRA, whose scaling is alpha/√r, keeps alpha.
         target_parameters: What ``lora`` adapts besides layers, as :func:`weightlora.find_sites` found it; None is the
             answer of a method that trains layers only.
         record: Further fields of :class:`AdapterPlan`.
@@ -57,13 +61,22 @@ def make_plan(
             "weightlora, random or lora"
         )
     keep = set(kept)
+    user = [rank_and_alpha(lora, site.name) for site in sites]
+    planned = [
+        (r if ranks is None else ranks[site.name]) if site.name in keep else 0
+        for site, (r, _) in zip(sites, user, strict=True)
+    ]
+    root = math.sqrt(min((own / r for own, (r, _) in zip(planned, user, strict=True) if own), default=1.0))
     entries: list[PlannedSite] = []
-    known = zip(sites, scores or [0.0] * len(sites), errors or [None] * len(sites), strict=True)
-    for site, score, error in known:
-        r, alpha = rank_and_alpha(lora, site.name)
-        planned = (r if ranks is None else ranks[site.name]) if site.name in keep else 0
-        own = alpha if planned in (0, r) or lora.use_rslora else whole_or_float(Fraction(alpha) * planned / r)
-        entries.append(PlannedSite(site, r, alpha, r=planned, alpha=own, score=score, score_error=error))
+    known = zip(sites, user, planned, scores or [0.0] * len(sites), errors or [None] * len(sites), strict=True)
+    for site, (r, alpha), own, score, error in known:
+        if own == 0 or lora.use_rslora or (own == r and (alpha_by == "ratio" or root == 1)):
+            changed = alpha
+        elif alpha_by == "root":
+            changed = max(round(alpha * root), 1) if float(alpha).is_integer() else alpha * root
+        else:
+            changed = whole_or_float(Fraction(alpha) * own / r)
+        entries.append(PlannedSite(site, r, alpha, r=own, alpha=changed, score=score, score_error=error))
     besides = tuple(target_parameters or ())
     return AdapterPlan(tuple(entries), lora=config_fields(lora), target_parameters=besides, **record)
 

@@ -219,7 +219,11 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
     }
     if scoring.scored_by is None:
         ranks = allocate(found.sites, None, costs, scoring)
-        return Trained(_planned(found.sites, lora, ranks, rule=UNIFORM, options=scoring.limits.asked, **record), {}, {})
+        return Trained(
+            _planned(found.sites, lora, ranks, alpha_by="root", rule=UNIFORM, options=scoring.limits.asked, **record),
+            {},
+            {},
+        )
     if scoring.are_measured:
         require_measurable(scoring, model, lora, costs)
     if not scoring.are_measured or scoring.scored_by.scores_ranks:  # a mistake is found before anything is run
@@ -267,6 +271,7 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         found.sites,
         lora,
         ranks,
+        alpha_by="ratio" if scores.ranks else "root",
         scores=scores.final,
         errors=scores.errors,
         history=scores.history,
