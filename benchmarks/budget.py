@@ -101,7 +101,7 @@ def measure(name: str, rounds: int, *, fast: bool) -> None:
     draw = random.Random(0)
     sizes = [draw.random() for _ in range(n)]  # stand for scores, of which the cost knows nothing
     plans = [draw.sample(range(n), draw.randint(1, n - 1)) for _ in range(PLANS)]
-    budget = CostBudget(times, int(0.8 * times.of_all), unit=times.of_all)
+    budget = CostBudget((times,), (int(0.8 * times.of_all),))
     chosen, top = budget.choose(sizes), _top(budget, sizes)
 
     layers: list[Any] = list(lora_layers(model).values())
@@ -126,7 +126,11 @@ def measure(name: str, rounds: int, *, fast: bool) -> None:
         ratios = {"estimated_time": times.of(kept) / times.of_all, "time": median_ratio(seconds[place], seconds[0])}
         append_record(RESULTS, {**record, **ratios})
     scores = {"score": math.fsum(sizes[i] for i in chosen), "top_score": math.fsum(sizes[i] for i in top)}
-    ratio = {"kept": len(chosen), "estimated_time": budget.price(chosen), "time": median_ratio(seconds[-1], seconds[0])}
+    ratio = {
+        "kept": len(chosen),
+        "estimated_time": times.of(chosen) / times.of_all,
+        "time": median_ratio(seconds[-1], seconds[0]),
+    }
     append_record(RESULTS, {**common, "study": "0.8x", **ratio, **scores})
     print_table()
 
@@ -134,7 +138,7 @@ def measure(name: str, rounds: int, *, fast: bool) -> None:
 def _top(budget: CostBudget, sizes: list[float]) -> list[int]:
     """The most sites of falling score that the limit pays for."""
     ranked = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    return max((ranked[:k] for k in range(len(sizes)) if budget.cost.of(ranked[:k]) <= budget.limit), key=len)
+    return max((ranked[:k] for k in range(len(sizes)) if budget.holds(ranked[:k])), key=len)
 
 
 def print_table() -> None:

@@ -81,24 +81,24 @@ def recipes() -> Iterator[str]:
     for name in RECIPES:
         recipe, task = _recipe(name), TASKS[name.partition("-")[0]]
         rows, length = recipe["per_device_train_batch_size"], recipe["max_seq_length"]
-        model, keep = HUB[recipe["model_name_or_path"]], recipe["keep"]
+        model, k = HUB[recipe["model_name_or_path"]], recipe["adapters"]
         bits = 8 if recipe.get("load_in_8bit") else None
-        lines = _compare(model, task, _lora(recipe, task), Setting(rows), length, keep=[keep], bits=bits)
+        lines = _compare(model, task, _lora(recipe, task), Setting(rows), length, adapters=[k], bits=bits)
         lora, upper, lower = (next(line for line in lines if line.name == name) for name in NAMES)
         kind = f"{model}, 8 bit" if bits else model
         memory = f"{_gb(lora.memory.peak)} | {_gb(upper.memory.peak)} to {_gb(lower.memory.peak)}"
-        yield f"| {name} | {kind} | {rows}x{length} | {lora.sites} | {keep} | {lora.memory.trained:,} | {memory} |"
+        yield f"| {name} | {kind} | {rows}x{length} | {lora.sites} | {k} | {lora.memory.trained:,} | {memory} |"
 
 
 NAMES = ("LoRA", "WeightLoRA upper", "WeightLoRA lower")
 
 
 def _compare(
-    name: str, task: str, lora: LoraConfig, setting: Setting, length: int, *, keep: Any = (), bits: Any = None
+    name: str, task: str, lora: LoraConfig, setting: Setting, length: int, *, adapters: Any = (), bits: Any = None
 ) -> list[MemoryLine]:
     config = transformers.AutoConfig.from_pretrained(str(CONFIGS / f"{name}.json"))
     make_model = partial(make_empty_model, config, task, bits=bits)
-    return compare_memory(make_model, make_loss_of(task, length, "meta"), lora, setting, keep=keep)
+    return compare_memory(make_model, make_loss_of(task, length, "meta"), lora, setting, adapters=adapters)
 
 
 def _recipe(name: str) -> dict[str, Any]:

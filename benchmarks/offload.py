@@ -5,7 +5,7 @@
 The model is a Llama with random weights, written to a temporary folder in fp32. What is reported is the process's peak
 resident memory less its memory after the imports, divided by the bytes of the weights. Pages of a mapped file count as
 resident until the system takes them back, so the offloaded figure is an upper bound. "Step" is a training step of the
-planned adapters on the same offloaded model, without our warm-up: autograd keeps the weights there.
+planned adapters on the same offloaded model, without our scoring: autograd keeps the weights there.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def measured(kind: str, folder: Path) -> dict[str, Any]:
             plan.attach(model)(**batches[0]).loss.backward()
         else:
             lora = LoraConfig(r=8, task_type="CAUSAL_LM")
-            plan = select(model, batches, lora=lora, keep=0.5, steps=STEPS, progress=False)
+            plan = select(model, batches, lora=lora, parameters=0.5, rule="first_order", steps=STEPS, progress=False)
             if kind == "whole":
                 plan.save(folder / "plan.json")
     seconds = time.perf_counter() - start

@@ -34,7 +34,7 @@ WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run the warm-up, under the name that it has in the table."""
+    """A way to run the scoring, under the name that it has in the table."""
 
     label: str
     loading: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("study", choices=("run", "table"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument(
-        "--steps", type=int, default=20, help="warm-up steps of head and of gates; default: %(default)s"
+        "--steps", type=int, default=20, help="scoring steps of head and of gates; default: %(default)s"
     )
     parser.add_argument("--batch_size", type=int, default=32, help="rows a step, a multiple of 4; default: %(default)s")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the records are")
@@ -134,7 +134,7 @@ def find_plan(variant: Variant, rule: str, seed: int, steps: int, batch_size: in
     )
     trainer.model_accepts_loss_kwargs = False  # BERT's loss is a mean over rows, whatever its **kwargs promise
     head_steps = steps if rule == "first_order" else 0  # 0 in the paper
-    return select_for(trainer, keep=18, rule=rule_of(rule, head_steps=head_steps), ranking="score", steps=steps)
+    return select_for(trainer, adapters=18, rule=rule_of(rule, head_steps=head_steps), ranking="score", steps=steps)
 
 
 def lora_model(seed: int, bits: int | None = None, **loading: Any) -> Any:
@@ -167,7 +167,7 @@ def lora_model(seed: int, bits: int | None = None, **loading: Any) -> Any:
 def print_table(records: list[dict[str, Any]], steps: int, batch_size: int) -> None:
     """Print each variant against its reference with the same seed; the last two rows of a rule are the controls."""
     records = [r for r in records if (r["steps"], r["batch_size"]) == (steps, batch_size)]
-    print("| rule | warm-up | Jaccard, mean | least | equal plans | scores moved, mean | most |\n|" + " --- |" * 7)
+    print("| rule | scoring | Jaccard, mean | least | equal plans | scores moved, mean | most |\n|" + " --- |" * 7)
     for rule in RULES:
         found = {(r["variant"], r["seed"]): r for r in records if r["rule"] == rule}
         for variant in VARIANTS:

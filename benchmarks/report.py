@@ -1,4 +1,4 @@
-"""The page of `weightlora report` for a run of a 70 B model: 560 sites and 200 warm-up steps. Seconds and bytes.
+"""The page of `weightlora report` for a run of a 70 B model: 560 sites and 200 scoring steps. Seconds and bytes.
 
     python benchmarks/report.py                          # prints Markdown
     python benchmarks/report.py --screenshots FOLDER     # the page as pictures, too; needs chromium and playwright
@@ -86,14 +86,14 @@ def write_run(folder: Path, seed: int) -> Path:
     history = tuple(
         tuple(scores[name] * (1 + lot.gauss(0, 1) / step**0.5) for name in names) for step in range(1, STEPS + 1)
     )
-    options = {"keep": len(kept), "steps": STEPS, "learning_rate": 1e-4, "agreement": 0.87}
+    options = {"adapters": len(kept), "steps": STEPS, "learning_rate": 1e-4, "agreement": 0.87}
     folder.mkdir()
     plan = AdapterPlan(entries, rule="first_order", options=options, seed=seed, history=history)
     plan.save(folder / "plan.json")
     losses = [[step, 1.2 + 1.5 / step**0.5 + lot.gauss(0, 0.05)] for step in range(1, LOSSES + 1)]
     metrics = {"validation_loss": 1.25, "validation_exact_match": 0.41}
     (folder / "results.json").write_text(json.dumps({"losses": losses, "metrics": metrics}))
-    (folder / "config.yaml").write_text(f"method: weightlora\nkeep: {len(kept)}\nsteps: {STEPS}\nseed: {seed}\n")
+    (folder / "config.yaml").write_text(f"method: weightlora\nadapters: {len(kept)}\nsteps: {STEPS}\nseed: {seed}\n")
     return folder
 
 

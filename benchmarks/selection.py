@@ -232,10 +232,10 @@ def build(variant: Variant, *, keep: int, seed: int, lr: float) -> Method:
     if variant.method == "lora":
         return make_method("lora")
     if variant.method == "random":
-        return make_method("random", keep=keep, seed=seed)
+        return make_method("random", adapters=keep, seed=seed)
     if variant.method == "nearest":
         return ChoosingMethod(lambda model, lora, _batches, _steps: nearest_the_output(model, lora, keep))
-    return make_method(variant.method, keep=keep, seed=seed, learning_rate=lr, progress=False, **variant.options)
+    return make_method(variant.method, adapters=keep, seed=seed, learning_rate=lr, progress=False, **variant.options)
 
 
 def nearest_the_output(model: Any, lora: Any, keep: int) -> AdapterPlan:
@@ -304,7 +304,7 @@ def run_smollm2() -> None:
             model,
             batches,
             lora=lora,
-            keep=105,
+            adapters=105,
             steps=LLM_STEPS,
             seed=seed,
             learning_rate=5e-4,

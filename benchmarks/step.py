@@ -154,11 +154,11 @@ def make_rows(setting: Setting) -> dict[str, Callable[[], Row]]:
     n = len(find_sites(setting.base, setting.lora).sites)
 
     @cache
-    def plan(keep: int) -> weightlora.AdapterPlan:
-        return _plan(setting, keep)
+    def plan(k: int) -> weightlora.AdapterPlan:
+        return _plan(setting, k)
 
-    def planned(keep: int, *, expand: bool = False, **overrides: Any) -> Any:
-        return (plan(keep).expand() if expand else plan(keep)).attach(_shared(setting.base), **overrides)
+    def planned(k: int, *, expand: bool = False, **overrides: Any) -> Any:
+        return (plan(k).expand() if expand else plan(k)).attach(_shared(setting.base), **overrides)
 
     return {
         LIMIT: lambda: Row(_limit(setting.base)),
@@ -227,14 +227,14 @@ def _adalora(setting: Setting) -> Row:
     return Row(model, after_backward=model.base_model.update_and_allocate)
 
 
-def _plan(setting: Setting, keep: int) -> weightlora.AdapterPlan:
+def _plan(setting: Setting, k: int) -> weightlora.AdapterPlan:
     lora = deepcopy(setting.lora)
     lora.lora_dropout = P
     return weightlora.select(
         _shared(setting.base),
         setting.batches,
         lora=lora,
-        keep=keep,
+        adapters=k,
         rule=FirstOrder(head_steps=setting.head_steps),
         progress=False,
     )

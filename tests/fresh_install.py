@@ -87,7 +87,7 @@ def select_attach_save_reload(folder: Path) -> str:
 
     model, batches = tiny_model(), token_batches()
     lora = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM")
-    plan = weightlora.select(model, batches, lora=lora, keep=0.5, steps=2, progress=False)
+    plan = weightlora.select(model, batches, lora=lora, adapters=0.5, steps=2, progress=False)
     assert 0 < len(plan.names) < len(plan.entries) == 14
     plan.save(folder / "plan.json")
     assert weightlora.AdapterPlan.load(folder / "plan.json") == plan
@@ -116,7 +116,7 @@ def an_encoder_decoder_is_selected_and_attached(_: Path) -> str:
         T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
     )
     lora = LoraConfig(r=4, task_type="SEQ_2_SEQ_LM")
-    plan = weightlora.select(model, token_batches(), lora=lora, keep=0.5, steps=2, progress=False)
+    plan = weightlora.select(model, token_batches(), lora=lora, adapters=0.5, steps=2, progress=False)
     plan.attach(model)(**token_batches()[0]).loss.backward()
     return f"{len(plan.names)} of {len(plan.entries)} sites kept"
 
@@ -159,7 +159,9 @@ def the_paper_s_rule_for_a_trainer(folder: Path) -> str:
         disable_tqdm=True,
     )
     trainer = Trainer(tiny_model(), arguments, train_dataset=rows)
-    plan = weightlora.select_for(trainer, keep=3, lora=LoraConfig(r=4, task_type="CAUSAL_LM"), rule="paper", steps=2)
+    plan = weightlora.select_for(
+        trainer, adapters=3, lora=LoraConfig(r=4, task_type="CAUSAL_LM"), rule="paper", steps=2
+    )
     with contextlib.redirect_stdout(None):  # the Trainer prints its log
         trainer.train()
     return f"{len(plan.names)} sites, {trainer.state.global_step} steps trained"

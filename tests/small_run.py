@@ -12,8 +12,9 @@ from weightlora.runs.train import train
 
 TRAINING = {
     "task": "text_classification",
-    "keep": 5,
+    "adapters": 5,
     "steps": 2,
+    "rule": "first_order",
     "rule_options": "head_steps=0",
     "lora_dropout": 0.2,  # so that random numbers decide the result, too
     "max_seq_length": 16,
@@ -78,7 +79,14 @@ def resumes(base, folder, method):
     short |= {"init_r": 12} if method == "pruned_lora" else {}  # from 12 to 8 in the four steps
     own = [f"{key}={value}" for key, value in short.items() if key in known]
     more = ["--method_options", *own] if own else []
-    small = {"method": method, "keep": 0.5, "per_device_train_batch_size": 4, "max_steps": 4, "max_eval_samples": 2}
+    limit = 0.5 if "adapters" in known else None
+    small = {
+        "method": method,
+        "adapters": limit,
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "max_eval_samples": 2,
+    }
 
     def run(output):
         train(read_recipe(words=words(base, output, *more, **small)[1:]))

@@ -112,7 +112,7 @@ def test_a_folder_does_not_replace_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["keep: 2001-99-99", "a: !!bool x", "a: !!timestamp x", "a: !!int ''", "[" * 9999, "\0"]
+    "text", ["adapters: 2001-99-99", "a: !!bool x", "a: !!timestamp x", "a: !!int ''", "[" * 9999, "\0"]
 )
 def test_yaml_that_cannot_be_read_is_one_line(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)

@@ -74,7 +74,16 @@ def bed(tokenizer, tmp_path_factory):
     adapted = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "llama"), lora)
     adapted.save_pretrained(folder / "adapter")
     read_adapter(folder / "adapter").save(folder / "plan.json")
-    left = ("task", "keep", "save_steps", "logging_steps", "learning_rate", "rule_options", "disable_tqdm", "report_to")
+    left = (
+        "task",
+        "adapters",
+        "save_steps",
+        "logging_steps",
+        "learning_rate",
+        "rule_options",
+        "disable_tqdm",
+        "report_to",
+    )
     options = {name: value for name, value in TRAINING.items() if name not in left}
     files = {"model_name_or_path": str(base), "train_file": str(base / "rows.csv")}
     run = {**files, "validation_file": str(base / "rows.csv"), **options, "max_steps": 1}
@@ -363,7 +372,7 @@ def test_train_takes_the_plan_of_another_folder(bed, made, tmp_path, capsys):
     assert bed.run("train", output) == 2
     wanted = f"--plan {output / 'plan.json'} --output_dir runs/train"
     assert wanted in one_line(capsys)
-    plan = words(bed.folder / "base", tmp_path / "run", keep=None, steps=None, rule_options=None)
+    plan = words(bed.folder / "base", tmp_path / "run", adapters=None, steps=None, rule_options=None)
     assert main([*plan, "--plan", str(output / "plan.json")]) == 0
     assert (tmp_path / "run" / "plan.json").exists()
 

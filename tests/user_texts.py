@@ -32,7 +32,7 @@ def texts(seed, count):
 
 def plan_with(text, name="layer.0.q"):
     entries = (PlannedSite(Site(name, 4, 4), 2, 4, r=2, alpha=4, score=1.0),)
-    options = {"keep": text, "kind": text, text: [text]}
+    options = {"adapters": text, "kind": text, text: [text]}
     return AdapterPlan(entries, rule=text, base_model=text, options=options, versions={text: text})
 
 

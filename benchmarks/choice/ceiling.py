@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import yaml
@@ -26,11 +27,12 @@ from weightlora.bench.grid import Grid, read_grid
 from weightlora.bench.records import Record, by_key
 from weightlora.bench.table import by_seed
 from weightlora.files import write_text
-from weightlora.model.sites import adapter_parameters, find_sites
-from weightlora.plan.budget import read_budget
+from weightlora.model.sites import find_sites
+from weightlora.plan.limits import Limits, read_limits
 from weightlora.plan.make import make_plan
 from weightlora.runs.recipe import option_words, read_recipe
 from weightlora.runs.train import prepare
+from weightlora.selection.allocate import site_budget
 
 HERE = Path(__file__).parent
 PENALTIES = np.logspace(-2, 3, 26)
@@ -127,7 +129,8 @@ def _write_predicted(grid: Grid, worth: dict[str, float]) -> None:
     lora = replace(model.peft_config["default"], target_modules=None)
     base = model.unload()
     sites = find_sites(base, lora).sites
-    budget = read_budget(float(row.options["keep"]), adapter_parameters(sites, lora))
+    limits: dict[str, Any] = read_limits(row.options)
+    budget = site_budget(sites, lora, Limits(**limits))
     rows: dict[str, dict[str, str]] = {}
     for label, sign in (("predicted_best", 1.0), ("predicted_worst", -1.0)):
         # By what a parameter is worth: a set of small sites may be worth more than one large site.
@@ -135,7 +138,7 @@ def _write_predicted(grid: Grid, worth: dict[str, float]) -> None:
         names = [sites[i].name for i in budget.choose(sizes)]
         path = grid.output_dir / f"{label}.json"
         make_plan(sites, lora, names, rule="predicted").save(path)
-        rows[label] = {"method": "weightlora", "plan": str(path), "keep": row.options["keep"]}
+        rows[label] = {"method": "weightlora", "plan": str(path), **{name: row.options[name] for name in limits}}
         print(f"{label}: {', '.join(names)}")
     content = {"methods": rows, "learning_rates": list(row.learning_rates), "seeds": list(grid.seeds)}
     write_text(grid.output_dir / "predicted.yaml", yaml.safe_dump(content, sort_keys=False))

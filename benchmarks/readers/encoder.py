@@ -29,7 +29,7 @@ TRAINING = [
     "--task=rotten_tomatoes",
     "--max_train_samples=512",
     "--max_eval_samples=64",
-    "--keep=0.5",
+    "--adapters=0.5",
     "--max_steps=30",
 ]
 

@@ -46,7 +46,8 @@ BASE = {
 }
 SMALL = {
     "base": BASE,
-    "methods": {"lora": None, "random": {"keep": [1, 0.5]}},
+    "methods": {"lora": None, "random": None},
+    "limits": [{"adapters": 1}, {"parameters": 0.5}],
     "learning_rates": ["5e-4", 5e-3],
     "seeds": [0, 1],
     "timing_rounds": 1,
@@ -63,16 +64,17 @@ def grid_of(folder, **changed):
 # -- what is run -----------------------------------------------------------------------------------------------------
 
 
-def test_methods_times_budgets_times_tasks_are_the_rows(tmp_path):
+def test_methods_times_limits_times_tasks_are_the_rows(tmp_path):
     tasks = {"rotten_tomatoes": {}, "sst2": {"max_seq_length": 64}}
-    grid = grid_of(tmp_path, tasks=tasks, budgets=[3, "0.8x"], methods=["lora", "random"])
-    assert [(row.label, row.task, row.options.get("keep")) for row in grid.rows] == [
-        ("lora", "rotten_tomatoes", None),  # it takes no budget
-        ("lora", "sst2", None),
-        ("random, K = 3", "rotten_tomatoes", "3"),
-        ("random, K = 3", "sst2", "3"),
-        ("random, keep 0.8x", "rotten_tomatoes", "0.8x"),
-        ("random, keep 0.8x", "sst2", "0.8x"),
+    grid = grid_of(tmp_path, tasks=tasks, limits=[{"adapters": 3}, {"parameters": 0.8}], methods=["lora", "random"])
+    shown = [(row.label, row.task, row.options.get("adapters"), row.options.get("parameters")) for row in grid.rows]
+    assert shown == [
+        ("lora", "rotten_tomatoes", None, None),  # it takes no limits
+        ("lora", "sst2", None, None),
+        ("random, K = 3", "rotten_tomatoes", "3", None),
+        ("random, K = 3", "sst2", "3", None),
+        ("random, parameters 0.8", "rotten_tomatoes", None, "0.8"),
+        ("random, parameters 0.8", "sst2", None, "0.8"),
     ]
     assert [row.options["max_seq_length"] for row in grid.rows[:2]] == [12, 64]
     assert grid.rows[0].learning_rates == (5e-4, 5e-3)
@@ -82,7 +84,7 @@ def test_methods_times_budgets_times_tasks_are_the_rows(tmp_path):
 
 def test_a_row_may_have_rates_of_its_own(tmp_path):
     methods = {"lora": None, "full": {"learning_rates": ["1e-5", 5e-5, 1e-4]}, "random": {"learning_rates": [1e-2]}}
-    grid = grid_of(tmp_path, methods=methods)
+    grid = grid_of(tmp_path, methods=methods, limits=...)
     lora, full, random = grid.rows
     assert [row.learning_rates for row in grid.rows] == [(5e-4, 5e-3), (1e-5, 5e-5, 1e-4), (1e-2,)]
     assert [point.row for point in grid.tuning] == [lora] * 2 + [full] * 3  # one rate needs no tuning
@@ -93,12 +95,22 @@ def test_a_row_may_have_rates_of_its_own(tmp_path):
 
 
 def test_rows_names_those_that_run_and_changes_none_of_them(tmp_path):
-    every = grid_of(tmp_path, methods=["lora", "full", "random"], budgets=[1, 5])
-    few = grid_of(tmp_path, methods=["lora", "full", "random"], budgets=[1, 5], rows=["random, K = 5", "lora"])
+    every = grid_of(tmp_path, methods=["lora", "full", "random"], limits=[{"adapters": 1}, {"adapters": 5}])
+    few = grid_of(
+        tmp_path,
+        methods=["lora", "full", "random"],
+        limits=[{"adapters": 1}, {"adapters": 5}],
+        rows=["random, K = 5", "lora"],
+    )
     assert [row.label for row in few.rows] == ["lora", "random, K = 5"]  # in the file's order
     assert {point.key for point in few.tuning} < {point.key for point in every.tuning}  # so that records count for both
     with pytest.raises(OptionError, match=r"'random, K = 5'.*there are lora, full, random, K = 1, random, K = 5"):
-        grid_of(tmp_path, methods=["lora", "full", "random"], budgets=[1, 5], rows=["random, K = 6"])
+        grid_of(
+            tmp_path,
+            methods=["lora", "full", "random"],
+            limits=[{"adapters": 1}, {"adapters": 5}],
+            rows=["random, K = 6"],
+        )
     with pytest.raises(OptionError, match="reference='full'"):
         grid_of(tmp_path, methods=["lora", "full"], rows=["lora"], reference="full")
 
@@ -223,7 +235,7 @@ def test_the_table_has_means_errors_places_and_relative_times(synthetic):
     # The standard error of two numbers is half of their distance.
     assert (cells["lora"][4].text, cells["lora"][4].place) == ("85.0 ± 5.0", 1)
     assert (cells["random, K = 1"][4].text, cells["random, K = 1"][4].place) == ("71.0 ± 1.0", 2)
-    assert (cells["random, keep 0.5"][4].text, cells["random, keep 0.5"][4].place) == ("failed", 0)
+    assert (cells["random, parameters 0.5"][4].text, cells["random, parameters 0.5"][4].place) == ("failed", 0)
     assert [cell.text for cell in cells["random, K = 1"][1:4]] == ["0.001", "2,000", "1,000"]
     assert [cell.text for cell in cells["random, K = 1"][5:]] == ["1.00", "2.00"]  # (1 + 7) / (1 + 3)
 

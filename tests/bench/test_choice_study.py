@@ -97,7 +97,7 @@ def test_shuffled_labels_are_those_of_other_rows():
 def test_dealt_ranks_are_as_many_on_other_sites_of_the_same_shape(minilm):
     deal = runpy.run_path(str(CHOICE / "selections.py"))["with_dealt_ranks"]
     lora = LoraConfig(r=10, lora_alpha=20, task_type="SEQ_CLS")
-    chosen = select(minilm, (), lora=lora, keep=9, rule=STUDY["last_layers"], progress=False)
+    chosen = select(minilm, (), lora=lora, adapters=9, rule=STUDY["last_layers"], progress=False)
     dealt = deal(chosen, seed=0)
     assert dealt.names != chosen.names
 
@@ -111,7 +111,7 @@ def test_dealt_ranks_are_as_many_on_other_sites_of_the_same_shape(minilm):
 
 
 def test_the_time_of_a_row_is_that_of_its_steps_and_its_selection(tmp_path):
-    methods = {"lora": None, "few": {"method": "random", "keep": 1}, "slow": {"method": "random", "keep": 2}}
+    methods = {"lora": None, "few": {"method": "random", "adapters": 1}, "slow": {"method": "random", "adapters": 2}}
     grid = grid_of(tmp_path, methods=methods, learning_rates=[1e-3], metric="loss", seeds=[0, 1])
     own = {  # loss of two seeds, step, steps, selection of 10 s of training, bytes
         "lora": ((1.0, 1.2), 1.0, 100, 0.0, 30e6),
@@ -143,14 +143,14 @@ def test_the_time_of_a_row_is_that_of_its_steps_and_its_selection(tmp_path):
 def test_finals_pair_each_row_with_random_sites_and_both_loras(tmp_path):
     """The standard error of two differences is half of their difference. LoRA has one seed: only that one counts."""
     methods = {
-        "random0, keep 1": {"method": "random", "keep": 1},
-        "few": {"method": "random", "keep": 2},
+        "random0, K = 1": {"method": "random", "adapters": 1},
+        "few": {"method": "random", "adapters": 2},
         "low_rank": {"method": "lora", "lora_r": 1},
         "lora": None,
-        "not run": {"method": "random", "keep": 3},
+        "not run": {"method": "random", "adapters": 3},
     }
     grid = grid_of(tmp_path, methods=methods, learning_rates=[1e-3], metric="loss", seeds=[0, 1])
-    own = {"random0, keep 1": (1.0, 1.2), "few": (0.9, 1.0), "low_rank": (0.8, 1.0), "lora": (0.7,)}
+    own = {"random0, K = 1": (1.0, 1.2), "few": (0.9, 1.0), "low_rank": (0.8, 1.0), "lora": (0.7,)}
     records = [
         record(Point(row, 1e-3, seed), 0.5, 0.5) | {"metrics": {"validation_loss": loss}}
         for row in grid.rows
@@ -158,7 +158,7 @@ def test_finals_pair_each_row_with_random_sites_and_both_loras(tmp_path):
     ]
     lines = runpy.run_path(str(CHOICE / "finals.py"))["lines"]
     assert list(lines(grid, records, "lora", "low_rank")) == [
-        ("random0, keep 1", "2", "0.001", "1.100 ± 0.100", "", "+0.200 ± 0.000", "+0.300"),
+        ("random0, K = 1", "2", "0.001", "1.100 ± 0.100", "", "+0.200 ± 0.000", "+0.300"),
         ("few", "2", "0.001", "0.950 ± 0.050", "-0.150 ± 0.050", "+0.050 ± 0.050", "+0.200"),
         ("low_rank", "2", "0.001", "0.900 ± 0.100", "-0.200 ± 0.000", "", "+0.100"),
         ("lora", "1", "0.001", "0.700", "-0.300", "-0.100", ""),
@@ -180,7 +180,7 @@ def test_each_stage_of_the_finals_has_records(monkeypatch):
 
 def test_stability_counts_shared_sites_and_pairs_losses_by_seed(tmp_path):
     """Sets of two seeds share one of three sites: Jaccard 1/3. Random sets of 2 of 8 share 1/2 of 7/2: 1/7."""
-    methods = {name: {"method": "random", "keep": k} for k, name in enumerate(("draw", "same", "half", "all"), 1)}
+    methods = {name: {"method": "random", "adapters": k} for k, name in enumerate(("draw", "same", "half", "all"), 1)}
     grid = grid_of(tmp_path, methods=methods, learning_rates=[1e-3], metric="loss", seeds=[0, 1])
     own = {  # the sites and losses of two seeds
         "draw": (("ab", "cd"), (1.0, 1.2)),
@@ -208,7 +208,7 @@ def test_stability_counts_shared_sites_and_pairs_losses_by_seed(tmp_path):
 
 
 def test_stability_of_one_seed_has_no_line(tmp_path):
-    grid = grid_of(tmp_path, methods={"draw": {"method": "random", "keep": 1}}, learning_rates=[1e-3], seeds=[0, 1])
+    grid = grid_of(tmp_path, methods={"draw": {"method": "random", "adapters": 1}}, learning_rates=[1e-3], seeds=[0, 1])
     runs = [record(Point(grid.rows[0], 1e-3, 0), 0.5, 0.5, kept=["a"], adapters=1, sites=2)]
     assert runpy.run_path(str(CHOICE / "stability.py"))["choices"](grid, runs) == []
 
@@ -216,7 +216,7 @@ def test_stability_of_one_seed_has_no_line(tmp_path):
 def test_stability_against_rows_without_two_seeds_is_one_line(tmp_path, monkeypatch, capsys):
     """None has run yet; the results are where the command runs."""
     monkeypatch.chdir(tmp_path)
-    grid_of(tmp_path, methods={"draw": {"method": "random", "keep": 1}}, learning_rates=[1e-3], output_dir="out")
+    grid_of(tmp_path, methods={"draw": {"method": "random", "adapters": 1}}, learning_rates=[1e-3], output_dir="out")
     monkeypatch.setattr("sys.argv", ["stability.py", "b.yaml", "--against", "draw"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(CHOICE / "stability.py"), run_name="__main__")

@@ -8,7 +8,7 @@ from weightlora.bench.table import make_differences, make_table
 from weightlora.cli import main
 from weightlora.errors import OptionError
 
-METHODS = {"lora": None, "a": {"method": "random", "keep": 1}, "b": {"method": "random", "keep": 2}}
+METHODS = {"lora": None, "a": {"method": "random", "adapters": 1}, "b": {"method": "random", "adapters": 2}}
 
 
 def losses(grid, values):

@@ -15,7 +15,8 @@ from weightlora.cli import main
 
 FILE = {
     "base": BASE,
-    "methods": {"lora": None, "random": {"keep": [1, 0.5]}},
+    "methods": {"lora": None, "random": None},
+    "limits": [{"adapters": 1}, {"parameters": 0.5}],
     "learning_rates": [5e-4, 5e-3],
     "seeds": [0, 1, 2],
     "timing_rounds": 1,

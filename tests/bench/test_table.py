@@ -34,7 +34,7 @@ BASE = {"max_train_samples": 16, "held_out_samples": 8, "max_eval_samples": 8, "
 
 
 def grid_of(folder, **changed):
-    content = {"base": {**BASE, "use_cpu": True}, "methods": ["lora", "random"], "budgets": [0.5]}
+    content = {"base": {**BASE, "use_cpu": True}, "methods": ["lora", "random"], "limits": [{"parameters": 0.5}]}
     content |= {"learning_rates": [1e-3], "timing_rounds": 0}
     (folder / "b.yaml").write_text(yaml.safe_dump({**content, **changed}, sort_keys=False))
     return read_grid(folder / "b.yaml", folder / "out")

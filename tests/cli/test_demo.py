@@ -112,7 +112,7 @@ def test_it_selects_with_the_fast_step(demo):
 def test_the_plan_on_the_screen_is_that_of_the_time_limit(demo, screen):
     plan = AdapterPlan.load(demo / "plan.json")
     assert plan == AdapterPlan.load(kept(demo)["0.6_of_the_time"] / "plan.json")
-    assert plan.options["keep"] == "0.6x"
+    assert plan.options["time"] == 0.6
     assert f"{len(plan.names)} of 36 sites kept" in screen
 
 
@@ -131,8 +131,8 @@ def test_the_screen_explains_itself(demo, records, screen):
 
 
 def test_another_option_of_a_recipe_is_checked(tmp_path, capsys):
-    assert main(["demo", "--keeep", "3", "--output_dir", str(tmp_path / "out")]) == 2
-    assert "closest: 'keep'" in capsys.readouterr().err
+    assert main(["demo", "--adaptors", "3", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "closest: 'adapters'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

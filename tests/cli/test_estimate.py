@@ -31,7 +31,7 @@ def run(capsys, *words):
 def test_the_command_needs_a_config_alone(config_file, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     words = ("--model_name_or_path", config_file, "--batch", "4x32")
-    printed = run(capsys, *words, "--memory", "24GB", "--keep", "7", "--fsdp", "2", "--gradient_checkpointing")
+    printed = run(capsys, *words, "--memory", "24GB", "--adapters", "7", "--fsdp", "2", "--gradient_checkpointing")
     title, _, _, *lines = printed.splitlines()
     assert "computed" in title
     assert "2 devices" in " ".join(printed.split())
@@ -47,7 +47,7 @@ def test_the_command_needs_a_config_alone(config_file, monkeypatch, capsys):
 
 def test_a_quantised_model_is_not_tuned_in_full(config_file, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    words = ("--model_name_or_path", config_file, "--batch", "4x32", "--keep", "7")
+    words = ("--model_name_or_path", config_file, "--batch", "4x32", "--adapters", "7")
     whole, four, eight = (run(capsys, *words, *more) for more in ([], ["--load_in_4bit"], ["--load_in_8bit"]))
     assert "full fine-tuning" in whole
     assert "full fine-tuning" not in four
@@ -69,8 +69,11 @@ def test_the_table_of_the_largest_numbers_fits(monkeypatch, capsys):
         (["--model_name_or_path", "CONFIG", "--batch", "4x32", "--memory", "24"], "--memory '24' is not allowed"),
         (["--model_name_or_path", "CONFIG", "--batch", "4x32", "--memory", "0GB"], "--memory '0GB' is not allowed"),
         (["--model_name_or_path", "CONFIG", "--batch", "4"], "--batch '4' is not allowed"),
-        (["--model_name_or_path", "CONFIG", "--batch", "4x32", "--keep", "29"], "keep=29 exceeds the 28 adapter sites"),
-        (["--model_name_or_path", "CONFIG", "--batch", "4x32", "--keep", "2x"], "keep='2x' is not allowed"),
+        (
+            ["--model_name_or_path", "CONFIG", "--batch", "4x32", "--adapters", "29"],
+            "adapters=29 exceeds the 28 candidate sites",
+        ),
+        (["--model_name_or_path", "CONFIG", "--batch", "4x32", "--adapters", "2x"], "adapters='2x' is not allowed"),
         (["--model_name_or_path", "CONFIG", "--batch", "4x32", "--optim", "adam"], "optim='adam' is unknown"),
         (
             ["--model_name_or_path", "CONFIG", "--batch", "4x32", "--fsdp", "0"],

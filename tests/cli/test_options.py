@@ -18,7 +18,7 @@ from weightlora.cli import main
 from weightlora.errors import OptionError, SiteError
 from weightlora.methods import METHODS, make_method, options_of
 from weightlora.model.sites import find_sites
-from weightlora.plan.budget import check_keep, read_budget
+from weightlora.plan.limits import Limits
 from weightlora.runs.recipe import MethodOptions, ModelOptions, TaskOptions, read_recipe
 from weightlora.selection.rules import RULES, rule_of, settings_of
 from weightlora.tasks.embedded import minilm as minilm_folder
@@ -145,7 +145,7 @@ def test_a_value_out_of_its_range_is_named(base, tmp_path, capsys, option, value
         ("method", "adalora", "init_r", ["0", "1.5"]),
         ("method", "adalora", "beta1", ["1", "-1"]),
         ("method", "flexlora", "ranks", ["auto", "0.5", "[1, x]"]),
-        ("method", "random", "keep", ["0", "-1", "half", "[1]"]),
+        ("method", "random", "adapters", ["0", "-1", "half", "[1]"]),
         ("method", "weightlora", "fast", ["input"]),
         ("rule", "stoiht", "gate_lr", ["0", "-1", "x", "nan", "null", ""]),
         ("rule", "first_order", "head_steps", ["9" * 30, "-1", "1.5", "true"]),
@@ -178,14 +178,12 @@ def test_a_recipe_that_yaml_reads_as_something_else_is_one_line(tmp_path, capsys
 
 
 def test_numbers_of_numpy_are_numbers():
-    parameters = {"a": 10, "b": 20, "c": 30}
-    assert read_budget(np.int64(2), parameters) == read_budget(2, parameters)
-    assert read_budget(np.float32(0.5), parameters) == read_budget(0.5, parameters)
-    assert type(check_keep(np.int64(2))) is int
+    assert Limits(adapters=np.int64(2)).k_of(5) == Limits(adapters=2).k_of(5) == 2
+    assert Limits(parameters=np.float32(0.5)).parameters_of(60) == Limits(parameters=0.5).parameters_of(60) == 30
     assert make_method("eva", steps=np.int64(3)) is not None
-    for keep in (np.int64(0), np.bool_(True), [1], None):
-        with pytest.raises(OptionError, match="keep="):
-            check_keep(keep)
+    for wrong in (np.int64(0), np.bool_(True), [1], "2"):
+        with pytest.raises(OptionError, match="adapters="):
+            Limits(adapters=wrong)
 
 
 @pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])

@@ -16,7 +16,14 @@ from weightlora.plan.plan import AdapterPlan, PlannedSite
 from weightlora.runs.recipe import MethodOptions, ModelOptions, TaskOptions
 
 WIDTH = 80
-OPTIONS = {"keep": 0.5, "steps": 20, "head_steps": None, "threshold_every": 1, "learning_rate": 0.001, "expand": "scale"}
+OPTIONS = {
+    "adapters": 0.5,
+    "steps": 20,
+    "head_steps": None,
+    "threshold_every": 1,
+    "learning_rate": 0.001,
+    "expand": "scale",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +82,7 @@ def test_show_explains_every_line(plan, capsys):
     rows = {line.split()[0]: line for line in printed.splitlines() if line.strip()}
     for name in OPTIONS:
         assert len(rows[name].split()) >= 3, f"{name} has no value or meaning"
-    assert "fraction of plain LoRA" in rows["keep"]
+    assert "limit: at most so many adapters" in rows["adapters"]
     assert "none" in rows["head_steps"]
     assert "first_order" in rows["rule"]
     assert " 7 " in rows["seed"]

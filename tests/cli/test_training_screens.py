@@ -76,7 +76,9 @@ def test_the_commands_that_come_next_run(base, tmp_path, capsys):
     assert main(shlex.split(check)) in (0, 1)  # 1: a runtime that cannot serve it
     assert main(select_words(base, tmp_path / "my plan")) == 0
     (plan,) = re.findall(r"^next: weightlora train --plan (.*), with", capsys.readouterr().out, re.MULTILINE)
-    planned = words(base, tmp_path / "planned", "--plan", *shlex.split(plan), keep=None, steps=None, rule_options=None)
+    planned = words(
+        base, tmp_path / "planned", "--plan", *shlex.split(plan), adapters=None, steps=None, rule_options=None
+    )
     assert main(planned) == 0
 
 

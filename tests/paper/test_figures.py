@@ -14,10 +14,11 @@ from weightlora.paper.picture import Curve, Heat, Lines, Picture, draw
 from weightlora.paper.results import jaccard, results_of
 from weightlora.paper.study import read_study
 
-AXES = {"x": "keep", "x_label": "adapters kept, K", "y": "metric", "y_label": "accuracy, %"}
+AXES = {"x": "adapters", "x_label": "adapters kept, K", "y": "metric", "y_label": "accuracy, %"}
 GRID = {
     "base": {"use_cpu": True},
-    "methods": {"lora": None, "random": {"keep": [2, 10]}},
+    "methods": {"lora": None, "random": None},
+    "limits": [{"adapters": 2}, {"adapters": 10}],
     "learning_rates": [1e-3],
     "seeds": [0, 1, 2],
 }
@@ -57,7 +58,7 @@ def test_a_point_is_the_mean_over_the_seeds_with_its_standard_error(tmp_path):
     assert (random.label, random.x, random.y) == ("random", (2.0, 10.0), pytest.approx((60.0, 80.0)))
     assert random.error == pytest.approx((10 / math.sqrt(3), 0.0))  # the sample's deviation is ten points
     assert [cell.text for cell in results.table.rows[1]] == ["random", "60 ± 5.8", "80 ± 0", ""]
-    assert results.table.header == ("method", "keep = 2", "keep = 10", "no keep")
+    assert results.table.header == ("method", "adapters = 2", "adapters = 10", "no limit")
 
 
 @pytest.mark.parametrize(
@@ -99,12 +100,12 @@ def test_the_papers_points_are_drawn_only_where_the_set_up_is_the_papers(tmp_pat
 
 
 def test_a_heat_map_has_k_across_and_t_down(tmp_path):
-    methods = {f"weightlora, T = {t}": {"method": "weightlora", "steps": t, "keep": [2, 10]} for t in (5, 20)}
-    axes = {**AXES, "rows": "steps", "rows_label": "warm-up steps, T"}
+    methods = {f"weightlora, T = {t}": {"method": "weightlora", "steps": t} for t in (5, 20)}
+    axes = {**AXES, "rows": "steps", "rows_label": "scoring steps, T"}
     study = study_of(tmp_path, "heat_map", {**GRID, "methods": {"lora": None, **methods}}, axes=axes)
     grid = study.grid("embedded", tmp_path)
     values = {(None, None): 0.7, (5, "2"): 0.1, (5, "10"): 0.2, (20, "10"): 0.4}  # T = 20 with K = 2 was not run
-    rows = {(row.options.get("steps"), row.options.get("keep")): row for row in grid.rows}
+    rows = {(row.options.get("steps"), row.options.get("adapters")): row for row in grid.rows}
     points = {cell: [Point(rows[cell], 1e-3, seed) for seed in grid.seeds] for cell in values}
     records = [record(point, **accuracy(values[cell])) for cell in values for point in points[cell]]
     for point in points[5, "10"][1:]:
@@ -115,7 +116,7 @@ def test_a_heat_map_has_k_across_and_t_down(tmp_path):
     assert heat.values == (pytest.approx((10.0, 20.0)), (None, pytest.approx(40.0)))
     assert heat.notes == (("± 0", "1 of 3 runs"), ("", "± 0"))
     assert heat.title == "weightlora (lora 70 ± 0)"
-    assert (heat.x_label, heat.y_label, heat.value_label) == ("adapters kept, K", "warm-up steps, T", "accuracy, %")
+    assert (heat.x_label, heat.y_label, heat.value_label) == ("adapters kept, K", "scoring steps, T", "accuracy, %")
 
 
 # -- Jaccard ---------------------------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def test_jaccard_of_ten_and_ten(shared):
 
 
 def test_the_matrix_is_that_of_the_kept_sites(tmp_path):
-    study = study_of(tmp_path, "jaccard", {**GRID, "methods": {"random": {"keep": 2}, "lora": None}})
+    study = study_of(tmp_path, "jaccard", {**GRID, "methods": {"random": {"adapters": 2}, "lora": None}})
     grid = study.grid("embedded", tmp_path)
     kept = (["a", "b"], ["a", "b"], ["b", "c"])
     records = [record(Point(grid.rows[0], 1e-3, seed), kept=kept[seed], sites=4) for seed in range(3)]
@@ -158,7 +159,7 @@ def computed(tmp_path_factory):
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "model_type": "llama"}
     entry = {"title": "small", "config": "config.json", "task_type": "CAUSAL_LM", "rows": 2, "length": 6}
-    entry |= {"ranks": [4], "lora_dropout": 0.0, "keep": [4, 28], "limit_gb": 1}
+    entry |= {"ranks": [4], "lora_dropout": 0.0, "adapters": [4, 28], "limit_gb": 1}
     entry["methods"] = ["LoRA", "WeightLoRA upper", "WeightLoRA lower", "WeightLoRA+ upper"]
     write_study(folder / "recipes", "small", GRID, kind="lines", axes=AXES, embedded={"memory": [entry]})
     (folder / "recipes" / "small" / "config.json").write_text(json.dumps(sizes))
@@ -199,7 +200,7 @@ def test_a_file_names_axes_curves_and_values(tmp_path):
     """An SVG has its texts as comments beside the outlines of their letters."""
     curves = (Curve("random", (1, 5), (50.0, 60.0), (1.0, 2.0)), Curve("plain LoRA", (), (55.0,), (0.5,)))
     lines = Lines("one", "adapters kept, K", "accuracy, %", curves)
-    heat = Heat("other", "kept", "warm-up steps, T", "exact match, %", ("1", "5"), ("20",), ((12.5, None),))
+    heat = Heat("other", "kept", "scoring steps, T", "exact match, %", ("1", "5"), ("20",), ((12.5, None),))
     draw(Picture("Both (Figure 4)", (lines, heat)), tmp_path / "both.svg")
     text = (tmp_path / "both.svg").read_text()
     for word in (
@@ -207,7 +208,7 @@ def test_a_file_names_axes_curves_and_values(tmp_path):
         "accuracy, %",
         "random",
         "plain LoRA",
-        "warm-up steps, T",
+        "scoring steps, T",
         "exact match, %",
         "12.5",
     ):

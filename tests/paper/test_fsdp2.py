@@ -36,7 +36,12 @@ def run(tmp_path_factory):
     rows = Dataset.from_list([JUDGED["gsm8k"]] * 16)
     DatasetDict({"train": rows, "test": rows}).save_to_disk(folder / "rows")
 
-    options = {"model_name_or_path": folder / "base", "dataset_name": folder / "rows", "keep": N // 2, "use_cpu": True}
+    options = {
+        "model_name_or_path": folder / "base",
+        "dataset_name": folder / "rows",
+        "adapters": N // 2,
+        "use_cpu": True,
+    }
     options |= {
         "harness_path": write_judge(find_task("gsm8k"), folder / "judge"),
         "steps": 2,

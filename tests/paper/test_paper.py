@@ -41,14 +41,23 @@ def write_study(folder, name, grid, **study):
 @pytest.fixture(scope="module")
 def base(tokenizer, tmp_path_factory):
     folder = write_base(tmp_path_factory.mktemp("base"), tokenizer)
-    left = ("task", "keep", "save_steps", "logging_steps", "learning_rate", "rule_options", "disable_tqdm", "report_to")
+    left = (
+        "task",
+        "adapters",
+        "save_steps",
+        "logging_steps",
+        "learning_rate",
+        "rule_options",
+        "disable_tqdm",
+        "report_to",
+    )
     options = {name: value for name, value in TRAINING.items() if name not in left}
     files = {"model_name_or_path": str(folder), "train_file": str(folder / "rows.csv")}
     return {**files, "validation_file": str(folder / "rows.csv"), **options, "max_steps": 2}
 
 
 def grid_of(base, **changed):
-    small = {"methods": {"lora": None, "random": {"keep": [2]}}, "learning_rates": [1e-2], "seeds": [0, 1]}
+    small = {"methods": {"lora": None, "random": {"adapters": 2}}, "learning_rates": [1e-2], "seeds": [0, 1]}
     return {"base": base, "tasks": ["text_classification"], "timing_rounds": 0, **small, **changed}
 
 
@@ -271,7 +280,7 @@ def test_every_run_is_a_recipe_that_can_be_read(name, size, tmp_path):
     """On a machine without a GPU, a recipe in bf16 needs the word that there is none."""
     words = {"use_cpu": True} if size == "full" else {}
     grid = read_study(name, FOLDER).grid(size, tmp_path, checked=False)
-    for row in {key_of({**row.options, "task": "", "keep": ""}): row for row in grid.rows}.values():
+    for row in {key_of({**row.options, "task": "", "adapters": ""}): row for row in grid.rows}.values():
         read_recipe({**Point(row, row.learning_rates[0], 0).options, **words})
     assert all(len(row.learning_rates) == 1 or row.options["held_out_samples"] for row in grid.rows)
 
@@ -290,7 +299,13 @@ def test_every_recipe_of_a_single_run_can_be_read(path):
 
 def test_figure_2_comes_through_the_same_command(base, tmp_path, capsys):
     recipes = write_study(tmp_path / "recipes", "bars", {}, kind="dot_product", embedded={"recipe": "run.yaml"})
-    options = {"task": "text_classification", "keep": 3, "learning_rate": 1e-2, "rule_options": ["head_steps=0"]}
+    options = {
+        "task": "text_classification",
+        "adapters": 3,
+        "learning_rate": 1e-2,
+        "rule": "first_order",
+        "rule_options": ["head_steps=0"],
+    }
     (recipes / "bars" / "run.yaml").write_text(yaml.safe_dump({**base, **options}))
     words = ["--recipes", str(recipes), "--output_dir", str(tmp_path / "out")]
     assert main(["paper", "bars", *words, "--draw"]) == 2

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from weightlora.errors import PlanError
 from weightlora.model.sites import Site
-from weightlora.plan.budget import AUTO, GainShare
 from weightlora.plan.plan import AdapterPlan, PlannedSite
 from weightlora.report.knee import ORDERS, draw_knee, has_gain, knee_text, make_knee
 
@@ -56,10 +55,10 @@ def test_equal_scores_per_parameter_are_the_diagonal_in_any_order():
 def test_one_site_has_all_of_the_gain():
     knee = make_knee(stack([0.0, 3.0, 0.0, 0.0, 0.0]))
     assert knee.gain == (0, 1, 1, 1, 1, 1)
-    assert (knee.order[0], knee.auto, knee.auto_point) == ("layers.1.q", 1, (0.2, 1.0))
+    assert (knee.order[0], knee.marked, knee.marked_point) == ("layers.1.q", 1, (0.2, 1.0))
     # A random order holds it at the k-th of five places: this costs k/5, whose mean is 3/5.
-    assert knee.auto_by_chance.mean == pytest.approx(0.6, abs=FOUR_SIGMA)
-    assert (knee.auto_by_chance.low, knee.auto_by_chance.high) == pytest.approx((0.2, 1.0))
+    assert knee.marked_by_chance.mean == pytest.approx(0.6, abs=FOUR_SIGMA)
+    assert (knee.marked_by_chance.low, knee.marked_by_chance.high) == pytest.approx((0.2, 1.0))
 
 
 def test_two_sites_one_with_all_of_the_gain():
@@ -73,8 +72,8 @@ def test_two_sites_one_with_all_of_the_gain():
 
 def test_whole_sites_are_counted_for_random_orders_too():
     knee = make_knee(stack([1.0] * 5))  # three sites have 60 %, four have 80 %
-    assert (knee.auto, knee.auto_point) == (4, pytest.approx((4 / 5, 4 / 5)))
-    assert (knee.auto_by_chance.low, knee.auto_by_chance.high) == pytest.approx((4 / 5, 4 / 5))
+    assert (knee.marked, knee.marked_point) == (4, pytest.approx((4 / 5, 4 / 5)))
+    assert (knee.marked_by_chance.low, knee.marked_by_chance.high) == pytest.approx((4 / 5, 4 / 5))
 
 
 @settings(deadline=None)  # other processes may have the processor
@@ -121,13 +120,16 @@ def by_block(plan):
 
 @settings(deadline=None)  # other processes may have the processor
 @given(stacks())
-def test_the_mark_is_what_keep_auto_keeps(plan):
+def test_the_mark_is_the_fewest_of_the_best_sites_with_three_quarters_of_the_gain(plan):
     knee = make_knee(plan)
-    sizes = tuple(entry.site.parameters(entry.lora_r) for entry in plan.entries)
-    chosen = GainShare(sizes, AUTO).choose([entry.score for entry in plan.entries])
-    assert set(knee.order[: knee.auto]) == {plan.entries[i].site.name for i in chosen}
-    cost = sum(sizes[i] for i in chosen) / sum(sizes)
-    assert knee.auto_point == (pytest.approx(cost), knee.gain[knee.auto])
+    sizes = {entry.site.name: entry.site.parameters(entry.lora_r) for entry in plan.entries}
+    gains = {entry.site.name: max(entry.score, 0.0) for entry in plan.entries}
+    chosen = knee.order[: knee.marked]
+    wanted = 0.75 * sum(gains.values())
+    assert sum(gains[name] for name in chosen) >= wanted * (1 - 1e-9)
+    assert sum(gains[name] for name in chosen[:-1]) < wanted
+    cost = sum(sizes[name] for name in chosen) / sum(sizes.values())
+    assert knee.marked_point == (pytest.approx(cost), knee.gain[knee.marked])
 
 
 @settings(deadline=None)  # other processes may have the processor
@@ -169,7 +171,7 @@ def test_the_seed_decides_the_random_orders_and_nothing_else():
 
 def test_the_line_names_sites_parameters_and_random_orders():
     knee = make_knee(stack([1.0, 1.0, 1.0, 9.0], sizes=[10, 10, 10, 20]))
-    spread = knee.auto_by_chance
+    spread = knee.marked_by_chance
     assert knee_text(knee) == (
         "75 % of the gain is in 1 of 4 sites with 40 % of the parameters; "
         f"random sites need {100 * spread.mean:.0f} % of the parameters for as much (8 of 10 orders: 40 % to 100 %)"

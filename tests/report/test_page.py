@@ -36,7 +36,7 @@ def plan_of(layers=4, seed=0, steps=6, projections=PROJECTIONS, **more):
         for name in names
     )
     history = tuple(tuple(scores[name] * step / steps for name in names) for step in range(1, steps + 1))
-    return AdapterPlan(entries, rule="first_order", options={"keep": 0.5}, history=history, **more)
+    return AdapterPlan(entries, rule="first_order", options={"adapters": 0.5}, history=history, **more)
 
 
 @pytest.fixture

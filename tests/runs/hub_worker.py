@@ -40,7 +40,7 @@ def by_a_script(base, folder):
     model = AutoModelForSequenceClassification.from_pretrained(base)
     trainer = Trainer(model, arguments, train_dataset=rows)
     lora = LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
-    plan = weightlora.select_for(trainer, lora=lora, keep=2, steps=2)
+    plan = weightlora.select_for(trainer, lora=lora, adapters=2, steps=2)
     trainer.train()
     trainer.push_to_hub()
     plan.save_adapter(trainer.model, folder / "card")

@@ -31,7 +31,7 @@ def whole(base, tmp_path_factory):
 def other(base, tmp_path_factory):
     """A finished run of another rank and budget."""
     folder = tmp_path_factory.mktemp("other") / "run"
-    assert main(words(base, folder, lora_r=4, keep=3, **{**MORE, "gradient_accumulation_steps": 1})) == 0
+    assert main(words(base, folder, lora_r=4, adapters=3, **{**MORE, "gradient_accumulation_steps": 1})) == 0
     return folder
 
 
@@ -66,8 +66,8 @@ def damage_of(path, rng, run, other):
         "null": lambda: replaced(path, b"null"),
         "nested": lambda: replaced(path, b"[" * 100_000),
         "a long number": lambda: replaced(path, b'{"metrics": ' + b"9" * 5_000 + b"}"),
-        "a malformed date": lambda: replaced(path, b"keep: 2001-99-99\n"),
-        "not a key": lambda: replaced(path, b"1: 2\nkeep: 3\n"),
+        "a malformed date": lambda: replaced(path, b"adapters: 2001-99-99\n"),
+        "not a key": lambda: replaced(path, b"1: 2\nadapters: 3\n"),
         "gone": path.unlink,
         "a folder": lambda: folder_instead(path),
         "a link to nowhere": lambda: link_instead(path),

@@ -50,8 +50,9 @@ def words(folder, output, **changed):
         "per_device_train_batch_size": 4,
         "learning_rate": RATE,
         "seed": SEED,
-        "keep": 5,
+        "adapters": 5,
         "steps": STEPS,
+        "rule": "first_order",
         "rule_options": f"head_steps={HEAD_STEPS}",
         "lora_r": 2,
         "lora_alpha": 6,
@@ -218,10 +219,10 @@ def failure(capsys, *arguments):
     ("changed", "text"),
     [
         ({"steps": 0}, "steps=0 is not allowed"),
-        ({"kep": 5}, "unknown option '--kep=5' (closest: 'keep')"),
+        ({"adapter": 5}, "unknown option '--adapter=5' (closest: 'adapters')"),
         ({"task": "film"}, "film"),
         ({"plan": "nowhere.json"}, "nowhere.json"),
-        ({"keep": 12}, "the plan keeps all of 12 sites, so that any choice agrees with it; lower keep"),
+        ({"adapters": 12}, "the plan keeps all of 12 sites, so that any choice agrees with it; lower adapters"),
         ({"method": "melora"}, "the plan keeps all of 12 sites"),
     ],
 )

@@ -71,7 +71,7 @@ def test_the_head_has_a_group_of_its_own_beside_any_adapters(method, small_model
 
 
 def test_one_step_of_adam_moves_head_and_adapters_by_their_own_rates(tmp_path):
-    # Adam's first step is learning_rate · g / (|g| + ε): learning_rate wherever the gradient is larger than ε = 1e-8 by far.
+    # Adam's first step is learning_rate · g / (|g| + ε): learning_rate where the gradient is far above ε = 1e-8.
     one = {"max_steps": 1, "lr_scheduler_type": "constant", "weight_decay": 0, "max_grad_norm": 0}
     start = trained(tmp_path / "start", **one, learning_rate=0, head_learning_rate=0)
     moved = trained(tmp_path / "moved", **one, head_learning_rate=0.02)
@@ -98,7 +98,16 @@ def test_the_same_rate_is_the_same_training_and_another_is_another(tmp_path):
 
 
 def test_the_warm_up_has_it_too(tmp_path):
-    run = prepare(recipe(tmp_path, method="weightlora", head_learning_rate=0.02, steps=2, rule_options="head_steps=2"))
+    run = prepare(
+        recipe(
+            tmp_path,
+            method="weightlora",
+            head_learning_rate=0.02,
+            steps=2,
+            rule="first_order",
+            rule_options="head_steps=2",
+        )
+    )
     assert plan(run).plan.options["head_learning_rate"] == 0.02
 
 

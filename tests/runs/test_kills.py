@@ -29,7 +29,7 @@ from weightlora.cli import main
 KILLS = cases(6, 70)
 FULL_DISKS = cases(4, 40)
 _BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.5}
-_ADALORA = {"method": "adalora", "keep": None, "steps": None, "rule_options": None, "lora_dropout": 0}
+_ADALORA = {"method": "adalora", "adapters": None, "steps": None, "rule_options": None, "lora_dropout": 0}
 #: Runs that take turns: two of them delete checkpoints, and AdaLoRA has state of its own.
 VARIANTS = {
     "train": {},

@@ -55,7 +55,7 @@ def test_one_that_has_not_is_one_line(losses, says):
 
 
 def quick(base, output, **changed):
-    plain = {"method": "lora", "keep": None, "steps": None, "rule_options": None}
+    plain = {"method": "lora", "adapters": None, "steps": None, "rule_options": None}
     return read_recipe(words=words(base, output, max_steps=10, save_strategy="no", **plain, **changed)[1:])
 
 

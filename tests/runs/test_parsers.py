@@ -22,7 +22,7 @@ def test_our_parser_reads_what_transformers_reads():
     parts = (ModelOptions, TaskOptions, MethodOptions)
     for words in (
         [],
-        ["--lora-r=4", "--keep", "3", "--use_rslora", "--load_in_4bit", "yes", "--grow_batch", "0", "--fast"],
+        ["--lora-r=4", "--adapters", "3", "--use_rslora", "--load_in_4bit", "yes", "--grow_batch", "0", "--fast"],
         [
             "--columns",
             "text=a",

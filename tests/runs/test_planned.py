@@ -9,7 +9,7 @@ from small_run import adapter, same, words
 from weightlora.cli import main
 from weightlora.plan.plan import AdapterPlan
 
-OF_PLAN = ("keep", "steps", "rule_options", "lora_dropout")
+OF_PLAN = ("adapters", "steps", "rule_options", "lora_dropout")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_the_recipe_of_the_plan_may_stay_and_what_is_left_out_is_the_plans(base,
     for folder in (tmp_path / "same", tmp_path / "none"):
         found = {name: config(folder)[name] for name in (*OF_PLAN, "lora_r", "rule", "ranking", "method")}
         assert found == {
-            "keep": "5",
+            "adapters": "5",
             "steps": "2",
             "rule_options": ["head_steps=0"],
             "lora_dropout": 0.2,
@@ -64,8 +64,8 @@ def test_a_plan_of_other_values_is_recorded_with_them(base, plan, tmp_path):
         ({"use_rslora": True}, "use_rslora=False there, True now"),
         ({"lora_modules_to_save": "pooler"}, "lora_modules_to_save=[] there, ['pooler'] now"),
         ({"lora_target_modules": "query"}, "lora_target_modules=['query'] are not the candidates of"),
-        ({"keep": 3}, "keep=5 there, 3 now"),
-        ({"keep": 0.5}, "keep=5 there, 0.5 now"),
+        ({"adapters": 3}, "adapters=5 there, 3 now"),
+        ({"adapters": 0.5}, "adapters=5 there, 0.5 now"),
         ({"rule": "integrated"}, "rule='first_order' there, 'integrated' now"),
         ({"rule_options": "head_steps=1"}, "head_steps=0 there, 1 now"),
         ({"ranking": "score"}, "ranking='spread' there, 'score' now"),
@@ -73,7 +73,7 @@ def test_a_plan_of_other_values_is_recorded_with_them(base, plan, tmp_path):
         ({"method": "random"}, "method='weightlora' there, 'random' now"),
         ({"method": "weightlora_plus"}, "method='weightlora' there, 'weightlora_plus' now"),
         ({"method_options": "warm_start=true"}, "warm_start=False there, True now"),
-        ({"method_options": "lr=1.0"}, "lr=0.01 there, 1.0 now"),
+        ({"method_options": "learning_rate=1.0"}, "learning_rate=0.01 there, 1.0 now"),
         ({"method_options": "tinit=3"}, "tinit=None there, 3 now"),
     ],
 )

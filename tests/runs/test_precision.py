@@ -76,7 +76,7 @@ def make_trainer(tokenizer, review_rows, tmp_path_factory):
 @pytest.fixture(scope="module")
 def fp32(make_trainer):
     """The plan that low precision is compared with."""
-    return weightlora.select_for(make_trainer(load()), **ruled(keep=18, head_steps=4, steps=8))
+    return weightlora.select_for(make_trainer(load()), **ruled(adapters=18, head_steps=4, steps=8))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def other_draws(make_trainer, review_rows):
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))].tolist()
     shuffled = [{**row, "labels": label} for row, label in zip(review_rows, labels, strict=True)]
     trainers = [make_trainer(load(), seed=4), make_trainer(load(), rows=shuffled)]
-    return [weightlora.select_for(trainer, **ruled(keep=18, head_steps=4, steps=8)) for trainer in trainers]
+    return [weightlora.select_for(trainer, **ruled(adapters=18, head_steps=4, steps=8)) for trainer in trainers]
 
 
 def chance(n, k):
@@ -121,7 +121,7 @@ def distance(plan, reference):
 def test_low_precision_keeps_the_sites(make_trainer, fp32, other_draws, record_property, loading, arguments, dtype):
     trainer = make_trainer(load(**loading), **arguments)
     assert {layer.get_base_layer().weight.dtype for layer in lora_layers(trainer.model).values()} == {dtype}
-    plan = weightlora.select_for(trainer, **ruled(keep=18, head_steps=4, steps=8))
+    plan = weightlora.select_for(trainer, **ruled(adapters=18, head_steps=4, steps=8))
     assert plan.history != fp32.history  # the precision did reach the warm-up
     record_property("jaccard", plan.jaccard(fp32))
     record_property("distance", distance(plan, fp32))
@@ -139,7 +139,7 @@ def test_the_bars_keep_out_what_is_no_rounding(fp32, other_draws, minilm):
     assert chance(36, 18) == pytest.approx(14 / 22)
     lora = LoraConfig(r=8, task_type="SEQ_CLS")
     for seed in range(20):
-        method = make_method("random", keep=18, seed=seed)
+        method = make_method("random", adapters=18, seed=seed)
         minilm = method.attach(minilm, lora, (), 0).unload()
         drawn = method.plan
         assert drawn.ranks.keys() == fp32.ranks.keys()
@@ -232,7 +232,14 @@ class Trained(TrainerCallback):
 
 def command(small_folder, output, **options):
     rows = {"max_train_samples": 64, "max_eval_samples": 8, "max_seq_length": 16}
-    short = {"keep": 6, "rule_options": "head_steps=2", "steps": 2, "logging_strategy": "steps", "logging_steps": 1}
+    short = {
+        "adapters": 6,
+        "rule": "first_order",
+        "rule_options": "head_steps=2",
+        "steps": 2,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+    }
     options = {**FEW, **rows, **short, "model_name_or_path": small_folder, "output_dir": output, **options}
     return [f"--{name}={value}" for name, value in options.items()]
 

@@ -24,9 +24,9 @@ def written(tmp_path):
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(written):
-    file = written({"task": "rte", "keep": 18, "learning_rate": 2e-3, "columns": ["text=a"], "bf16": False})
+    file = written({"task": "rte", "adapters": 18, "learning_rate": 2e-3, "columns": ["text=a"], "bf16": False})
     recipe = read_recipe(file, ["--learning_rate", "5e-4", "--use_rslora"])
-    assert (recipe.task.task, recipe.method.keep, recipe.task.columns) == ("rte", "18", ["text=a"])
+    assert (recipe.task.task, recipe.method.adapters, recipe.task.columns) == ("rte", "18", ["text=a"])
     assert (recipe.training.learning_rate, recipe.method.use_rslora) == (5e-4, True)
     assert (recipe.method.lora_r, recipe.training.output_dir) == (8, "runs/train")
 
@@ -60,7 +60,7 @@ def test_what_is_written_down_is_the_same_recipe_again(written):
         "--lora_target_modules",
         "q_proj",
         "v_proj",
-        "--keep=0.25",
+        "--adapters=0.25",
         "--max_steps=7",
         "--bf16=false",
     ]
@@ -121,7 +121,7 @@ def test_a_mistake_is_one_line(written, content, words, text):
 @pytest.mark.parametrize(
     "value", ["2024-01-01", "{a: 2024-01-01}", "{2024-01-01: 1}", "{a: !!binary aGk=}", "&a {b: *a}"]
 )
-@pytest.mark.parametrize("option", ["learning_rate", "lr_scheduler_kwargs", "keep"])
+@pytest.mark.parametrize("option", ["learning_rate", "lr_scheduler_kwargs", "adapters"])
 def test_a_date_or_what_else_yaml_has_is_one_line_that_names_the_option(written, option, value):
     with pytest.raises(OptionError, match=option) as caught:
         read_recipe(written(f"task: rte\n{option}: {value}\n"))

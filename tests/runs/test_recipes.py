@@ -18,7 +18,6 @@ from weightlora.cli import main
 from weightlora.errors import OptionError
 from weightlora.model.sites import adapter_parameters, find_sites
 from weightlora.paper.study import read_study, recipe_of
-from weightlora.plan.budget import read_budget, read_keep
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs.recipe import Recipe, read_recipe
 from weightlora.runs.train import train
@@ -236,8 +235,7 @@ def test_n_is_the_papers(name):
     sites, cost, _ = real_sites(recipe)
     n = SITES[name.partition("-")[0]]
     assert len(sites) == n
-    budget = read_budget(read_keep(recipe.method.keep), {site.name: site.parameters(8) for site in sites})
-    assert budget.limit == (10 if name.startswith("table1") else n // 2)
+    assert int(recipe.method.adapters) == (10 if name.startswith("table1") else n // 2)
     assert cost == 8 * sum(site.in_features + site.out_features for site in sites)
 
 
@@ -379,7 +377,7 @@ def test_dry_run(name, tiny, tmp_path):
     words = {"model_name_or_path": base, "dataset_name": tmp_path / "rows", "output_dir": tmp_path / "run"}
     words |= {"max_steps": 2, "warmup_steps": 0, "learning_rate": 1e-2, "max_target_length": 3, "disable_tqdm": True}
     words |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-    words |= {"keep": 0.5, "steps": 2, "rule_options": "gate_lr=0.1"}  # at 5 some gates turn negative here
+    words |= {"adapters": 0.5, "steps": 2, "rule_options": "gate_lr=0.1"}  # at 5 some gates turn negative here
     if task.kind == "completion":
         words["harness_path"] = write_judge(task, tmp_path / "judge")
     recipe = read(name, *(f"--{key}={value}" for key, value in words.items()))

@@ -44,7 +44,15 @@ TRAINING = {
     "disable_tqdm": True,
 }
 ROWS = {"task": "rotten_tomatoes", "max_train_samples": 32, "max_eval_samples": 16, "max_seq_length": 16}
-SMALL = {**ROWS, **TRAINING, "lora_dropout": 0.1, "keep": 9, "steps": 2, "rule_options": "head_steps=2"}
+SMALL = {
+    **ROWS,
+    **TRAINING,
+    "lora_dropout": 0.1,
+    "adapters": 9,
+    "steps": 2,
+    "rule": "first_order",
+    "rule_options": "head_steps=2",
+}
 
 
 def words(folder, **changed):
@@ -129,8 +137,10 @@ def test_a_finished_run_is_not_run_again_and_other_options_are_refused(unbroken)
     before = (unbroken / "adapter" / "adapter_model.safetensors").stat()
     assert run(unbroken) == json.loads((unbroken / "results.json").read_text())
     assert (unbroken / "adapter" / "adapter_model.safetensors").stat() == before
-    with pytest.raises(OptionError, match=r"other options \(keep: '9' there, '10' now\); choose another output_dir"):
-        run(unbroken, keep=10)
+    with pytest.raises(
+        OptionError, match=r"other options \(adapters: '9' there, '10' now\); choose another output_dir"
+    ):
+        run(unbroken, adapters=10)
 
 
 def test_a_hub_that_does_not_answer_is_known_before_anything_is_read(tmp_path, monkeypatch, capsys):
@@ -372,7 +382,7 @@ def rows_file(folder, name, rows):
         ({"lerning_rate": 1}, r"unknown option '--lerning_rate=1' \(closest: 'learning_rate'\)"),
         ({"model_name_or_path": "no/such/folder/here"}, r"cannot load .* from no/such/folder/here"),
         ({"method": "weightlora_pluss"}, r"method='weightlora_pluss' is unknown \(closest: 'weightlora_plus'\)"),
-        ({"keep": 37}, r"keep=37"),
+        ({"adapters": 37}, r"adapters=37"),
         ({"plan": "missing.json"}, r"missing.json"),
         ({"train_file": "missing.csv"}, r"there is no file missing.csv"),
     ],

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from weightlora.errors import OptionError
 from weightlora.files import read_mapping
+from weightlora.plan.limits import LIMITS, read_limit
 from weightlora.runs.recipe import named_options
 from weightlora.text import closest
 from weightlora.validation import Natural, NotNegative, Seed, Text, checked
@@ -36,12 +37,14 @@ _Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_once)]
 _Names = Annotated[list[Text], Field(min_length=1), AfterValidator(_once)]
 _Options = dict[Text, Any]
 _Labelled = Annotated[dict[Text, Any], Field(min_length=1)]
-#: What each entry may be; ``budgets`` has a check of its own.
+_Limit = Literal["adapters", "parameters", "time", "memory"]
+_ListOfLimits = Annotated[list[Annotated[dict[_Limit, Any], Field(min_length=1)]], Field(min_length=1)]
+#: What each entry may be; ``limits`` has a further check of its own.
 _KINDS: Mapping[str, Any] = {
     "output_dir": Text,
     "base": _Options | None,
     **dict.fromkeys(("tasks", "methods"), _Names | _Labelled),
-    "budgets": Any,
+    "limits": _ListOfLimits,
     "learning_rates": _Rates,
     "seeds": _Seeds,
     "tuning_seeds": _Seeds,
@@ -57,7 +60,7 @@ _ENTRY_OF = {
     "output_dir": "output_dir",
     "task": "tasks",
     "method": "methods",
-    "keep": "budgets",
+    **dict.fromkeys(LIMITS, "limits"),
     "learning_rate": "learning_rates",
     "seed": "seeds",
 }
@@ -90,28 +93,31 @@ def names(value: Sequence[str] | Mapping[str, Any]) -> dict[str, dict[str, Any]]
     """Return the names of an entry with their options; a list has none.
 
     Example:
-        >>> names(["lora"]), names({"lora": None, "random": {"keep": 5}})
-        ({'lora': {}}, {'lora': {}, 'random': {'keep': 5}})
+        >>> names(["lora"]), names({"lora": None, "random": {"adapters": 5}})
+        ({'lora': {}}, {'lora': {}, 'random': {'adapters': 5}})
     """
     return {name: dict((value[name] if isinstance(value, Mapping) else None) or {}) for name in value}
 
 
-def budgets(name: str, value: Any) -> list[Any]:
-    """Return the budgets of the entry ``name``, which is one or a list of them.
+def limits_text(options: Mapping[str, Any]) -> str:
+    """Return the limits among the options of a run as labels have them; without any the text is empty.
 
-    Raises:
-        OptionError: There is none, one is given twice, or one cannot be kept within.
+    Example:
+        >>> limits_text({"adapters": "5", "seed": 0}), limits_text({"parameters": 0.1, "time": 0.6})
+        ('K = 5', 'parameters 0.1, time 0.6')
     """
-    given = cast("list[Any]", value if isinstance(value, list) else [value])
-    if not given:
-        raise OptionError(f"{name}=[] is not allowed: give at least one")
+    given = {name: read_limit(name, str(options[name])) for name in LIMITS if name in options}
+    names = {name: "K =" if name == "adapters" and isinstance(given[name], int) else name for name in given}
+    return ", ".join(f"{names[name]} {value}" for name, value in given.items())
+
+
+def _check_limits(where: str, values: Sequence[Mapping[str, Any]]) -> None:
+    """Raise where a limit cannot be kept, or is given twice."""
     try:
-        for keep in given:
-            check_keep(keep)
+        texts = [limits_text(value) for value in values]
     except OptionError as error:
-        raise OptionError(f"{name}: {error}") from error
-    checked(_Once, [*map(str, given)], name)
-    return given
+        raise OptionError(f"{where}: {error}") from error
+    checked(_Once, texts, where)
 
 
 _Once = Annotated[list[str], AfterValidator(_once)]
@@ -135,10 +141,10 @@ def _checked(path: str | Path) -> dict[str, Any]:
         for name, value in content.items():
             labelled = name in ("tasks", "methods") and isinstance(value, dict)
             checked(_Labelled if labelled else _KINDS[name], value, name)
-        if "budgets" in content:
-            budgets("budgets", content["budgets"])
+        if "limits" in content:
+            _check_limits("limits", content["limits"])
         _check_decided("base", content.get("base") or {}, but=("task",))
-        for name, but in {"tasks": (), "methods": ("method", "keep")}.items():
+        for name, but in {"tasks": (), "methods": ("method", *LIMITS)}.items():
             given = content.get(name, {})
             for label in given if isinstance(given, dict) else ():
                 where = f"{name}: {label}"
@@ -146,8 +152,7 @@ def _checked(path: str | Path) -> dict[str, Any]:
                 _check_decided(where, own, but)
                 for option in own.keys() & _OF_METHOD.keys() if name == "methods" else ():
                     checked(_OF_METHOD[option], own[option], f"{where}: {option}")
-                if "keep" in own:
-                    budgets(f"{where}: keep", own["keep"])
+                _check_limits(where, [own])
     except OptionError as error:
         raise OptionError(f"{path}: {error}") from error
     return content
@@ -178,7 +183,9 @@ def _overridden(given: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
     named = named_options({**base, "task": next(iter(given["tasks"]))}, words)
     if "method" in named:
         raise OptionError("--method is not allowed: the file's methods are compared; use weightlora train for one")
+    limits = {name: named.pop(name) for name in LIMITS if name in named}
     single = {entry: [named.pop(option)] for option, entry in _ENTRY_OF.items() if option in named}
+    single |= {"limits": [limits]} if limits else {}
     if "learning_rates" not in single:
         return {**given, **single, "base": {**base, **named}}
     rows = names(given.get("methods", []))

@@ -1,4 +1,4 @@
-"""A benchmark: methods × tasks × budgets × learning rates × seeds, from one YAML file, as a list of runs.
+"""A benchmark: methods × tasks × limits × learning rates × seeds, from one YAML file, as a list of runs.
 
 Each run is a recipe of ``weightlora train``. The learning rate of a row is chosen on training rows that are held out,
 with the tuning seeds; its numbers come from the runs of all seeds at that rate, on the task's own evaluation split.
@@ -14,10 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from weightlora.bench._entries import budgets, names, read_entries
+from weightlora.bench._entries import limits_text as limits_text
+from weightlora.bench._entries import names, read_entries
 from weightlora.bench.records import Record, key_of
 from weightlora.errors import OptionError
 from weightlora.methods import options_of
+from weightlora.plan.limits import LIMITS
 from weightlora.runs.recipe import read_recipe
 from weightlora.tasks import find_task
 from weightlora.tasks.rows import HELD_OUT
@@ -31,7 +33,7 @@ QUIET = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table on one task: a method with a budget."""
+    """A line of the table on one task: a method within limits."""
 
     label: str
     task: str
@@ -167,7 +169,7 @@ def read_grid(
         path: The file; see docs/guides/methods.md. Of several files the later one wins, option by option in
             ``base``: a model with its rows in one file, what is compared in another.
         output_dir: Wins over the file's.
-        words: Options of a recipe from the command line; they win over the file's ``base``, and ``--keep``,
+        words: Options of a recipe from the command line; they win over the file's ``base``, and the four limits,
             ``--learning_rate`` and ``--seed`` over its lists.
         checked: Whether each recipe is checked as it would run here; False counts and draws what only another machine
             can run.
@@ -205,26 +207,33 @@ def read_grid(
 
 
 def _rows(given: Mapping[str, Any]) -> Iterator[Row]:
-    """Every method on every task, with every budget where it takes one."""
+    """Every method on every task, within each of the limits where it takes some."""
     base, tasks = {**QUIET, **given["base"]}, names(given["tasks"])
     for label, own in names(given["methods"]).items():
         own = {"method": label, **own}
-        takes_budget = "keep" in options_of(own["method"])
-        if "keep" in own and not takes_budget:
-            raise OptionError(f"methods: {label}: {own['method']} takes no budget; leave keep out")
         rates = tuple(float(rate) for rate in own.pop("learning_rates", given["learning_rates"]))
-        keeps = budgets(label, own.pop("keep", given.get("budgets", "0.5"))) if takes_budget else [None]
-        for task, keep in ((task, keep) for keep in keeps for task in tasks):
-            name = label if len(keeps) == 1 else f"{label}, {_budget(keep)}"
-            spent = {} if keep is None else {"keep": str(keep)}
+        choices = _limits(label, own, given.get("limits", [{}]))
+        for task, limits in ((task, limits) for limits in choices for task in tasks):
+            name = label if len(choices) == 1 else f"{label}, {limits_text(limits)}"
             measured = (*find_task(task).metrics, "loss")
             metric = given.get("metric", measured[0])
             tuning_metric = given.get("tuning_metric", metric)
             for entry, value in {"metric": metric, "tuning_metric": tuning_metric}.items():
                 if value not in measured:
                     raise OptionError(f"{entry}={value!r} is not measured on {task}; give one of {', '.join(measured)}")
-            options = {**base, "task": task, **tasks[task], **own, **spent}
+            options = {**base, "task": task, **tasks[task], **own, **limits}
             yield Row(name, task, options, metric, tuning_metric, rates)
+
+
+def _limits(label: str, own: dict[str, Any], given: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The limits of each row of a method, as texts: its own, which are taken out of ``own``, else the file's."""
+    known = options_of(own["method"])
+    its = {name: own.pop(name) for name in LIMITS if name in own}
+    choices = [its] if its else given if known & {*LIMITS} else [{}]
+    for name in dict.fromkeys(name for limits in choices for name in limits):
+        if name not in known:
+            raise OptionError(f"methods: {label}: {own['method']} takes no limit {name}; leave it out, or give others")
+    return [{name: str(value) for name, value in limits.items()} for limits in choices]
 
 
 def _only(wanted: Sequence[str] | None, rows: tuple[Row, ...], path: str | Path) -> tuple[Row, ...]:
@@ -238,11 +247,6 @@ def _only(wanted: Sequence[str] | None, rows: tuple[Row, ...], path: str | Path)
                 f"{path}: rows: {name!r:.80} is no row{closest(name, labels)}; there are {', '.join(labels)}"
             )
     return tuple(row for row in rows if row.label in wanted)
-
-
-def _budget(keep: Any) -> str:
-    """``K = 5`` for a count, the text itself for a share or any other budget."""
-    return f"K = {keep}" if isinstance(keep, int) else f"keep {keep}"
 
 
 def unrecorded(points: Iterable[Point], records: Mapping[str, Record]) -> list[Point]:

@@ -24,6 +24,7 @@ from typing import Any, cast
 from weightlora.errors import DataError, OptionError
 from weightlora.files import is_deep, only_writer, write_text
 from weightlora.folders import own_files, writer_of
+from weightlora.plan.limits import LIMITS
 from weightlora.plan.plan import library_versions
 from weightlora.runs.files import BENCH, BENCHES, RECORDS_FILE, require_output
 
@@ -67,7 +68,7 @@ def key_of(options: Mapping[str, Any]) -> str:
     """Return a short name for options, whatever their order.
 
     Example:
-        >>> key_of({"seed": 0, "keep": 5}) == key_of({"keep": 5, "seed": 0}) != key_of({"keep": 5, "seed": 1})
+        >>> key_of({"seed": 0, "time": 0.6}) == key_of({"time": 0.6, "seed": 0}) != key_of({"time": 0.6, "seed": 1})
         True
     """
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
@@ -320,5 +321,5 @@ def _value(record: Mapping[str, Any], name: str) -> str:
 
 
 def _named(options: Mapping[str, Any]) -> str:
-    names = ("task", "method", "keep", "learning_rate", "seed")
+    names = ("task", "method", *LIMITS, "learning_rate", "seed")
     return ", ".join(f"{name}={options[name]}" for name in names if name in options)

@@ -69,8 +69,8 @@ def example(command: str, width: int | None = None) -> str:
     r"""Return a command as the last line of a help, wrapped so that a shell still reads it.
 
     Example:
-        >>> print(example("weightlora train --keep 0.5 --seed 1", width=40))
-        example: weightlora train --keep 0.5 \
+        >>> print(example("weightlora train --time 0.5 --seed 1", width=40))
+        example: weightlora train --time 0.5 \
             --seed 1
     """
     lines = textwrap.wrap(
@@ -93,13 +93,13 @@ def options_help(*parts: type, prefix: str = "--", width: int | None = None) -> 
 
     Example:
         >>> @dataclasses.dataclass
-        ... class Budget:
-        ...     '''The budget.'''
-        ...     keep: float = dataclasses.field(default=0.5, metadata={"help": "share of the parameters"})
-        >>> print(options_help(Budget))
-        The budget:
-          --keep FLOAT (default: 0.5)
-              share of the parameters
+        ... class Limits:
+        ...     '''The limits.'''
+        ...     time: float = dataclasses.field(default=0.5, metadata={"help": "share of LoRA's step time"})
+        >>> print(options_help(Limits))
+        The limits:
+          --time FLOAT (default: 0.5)
+              share of LoRA's step time
     """
     width = _columns(width)
     return "\n\n".join("\n".join([f"{_title(part)}:", *_lines(part, prefix, width)]) for part in parts)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Any) -> None:
     """Add the command; its options are those of ``weightlora train``."""
-    asked = "weightlora analyse dot-product --task rotten_tomatoes --keep 0.5 --steps 5"
+    asked = "weightlora analyse dot-product --task rotten_tomatoes --adapters 0.5 --steps 5"
     text = "look into a model: what single adapters would move"
     parser = add_command(commands, "analyse", run, help=text, examples=[asked])
     studies = parser.add_subparsers(dest="study", required=True, metavar="study")

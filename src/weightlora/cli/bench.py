@@ -1,4 +1,4 @@
-"""``weightlora bench``: methods × tasks × budgets × learning rates × seeds → records → a table."""
+"""``weightlora bench``: methods × tasks × limits × learning rates × seeds → records → a table."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
         run,
         help="compare methods: records and a table",
         description=(
-            "Run every method, task, budget, learning rate and seed of a YAML file. Each run is a line of "
+            "Run every method, task, limit, learning rate and seed of a YAML file. Each run is a line of "
             "records.jsonl; the same command resumes where it was stopped. --dry_run tells first what it will cost."
         ),
         examples=[f"{_EXAMPLE} --dry_run", _EXAMPLE, "weightlora bench merge --help"],
@@ -181,10 +181,12 @@ def shown_progress(console: Console, log_of: Callable[[Record], Path]) -> Genera
 
 
 def describe(options: Mapping[str, Any]) -> str:
-    """Return a run as text, such as ``rte, weightlora keep 5, rate 0.001, seed 0``."""
-    budget = f" keep {options['keep']}" if "keep" in options else ""
+    """Return a run as text, such as ``rte, weightlora K = 5, rate 0.001, seed 0``."""
+    from weightlora.bench.grid import limits_text
+
+    limits = f" {limits_text(options)}".rstrip()
     rate = f"rate {options['learning_rate']:g}"
-    return f"{options['task']}, {options['method']}{budget}, {rate}, seed {options['seed']}"
+    return f"{options['task']}, {options['method']}{limits}, {rate}, seed {options['seed']}"
 
 
 def progress_table(progress: Progress, passed: float) -> Group:

@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"\n{wrote}, in {duration(time.perf_counter() - start)}", soft_wrap=True, highlight=False)
     console.print(
         "next, on rows of your own (text,label):\n  weightlora train --task text_classification "
-        "--train_file a.csv \\\n    --validation_file b.csv --keep 0.6x --output_dir runs/mine",
+        "--train_file a.csv \\\n    --validation_file b.csv --time 0.6 --output_dir runs/mine",
         highlight=False,
     )
 

@@ -58,10 +58,10 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument_group("options without a plan").add_argument
     alone = [
         add(
-            "--keep",
+            "--adapters",
             nargs="+",
             metavar="K",
-            help="budgets: counts of adapters or fractions of the parameters; default: n/2 n/4 n/10",
+            help="how many WeightLoRA keeps: numbers, or shares of them; default: n/2 n/4 n/10",
         ),
         add("--memory", help="memory of a device, such as 24GB or 24GiB: also print the largest batch that fits"),
         add("--optim", default="adamw_torch", help="adamw_torch, adamw_torch_fused, adamw_8bit, adafactor or sgd"),
@@ -197,9 +197,9 @@ def _print_memory(arguments: argparse.Namespace, rows: int, length: int) -> None
     from weightlora.cost.comparison import compare_memory
     from weightlora.cost.empty_model import make_loss_of, require_length
     from weightlora.cost.memory import Setting
-    from weightlora.plan.budget import check_keep
+    from weightlora.plan.limits import read_limit
 
-    keep = [check_keep(text) for text in arguments.keep or ()]
+    adapters: list[Any] = [read_limit("adapters", text) for text in arguments.adapters or ()]
     quiet_casts()
     with quiet_libraries():
         config = _load_config(arguments.model_name_or_path)
@@ -218,7 +218,7 @@ def _print_memory(arguments: argparse.Namespace, rows: int, length: int) -> None
             make_loss_of(task, length, "meta"),
             lora,
             setting,
-            keep=keep,
+            adapters=adapters,
             limit=limit,
         )
     words = [f"{rows} rows of {length} tokens", f"r = {lora.r}", arguments.optim]
@@ -284,7 +284,7 @@ def _make_model(config: Any, task: str, dtype: str, arguments: argparse.Namespac
 _MEMORY_LEGEND = """\
 upper, lower WeightLoRA keeps the uppermost or the lowest sites; the backward
              pass ends at the lowest one
-WeightLoRA+  the first of these budgets, at the rank that uses LoRA's parameters
+WeightLoRA+  the first of these numbers, at the rank that uses LoRA's parameters
 sites        linear layers that carry an adapter
 trained      parameters that are trained, with a new task head
 weights      all parameters; with FSDP a share, and the blocks that are gathered

@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
             "knee.png into --output_dir (default: runs/select). The options are those of weightlora train, in the "
             "YAML file or here, where they win."
         ),
-        examples=["weightlora select --task text_classification --train_file reviews.csv --keep 0.5"],
+        examples=["weightlora select --task text_classification --train_file reviews.csv --adapters 0.5"],
         recipe=True,
         config=True,
     )

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 #: What the options of a selection mean; methods have further ones of their own.
 _MEANINGS = {
+    "adapters": "limit: at most so many adapters, or this share of them",
+    "parameters": "limit: at most so many parameters, or this share of LoRA's",
+    "time": "limit: at most this share of LoRA's step time",
+    "memory": "limit: at most this peak of the device",
     "steps": "batches that score sites",
     "scored": "steps after which the choice was stable, or the most allowed",
     "head_steps": "steps that train a new head first",
@@ -31,17 +35,14 @@ _MEANINGS = {
     "warm_start": "adapters start from the weights of the scoring",
     "expand": "WeightLoRA+: lora_alpha grows with the rank (scale) or stays (keep)",
     "agreement": "rank correlation of the scores of two halves of the batches",
-    "cost": "measured: bytes, or share of plain LoRA's step time",
+    "step_time": "measured: share of plain LoRA's step time",
+    "peak_bytes": "counted: peak of the device in bytes",
+    "lora_peak_bytes": "that of plain LoRA",
 }
 #: Endings of a picture's name, which decide its format.
 _PICTURES = (".png", ".pdf", ".svg", ".jpg")
 #: Columns of a value; a longer one, such as a path, is folded.
 _WIDEST = 34
-_BUDGETS = {
-    int: "budget: number of adapters",
-    float: "budget: fraction of plain LoRA",
-    str: "budget: limit on parameters, memory or step time",
-}
 
 
 def add_parser(commands: Any) -> None:
@@ -139,8 +140,7 @@ def _rule_text(plan: AdapterPlan) -> str:
 
 def _options(plan: AdapterPlan) -> Iterator[tuple[str, str, str]]:
     for name, value in plan.options.items():
-        meaning = _BUDGETS.get(type(value), "budget") if name == "keep" else _MEANINGS.get(name)
-        yield name, _text(value), meaning or f"option of {plan.rule}"
+        yield name, _text(value), _MEANINGS.get(name, f"option of {plan.rule}")
 
 
 def _text(value: Any) -> str:

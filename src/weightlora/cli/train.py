@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
             "Train a recipe. Every option can be in the YAML file or here, where it wins; the same command resumes an "
             "interrupted run."
         ),
-        examples=["weightlora train --task rotten_tomatoes --keep 0.5 --learning_rate 2e-3"],
+        examples=["weightlora train --task rotten_tomatoes --adapters 0.5 --learning_rate 2e-3"],
         recipe=True,
         config=True,
     )

@@ -49,11 +49,11 @@ def _panel(study: Study, entry: Mapping[str, Any]) -> Lines:
             target_modules=entry.get("lora_target_modules"),
             task_type=entry["task_type"],
         )
-        for keep in entry["keep"]:
-            for line in _compare(entry, lora, setting, keep):
+        for k in entry["adapters"]:
+            for line in _compare(entry, lora, setting, k):
                 if line.sites is not None and line.name in entry["methods"]:
                     label = line.name if len(entry["ranks"]) == 1 else f"{line.name}, r = {rank}"
-                    peaks.setdefault(label, {})[keep] = line.memory.peak / 1e9
+                    peaks.setdefault(label, {})[k] = line.memory.peak / 1e9
     curves = [_curve(label, found) for label, found in peaks.items()]
     if "limit_gb" in entry:
         curves.append(Curve(f"{entry['limit_gb']:g} GB", (), (entry["limit_gb"],), (0.0,)))
@@ -67,8 +67,8 @@ def _curve(label: str, peaks: Mapping[float, float]) -> Curve:
     return Curve(label, tuple(peaks), tuple(peaks.values()), (0.0,) * len(peaks))
 
 
-def _compare(entry: Mapping[str, Any], lora: LoraConfig, setting: Setting, keep: int) -> Sequence[MemoryLine]:
+def _compare(entry: Mapping[str, Any], lora: LoraConfig, setting: Setting, k: int) -> Sequence[MemoryLine]:
     config = AutoConfig.from_pretrained(str(entry["config"]))
     make_model = partial(make_empty_model, config, entry["task_type"], bits=entry.get("bits"))
     make_loss = make_loss_of(entry["task_type"], entry["length"], "meta")
-    return compare_memory(make_model, make_loss, lora, setting, keep=[keep])
+    return compare_memory(make_model, make_loss, lora, setting, adapters=[k])

@@ -14,6 +14,7 @@ from weightlora.bench.records import Record, by_key
 from weightlora.bench.table import Cell, Table, make_table, runs_behind, standard_error
 from weightlora.paper.picture import Curve, Heat, Lines, Picture
 from weightlora.paper.study import Published, Study
+from weightlora.plan.limits import LIMITS
 from weightlora.runs.gradient_study import Overlap
 
 
@@ -324,7 +325,7 @@ def _table(means: Sequence[_Mean], axes: Mapping[str, str]) -> Table:
         line[None if place is None else float(place)] = mean.text
     header = ("method", *(f"{x} = {place:g}" for place in places))
     if any(None in line for line in cells.values()):
-        header, columns = (*header, f"no {x}"), [*places, None]
+        header, columns = (*header, "no limit" if x in LIMITS else f"no {x}"), [*places, None]
     else:
         columns = [*places]
     body = tuple((Cell(name), *(Cell(line.get(place, "")) for place in columns)) for name, line in cells.items())

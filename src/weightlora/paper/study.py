@@ -157,7 +157,7 @@ def recipe_of(study: Study, task: str) -> dict[str, Any]:
         raise OptionError(f"{study.name} has no recipe of {task!r:.80}{closest(task, tasks)}; {known}")
     row = [row for row in rows if row.task == task][-1]
     own = {name: value for name, value in row.options.items() if name not in (*QUIET, "held_out_samples")}
-    return {**own, "keep": int(own["keep"]), "learning_rate": statistics.median(row.learning_rates), "seed": 0}
+    return {**own, "adapters": int(own["adapters"]), "learning_rate": statistics.median(row.learning_rates), "seed": 0}
 
 
 _OF_RECIPE = ("weightlora", "paper", 8)

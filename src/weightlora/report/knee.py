@@ -18,12 +18,12 @@ from statistics import fmean, quantiles
 import numpy as np
 
 from weightlora.errors import PlanError
-from weightlora.plan.budget import AUTO, GainShare
 from weightlora.plan.heatmap import new_figure, save_figure
 from weightlora.plan.plan import AdapterPlan
 
-#: How texts name the gain of the budget of ``keep="auto"``.
-AUTO_GAIN = f"{float(AUTO) * 100:.0f} % of the gain"
+#: The share of the gain that is marked, and how texts name it.
+MARKED = 0.75
+MARKED_GAIN = f"{MARKED:.0%} of the gain".replace("%", " %")
 #: Random orders of the sites that the curve is compared with.
 ORDERS = 200
 #: Points at which the random orders' mean and band over the parameters are computed.
@@ -54,9 +54,9 @@ class Knee:
     """Gain of the same sites."""
     kept: tuple[float, float]
     """Cost and gain of what the plan keeps."""
-    auto: int
-    """The fewest first sites of ``order`` that have the share ``AUTO`` of the gain: the budget of ``keep="auto"``."""
-    auto_by_chance: Chance
+    marked: int
+    """The fewest first sites of ``order`` that have the share ``MARKED`` of the gain."""
+    marked_by_chance: Chance
     """Share of the parameters at which a random order first has as large a share."""
     at: tuple[float, ...]
     """Costs at which the random orders are compared."""
@@ -64,9 +64,9 @@ class Knee:
     """Gain of random sites at these costs."""
 
     @property
-    def auto_point(self) -> tuple[float, float]:
-        """Cost and gain of the first ``auto`` sites."""
-        return self.cost[self.auto], self.gain[self.auto]
+    def marked_point(self) -> tuple[float, float]:
+        """Cost and gain of the first ``marked`` sites."""
+        return self.cost[self.marked], self.gain[self.marked]
 
 
 def has_gain(plan: AdapterPlan) -> bool:
@@ -103,7 +103,7 @@ def make_knee(plan: AdapterPlan, *, seed: int = 0) -> Knee:
         ... )))
         >>> knee.cost, knee.gain
         ((0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.75, 1.0, 1.0, 1.0))
-        >>> knee.auto, knee.auto_point
+        >>> knee.marked, knee.marked_point
         (1, (0.25, 0.75))
     """
     entries = plan.entries
@@ -133,8 +133,8 @@ def make_knee(plan: AdapterPlan, *, seed: int = 0) -> Knee:
         cost=tuple(cost),
         gain=tuple(gain),
         kept=(sum(sizes[i] for i in kept) / sum(sizes), math.fsum(gains[i] for i in kept) / math.fsum(gains)),
-        auto=len(GainShare(sizes, AUTO).choose(gains)),
-        auto_by_chance=_chance([next(x for x, y in zip(*one, strict=True) if y >= AUTO - _ROUNDING) for one in curves]),
+        marked=cost.index(_first_marked(cost, gain)),
+        marked_by_chance=_chance([_first_marked(*one) for one in curves]),
         at=tuple(at),
         chance=tuple(map(_chance, np.array([np.interp(at, *one) for one in curves]).T.tolist())),
     )
@@ -145,12 +145,12 @@ def knee_text(knee: Knee) -> str:
 
     Both count whole sites. Random sites need about as large a share of the parameters, and more where sites are few.
     """
-    cost, chance = knee.auto_point[0], knee.auto_by_chance
+    cost, chance = knee.marked_point[0], knee.marked_by_chance
     by_chance = (
         f"{chance.mean:.0%} of the parameters for as much (8 of 10 orders: {chance.low:.0%} to {chance.high:.0%})"
     )
     parameters = f"{cost:.0%} of the parameters; random sites need {by_chance}".replace("%", " %")
-    return f"{AUTO_GAIN} is in {knee.auto} of {len(knee.order)} sites with {parameters}"
+    return f"{MARKED_GAIN} is in {knee.marked} of {len(knee.order)} sites with {parameters}"
 
 
 def draw_knee(knee: Knee, path: str | Path) -> None:
@@ -166,7 +166,7 @@ def draw_knee(knee: Knee, path: str | Path) -> None:
     axes.fill_between(knee.at, low, high, color="#9aa5b1", alpha=0.4, label="random, 10 % to 90 %")
     axes.plot(knee.at, mean, color="#5b6670", label=f"random, mean of {ORDERS} orders")
     axes.plot(knee.cost, knee.gain, color="#d95f02", label="best score per parameter first")
-    axes.plot(*knee.auto_point, "D", color="black", markerfacecolor="white", label=AUTO_GAIN)
+    axes.plot(*knee.marked_point, "D", color="black", markerfacecolor="white", label=MARKED_GAIN)
     axes.plot(*knee.kept, "o", color="black", label="kept by the plan")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="gain", xlabel="adapter parameters, share of plain LoRA's")
     axes.grid(alpha=0.3)
@@ -176,6 +176,11 @@ def draw_knee(knee: Knee, path: str | Path) -> None:
     caption = "Gain: share of the sum of positive scores. Noise in the scores lifts the sorted curve too."
     figure.supxlabel(caption, fontsize=7)
     save_figure(figure, path)
+
+
+def _first_marked(cost: Sequence[float], gain: Sequence[float]) -> float:
+    """The cost at which a curve first has the share ``MARKED`` of the gain."""
+    return next(x for x, y in zip(cost, gain, strict=True) if y >= MARKED - _ROUNDING)
 
 
 def _chance(values: Sequence[float]) -> Chance:

@@ -17,7 +17,7 @@ from weightlora.files import is_deep, read_json, read_mapping, write_text
 from weightlora.plan.heatmap import Shade, make_heatmap, short_blocks
 from weightlora.plan.make import read_adapter
 from weightlora.plan.plan import AdapterPlan
-from weightlora.report.knee import AUTO_GAIN, ORDERS, has_gain, knee_text, make_knee
+from weightlora.report.knee import MARKED_GAIN, ORDERS, has_gain, knee_text, make_knee
 from weightlora.runs.files import CONFIG_FILE, RESULTS_FILE, checkpoints
 from weightlora.text import natural, one_line, printable, rounded
 
@@ -289,7 +289,7 @@ def knee_plot(knee: Knee) -> Figure:
                 "text": ["no site", *knee.order],
                 "hovertemplate": "%{text}<br>parameters %{x:.1%}, gain %{y:.1%}",
             },
-            _point(AUTO_GAIN, knee.auto_point, "diamond-open"),
+            _point(MARKED_GAIN, knee.marked_point, "diamond-open"),
             _point("kept by the plan", knee.kept, "circle"),
         ],
         x={"title": {"text": "adapter parameters, share of plain LoRA's"}, "tickformat": ".0%"},

@@ -139,8 +139,8 @@ def option_name(word: str) -> str:
     """Return the option that a word of a command line names.
 
     Example:
-        >>> option_name("--learning-rate=1e-3"), option_name("--keep")
-        ('learning_rate', 'keep')
+        >>> option_name("--learning-rate=1e-3"), option_name("--time")
+        ('learning_rate', 'time')
     """
     return word.lstrip("-").partition("=")[0].replace("-", "_")
 

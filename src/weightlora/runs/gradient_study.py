@@ -120,12 +120,12 @@ def dot_product_study(recipe: Recipe) -> DotProducts:
     from weightlora.runs.train import plan, prepare
     from weightlora.selection.batches import peeked
     from weightlora.selection.select import HEAD_STEPS
-    from weightlora.selection.steps import check_steps, warmup_steps
+    from weightlora.selection.steps import check_steps, scoring_steps
     from weightlora.trainer.guard import lora_of
     from weightlora.trainer.loader import micro_batches, micro_loss, placed, quiet_copy, require_weights
 
     options, training = recipe.method, recipe.training
-    steps = warmup_steps(None) if options.steps is None else check_steps(options.steps, least=1)
+    steps = scoring_steps(None) if options.steps is None else check_steps(options.steps, least=1)
     if steps == "auto":
         raise OptionError("steps='auto' is not allowed: give the number of batches")
     study = prepare(recipe)
@@ -134,7 +134,8 @@ def dot_product_study(recipe: Recipe) -> DotProducts:
         raise OptionError("weightlora analyse is one process; start it without torchrun or accelerate")
     require_weights(trainer)
     lora = lora_of(trainer, None)
-    head_steps = options.scored_by.head_steps
+    rule = options.scored_by
+    head_steps = HEAD_STEPS if rule is None or rule.head_steps is None else rule.head_steps
     chosen = plan(study).plan
     model: Any = trainer.model
     base = model.base_model.unload()
@@ -152,7 +153,7 @@ def dot_product_study(recipe: Recipe) -> DotProducts:
             steps=steps,
             alone=True,
             learning_rate=training.learning_rate,
-            head_steps=(HEAD_STEPS if head_steps is None else head_steps) if trained_modules(lora) else 0,
+            head_steps=head_steps if trained_modules(lora) else 0,
             seed=training.seed,
             loss_fn=micro_loss(quiet),
         )
@@ -168,4 +169,6 @@ def _require_comparable(plan: AdapterPlan, sites: set[str]) -> None:
             "alone; give the lora_target_modules that the plan was made with"
         )
     if len(plan.names) == len(sites):
-        raise OptionError(f"the plan keeps all of {len(sites)} sites, so that any choice agrees with it; lower keep")
+        raise OptionError(
+            f"the plan keeps all of {len(sites)} sites, so that any choice agrees with it; lower adapters"
+        )

@@ -18,7 +18,7 @@ from pydantic import Field
 from weightlora.errors import OptionError
 from weightlora.files import read_mapping
 from weightlora.methods import entry_of, make_method, options_of
-from weightlora.plan.limits import LIMITS, read_limits
+from weightlora.plan.limits import read_limits
 from weightlora.runs._parsers import (
     Parser,
     actions_of,
@@ -107,7 +107,7 @@ class TaskOptions:
 
 @dataclass
 class MethodOptions:
-    """The budget, and how it is spent."""
+    """The method and its limits."""
 
     method: Text = _option("weightlora", "name of a method; `weightlora methods` lists them")
     plan: Text | None = _option(None, "a plan.json to train, instead of a method")
@@ -115,29 +115,31 @@ class MethodOptions:
         None, "at most so many adapters at the rank of LoRA, or this share of them; default without a limit: 0.5"
     )
     parameters: Text | None = _option(
-        None, "at most so many adapter parameters, or this share of LoRA's; ranks are free, and nothing is scored"
+        None, "at most so many adapter parameters, or this share of LoRA's; ranks are free"
     )
     time: Text | None = _option(None, "at most this share of LoRA's step time, such as 0.6")
     memory: Text | None = _option(None, "at most this peak of the device, such as 8GB")
     rule: Text | None = _option(
         None,
-        f"how sites are scored; default: first_order, or nothing is scored; there are {', '.join(entry.name for entry in RULES)}, or package.module:Class of your own",
+        "how sites are scored; default: first_order, or nothing is scored within parameters alone; there are "
+        f"{', '.join(entry.name for entry in RULES)}, or package.module:Class of your own",
     )
     ranking: Literal["score", "spread"] | None = _option(
         None,
         "how sites compete: by score, or within each part of the depth (spread); default: spread for first_order, "
-        "score for other rules and for budgets in memory or step time",
+        "score for other rules and for limits on memory or step time",
     )
     rule_options: list[Text] = field(
         default_factory=list[str], metadata={"help": "settings of the rule, as name=value: head_steps=0 gate_lr=5.0"}
     )
     steps: Text | None = _option(
-        None, "T, warm-up steps, or auto; default: 0.5 % of all, at least 20, or as the rule needs"
+        None,
+        "T, steps that score sites, or auto; default: at most 3 % of all; with a rule 0.5 %, at least as it needs",
     )
     method_options: list[Text] = field(
         default_factory=list[str], metadata={"help": "settings of the method, as name=value"}
     )
-    lora_r: Rank = _option(8, "rank of plain LoRA: the budget")
+    lora_r: Rank = _option(8, "rank of plain LoRA")
     lora_alpha: Count = _option(16, "lora_alpha of plain LoRA")
     lora_dropout: Share = _option(0.0, "dropout of the adapters")
     lora_target_modules: list[Text] = field(
@@ -187,16 +189,18 @@ class MethodOptions:
             OptionError: An option is unknown or out of its range.
         """
         steps = None if self.steps is None else check_steps(self.steps)
-        options = {**read_limits(vars(self)), "rule": self.scored_by, "steps": steps, "ranking": self.ranking}
-        known = options_of(self.method)
-        names = [name for name in options if name in LIMITS or "rule" in known]
+        scoring = {"rule": self.scored_by, "steps": steps, "ranking": self.ranking}
+        known, limits = options_of(self.method), read_limits(vars(self))
+        for name in limits:
+            if name not in known:
+                raise OptionError(f"{name}={limits[name]}: method {self.method} takes no such limit; leave {name} out")
         own = read_pairs("method_options", self.method_options)
         if self.head_learning_rate is not None and "head_learning_rate" in known:
             own = {"head_learning_rate": self.head_learning_rate, **own}
         for name in ("fast", "lora", "loss_fn"):  # the recipe's and the task's
             if name in own:
                 raise OptionError(f"method_options: {name} is no setting of a method; leave it out")
-        return {**{k: options[k] for k in names if k in known}, **own}
+        return {**limits, **(scoring if "rule" in known else {}), **own}
 
 
 @dataclass(frozen=True)
