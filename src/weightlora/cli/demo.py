@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.cli._streams import quiet_libraries
     from weightlora.cli.bench import TABLES, print_table, run_with_progress
     from weightlora.folders import own_files
-    from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
+    from weightlora.plan.heatmap import draw_heatmap
     from weightlora.plan.plan import AdapterPlan
     from weightlora.runs.files import DEMO as WRITER
     from weightlora.runs.files import HEATMAP_FILE, require_output
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
             plan.save(draft / PLAN_FILE)
             draw_heatmap(plan, draft / HEATMAP_FILE)
         console.print(f"\nthe plan of '{row.label}':", highlight=False)
-        console.print(terminal_heatmap(plan))
+        console.print(str(plan), highlight=False)
     print_table(grid, records, console, WRITER)
     console.print(_COLUMNS, highlight=False)
     if chosen.exists():

@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.cli._screen import PlainConsole, draws_pictures, duration, shown_log
     from weightlora.cli._streams import quiet_libraries
     from weightlora.folders import own_files, remove_own_file
-    from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
-    from weightlora.report.knee import draw_knee, has_gain, knee_text, make_knee
+    from weightlora.plan.heatmap import draw_heatmap
+    from weightlora.report.knee import draw_knee, has_gain, make_knee
     from weightlora.runs.files import HEATMAP_FILE, KNEE_FILE, SELECT
     from weightlora.runs.train import select_plan
     from weightlora.trainer.guard import PLAN_FILE
@@ -60,12 +60,10 @@ def run(arguments: argparse.Namespace) -> None:
             if knee is not None:
                 draw_knee(knee, draft / KNEE_FILE)
                 wrote.append(knee_file)
-    console.print(terminal_heatmap(plan))
+    console.print(str(plan), highlight=False)
     if "agreement" in plan.options:
         agreement = plan.options["agreement"]
         console.print(f"two halves of the batches agree on the ranking: Spearman correlation {agreement:.2f}")
-    if knee is not None:
-        console.print(knee_text(knee))
     whole: dict[str, Any] = {"soft_wrap": True, "highlight": False}
     console.print(f"wrote {', '.join(map(str, wrote))} in {duration(time.perf_counter() - start)}", **whole)
     console.print(f"next: weightlora train --plan {shlex.quote(str(plan_file))}, with the same task and files", **whole)

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.cli._streams import quiet_libraries
     from weightlora.folders import own_files
     from weightlora.model.distributed import is_first
-    from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
+    from weightlora.plan.heatmap import draw_heatmap
     from weightlora.plan.plan import AdapterPlan
     from weightlora.runs.files import TRAIN
     from weightlora.runs.train import train
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
             draw_heatmap(plan, draft / HEATMAP_FILE)
     if done:
         console.print("already done: this is what the run left; another output_dir trains again", highlight=False)
-    console.print(terminal_heatmap(plan))
+    console.print(str(plan), highlight=False)
     for line in _ending(recipe.output_dir, results, None if done else time.perf_counter() - start):
         console.print(line, soft_wrap=True, highlight=False)
 
