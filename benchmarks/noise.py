@@ -2,7 +2,7 @@
 
     python benchmarks/noise.py          # prints Markdown, appends benchmarks/results/noise.jsonl
 
-Half of the warm-up batches give the mean gradient a of B, the other half b. A sign step along a has the predicted gain
+Half of the batches give the mean gradient a of B, the other half b. A sign step along a has the predicted gain
 ‖a‖₁; its gain on the held-out half is ⟨sign(a), b⟩. Their ratio is 1 where all batches agree and 0 where the gradients
 are noise. The order of the sites by ‖a‖₁ has a meaning only where the ratio is well above 0.
 """

@@ -80,14 +80,14 @@ def minilm_step(dropout: float) -> tuple[PeftModel, dict[str, Tensor]]:
 
 
 def gated_bytes(model: PeftModel, batch: dict[str, Tensor], omega: Tensor) -> int:
-    """What :func:`saved_bytes` counts in a step of the warm-up."""
+    """What :func:`saved_bytes` counts in a scoring step."""
     with gated(lora_layers(model)) as gates:
         gates.write(omega)
         return saved_bytes(model, batch)
 
 
 def step_ratios(model: PeftModel, batch: dict[str, Tensor], omega: Tensor, rounds: int) -> tuple[float, float]:
-    """Time of a gated warm-up step, and of a stock LoRA step, ÷ that of a stock LoRA step on the same model."""
+    """Time of a gated scoring step, and of a stock LoRA step, ÷ that of a stock LoRA step on the same model."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     layers = lora_layers(model)
 

@@ -54,8 +54,8 @@ class Bed:
             "demo": [*few, "--output_dir", output],
             "paper": ["small", "--recipes", *small],
             "analyse": ["dot-product", *recipe],
-            "export": [self.folder / "adapter", "--for", "mlx", "--output", output],
-            "emit": [self.folder / "plan.json", "--for", "axolotl", "--output", output],
+            "export": [self.folder / "adapter", "--for", "mlx", "--output_dir", output],
+            "emit": [self.folder / "plan.json", "--for", "axolotl", "--output_dir", output],
             "report": [self.folder / "plan.json", "--output", output],
         }
         return main([command, *map(str, of[command])])
@@ -301,7 +301,7 @@ def test_an_export_does_not_touch_the_adapter(output, bed, tmp_path, monkeypatch
     (tmp_path / "at" / "link").symlink_to("adapter")
     (tmp_path / "at" / "inside").symlink_to("adapter/served")
     before = everything(tmp_path)
-    assert main(["export", "at/adapter", "--for", "mlx", "--output", f"at/{output}"]) == 2
+    assert main(["export", "at/adapter", "--for", "mlx", "--output_dir", f"at/{output}"]) == 2
     assert "adapter" in one_line(capsys)
     assert everything(tmp_path) == before
 

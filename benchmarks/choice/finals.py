@@ -1,4 +1,4 @@
-"""The finals on all beds and budgets: what each row gains over random sites and over LoRA, from the records.
+"""The finals on all beds and limits: what each row gains over random sites and over LoRA, from the records.
 
     python benchmarks/choice/finals.py
 

@@ -69,7 +69,7 @@ def compare(adapter: Path, converter: Path, work: Path) -> None:
     quantised = Path(FOLDER) / FILE
     plain = _dequantised(quantised, work / "f32.gguf")
     _run(["check", str(adapter), "--for", "llama.cpp"], codes=(1,))
-    options = ["--output", str(work / "out"), "--base", "embedded/smollm2", "--converter", str(converter)]
+    options = ["--output_dir", str(work / "out"), "--base", "embedded/smollm2", "--converter", str(converter)]
     _run(["export", str(adapter), "--for", "llama.cpp", *options])
     exported, raw = work / "out" / "adapter.gguf", work / "raw.gguf"
     known = write_config("embedded/smollm2", "CAUSAL_LM", work / "config")

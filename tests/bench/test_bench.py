@@ -504,7 +504,7 @@ def test_killed_five_times_continued_on_another_checkout_and_merged_it_is_the_sa
     environment = {**os.environ, "PYTHONPATH": str(other_checkout / "src")}
     subprocess.run(words, cwd=tmp_path, env=environment, check=True, capture_output=True)
     assert count(there) == 6
-    assert main(["bench", "merge", str(here), str(there), "--output", str(both)]) == 0
+    assert main(["bench", "merge", str(here), str(there), "--output_dir", str(both)]) == 0
     grid = read_grid(config, both)
     assert lasting(recorded(grid)) == lasting(recorded(unbroken))
     table = make_table(grid, recorded(grid))
@@ -515,7 +515,7 @@ def test_killed_five_times_continued_on_another_checkout_and_merged_it_is_the_sa
     (both / "records.jsonl").write_text("")
     for record in ({**first, "metrics": {"validation_accuracy": -1.0}}, *others):
         append_record(both / "records.jsonl", record)
-    assert main(["bench", "merge", str(here), str(both), "--output", str(tmp_path / "none")]) == 2
+    assert main(["bench", "merge", str(here), str(both), "--output_dir", str(tmp_path / "none")]) == 2
     other = {**first, "provenance": {**first["provenance"], "git": "0" * 12}}
     assert make_table(grid, [other, *others]).caption.startswith("Records of different sources: git ")
 

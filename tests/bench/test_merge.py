@@ -29,7 +29,7 @@ def merge(tmp_path, capsys):
         for folder, records in zip(folders, contents, strict=True):
             for one in records:
                 append_record(folder / "records.jsonl", one)
-        code = main(["bench", "merge", *map(str, folders), "--output", str(tmp_path / "all"), *words])
+        code = main(["bench", "merge", *map(str, folders), "--output_dir", str(tmp_path / "all"), *words])
         captured = capsys.readouterr()
         return code, captured.out + captured.err, read_records(tmp_path / "all" / "records.jsonl")
 
@@ -129,7 +129,7 @@ def test_a_damaged_line_is_named_and_nothing_is_lost(line, says, tmp_path, capsy
     content = "\n".join([GOOD, line, json.dumps(record(1)), json.dumps(record(2))[:40]])
     (folder / "records.jsonl").write_text(content)
     bench = ["bench", "--config", str(tmp_path / "b.yaml"), "--output_dir", str(folder)]
-    merging = ["bench", "merge", str(folder), "--output", str(tmp_path / "all")]
+    merging = ["bench", "merge", str(folder), "--output_dir", str(tmp_path / "all")]
     for words in ([*bench, "--table"], merging, bench, [*bench, "--retry"]):
         assert main(words) == 2
         said = capsys.readouterr().err
@@ -161,7 +161,7 @@ def test_what_cannot_be_merged_is_one_line(merge, tmp_path):
     code, said, found = merge([record(1)])
     assert (code, found) == (2, [record(0)])  # nothing is overwritten
     assert "is there already" in said
-    both = ["bench", "merge", str(tmp_path / "all"), str(tmp_path / "machine0"), "--output", str(tmp_path / "all")]
+    both = ["bench", "merge", str(tmp_path / "all"), str(tmp_path / "machine0"), "--output_dir", str(tmp_path / "all")]
     assert main(both) == 0
     assert len(read_records(tmp_path / "all" / "records.jsonl")) == 2
 
@@ -174,7 +174,7 @@ def test_packed_records_are_merged_and_nothing_is_twice(merge, tmp_path):
     assert (code, found) == (2, [record(0), record(1)])
     assert "is there already" in said
     again = ["bench", "merge", *(str(tmp_path / name) for name in ("all", "machine1", "machine0"))]
-    assert main([*again, "--output", str(tmp_path / "all")]) == 0
+    assert main([*again, "--output_dir", str(tmp_path / "all")]) == 0
     assert read_records(tmp_path / "all" / "records.jsonl") == [record(0), record(1), record(2)]
 
 

@@ -152,7 +152,7 @@ def test_the_model_is_as_it_was(folder):
     sites = find_sites(model, lora).sites
     batch = {"input_ids": torch.arange(12).reshape(2, 6), "labels": torch.tensor([0, 1])}
     before = fingerprint(model)
-    with pytest.warns(match="1 batches for 2 warm-up steps"):
+    with pytest.warns(match="1 batches for 2 scoring steps"):
         dot_products(model, lora, sites, [batch], steps=1, head_steps=1, alone=True, learning_rate=RATE)
     assert fingerprint(model) == before
 

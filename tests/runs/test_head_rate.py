@@ -97,7 +97,7 @@ def test_the_same_rate_is_the_same_training_and_another_is_another(tmp_path):
     assert not any(torch.equal(plain[name], other[name]) for name in plain if is_head(name))
 
 
-def test_the_warm_up_has_it_too(tmp_path):
+def test_the_scoring_has_it_too(tmp_path):
     run = prepare(
         recipe(
             tmp_path,

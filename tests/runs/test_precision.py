@@ -122,7 +122,7 @@ def test_low_precision_keeps_the_sites(make_trainer, fp32, other_draws, record_p
     trainer = make_trainer(load(**loading), **arguments)
     assert {layer.get_base_layer().weight.dtype for layer in lora_layers(trainer.model).values()} == {dtype}
     plan = weightlora.select_for(trainer, **ruled(adapters=18, head_steps=4, steps=8))
-    assert plan.history != fp32.history  # the precision did reach the warm-up
+    assert plan.history != fp32.history  # the precision did reach the scoring
     record_property("jaccard", plan.jaccard(fp32))
     record_property("distance", distance(plan, fp32))
     assert len(plan.entries) == 36
@@ -279,7 +279,7 @@ def test_the_command_ends_in_a_stock_adapter(small_folder, tmp_path, review_batc
 
 @pytest.mark.slow
 def test_the_command_compiles_what_it_planned(small_folder, tmp_path, review_batches, monkeypatch):
-    """With the backend that needs no C++ compiler; the warm-up, whose structure is gone afterwards, is not compiled."""
+    """With the backend that needs no C++ compiler; the scoring, whose structure is gone afterwards, is not compiled."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # TrainingArguments write to it: put it back afterwards
     stock, compiled_sites = torch.compile, []
 

@@ -165,7 +165,7 @@ def test_eval_on_start_measures_the_base_model(tmp_path, tokenizer):
 
 @pytest.mark.slow
 def test_eval_on_start_measures_the_base_model_before_a_warm_start(tmp_path):
-    """Compared by the loss, since few rows change sides; a rate of nearly 0 keeps the weights of the warm-up."""
+    """Compared by the loss, since few rows change sides; a rate of nearly 0 keeps the weights of the scoring."""
     first = {"eval_on_start": True, "max_steps": 1, "learning_rate": 1e-9}
     cold = run(tmp_path / "cold", method="lora", **first)
     own = "--method_options", "warm_start=true", "lr=0.005"
@@ -223,7 +223,7 @@ def test_method_lora_is_the_script_without_us_loss_curve_included(tmp_path):
 def test_a_plan_decides_where_one_is_given(unbroken, tmp_path):
     results = run(tmp_path, plan=unbroken / "plan.json")
     assert results["method"] == "plan"
-    assert equal(adapter(tmp_path), adapter(unbroken))  # the warm-up leaves no trace in the training
+    assert equal(adapter(tmp_path), adapter(unbroken))  # the scoring leaves no trace in the training
 
 
 # -- the fast step ---------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def phase(folder):
     if (folder / "results.json").exists():
         return "finished"
     if not (folder / "plan.json").exists():
-        return "warm-up" if (folder / "config.yaml").exists() else "start"
+        return "scoring" if (folder / "config.yaml").exists() else "start"
     if not checkpoints:
         return "between"
     return "training" if all((c / "plan.json").exists() for c in checkpoints) else "checkpoint"

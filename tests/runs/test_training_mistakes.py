@@ -1,4 +1,4 @@
-"""Training arguments that fail only in the training are one line, before the warm-up; nothing is left behind."""
+"""Training arguments that fail only in the training are one line, before the scoring; nothing is left behind."""
 
 import re
 
@@ -61,9 +61,9 @@ def base(tmp_path_factory, tokenizer):
 
 @pytest.mark.sampled(12)
 @pytest.mark.parametrize(("options", "says"), MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
-def test_a_mistake_is_one_line_before_the_warm_up(options, says, base, tmp_path, capsys, monkeypatch):
+def test_a_mistake_is_one_line_before_the_scoring(options, says, base, tmp_path, capsys, monkeypatch):
     def paid(*_):
-        raise AssertionError("the warm-up began")
+        raise AssertionError("the scoring began")
 
     monkeypatch.setattr(Stage, "backward", paid)
     assert main(words(base, tmp_path / "run", **options)) == 2
@@ -74,6 +74,6 @@ def test_a_mistake_is_one_line_before_the_warm_up(options, says, base, tmp_path,
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("options", GOOD, ids=" ".join)
-@pytest.mark.filterwarnings("ignore:.* batches for .* warm-up steps")
+@pytest.mark.filterwarnings("ignore:.* batches for .* scoring steps")
 def test_what_can_be_trained_is_trained(options, base, tmp_path):
     assert main(words(base, tmp_path / "run", **options)) == 0

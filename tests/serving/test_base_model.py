@@ -33,7 +33,7 @@ def said_of(folder, capsys, *words):
 def refused(folder, out, capsys, *words):
     """The one line with which `export` refuses."""
     capsys.readouterr()
-    assert main(["export", str(folder), "--output", str(out), *words]) == 2
+    assert main(["export", str(folder), "--output_dir", str(out), *words]) == 2
     assert not out.exists()
     (line,) = capsys.readouterr().err.splitlines()
     return line
@@ -154,4 +154,4 @@ def test_without_the_base_model_vllms_verdict_is_not_known(save, tmp_path, capsy
     assert "give it with --base" in lines[1]
     code, lines = said_of(saved.folder, capsys, "--for", "llama.cpp")
     assert (code, lines[0].split()) == (0, ["llama.cpp", "yes"])
-    assert main(["export", str(saved.folder), "--for", "vllm", "--output", str(tmp_path / "out")]) == 0  # as ever
+    assert main(["export", str(saved.folder), "--for", "vllm", "--output_dir", str(tmp_path / "out")]) == 0  # as ever

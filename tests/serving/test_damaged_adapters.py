@@ -76,7 +76,7 @@ def test_damage_is_one_line(damage, said, command, folder, tmp_path, capsys):
     damage(folder)
     capsys.readouterr()
     out = tmp_path / "out"
-    code = main([command, str(folder), "--for", "sglang", *(["--output", str(out)] if command == "export" else [])])
+    code = main([command, str(folder), "--for", "sglang", *(["--output_dir", str(out)] if command == "export" else [])])
     output = capsys.readouterr()
     assert not out.exists()
     (line,) = [line for line in (output.out + output.err).splitlines() if said in line]

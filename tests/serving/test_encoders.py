@@ -54,7 +54,7 @@ def with_config(adapter, folder, **fields):
 def test_vllm_reads_a_classifier_with_its_head(adapter, tmp_path, capsys):
     assert main(["check", str(adapter), "--for", "vllm"]) == 0
     assert capsys.readouterr().out.split() == ["vllm", "yes"]
-    assert main(["export", str(adapter), "--for", "vllm", "--output", str(tmp_path / "served")]) == 0
+    assert main(["export", str(adapter), "--for", "vllm", "--output_dir", str(tmp_path / "served")]) == 0
     assert logits(tmp_path / "served").equal(logits(adapter))
 
 
@@ -66,7 +66,7 @@ def test_the_others_get_one_reason_that_names_the_task(runtime, adapter, tmp_pat
     (reason,) = reasons
     assert "only known to read adapters of CAUSAL_LM" in reason
     assert "task_type='SEQ_CLS'" in reason
-    assert main(["export", str(adapter), "--for", runtime, "--output", str(tmp_path / "served")]) == 2
+    assert main(["export", str(adapter), "--for", runtime, "--output_dir", str(tmp_path / "served")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search("task_type='SEQ_CLS'", line)
     assert not (tmp_path / "served").exists()

@@ -325,7 +325,7 @@ def test_the_converter_gets_the_configuration_of_an_embedded_model(converter, sa
     name = f"base_model.model.{site(0, 'q_proj')}.lora_{{}}.weight"
     matrices = {name.format("A"): torch.ones(4, 576), name.format("B"): torch.ones(576, 4)}  # SmolLM2's features
     save_file(matrices, folder / "adapter_model.safetensors")
-    words = [str(folder), "--for", "llama.cpp", "--output", str(tmp_path / "out"), "--converter", str(converter)]
+    words = [str(folder), "--for", "llama.cpp", "--output_dir", str(tmp_path / "out"), "--converter", str(converter)]
     assert main(["export", *words, "--base", "embedded/smollm2"]) == 0
     assert json.loads((tmp_path / "out" / "adapter.gguf").read_text())[:2] == [["LlamaForCausalLM"], 30]
 
@@ -342,7 +342,15 @@ def test_a_converter_that_fails_is_one_line_and_leaves_nothing(script, said, con
     saved = save(target_modules=ALL)
     converter.write_text(script)
     capsys.readouterr()
-    words = [str(saved.folder), "--for", "llama.cpp", "--output", str(tmp_path / "out"), "--converter", str(converter)]
+    words = [
+        str(saved.folder),
+        "--for",
+        "llama.cpp",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--converter",
+        str(converter),
+    ]
     assert main(["export", *words]) == 2
     error = capsys.readouterr().err
     assert f"convert_lora_to_gguf.py fails: {said}" in error
@@ -369,7 +377,7 @@ def test_check_and_export_on_the_command_line(save, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "v_proj without q_proj in layers 0, 1, 2" in said
     assert f"weightlora export {saved.folder} --for sglang" in said
-    assert main(["export", str(saved.folder), "--for", "sglang", "--output", str(tmp_path / "out")]) == 0
+    assert main(["export", str(saved.folder), "--for", "sglang", "--output_dir", str(tmp_path / "out")]) == 0
     assert main(["check", str(tmp_path / "out"), "--for", "sglang"]) == 0
     capsys.readouterr()
     assert main(["check", str(saved.folder), "--for", "all"]) == 1
@@ -389,7 +397,7 @@ def test_the_folder_of_a_run_stands_for_its_adapter(save, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "v_proj without q_proj" in said
     assert f"weightlora export {run} --for sglang" in said
-    assert main(["export", str(run), "--for", "vllm", "--output", str(tmp_path / "out")]) == 0
+    assert main(["export", str(run), "--for", "vllm", "--output_dir", str(tmp_path / "out")]) == 0
     weights = [folder / "adapter_model.safetensors" for folder in (run / "adapter", tmp_path / "out")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
@@ -413,7 +421,7 @@ def test_an_export_ends_with_where_it_is_how_long_it_took_and_the_next_command(
     saved, out = save(target_modules=everywhere("v_proj"), r=32), tmp_path / "out"
     gguf = ["--converter", str(converter)] if runtime in ("llama.cpp", "ollama", "everywhere") else []
     capsys.readouterr()
-    assert main(["export", str(saved.folder), "--for", runtime, "--output", str(out), *gguf]) == 0
+    assert main(["export", str(saved.folder), "--for", runtime, "--output_dir", str(out), *gguf]) == 0
     wrote, then = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"wrote {re.escape(str(out))} for .+ \([0-9.]+ s\)", wrote)
     assert then == "next: " + NEXT[runtime].format(base=saved.base, out=out)
@@ -422,7 +430,7 @@ def test_an_export_ends_with_where_it_is_how_long_it_took_and_the_next_command(
 def test_without_a_converter_llama_cpp_has_nothing_to_read(save, tmp_path, capsys):
     saved = save(target_modules=everywhere("v_proj"))
     capsys.readouterr()
-    assert main(["export", str(saved.folder), "--for", "llama.cpp", "--output", str(tmp_path / "out")]) == 0
+    assert main(["export", str(saved.folder), "--for", "llama.cpp", "--output_dir", str(tmp_path / "out")]) == 0
     _, then = capsys.readouterr().out.splitlines()
     assert then.startswith("no GGUF file was written")
     assert "--converter llama.cpp/convert_lora_to_gguf.py (git clone" in then

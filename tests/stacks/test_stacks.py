@@ -218,7 +218,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     UNEQUAL.save("plan.json")
     assert main(["emit", "plan.json", "--for", "axolotl"]) == 0
     assert capsys.readouterr().out == emit(UNEQUAL, "axolotl")
-    assert main(["emit", "plan.json", "--for", "swift", "--output", "out"]) == 0
+    assert main(["emit", "plan.json", "--for", "swift", "--output_dir", "out"]) == 0
     assert capsys.readouterr().out == "wrote adapter and swift.yaml in out\n"
     assert yaml.safe_load((tmp_path / "out" / "swift.yaml").read_text())["adapters"] == ["out/adapter"]
 
@@ -229,7 +229,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         (["--for", "axolotle"], "closest: 'axolotl'"),
         (["--for", "litgpt"], "LitGPT 0.5.13 adapts a projection in all layers or in none, and the plan has"),
         (["--for", "swift"], "one rank for all adapters, and the plan has 2 to 8; give --output"),
-        (["--for", "swift", "--output", "."], "holds plan.json, which"),
+        (["--for", "swift", "--output_dir", "."], "holds plan.json, which"),
     ],
 )
 def test_a_mistake_is_one_line(words, said, tmp_path, monkeypatch, capsys):

@@ -100,7 +100,7 @@ class _Moments:
         omega = None
         width = min(features, 4 * r + 16)
         if features > exact_up_to:
-            # The seed of the warm-up, and not the generator's state: all processes need the same Ω.
+            # The seed of the scoring, and not the generator's state: all processes need the same Ω.
             generator = torch.Generator().manual_seed(torch.initial_seed())
             drawn = torch.randn(features, width, dtype=torch.float64, generator=generator)
             omega = torch.linalg.qr(drawn).Q.to(a)

@@ -23,7 +23,7 @@ def layer_inputs(stage: Stage, take: Callable[[str, Tensor], None]) -> Generator
     off. The adapters are off, too: with B = 0 they would add nothing but time.
 
     Args:
-        stage: The model in its warm-up, before anything is trained.
+        stage: The model while it is scored, before anything is trained.
         take: Called once for each call of a layer that has any token, before the layer runs. It must not change them.
 
     Example:

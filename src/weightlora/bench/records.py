@@ -293,7 +293,7 @@ def write_merged(records: Sequence[Record], output: Path, folders: Sequence[Path
         if (file.exists() or packed(file).exists()) and output.resolve() not in [
             folder.resolve() for folder in folders
         ]:
-            raise OptionError(f"{file} is there already; choose another --output, or merge that folder too")
+            raise OptionError(f"{file} is there already; choose another --output_dir, or merge that folder too")
         with own_files(output, writer):
             write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
             packed(file).unlink(missing_ok=True)  # all of its records are in the file

@@ -20,10 +20,12 @@ def add_parser(commands: Any) -> None:
             "Write the records of several benchmark folders into one. A run that two folders have is kept once; "
             "different results of the same run are an error, and so are different revisions or versions."
         ),
-        examples=["weightlora bench merge runs/here runs/there --output runs/both"],
+        examples=["weightlora bench merge runs/here runs/there --output_dir runs/both"],
     )
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="a benchmark's output_dir")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where records.jsonl is written")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, metavar="FOLDER", help="where records.jsonl is written"
+    )
     parser.add_argument(
         "--mixed_revisions",
         action="store_true",
@@ -37,9 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.cli._screen import PlainConsole
 
     records = merge_records(arguments.folders, mixed_revisions=arguments.mixed_revisions)
-    write_merged(records, arguments.output, arguments.folders)
+    write_merged(records, arguments.output_dir, arguments.folders)
     failed = sum(record["status"] == "failed" for record in records)
     PlainConsole().print(
-        f"{len(records)} records in {arguments.output}" + (f", {failed} of them failures" if failed else ""),
+        f"{len(records)} records in {arguments.output_dir}" + (f", {failed} of them failures" if failed else ""),
         soft_wrap=True,
     )

@@ -71,4 +71,4 @@ def _verdict(adapter: Adapter, reader: Reader, found: Sequence[Problem]) -> str:
 
 
 def _way_out(adapter: Path, reader: Reader) -> str:
-    return f"to mend it: weightlora export {adapter} --for {reader.name} --output {adapter.name}-{reader.name}"
+    return f"to mend it: weightlora export {adapter} --for {reader.name} --output_dir {adapter.name}-{reader.name}"

@@ -21,12 +21,12 @@ def add_parser(commands: Any) -> None:
             "Write an adapter so that a runtime computes with it what PEFT computes: padded to one rank, the scales "
             "multiplied into B, and missing layers filled with zeros, as far as this runtime needs it."
         ),
-        examples=["weightlora export runs/sums/adapter --for sglang --output served"],
+        examples=["weightlora export runs/sums/adapter --for sglang --output_dir served"],
     )
     parser.add_argument("adapter", type=Path, help="a LoRA adapter's folder, as PEFT saves it, or a run's")
     parser.add_argument("--for", dest="reader", required=True, help="a runtime such as vllm or sglang, or everywhere")
     parser.add_argument(
-        "--output", type=Path, required=True, help="the new directory; an earlier export in it is replaced"
+        "--output_dir", type=Path, required=True, help="the new directory; an earlier export in it is replaced"
     )
     parser.add_argument("--base", help="folder or hub name of the base model; default: the one that the adapter names")
     parser.add_argument(
@@ -47,7 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     start, folder = time.perf_counter(), adapter_in(arguments.adapter)
     with quiet_libraries():
-        output = export(folder, arguments.reader, arguments.output, base=arguments.base, converter=arguments.converter)
+        output = export(
+            folder, arguments.reader, arguments.output_dir, base=arguments.base, converter=arguments.converter
+        )
     seconds = time.perf_counter() - start
     reader, base = reader_of(arguments.reader), arguments.base or base_name(read_files(folder))
     console = PlainConsole()

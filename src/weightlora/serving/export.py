@@ -66,21 +66,21 @@ class _Piece:
 def export(
     folder: str | Path,
     reader: str,
-    output: str | Path,
+    output_dir: str | Path,
     *,
     base: str | None = None,
     converter: str | Path | None = None,
 ) -> Path:
-    """Write the adapter in ``folder`` so that ``reader`` computes what PEFT computes, and return ``output``.
+    """Write the adapter in ``folder`` so that ``reader`` computes what PEFT computes, and return ``output_dir``.
 
-    The adapter is read and written one matrix at a time. What an earlier export wrote to ``output`` is replaced, and
+    The adapter is read and written one matrix at a time. What an earlier export wrote there is replaced, and
     stays as it was if this one fails; a folder with anything else is refused.
 
     Args:
         folder: A directory that PEFT saved a LoRA adapter into.
         reader: ``"vllm"``, ``"sglang"``, ``"tgi"``, ``"lorax"``, ``"llama.cpp"``, ``"ollama"``, ``"mlx"``, or
             ``"everywhere"`` for the layout that all but MLX and Ollama's own conversion read.
-        output: The new directory, outside of ``folder``.
+        output_dir: The new directory, outside of ``folder``.
         base: Folder or hub name of the base model, whose configuration tells the shapes of adapters that are added.
             None takes the name in the adapter's configuration.
         converter: llama.cpp's convert_lora_to_gguf.py, which then writes ``adapter.gguf`` beside PEFT's files, for
@@ -95,15 +95,15 @@ def export(
     """
     target = _target(reader, converter)
     adapter = read_files(folder)
-    _require_apart(adapter.folder, Path(output))
-    require_replaceable(output, _WRITER)
+    _require_apart(adapter.folder, Path(output_dir))
+    require_replaceable(output_dir, _WRITER)
     known = base or base_name(adapter)
     layers = _base_of(adapter, known) if base or is_here(known) else BaseModel()
     problems = _problems(adapter, target, layers)
     if problems and not layers.layers and _has_holes(adapter, target):
         layers = _base_of(adapter, known)
         problems = _problems(adapter, target, layers)
-    with whole_folder(output, _WRITER) as draft:
+    with whole_folder(output_dir, _WRITER) as draft:
         if problems:
             _write(draft, adapter, target, _pieces(adapter, target, layers.layers))
         else:
@@ -116,15 +116,15 @@ def export(
             assert not left, f"the export itself cannot be read: {left}"
         if converter is not None:
             write_gguf(converter, draft, _named(adapter, known), adapter.config.get("task_type"))
-    return Path(output)
+    return Path(output_dir)
 
 
-def next_step(reader: Reader, output: Path, base: str, *, gguf: bool) -> str:
+def next_step(reader: Reader, output_dir: Path, base: str, *, gguf: bool) -> str:
     """Return what to do with an export, for the screen.
 
     Args:
         reader: The runtime.
-        output: The export's folder.
+        output_dir: The export's folder.
         base: The base model; empty where it is not known.
         gguf: Whether a converter wrote a GGUF file there.
     """
@@ -133,10 +133,10 @@ def next_step(reader: Reader, output: Path, base: str, *, gguf: bool) -> str:
             f"no GGUF file was written, and {reader.name} reads nothing else: call this again with --converter "
             "llama.cpp/convert_lora_to_gguf.py (git clone --depth 1 https://github.com/ggml-org/llama.cpp)"
         )
-    option = needed_option(read_files(output), reader) if reader.peft_folder else None
-    adapter = output / GGUF_FILE if gguf else output
+    option = needed_option(read_files(output_dir), reader) if reader.peft_folder else None
+    adapter = output_dir / GGUF_FILE if gguf else output_dir
     return "next: " + reader.start.format(
-        folder=quote(str(output)),
+        folder=quote(str(output_dir)),
         adapter=quote(str(adapter)),
         base=quote(base or "BASE"),
         option=f" {option}" if option else "",
@@ -167,11 +167,13 @@ def _target(reader: str, converter: str | Path | None) -> Reader:
     return reader_of("llama.cpp") if reader == "ollama" else target
 
 
-def _require_apart(folder: Path, output: Path) -> None:
-    """Raise where writing ``output`` would touch the adapter."""
-    here, there = (Path(os.path.realpath(path)) for path in (folder, output))
+def _require_apart(folder: Path, output_dir: Path) -> None:
+    """Raise where writing ``output_dir`` would touch the adapter."""
+    here, there = (Path(os.path.realpath(path)) for path in (folder, output_dir))
     if here.is_relative_to(there) or there.is_relative_to(here):
-        raise OutputError(f"{output} and the adapter {folder} overlap; choose an --output outside of the adapter")
+        raise OutputError(
+            f"{output_dir} and the adapter {folder} overlap; choose an --output_dir outside of the adapter"
+        )
 
 
 def _named(adapter: Adapter, base: str) -> str:

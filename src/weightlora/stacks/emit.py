@@ -33,18 +33,18 @@ _PLAIN = (
 )
 
 
-def emit(plan: AdapterPlan, stack: str, output: str | Path | None = None) -> str:
+def emit(plan: AdapterPlan, stack: str, output_dir: str | Path | None = None) -> str:
     """Return ``plan`` in the configuration of a training stack: exactly its sites, ranks and alphas.
 
     Args:
         plan: From :func:`weightlora.select` or :meth:`weightlora.AdapterPlan.load`.
         stack: ``"peft"``, ``"trl"``, ``"axolotl"``, ``"llamafactory"``, ``"swift"``, ``"unsloth"``, ``"torchtune"`` or
             ``"litgpt"``.
-        output: A new folder for the configuration and, where the stack's options cannot express the plan, the adapter
+        output_dir: A new folder for the file and, where the stack's options cannot express the plan, the adapter
             directory that it continues from. What an earlier call wrote is replaced; after an error it is as it was.
 
     Raises:
-        OptionError: There is no such stack, or an adapter directory is needed and ``output`` is None.
+        OptionError: There is no such stack, or an adapter directory is needed and ``output_dir`` is None.
         StackError: The stack cannot train this plan.
         PlanError: The plan keeps no site.
         OutputError: The folder holds other files, or cannot be written.
@@ -73,12 +73,12 @@ def emit(plan: AdapterPlan, stack: str, output: str | Path | None = None) -> str
         reason = f"{own.title} {own.version} {lacking}"
         if own.continuation is None:
             raise StackError(f"{reason}; use a stack that loads PEFT adapters, such as axolotl")
-        if output is None:
-            raise OptionError(f"{reason}; give --output for a folder with an adapter that it continues from")
+        if output_dir is None:
+            raise OptionError(f"{reason}; give --output_dir for a folder with an adapter that it continues from")
         _require_plain(fields, reason)
-        written = own.yaml(own.continuation(str(Path(output) / _ADAPTER)))
-    if output is not None:
-        with whole_folder(output, "weightlora emit") as draft:
+        written = own.yaml(own.continuation(str(Path(output_dir) / _ADAPTER)))
+    if output_dir is not None:
+        with whole_folder(output_dir, "weightlora emit") as draft:
             write_text(draft / written.file, written.text)
             if lacking is not None:
                 _write_adapter(draft / _ADAPTER, plan, fields)
