@@ -31,6 +31,7 @@ from weightlora.bench.table import make_table, to_latex, to_markdown
 from weightlora.cli import main
 from weightlora.errors import DataError, OptionError
 from weightlora.files import only_writer
+from weightlora.plan.limits import LIMITS
 from weightlora.runs.recipe import option_words, read_recipe
 from weightlora.runs.train import train
 
@@ -80,6 +81,24 @@ def test_methods_times_limits_times_tasks_are_the_rows(tmp_path):
     assert grid.rows[0].learning_rates == (5e-4, 5e-3)
     assert len(grid.tuning) == len(grid.rows) * len(grid.rows[0].learning_rates)  # one tuning seed
     assert {point.seed for point in grid.tuning} == {0}
+
+
+def test_limits_are_the_files_the_rows_or_those_of_the_command(tmp_path):
+    methods = {"weightlora": None, "few": {"method": "random", "adapters": 3, "parameters": 0.1}}
+
+    def limits(words=(), **changed):
+        grid_of(tmp_path, methods=methods, learning_rates=[1e-3], **changed)
+        grid = read_grid(tmp_path / "b.yaml", tmp_path / "out", words)
+        return {row.label: {name: row.options[name] for name in LIMITS if name in row.options} for row in grid.rows}
+
+    own = {"few": {"adapters": "3", "parameters": "0.1"}}  # both hold: it is one row
+    assert limits(limits=...) == {"weightlora": {}, **own}  # the default is the method's
+    assert limits(limits=[{"time": 0.6}, {"adapters": 0.5, "memory": "8GB"}]) == {
+        "weightlora, time 0.6": {"time": "0.6"},
+        "weightlora, adapters 0.5, memory 8GB": {"adapters": "0.5", "memory": "8GB"},
+        **own,
+    }
+    assert limits(["--parameters", "0.2"]) == {"weightlora": {"parameters": "0.2"}, **own}
 
 
 def test_a_row_may_have_rates_of_its_own(tmp_path):

@@ -47,7 +47,7 @@ def test_a_plan_of_other_values_is_recorded_with_them(base, plan, tmp_path):
         main(["select", *words(base, tmp_path / "s", lora_r=4, lora_alpha=32, use_rslora=True, rule="integrated")[1:]])
         == 0
     )
-    none = dict.fromkeys((*OF_PLAN, "save_steps"))
+    none = dict.fromkeys((*OF_PLAN, "rule", "save_steps"))
     assert main(words(base, tmp_path / "t", plan=tmp_path / "s" / "plan.json", max_steps=1, **none)) == 0
     found = {name: config(tmp_path / "t")[name] for name in ("lora_r", "lora_alpha", "use_rslora", "rule", "use_dora")}
     assert found == {"lora_r": 4, "lora_alpha": 32, "use_rslora": True, "rule": "integrated", "use_dora": False}

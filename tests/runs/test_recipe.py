@@ -8,6 +8,7 @@ from transformers import Seq2SeqTrainingArguments, TrainerState
 from trl import SFTConfig
 
 from weightlora.errors import DataError, OptionError
+from weightlora.plan.limits import LIMITS
 from weightlora.runs.recipe import read_recipe
 
 
@@ -29,6 +30,15 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(writ
     assert (recipe.task.task, recipe.method.adapters, recipe.task.columns) == ("rte", "18", ["text=a"])
     assert (recipe.training.learning_rate, recipe.method.use_rslora) == (5e-4, True)
     assert (recipe.method.lora_r, recipe.training.output_dir) == (8, "runs/train")
+
+
+def test_limits_can_be_combined_and_a_method_takes_its_own():
+    given = read_recipe(words=["--adapters=18", "--parameters=0.1", "--time=0.6", "--memory=8GB"]).method.given
+    assert {name: given[name] for name in LIMITS} == {"adapters": 18, "parameters": 0.1, "time": 0.6, "memory": "8GB"}
+    assert read_recipe(words=["--method=random", "--parameters=300_000"]).method.given == {"parameters": 300_000}
+    assert read_recipe(words=["--method=lora", "--adapters=18"]).method.given == {}  # as with rule and steps
+    with pytest.raises(OptionError, match=r"time=0\.6: method random is limited by adapters and parameters"):
+        read_recipe(words=["--method=random", "--time=0.6"])
 
 
 def test_fast_alone_means_the_dropout_of_peft(written):

@@ -18,7 +18,7 @@ from pydantic import Field
 from weightlora.errors import OptionError
 from weightlora.files import read_mapping
 from weightlora.methods import entry_of, make_method, options_of
-from weightlora.plan.limits import read_limits
+from weightlora.plan.limits import LIMITS, read_limits
 from weightlora.runs._parsers import (
     Parser,
     actions_of,
@@ -191,15 +191,18 @@ class MethodOptions:
         steps = None if self.steps is None else check_steps(self.steps)
         scoring = {"rule": self.scored_by, "steps": steps, "ranking": self.ranking}
         known, limits = options_of(self.method), read_limits(vars(self))
-        for name in limits:
+        taken = [name for name in LIMITS if name in known]
+        for name in limits if taken else ():
             if name not in known:
-                raise OptionError(f"{name}={limits[name]}: method {self.method} takes no such limit; leave {name} out")
+                allowed = " and ".join(taken)
+                raise OptionError(f"{name}={limits[name]!r}: method {self.method} is limited by {allowed}; give these")
         own = read_pairs("method_options", self.method_options)
         if self.head_learning_rate is not None and "head_learning_rate" in known:
             own = {"head_learning_rate": self.head_learning_rate, **own}
         for name in ("fast", "lora", "loss_fn"):  # the recipe's and the task's
             if name in own:
                 raise OptionError(f"method_options: {name} is no setting of a method; leave it out")
+        limits = {name: limits[name] for name in taken if name in limits}
         return {**limits, **(scoring if "rule" in known else {}), **own}
 
 
