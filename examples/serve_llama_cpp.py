@@ -61,7 +61,7 @@ model.save_pretrained(settings.output_dir / "adapter")  # stock PEFT
 plan.save(settings.output_dir / "plan.json")
 
 # %% Export
-# As: weightlora export ADAPTER --for llama.cpp --base embedded/smollm2 --converter CONVERTER --output DIR
+# As: weightlora export ADAPTER --for llama.cpp --base embedded/smollm2 --converter CONVERTER --output_dir DIR
 served = weightlora.export(
     settings.output_dir / "adapter",
     "llama.cpp",
