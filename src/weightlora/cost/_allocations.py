@@ -77,7 +77,7 @@ def record_step(
         >>> sum(size for size, part in zip(step.sizes, step.parts) if part == "gradients") == 4 * (4 * 8 + 8 + 8 + 1)
         True
     """
-    recorder = _Recorder(model, ({}, set()) if known is None else known)
+    recorder = _MetaRecorder(model, ({}, set()) if known is None else known)
     handle = None if head is None else head.register_forward_pre_hook(recorder.enter_head)
     try:
         with kernels_of(device), recorder:
@@ -88,14 +88,13 @@ def record_step(
     finally:
         if handle is not None:
             handle.remove()
-    recorder.take_gradients(model)
-    return Allocations(tuple(recorder.sizes), tuple(recorder.parts), tuple(recorder.events))
+    return recorder.recorded(model)
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes each new storage, and when it is freed."""
+class Recorder(TorchDispatchMode):
+    """Notes each new storage, and when it is freed; a subclass runs the operations."""
 
-    def __init__(self, model: nn.Module, known: Known) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.sizes: list[int] = []
         self.parts: list[Part] = []
@@ -105,45 +104,11 @@ class _Recorder(TorchDispatchMode):
         #: Number of each storage that is there; -1 for what was there before.
         self._numbers: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
-        self._known, self._views = known
         for tensor in (*model.parameters(), *model.buffers()):
-            self._note(tensor, is_new=False)
+            self.note(tensor, is_new=False)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and note what it made; a question about a batch's values is answered: its rows are full."""
-        if func is READ_VALUE and args[0].dtype == torch.bool:
-            return True
-        if func is _NONZERO:
-            result = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
-        else:
-            result = self._run(func, args, kwargs or {})
-        for tensor in _tensors(result):
-            self._note(tensor)
-        return result
-
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation, or make new tensors like those of the same operation on the same shapes.
-
-        The meta device computes many shapes in Python, and the blocks of a model repeat them.
-        """
-        for tensor in _tensors(args):
-            self._note(tensor, is_new=False)
-        if func in self._views:
-            return func(*args, **kwargs)
-        key = (func, _key(args), _key(tuple(kwargs.items())))
-        known = self._known.get(key)
-        if known is not None:
-            made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known]
-            return made[0] if len(made) == 1 else tuple(made)
-        result = func(*args, **kwargs)
-        tensors = result if isinstance(result, tuple) else (result,)
-        if all(isinstance(tensor, Tensor) and storage_id(tensor) not in self._numbers for tensor in tensors):
-            self._known[key] = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
-        else:  # a view, an operation in place, or a number
-            self._views.add(func)
-        return result
-
-    def _note(self, tensor: Tensor, *, is_new: bool = True) -> None:
+    def note(self, tensor: Tensor, *, is_new: bool = True) -> None:
+        """Note a tensor's storage, unless it is known."""
         key = storage_id(tensor)
         if key in self._numbers:
             return
@@ -155,6 +120,10 @@ class _Recorder(TorchDispatchMode):
             self.parts.append(self._part)
             self.events.append(number)
         self._references[key] = weakref.ref(storage, partial(self._free, key))
+
+    def is_known(self, tensor: Tensor) -> bool:
+        """Whether the tensor's storage is noted and still there."""
+        return storage_id(tensor) in self._numbers
 
     def _free(self, key: int, _: Any) -> None:
         number = self._numbers.pop(key)
@@ -179,22 +148,66 @@ class _Recorder(TorchDispatchMode):
         if self._part == "saved":  # no head
             self._part = "working"
 
-    def take_gradients(self, model: nn.Module) -> None:
-        """Name the gradients, and delete them."""
+    def recorded(self, model: nn.Module) -> Allocations:
+        """Name the gradients, delete them, and return what was noted."""
         for parameter in model.parameters():
             if parameter.grad is not None:
                 self.parts[self._numbers[storage_id(parameter.grad)]] = "gradients"
+        events = tuple(self.events)
         for parameter in model.parameters():
             parameter.grad = None
+        return Allocations(tuple(self.sizes), tuple(self.parts), events)
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+class _MetaRecorder(Recorder):
+    """Runs the operations of a model on the meta device."""
+
+    def __init__(self, model: nn.Module, known: Known) -> None:
+        super().__init__(model)
+        self._known, self._views = known
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and note what it made; a question about a batch's values is answered: its rows are full."""
+        if func is READ_VALUE and args[0].dtype == torch.bool:
+            return True
+        if func is _NONZERO:
+            result = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
+        else:
+            result = self._run(func, args, kwargs or {})
+        for tensor in tensors_of(result):
+            self.note(tensor)
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation, or make new tensors like those of the same operation on the same shapes.
+
+        The meta device computes many shapes in Python, and the blocks of a model repeat them.
+        """
+        for tensor in tensors_of(args):
+            self.note(tensor, is_new=False)
+        if func in self._views:
+            return func(*args, **kwargs)
+        key = (func, _key(args), _key(tuple(kwargs.items())))
+        known = self._known.get(key)
+        if known is not None:
+            made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known]
+            return made[0] if len(made) == 1 else tuple(made)
+        result = func(*args, **kwargs)
+        tensors = result if isinstance(result, tuple) else (result,)
+        if all(isinstance(tensor, Tensor) and not self.is_known(tensor) for tensor in tensors):
+            self._known[key] = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+        else:  # a view, an operation in place, or a number
+            self._views.add(func)
+        return result
+
+
+def tensors_of(values: Any) -> Iterator[Tensor]:
     """The tensors of a result or of arguments, lists of tensors included."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, (tuple, list)):
         for value in values:  # pyright: ignore[reportUnknownVariableType]
-            yield from _tensors(value)
+            yield from tensors_of(value)
 
 
 def _key(value: Any) -> Any:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
 from peft import prepare_model_for_kbit_training
 from torch import Tensor, nn
 
-from weightlora.cost.estimate import MakeLoss
 from weightlora.errors import DataError, OptionError, require_extra
 from weightlora.model.sites import LOADERS, TASK_HEADS
+
+if TYPE_CHECKING:
+    from weightlora.cost.estimate import MakeLoss
 
 
 def make_empty_model(

@@ -252,7 +252,7 @@ def count_step(
         checkpoint(base, setting.device)
     head = base.get_output_embeddings() if is_transformer else None
     model.train()
-    weights, gathered = sum(_sizes_by_block(model).values()), _gathered(model) if setting.shards > 1 else 0
+    weights, gathered = weight_bytes(model), _gathered(model) if setting.shards > 1 else 0
     all_rows = (setting.rows, setting.rows + 1) if any_rows else (setting.rows,)
     try:
         counted, *more = (
@@ -282,11 +282,21 @@ def count_step(
     )
 
 
+def byte_grain(device: Device) -> int:
+    """Bytes of which the allocator gives multiples."""
+    return _GRAIN[device]
+
+
 def _growth(one: Allocations, other: Allocations) -> tuple[int, ...]:
     """Bytes of each storage for a further row."""
     if (one.parts, one.events) != (other.parts, other.events):
         raise OptionError("this model's operations depend on the number of rows; the largest batch cannot be told")
     return tuple(more - size for size, more in zip(one.sizes, other.sizes, strict=True))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, with the scales and levels of quantised ones; each storage once."""
+    return sum(_sizes_by_block(model).values())
 
 
 def _sizes_by_block(model: nn.Module, *, trained: bool = False) -> dict[str, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,20 +19,17 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from weightlora.cost._real_step import Losses, StepRecorder
 from weightlora.cost.knapsack import ANY, Cause, Cost, Item, make_cost
 from weightlora.errors import OptionError, SelectionError
 from weightlora.model.layers import lora_layers
 from weightlora.model.torch_private import (
     Observer,
-    fake_tensors,
     next_node_number,
     node_number,
     saved_tensors,
     storage_id,
 )
-
-Losses = Callable[[], Iterable[Tensor]]
-"""Runs the forward passes of one optimizer step; each loss it yields is one backward pass."""
 
 #: A trained parameter, its gradient and AdamW's two moments.
 ADAMW_COPIES = 4
@@ -82,7 +79,7 @@ def saved_cost(model: nn.Module, losses: Losses, *, fake: bool = False) -> Cost:
     Args:
         model: A model with LoRA on all sites, in the mode in which it is trained.
         losses: Runs the forward passes; of several, for example of micro-batches, the largest counts.
-        fake: Do no arithmetic: tensors that ``losses`` makes are fake. The model stays real.
+        fake: Do no arithmetic, see :func:`weightlora.cost._real_step.record_real_step`.
 
     Raises:
         OptionError: Gradient checkpointing is on: then the graph does not show what is saved.
@@ -97,12 +94,15 @@ def saved_cost(model: nn.Module, losses: Losses, *, fake: bool = False) -> Cost:
         >>> cost.of([0]) == inputs + ranks + tanh, cost.of([1]) == tanh + ranks, cost.of([0, 1]) == cost.of([0]) + ranks
         (True, True, True)
     """
-    _require_no_checkpointing(model)
+    if is_checkpointed(model):
+        raise OptionError(
+            "saved bytes cannot be counted under gradient checkpointing: autograd's graph does not show them"
+        )
     layers = lora_layers(model)
     parameters = list(model.parameters())
-    mode = fake_tensors() if fake else None
-    if mode is not None:  # the fakes that operations use instead of these
-        parameters += [mode.from_tensor(parameter) for parameter in parameters]
+    mode = StepRecorder(model, fake=True) if fake else None
+    if mode is not None:
+        parameters = mode.parameters
     ours = {storage_id(parameter) for parameter in parameters}
     costs: list[Cost] = []
     with marked(layers) as marks, mode or nullcontext():
@@ -215,14 +215,11 @@ def leaf_causes(layers: Mapping[str, LoraLayer]) -> dict[int, Cause]:
     return {id(p): (1 << i, 1 << i) for i, layer in modules.items() for p in layer.parameters() if p.requires_grad}
 
 
-def _require_no_checkpointing(model: nn.Module) -> None:
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on in a transformers model."""
     from transformers import PreTrainedModel
 
-    if any(isinstance(module, PreTrainedModel) and module.is_activation_checkpointing for module in model.modules()):
-        raise OptionError(
-            "bytes cannot be counted under gradient checkpointing, which saves only the inputs of blocks; turn it off, "
-            'or give a count, parameters or a step time such as keep="0.8x"'
-        )
+    return any(isinstance(module, PreTrainedModel) and module.is_activation_checkpointing for module in model.modules())
 
 
 def _is_number(tensor: Tensor) -> bool:

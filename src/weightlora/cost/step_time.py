@@ -13,8 +13,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from weightlora.cost._real_step import Losses
 from weightlora.cost.knapsack import ANY, Cause, Cost, Item, make_cost
-from weightlora.cost.saved_bytes import LEAF, Losses, graph, leaf_causes, marked, now
+from weightlora.cost.saved_bytes import LEAF, graph, leaf_causes, marked, now
 from weightlora.model.layers import lora_layers
 
 

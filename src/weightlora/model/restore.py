@@ -14,7 +14,7 @@ from torch import nn
 
 
 @contextmanager
-def untouched(model: nn.Module, *, seed: int) -> Generator[None]:
+def untouched(model: nn.Module, *, seed: int, buffers: bool = True) -> Generator[None]:
     """Seed the random generators for the block; restore the model and the random states when it ends.
 
     Restored are, also after an exception:
@@ -29,6 +29,7 @@ def untouched(model: nn.Module, *, seed: int) -> Generator[None]:
     Args:
         model: The model that the block changes.
         seed: Seed of all three generators inside the block.
+        buffers: Copy the content of buffers, and restore it. Some quantised models have all their weights in buffers.
 
     Example:
         >>> from torch import nn
@@ -39,7 +40,7 @@ def untouched(model: nn.Module, *, seed: int) -> Generator[None]:
         (True, 'Linear')
     """
     with seeded(seed):
-        restore = _model_restorer(model)
+        restore = _model_restorer(model, buffers=buffers)
         try:
             yield
         finally:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from weightlora.cost.knapsack import ANY, Cost, Item, make_cost
-from weightlora.cost.saved_bytes import Losses, parameter_cost, saved_cost
+from weightlora.cost.knapsack import Cost
+from weightlora.cost.peak import Peaks, raised
+from weightlora.cost.saved_bytes import is_checkpointed
 from weightlora.cost.step_time import time_cost
 from weightlora.errors import OptionError
+from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.distributed import from_first
 from weightlora.model.gathering import is_offloaded, is_partitioned
-from weightlora.model.sites import output_vectors
+from weightlora.model.layers import lora_layers
+from weightlora.model.modules import base_of
+from weightlora.model.restore import untouched
 from weightlora.plan.limits import Limits
+from weightlora.selection.batches import FirstBatch
 from weightlora.selection.steps import SHARE
 
 if TYPE_CHECKING:
@@ -27,6 +34,10 @@ if TYPE_CHECKING:
 _ROUNDS = 5
 #: Steps of LoRA that a round takes: one by nodes, one with no adapter, one with the first and one with all.
 _STEPS_OF_ROUND = 3.3
+#: Sets that are chosen until the count of one is within the limit.
+_CHOICES = 10
+#: Bytes of the 16 levels of a weight in 4 bit.
+_LEVELS = 64
 
 
 def measuring_steps(scoring: Scoring) -> tuple[int, int]:
@@ -68,30 +79,103 @@ def require_measurable(limits: Limits, model: nn.Module, lora: LoraConfig, costs
         )
 
 
-def measured(
-    costs: Costs, limits: Limits, attached: nn.Module, losses: Losses, lora: LoraConfig, *, rounds: int
-) -> Costs:
+def measured(costs: Costs, limits: Limits, peaks: Peaks, first: FirstBatch, *, rounds: int) -> Costs:
     """Return the costs with time and memory where they are limited; all processes use the first one's numbers.
 
     Args:
         costs: In parameters.
         limits: What is asked for.
-        attached: The model with plain LoRA on all sites.
-        losses: Runs the forward passes of the first batch.
-        lora: Bytes also count the vectors that it adds to plain LoRA's parameters.
+        peaks: Of the model with plain LoRA on all sites.
+        first: The batch that is measured.
         rounds: Of timed steps.
+
+    Raises:
+        OptionError: Not even a single adapter fits into memory; with what would fit.
     """
-    if limits.memory is not None:
-        own = _peak_cost(attached, losses, output_vectors(lora))
-        costs = replace(costs, memory=from_first(lambda: own))
+    if limits.bytes is not None:
+        own = peaks.cost()
+        memory = from_first(lambda: own)
+        fault = _fault(memory, limits.bytes, peaks, first)
+        text = from_first(lambda: fault)
+        if text is not None:
+            raise OptionError(f"{limits.text}: {text}")
+        costs = replace(costs, memory=memory)
     if limits.time is not None:
-        seconds = time_cost(attached, losses, rounds=rounds)
+        seconds = time_cost(peaks.model, first, rounds=rounds)
         costs = replace(costs, time=from_first(lambda: seconds))
     return costs
 
 
-def _peak_cost(attached: nn.Module, losses: Losses, vectors: int) -> Cost:
-    """Bytes at the peak: frozen weights, trained parameters with gradients and AdamW's state, and activations."""
-    saved = saved_cost(attached, losses) + parameter_cost(attached, vectors=vectors)
-    frozen = sum(p.numel() * p.element_size() for p in attached.parameters() if not p.requires_grad)
-    return make_cost(saved.n, [*saved.items, Item(frozen, ((ANY, 1 << saved.n),))], saved.order)
+def within_memory(choose: Callable[[Costs], list[int]], costs: Costs, peaks: Peaks) -> tuple[list[int], int]:
+    """Return the ranks that ``choose`` gives, and the peak that is counted for them.
+
+    The cost in bytes of sets that were not counted may be too low. Where it is below the count of the chosen sites, the
+    cost of all sets rises by the difference, and ``choose`` is asked again. So the count is within the limit.
+
+    Args:
+        choose: Returns ranks within the costs.
+        costs: With memory.
+        peaks: Of the model with plain LoRA on all sites.
+
+    Raises:
+        OptionError: Nothing fits.
+    """
+    memory = costs.memory
+    assert memory is not None, "memory is limited"
+    for attempt in range(_CHOICES):
+        costs = replace(costs, memory=memory)
+        ranks = choose(costs)
+        kept = [i for i, r in enumerate(ranks) if r]
+        own = peaks.of(kept)
+        peak = from_first(lambda: own)  # noqa: B023
+        if peak <= memory.of(kept):
+            return ranks, peak + _growth(memory, ranks, costs)
+        memory = raised(memory, (peak - memory.of(kept)) * 2**attempt)
+    raise OptionError("no set of sites was found that fits into memory; raise it, or limit adapters")
+
+
+def _growth(memory: Cost, ranks: Sequence[int], costs: Costs) -> int:
+    """The most that ranks above the user's add, of which none is counted; see ``allocate``."""
+    kept = [i for i, r in enumerate(ranks) if r]
+    more = max((ranks[i] / costs.ranks[i] for i in kept), default=1.0)
+    return round((more - 1) * memory.in_adapters(kept)) if more > 1 else 0
+
+
+def _fault(memory: Cost, limit: int, peaks: Peaks, first: FirstBatch) -> str | None:
+    """Why not even one adapter fits, and what would; None where one does."""
+    if memory.of_all <= limit:
+        return None
+    one = [memory.cheapest]
+    least = peaks.of(one)
+    if least <= limit:
+        return None
+    name = list(lora_layers(peaks.model))[one[0]]
+    text = f"with a single adapter, at {name}, a step takes {_size(least)}; "
+    ways = {kind: f"{what} ({_size(size)})" for kind, what, size in _savings(peaks, first, one, least) if size <= limit}
+    fitting = [*ways.values()]
+    if not fitting:
+        return text + "raise memory, or take a smaller model (no smaller batch, checkpointing or base in 4 bit fits)"
+    return text + f"one fits with {', or '.join(fitting)}"
+
+
+def _savings(peaks: Peaks, first: FirstBatch, kept: list[int], peak: int) -> Iterator[tuple[str, str, int]]:
+    """Ways to save memory, each with its kind and its peak; of a kind the one that saves least comes last."""
+    base = base_of(peaks.model)
+    if isinstance(base, PreTrainedModel) and base.supports_gradient_checkpointing and not is_checkpointed(base):
+        with untouched(peaks.model, seed=0, buffers=False):
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            remove_input_hooks(base)
+            yield "checkpointing", "gradient checkpointing", peaks.of(kept)
+    for rows in sorted({first.rows // 2, first.rows // 4} - {0}):
+        fewer = replace(peaks, losses=first.of_rows(rows))
+        yield "rows", f"{rows} rows at once instead of {first.rows}", fewer.of(kept)
+    layers: list[Any] = [layer.get_base_layer() for layer in lora_layers(peaks.model).values()]
+    weights = [layer.weight for layer in layers if layer.weight.is_floating_point()]
+    if weights:
+        sizes = [weight.numel() * weight.element_size() for weight in weights]
+        packed = sum(-(-weight.numel() // 2) + 4 * -(-weight.numel() // 64) + _LEVELS for weight in weights)
+        yield "bits", "a base in 4 bit", peak - sum(sizes) + packed + max(sizes)  # one weight is unpacked at a time
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e10 else f"{size / 1e6:,.1f} MB"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +82,57 @@ def in_parts(model: nn.Module, batch: Any, loss_fn: Loss) -> Iterable[Any]:
     """Return the loss of ``batch``, or the losses of its micro-batches, computed on the model's device."""
     losses: Any = loss_fn(model, to_device(batch, device_of(model)))
     return [losses] if isinstance(losses, Tensor) or not isinstance(losses, Iterable) else losses
+
+
+@dataclass(frozen=True)
+class FirstBatch:
+    """The batch that a step is measured on; called, it runs the forward passes."""
+
+    model: nn.Module
+    batch: Any
+    loss_fn: Loss
+
+    def __call__(self) -> Iterable[Any]:
+        """Return the losses of the batch or of its micro-batches."""
+        return in_parts(self.model, self.batch, self.loss_fn)
+
+    @property
+    def rows(self) -> int:
+        """The most rows that are computed at once."""
+        return max(map(len, _row_tensors(self.batch)), default=1)
+
+    def of_rows(self, rows: int) -> FirstBatch:
+        """Return the batch with at most so many rows at once.
+
+        Example:
+            >>> FirstBatch(nn.Identity(), ([{"x": torch.ones(8, 3)}], 5), lambda model, batch: []).of_rows(2).rows
+            2
+        """
+        return replace(self, batch=_cut(self.batch, rows))
+
+
+def _row_tensors(batch: Any) -> Iterator[Tensor]:
+    """The first tensor of each mapping or tuple of tensors in a batch."""
+    parts: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else batch
+    if not isinstance(batch, (Mapping, tuple, list)):
+        parts = [batch]
+    first = next((part for part in parts if isinstance(part, Tensor) and part.ndim), None)
+    if first is not None:
+        yield first
+        return
+    for part in parts:
+        if isinstance(part, (Mapping, tuple, list)):
+            yield from _row_tensors(part)
+
+
+def _cut(batch: Any, rows: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[:rows] if batch.ndim else batch
+    if isinstance(batch, Mapping):
+        return {key: _cut(value, rows) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_cut(value, rows) for value in batch)
+    return batch
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -22,6 +22,7 @@ from peft import LoraConfig, PeftModel, PeftType
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from weightlora.cost.peak import Peaks
 from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
 from weightlora.fast.dropout import Dropout
 from weightlora.fast.enable import enable_fast_lora
@@ -29,17 +30,17 @@ from weightlora.model.distributed import is_first, require_agreement
 from weightlora.model.gathering import why_not_attachable
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
-from weightlora.model.sites import Site, find_sites
+from weightlora.model.sites import Site, find_sites, output_vectors
 from weightlora.plan.budget import Chooser, whole_budget
 from weightlora.plan.card import base_model_name
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.ranking import Ranking, ranked
 from weightlora.selection._kept import agreement_of, choices, kept_numbers, require_gradients, require_positive
-from weightlora.selection._measured import measured, measuring_steps, require_measurable
+from weightlora.selection._measured import measured, measuring_steps, require_measurable, within_memory
 from weightlora.selection._trained import Trained, adapter_copies, head_copies, require_plain
 from weightlora.selection.allocate import Costs, allocate, chooser_of, rank_budget
-from weightlora.selection.batches import Loss, cycled, in_parts, model_loss, peeked
+from weightlora.selection.batches import FirstBatch, Loss, cycled, model_loss, peeked
 from weightlora.selection.rules import rule_of, settings_of
 from weightlora.selection.rules.base import Rule, Scores
 from weightlora.selection.scoring import UNIFORM, Scoring
@@ -237,11 +238,13 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         level = _tell_cost(total + course.measuring, scoring.total_steps, most=len(course.times) > 1)
         if scoring.fast is not None:
             enable_fast_lora(attached, scoring.fast)
+        peaks, peak = None, 0
         if scoring.are_measured:
             first, batches = peeked(batches)
             with untouched(model, seed=scoring.seed):  # the scores are as if nothing had been measured
-                losses = partial(in_parts, model, first, loss_fn)
-                costs = measured(costs, scoring, attached, losses, lora, rounds=course.rounds)
+                measured_on = FirstBatch(model, first, loss_fn)
+                peaks = Peaks.of_model(attached, measured_on, vectors=output_vectors(lora))
+                costs = measured(costs, scoring, peaks, measured_on, rounds=course.rounds)
         chooser = _chooser(rule, found.sites, costs, scoring)
         with tqdm(total=total, disable=None if scoring.progress else True, leave=False) as bar:
             rows = cycled(batches, total)
@@ -257,7 +260,11 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         else:
             positive = [size if final > 0 else 0.0 for size, final in zip(scores.sizes, scores.final, strict=True)]
             require_positive(scores, rule, chooser)
-            ranks = allocate(found.sites, positive, costs, scoring, ranking=scoring.ranked_by)
+            choose = partial(allocate, found.sites, positive, limits=scoring, ranking=scoring.ranked_by)
+            if peaks is None or costs.memory is None:
+                ranks = choose(costs)
+            else:
+                ranks, peak = within_memory(choose, costs, peaks)
         require_agreement(repr((ranks, [site.name for site in found.sites])), "the choice")
         adapters: dict[str, tuple[Tensor, Tensor]] = {}
         whole: dict[str, Tensor] = {}
@@ -276,7 +283,7 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         errors=scores.errors,
         history=scores.history,
         rule=rule.name,
-        options={**_options(scoring, course), **_found(scored, scores, costs, ranks, course)},
+        options={**_options(scoring, course), **_found(scored, scores, costs, ranks, course, peak)},
         spent=_spent(scoring, course, scored),
         **record,
     )
@@ -335,14 +342,16 @@ def _planned(sites: Sequence[Site], lora: LoraConfig, ranks: Sequence[int], **re
     return make_plan(sites, lora, kept=[*kept], ranks=kept, **record)
 
 
-def _found(scored: int, scores: Scores, costs: Costs, ranks: Sequence[int], course: _Course) -> dict[str, Any]:
+def _found(
+    scored: int, scores: Scores, costs: Costs, ranks: Sequence[int], course: _Course, peak: int
+) -> dict[str, Any]:
     """What a plan records of the scoring besides the scores."""
     kept = [i for i, r in enumerate(ranks) if r]
     found: dict[str, Any] = {"scored": scored} if len(course.times) > 1 else {}
     if costs.time is not None:
         found["step_time"] = costs.time.of(kept) / costs.time.of_all
     if costs.memory is not None:
-        found |= {"peak_bytes": costs.memory.of(kept), "lora_peak_bytes": costs.memory.of_all}
+        found |= {"peak_bytes": peak, "lora_peak_bytes": costs.memory.of_all}
     return found | ({} if scores.halves is None else {"agreement": agreement_of(scores.halves)})
 
 

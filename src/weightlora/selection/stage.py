@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from weightlora.errors import SelectionError, SiteError
+from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.distributed import average_gradients, copy_from_first, make_whole
 from weightlora.model.gathering import gathered, ready_for_adapters, require_loadable, require_loaded
 from weightlora.model.layers import lora_layers, require_peft_wrapper, unchecked_patterns, without_adapters
@@ -143,6 +144,7 @@ def with_plain_lora(model: nn.Module, lora: LoraConfig, sites: Sequence[Site], *
     require_loaded(model, computes=True)
     with untouched(model, seed=seed), torch.inference_mode(False), torch.enable_grad():
         attached = attach_plain_lora(model, lora, sites)
+        remove_input_hooks(attached)  # as plan.attach will do; PEFT sets them anew under gradient checkpointing
         make_whole(attached)
         model.train()
         with gathered(model):
