@@ -36,7 +36,7 @@ class EstimateLine:
     saved_bytes: int
     """Bytes saved for the backward pass, each storage once."""
     memory_bytes: int
-    """Parameters, gradients, optimizer and saved bytes: what ``keep="512MB"`` counts."""
+    """Parameters, gradients, optimizer and saved bytes, without the frozen weights."""
     step_ratio: float
     """Step time ÷ step time of plain LoRA in stock PEFT: the median over the rounds."""
     step_range: tuple[float, float]

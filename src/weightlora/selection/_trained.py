@@ -1,6 +1,6 @@
 """What a scoring trained: the plan, and the weights from which the training of its adapters can go on.
 
-trained = select_trained(model, batches, rule="integrated", lora=lora, keep=0.5)
+trained = select_trained(model, batches, rule="integrated", lora=lora, adapters=0.5)
 model = trained.attach(model)  # the adapters as they were at the end of the scoring; stock PEFT from here on
 """
 
