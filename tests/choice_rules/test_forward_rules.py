@@ -41,9 +41,10 @@ def squared(model, batch):
     return model(**batch).square().mean()
 
 
-def chosen(net, data=(), *, rule, adapters=1, r=2, **options):
+def chosen(net, data=(), *, rule, r=2, **options):
     rule = STUDY.get(rule, rule) if isinstance(rule, str) else rule
-    return select(net, data, lora=LoraConfig(r=r), rule=rule, keep=keep, loss_fn=squared, progress=False, **options)
+    options = options if "parameters" in options else {"adapters": 1, **options}
+    return select(net, data, lora=LoraConfig(r=r), rule=rule, loss_fn=squared, progress=False, **options)
 
 
 def scores(net, data=(), **options):
@@ -274,13 +275,13 @@ def test_any_first_blocks_are_spread(count):
     ],
 )
 def test_random_sites_of_a_part(rule, allowed):
-    plan = chosen(Decoder(), rule=rule, keep=0.2)
+    plan = chosen(Decoder(), rule=rule, parameters=0.2)
     assert endings(plan.names) == allowed
     assert endings(name for name, score in plan.scores.items() if score > 0) == allowed
     assert plan.parameters <= 0.2 * plan.lora_parameters
-    other = chosen(Decoder(), rule=rule, keep=0.2, seed=1)
+    other = chosen(Decoder(), rule=rule, parameters=0.2, seed=1)
     assert other.names != plan.names
-    assert chosen(Decoder(), rule=rule, keep=0.2, r=1).names == plan.names  # the draw depends on the seed alone
+    assert chosen(Decoder(), rule=rule, parameters=0.2, r=1).names == plan.names  # the draw depends on the seed alone
     with pytest.warns(WeightLoraWarning, match=f"only {12 * len(allowed)} of the 84 wanted sites"):
         assert len(chosen(Decoder(), rule=rule, adapters=84).names) == 12 * len(allowed)
 

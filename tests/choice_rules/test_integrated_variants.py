@@ -50,7 +50,7 @@ def squared(model, batch):
 
 
 def selected(rule, *, steps=6, data, adapters=1):
-    options = {"lora": LORA, "keep": keep, "steps": steps, "learning_rate": RATE, "progress": False}
+    options = {"lora": LORA, "adapters": adapters, "steps": steps, "learning_rate": RATE, "progress": False}
     return select(Net(), data, rule=rule, loss_fn=squared, **options)
 
 

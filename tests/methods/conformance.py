@@ -37,7 +37,7 @@ KINDS = ["weightlora", "increlora", "alora", "vera", "milora"]
 STEPS, SAVED = 4, 2
 #: Few steps before the training, and half of the parameters.
 QUICK = {
-    "keep": 0.5,
+    "parameters": 0.5,
     "steps": 3,
     "head_steps": 0,
     "rule": FirstOrder(head_steps=0),
@@ -225,7 +225,7 @@ def test_the_budget_is_held_at_every_step_and_spent_at_the_end(finished):
         assert finished.method.budget(STEPS) == sum(plan.ranks.values()) > whole
         return
     assert sum(plan.ranks.values()) <= finished.method.budget(STEPS) <= whole
-    if "keep" in options_of(finished.name):
+    if "parameters" in options_of(finished.name):
         kept = sum(e.site.parameters(e.lora_r) for e in plan.entries if e.r)
         assert 0 < 2 * kept <= plan.lora_parameters
     else:

@@ -338,7 +338,7 @@ def test_alpha_is_that_of_autograd(power):
     assert plan.scores == pytest.approx(slow, abs=1e-5)
     assert plan.names == (max(slow, key=slow.get),)
     assert len(plan.history) == 2
-    positive = plan_of("flexora", net((6, 8, 8, 5)), NO_DROPOUT, keep=None, power=power, **FLEXORA)
+    positive = plan_of("flexora", net((6, 8, 8, 5)), NO_DROPOUT, adapters=None, power=power, **FLEXORA)
     assert set(positive.names) == {name for name, number in slow.items() if number > 0}
 
 
@@ -355,7 +355,7 @@ def test_alpha_stays_where_the_held_out_rows_say_nothing():
     silent = [{"x": torch.zeros(7, 6), "weight": 0.0}] * 2 + [{**batch, "weight": 1.0} for batch in batches(2)]
     weighted = lambda model, batch: batch["weight"] * loss(model, batch)  # noqa: E731
     with pytest.raises(SelectionError, match="no block has an alpha above 0; raise steps"):
-        plan_of("flexora", data=silent, loss_fn=weighted, keep=None, **FLEXORA)
+        plan_of("flexora", data=silent, loss_fn=weighted, adapters=None, **FLEXORA)
 
 
 def test_whole_blocks_are_kept_within_the_budget():
@@ -368,7 +368,7 @@ def test_whole_blocks_are_kept_within_the_budget():
     assert len(chosen(adapters=5)) == 4
     assert len({name.split(".")[0] for name in chosen(adapters=5)}) == 2
     assert len(chosen(adapters=5, unit="site")) == 5
-    with pytest.raises(SelectionError, match="no whole block fits adapters=1; raise keep, or take unit='site'"):
+    with pytest.raises(SelectionError, match="no whole block fits adapters=1; raise it, or take unit='site'"):
         chosen(adapters=1)
 
 

@@ -36,8 +36,8 @@ def adapters(model: PeftModel) -> dict[str, int]:
     return {name: m.r["default"] for name, m in base.named_modules() if isinstance(m, LoraLayer)}
 
 
-def drawn(seed: int, *, adapters=5, lora: LoraConfig = LORA):
-    method = make_method("random", keep=keep, seed=seed)
+def drawn(seed: int, *, lora: LoraConfig = LORA, **limits):
+    method = make_method("random", seed=seed, **(limits or {"adapters": 5}))
     method.attach(llama(), lora, [], 100)
     return method.plan
 
@@ -69,10 +69,10 @@ def test_every_method_is_built_from_its_name_and_speaks_the_protocol(entry):
         ("rondom", {}, "'random'"),
         ("xyz", {}, "there are full, lora, random"),
         ("rlora", {}, "'random'"),
-        ("random", {"kep": 0.5}, "'keep'"),
+        ("random", {"adaptrs": 0.5}, "'adapters'"),
         ("random", {"sed": 1}, "'seed'"),
-        ("lora", {"keep": 0.5}, "lora has no option 'keep'"),
-        ("weightlora", {"kep": 0.5}, "'keep'"),
+        ("lora", {"adapters": 0.5}, "lora has no option 'adapters'"),
+        ("weightlora", {"tim": 0.5}, "'time'"),
         ("weightlora_plus", {"serd": 1}, "'seed'"),
         ("adalora", {"alhpa": "keep"}, "'alpha'"),
     ],
@@ -122,7 +122,7 @@ def test_the_draw_depends_on_the_seed_alone():
 @pytest.mark.slow
 def test_every_site_is_drawn_equally_often():
     draws, k, n = 200, 5, 14
-    counts = Counter(name for seed in range(draws) for name in drawn(seed, keep=k).names)
+    counts = Counter(name for seed in range(draws) for name in drawn(seed, adapters=k).names)
     mean = draws * k / n
     deviation = (mean * (1 - k / n)) ** 0.5
     assert len(counts) == n
@@ -154,7 +154,7 @@ def test_a_selection_is_in_force_after_attach_and_export_returns_stock_lora(mini
     model = method.attach(minilm, lora, review_batches, 100)
     plan = method.plan
     assert (len(plan.entries), len(plan.names)) == (36, 9)
-    assert (plan.rule, plan.seed, plan.options["keep"], plan.options["steps"]) == (rule, 5, 9, 3)
+    assert (plan.rule, plan.seed, plan.options["adapters"], plan.options["steps"]) == (rule, 5, 9, 3)
     assert adapters(model) == {name: plan.ranks[name] for name in plan.names}
     # The kept are those with the largest scores: of all, or of each block where the rule spreads them.
     parts, counts = ([f".layer.{block}." for block in range(6)], {1, 2}) if rule == "first_order" else ([""], {9})

@@ -77,7 +77,7 @@ def test_a_useful_site_is_kept_and_an_idle_one_is_not(name, tmp_path):
     for seed in range(3):
         useful, idle = choice(name, tmp_path, False, seed)
         assert useful > idle
-        if "keep" in options_of(name):
+        if "adapters" in options_of(name):
             assert idle == 0
 
 

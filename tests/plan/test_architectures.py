@@ -72,7 +72,7 @@ def test_a_plan_loads_and_merges_with_stock_peft(name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_all_linear_is_what_peft_adapts_or_what_the_warning_names(name):
     lora = LoraConfig(**ALL)
-    plan, model, warned = selected(name, lora, keep=0.5)
+    plan, model, warned = selected(name, lora, adapters=0.5)
     before = states(model)
     assert not model.training
     every = find_sites(model, lora)
@@ -125,7 +125,7 @@ def on_request(name):
 @pytest.mark.parametrize("name", EXPERTS)
 def test_fused_experts_are_carried_and_counted(name, tmp_path):
     lora = on_request(name)
-    plan, model, _ = selected(name, lora, keep=0.5)
+    plan, model, _ = selected(name, lora, adapters=0.5)
     assert [each.name for each in plan.target_parameters] == fused(model)
     plain = get_peft_model(model_of(name), copy.deepcopy(lora))
     assert trained(plain) == plan.lora_parameters
@@ -161,9 +161,9 @@ def test_methods_that_choose_carry_them_too(method):
     assert made.export(attached) is attached
 
 
-@pytest.mark.filterwarnings("ignore:keep=1.0")
+@pytest.mark.filterwarnings("ignore:adapters=1.0")
 def test_a_number_of_parameters_is_for_all_adapters():
-    plan, _, _ = selected("OLMoE", LoraConfig(**ALL), keep=1.0)
+    plan, _, _ = selected("OLMoE", LoraConfig(**ALL), adapters=1.0)
     besides = sum(each.parameters for each in plan.target_parameters)
     smaller, _, _ = selected("OLMoE", LoraConfig(**ALL), parameters=besides + 200)
     assert besides < smaller.parameters <= besides + 200
@@ -179,7 +179,7 @@ def test_a_trainer_trains_and_resumes_them(fast, tmp_path):
     def made(steps):
         arguments = TrainingArguments(str(tmp_path), max_steps=steps, per_device_train_batch_size=4, **quiet)
         trainer = Trainer(model_of("OLMoE"), arguments, train_dataset=rows)
-        options = {"keep": 0.5, "steps": 2, "fast": fast, "lora": LoraConfig(**ALL, task_type="CAUSAL_LM")}
+        options = {"adapters": 0.5, "steps": 2, "fast": fast, "lora": LoraConfig(**ALL, task_type="CAUSAL_LM")}
         return trainer, weightlora.method_for(trainer, "weightlora_plus", **options)
 
     trainer, method = made(2)
@@ -207,9 +207,9 @@ def unread():
         ("OLMoE", {**ALL, "lora_dropout": 0.1}, {}, OptionError, "does not work with lora_dropout != 0"),
         ("OLMoE", {**ALL, "use_dora": True}, {}, OptionError, "use_dora=True"),
         ("OLMoE", {**ALL, "lora_bias": True}, {}, OptionError, "lora_bias=True"),
-        ("OLMoE", ALL, {"keep": "1MB"}, OptionError, "cannot be measured with target_parameters"),
+        ("OLMoE", ALL, {"memory": "1GB"}, OptionError, "cannot be measured with target_parameters"),
         ("OLMoE", ALL, {"time": 0.8}, OptionError, "cannot be measured with target_parameters"),
-        ("OLMoE", ALL, {"parameters": 100}, OptionError, "leaves no site beside 2,"),
+        ("OLMoE", ALL, {"parameters": 100}, OptionError, "leaves nothing beside 2,"),
         ("DeepSeek-V3", {"target_modules": ["o_proj", "gate_proj"]}, {}, OptionError, "without also targeting up_proj"),
         ("Mixtral", {"target_modules": ["w1", "w2", "w3"]}, {}, SiteError, "fused experts alone"),
         ("Mixtral", {"target_modules": ["q_proj"], "target_parameters": ["norm.weight"]}, {}, SiteError, "1 dimension"),

@@ -12,8 +12,10 @@ import weightlora
 from weightlora.errors import OptionError
 from weightlora.methods import make_method
 from weightlora.model.sites import adapter_parameters, find_sites
-from weightlora.plan.budget import Budget, chosen_ranks, read_budget
+from weightlora.plan.budget import Budget, chosen_ranks
+from weightlora.plan.limits import Limits
 from weightlora.plan.make import make_plan, read_adapter
+from weightlora.selection.allocate import site_budget
 
 KINDS = [{}, {"lora_bias": True}, {"use_dora": True}]  # PEFT refuses both at once
 
@@ -29,7 +31,7 @@ def trained(model: nn.Module) -> int:
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.filterwarnings("ignore:keep=1.0")
+@pytest.mark.filterwarnings("ignore:parameters=1.0")
 @pytest.mark.parametrize("kind", KINDS)
 def test_plans_and_budgets_count_what_peft_trains(kind, tmp_path):
     for seed in range(40):
@@ -41,10 +43,10 @@ def test_plans_and_budgets_count_what_peft_trains(kind, tmp_path):
         every = make_plan(sites, lora, list(sizes))
         assert every.lora_sizes == tuple(sizes.values())
         assert every.parameters == every.lora_parameters == trained(every.attach(any_net(random.Random(seed))))
-        keep = rng.choice([0.5, 0.9, 1.0, f"{max(sizes.values())} parameters"])
-        budget = read_budget(keep, sizes) if min(sizes.values()) <= 0.5 * sum(sizes.values()) else None
-        if budget is None:
+        if min(sizes.values()) > 0.5 * sum(sizes.values()):
             continue
+        parameters = rng.choice([0.5, 0.9, 1.0, max(sizes.values())])
+        budget = site_budget(sites, lora, Limits(parameters=parameters))
         chosen = budget.choose([rng.random() for _ in sites])
         plan = make_plan(sites, lora, [sites[i].name for i in chosen])
         assert plan.parameters <= budget.limit
@@ -111,9 +113,9 @@ def test_bytes_count_the_biases_too():  # DoRA saves more than is counted, and i
     sizes = []
     for kind in ({}, {"lora_bias": True}):
         lora = LoraConfig(r=2, target_modules="all-linear", **kind)
-        plan = weightlora.select(net, batches, lora=lora, keep="1GB", loss_fn=squared, progress=False, steps=3)
+        plan = weightlora.select(net, batches, lora=lora, memory="1GB", loss_fn=squared, progress=False, steps=3)
         assert len(plan.names) == 6
-        sizes.append(plan.options["cost"])
+        sizes.append(plan.options["peak_bytes"])
     # Six vectors of six fp32 numbers, each with a gradient and AdamW's two moments.
     assert sizes[1] - sizes[0] == 6 * 6 * 4 * 4
 

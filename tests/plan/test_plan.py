@@ -138,9 +138,7 @@ FIELDS = {
 @pytest.mark.parametrize("fields", FIELDS)
 def test_a_plan_reads_back_as_it_was_and_keeps_the_users_fields(tmp_path, fields):
     plan = plan_of(llama(), [V0, UP1], **FIELDS[fields])
-    plan = replace(
-        plan, rule="stoiht", options={"keep": "1k parameters", "learning_rate": 1e-3}, seed=7, base_model="a/b"
-    )
+    plan = replace(plan, rule="stoiht", options={"parameters": 1000, "learning_rate": 1e-3}, seed=7, base_model="a/b")
     plan = replace(plan, history=(tuple(float(i) for i in range(len(plan.entries))),) * 2)
     for written in (plan, plan.expand()):
         written.save(tmp_path / "plan.json")

@@ -1,14 +1,13 @@
 """How sites compete for a budget: closed forms, and properties of every budget and score."""
 
-from fractions import Fraction
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from weightlora.cost.knapsack import CostBudget, additive_cost
 from weightlora.errors import OptionError
 from weightlora.model.sites import Site
-from weightlora.plan.budget import Budget, GainShare, read_limit
+from weightlora.plan.budget import Budget
 from weightlora.plan.ranking import Spread, ranked
 
 SITES = [Site(f"layer.{i}.{kind}", 4, 4) for i in range(3) for kind in ("up", "down")]
@@ -26,7 +25,7 @@ def candidates(draw):
 
 
 @pytest.mark.parametrize(
-    ("keep", "kept"),
+    ("k", "kept"),
     [
         (1, [4]),  # one part: the best of all
         (2, [1, 4]),  # blocks 0 and 1, blocks 2 and 3
@@ -34,14 +33,14 @@ def candidates(draw):
         (5, [1, 2, 4, 5, 7]),  # and the best of the others, as all have spent the same
     ],
 )
-def test_sites_are_spread_over_the_blocks(keep, kept):
+def test_sites_are_spread_over_the_blocks(k, kept):
     sizes = [0.1, 2.0, 1.0, 0.9, 9.0, 8.0, 6.0, 7.0]
     sites = [Site(f"layer.{i // 2}.{'up' if i % 2 else 'down'}", 4, 4) for i in range(8)]
-    budget = Budget.of_count(keep, n=8)
+    budget = Budget.of_count(k, n=8)
     spread = ranked(budget, "spread", sites)
     assert spread.choose(sizes) == kept
-    if keep <= 4:  # negative control: without it the last two blocks take all
-        assert budget.choose(sizes) == [4, 5, 6, 7][:keep]
+    if k <= 4:  # negative control: without it the last two blocks take all
+        assert budget.choose(sizes) == [4, 5, 6, 7][:k]
 
 
 def test_the_depth_is_the_number_of_the_block_and_not_its_name():
@@ -100,26 +99,11 @@ def test_spread_sites_fit_the_budget_and_no_part_is_left_out(sites, limit):
         assert {*best} <= {*kept}
 
 
-@given(candidates(), st.integers(1, 100))
-def test_of_a_share_the_scores_decide_how_many_parameters_are_spread(sites, percent):
-    costs, blocks, sizes = sites
-    share = GainShare(costs, Fraction(percent, 100))
-    smallest = sum(costs[i] for i in share.choose(sizes))
-    assert Spread(share, blocks).choose(sizes) == Spread(Budget(costs, smallest), blocks).choose(sizes)
-
-
-def test_a_share_is_spread_where_its_smallest_set_has_neighbours():
-    share, sizes = GainShare((1, 1, 1, 1), Fraction(3, 4)), [4.0, 3.0, 2.0, 1.0]
-    assert share.choose(sizes) == [0, 1, 2]
-    assert Spread(share, ("a", "a", "a", "b")).choose(sizes) == [0, 1, 3]
-    assert Spread(GainShare((1, 1), Fraction(1, 2)), ("a", "b")).choose([0.0, -1.0]) == []
-
-
 def test_a_ranking_that_does_not_fit_is_one_line():
     budget = Budget.of_count(2, n=6)
     with pytest.raises(OptionError, match="ranking='best' is not allowed: give one of score, spread"):
         ranked(budget, "best", SITES)
-    for other in (GainShare((1,) * 6, 1), read_limit("0.8x")):
-        assert ranked(other, "score", SITES) is other
-    with pytest.raises(OptionError, match=r"ranking='spread' needs keep as .* or a share of the scores"):
-        ranked(read_limit("0.8x"), "spread", SITES)
+    measured = CostBudget((additive_cost([1] * 6),), (3,))
+    assert ranked(measured, "score", SITES) is measured
+    with pytest.raises(OptionError, match="ranking='spread' does not go with limits on time or memory"):
+        ranked(measured, "spread", SITES)

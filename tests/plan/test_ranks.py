@@ -1,16 +1,14 @@
 """A budget spent rank by rank: closed forms, and properties of every budget and score."""
 
-from fractions import Fraction
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
 
-from weightlora.cost.knapsack import Cost, CostBudget
+from weightlora.cost.knapsack import CostBudget, additive_cost
 from weightlora.errors import OptionError
 from weightlora.model.sites import Site
-from weightlora.plan.budget import Budget, GainShare, chosen_ranks
+from weightlora.plan.budget import Budget, chosen_ranks
 from weightlora.plan.make import make_plan
 from weightlora.plan.ranking import Spread
 
@@ -39,12 +37,8 @@ def test_a_wide_site_pays_for_its_width():
     assert chosen_ranks(Budget((20, 2), 12), [[3.0, 3.0], [1.0, 1.0]]) == [1, 2]  # 0.3 a parameter against 1
 
 
-def test_a_share_of_the_scores_is_reached_with_single_ranks():
-    assert chosen_ranks(GainShare((4, 4), Fraction(3, 5)), [[5.0, 1.0], [3.0, 1.0]]) == [1, 1]  # 8 of 10
-
-
 def test_budgets_of_whole_adapters_are_refused():
-    for budget in (Spread(Budget((1,), 1), ("",)), CostBudget(Cost(1, (), (0,)), 1)):
+    for budget in (Spread(Budget((1,), 1), ("",)), CostBudget((additive_cost([1]),), (1,))):
         with pytest.raises(OptionError, match="give per='site'"):
             chosen_ranks(budget, [[1.0]])
 

@@ -26,8 +26,8 @@ class Net(nn.Module):
             layer.weight.data = weight
 
 
-def chosen(net, *, rule, keep, **options):
-    return select(net, (), lora=LoraConfig(r=2), rule=rule, keep=keep, progress=False, **options)
+def chosen(net, *, rule, adapters, **options):
+    return select(net, (), lora=LoraConfig(r=2), rule=rule, adapters=adapters, progress=False, **options)
 
 
 def drawn(*shape, seed=0):
@@ -96,10 +96,10 @@ def test_stratified_keeps_the_same_share_of_projections_of_unequal_number():
     for i in range(20):
         block = {"up": nn.Linear(D, D), **({"down": nn.Linear(D, D)} if i % 4 == 0 else {})}
         net.layers.append(nn.ModuleDict(block))
-    for keep in range(1, 26):
-        names = chosen(net, rule="stratified", keep=keep, seed=keep).names
+    for k in range(1, 26):
+        names = chosen(net, rule="stratified", adapters=k, seed=k).names
         downs = sum(name.endswith("down") for name in names)
-        assert abs(downs - 5 * keep / 25) < 1
+        assert abs(downs - 5 * k / 25) < 1
     # Without the random shift of each projection, one down and one up would always tie at the top.
     pairs = {
         tuple(sorted(name.split(".")[-1] for name in chosen(net, rule="stratified", adapters=2, seed=seed).names))

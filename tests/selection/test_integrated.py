@@ -28,9 +28,10 @@ def noded(count):
     return type("Noded", (Integrated,), {"nodes": count})()
 
 
-def selected(rule, *, steps=6, data=None, adapters=2, model=None, loss_fn=squared, seed=0):
+def selected(rule, *, steps=6, data=None, model=None, loss_fn=squared, seed=0, **limits):
     data = batches(rule.batches((steps,))) if data is None else data
-    options = {"lora": LORA, "keep": keep, "steps": steps, "learning_rate": 0.05, "seed": seed, "progress": False}
+    options = {"lora": LORA, "steps": steps, "learning_rate": 0.05, "seed": seed, "progress": False}
+    options |= limits or {"adapters": 2}
     return select(model or Net(), data, rule=rule, loss_fn=loss_fn, **options)
 
 
@@ -104,16 +105,16 @@ def test_a_dead_site_scores_nothing_and_a_planted_one_most():
 
 
 @pytest.mark.parametrize(
-    ("keep", "scale"),
+    ("adapters", "scale"),
     [(1, 0.5), (2, 0.5**0.5), (4, 1.0)],
 )
-def test_the_first_step_of_all_sites_is_as_long_as_their_rate(keep, scale):
+def test_the_first_step_of_all_sites_is_as_long_as_their_rate(adapters, scale):
     """AdamW's first step is the rate in each weight, whatever the gradient; its eps takes some 1e-3 of it."""
     rule, net = Integrated(), Net()
     sites = find_sites(net, LORA).sites
     with probed(net, LORA, sites, batches=batches(5), steps=5, seed=0, loss_fn=squared) as stage:
         rated = replace(stage, learning_rate=0.05)
-        next(rule.score(rated, (1,), Budget.of_count(keep, n=4)))
+        next(rule.score(rated, (1,), Budget.of_count(adapters, n=4)))
         moved = [b.detach().abs().mean().item() for b in stage.parameters("lora_B")]
     assert moved == pytest.approx([0.05 * scale] * 4, rel=1e-2)
 
@@ -144,7 +145,7 @@ def test_settings_out_of_range_are_named(settings, named):
 @pytest.mark.slow
 def test_it_runs_on_minilm_and_another_seed_draws_another_start(minilm, review_batches):
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
-    options = {"lora": lora, "keep": 0.25, "steps": 4, "rule": Quick(head_steps=0), "progress": False}
+    options = {"lora": lora, "parameters": 0.25, "steps": 4, "rule": Quick(head_steps=0), "progress": False}
     plans = [select(minilm, review_batches, seed=seed, **options) for seed in (0, 0, 1)]
     assert plans[0].scores == plans[1].scores != plans[2].scores
     assert 0 < plans[0].parameters <= plans[0].lora_parameters / 4
@@ -178,7 +179,7 @@ def test_a_gain_of_rank_one_is_kept_with_one_rank():
                 yield done, found
 
     with pytest.warns(WeightLoraWarning, match=r"had no gradient in the scoring, layers\.1"):
-        selected(Watched(per="rank"), steps=60, data=data, keep=0.9, model=Branches())
+        selected(Watched(per="rank"), steps=60, data=data, parameters=0.9, model=Branches())
     first, second = scores["layers.2"]
     assert first > 20 * abs(second)
 
@@ -187,7 +188,7 @@ def test_a_gain_of_rank_one_is_kept_with_one_rank():
 @pytest.mark.parametrize("most", [1, 2, 9])
 def test_a_site_keeps_at_most_so_many_ranks(most, minilm, review_batches):
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
-    asked = {"lora": lora, "keep": 0.5, "steps": 4, "progress": False}
+    asked = {"lora": lora, "parameters": 0.5, "steps": 4, "progress": False}
     plan = select(minilm, review_batches, rule=Quick(head_steps=0, per="rank", most_ranks=most), **asked)
     free = select(minilm, review_batches, rule=Quick(head_steps=0, per="rank"), **asked)
     assert plan.scores == free.scores
@@ -197,26 +198,21 @@ def test_a_site_keeps_at_most_so_many_ranks(most, minilm, review_batches):
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize(("keep", "most"), [(0.25, 1), (0.3, 2), (0.5, 2), (0.75, 3), (0.9, 4), ("20k parameters", 1)])
-def test_even_ranks_are_the_budgets_share_of_each_site(keep, most, minilm, review_batches):
+@pytest.mark.parametrize(("parameters", "most"), [(0.25, 1), (0.3, 2), (0.5, 2), (0.75, 3), (0.9, 4), (20_000, 1)])
+def test_even_ranks_are_the_budgets_share_of_each_site(parameters, most, minilm, review_batches):
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
     rule = Quick(head_steps=0, per="rank", most_ranks="even")
-    plan = select(minilm, review_batches, lora=lora, keep=keep, steps=4, rule=rule, progress=False)
+    plan = select(minilm, review_batches, lora=lora, parameters=parameters, steps=4, rule=rule, progress=False)
     assert max(plan.ranks.values()) == most
-    assert plan.parameters <= (20_000 if isinstance(keep, str) else keep * plan.lora_parameters)
-    if keep == 0.25:  # every site whose best rank saved anything
+    assert plan.parameters <= (20_000 if parameters == 20_000 else parameters * plan.lora_parameters)
+    if parameters == 0.25:  # every site whose best rank saved anything
         assert len(plan.names) > 30
-
-
-def test_even_ranks_need_a_share():
-    with pytest.raises(OptionError, match="most_ranks='even' needs keep as a fraction or a number"):
-        selected(Integrated(per="rank", most_ranks="even"), keep="auto")
 
 
 def test_a_plan_of_single_ranks_is_stock_peft(minilm, review_batches, tmp_path):
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")
     rule = Quick(head_steps=0, per="rank")
-    plan = select(minilm, review_batches, lora=lora, keep=0.25, steps=4, rule=rule, seed=0, progress=False)
+    plan = select(minilm, review_batches, lora=lora, parameters=0.25, steps=4, rule=rule, seed=0, progress=False)
     assert len({r for r in plan.ranks.values() if r}) > 1
     assert plan.parameters <= plan.lora_parameters / 4
     model = plan.attach(minilm)
@@ -230,5 +226,5 @@ def test_a_plan_of_single_ranks_is_stock_peft(minilm, review_batches, tmp_path):
         model.save_pretrained(tmp_path)
         again = PeftModel.from_pretrained(model.unload(), tmp_path)
         torch.testing.assert_close(again(**review_batches[0]).logits, logits, rtol=0, atol=0)
-    with pytest.raises(OptionError, match="give per='site'"):
+    with pytest.raises(OptionError, match=r"single ranks are chosen within .*, not within time=0.8"):
         selected(Integrated(per="rank"), time=0.8)

@@ -281,10 +281,11 @@ def never(_model, _batch):
     raise AssertionError("the model ran")
 
 
-@pytest.mark.parametrize("keep", ["512MB", "0.8x"])
-def test_budgets_that_are_measured(keep, tmp_path):
-    with pytest.raises(OptionError, match=rf"^keep='{keep}' is measured on a step, and this model's weights are .*$"):
-        scored(on_disk(bert(), tmp_path), keep=keep, loss_fn=never)
+@pytest.mark.parametrize(("limit", "told"), [({"memory": "8GB"}, "memory='8GB'"), ({"time": 0.8}, "time=0.8")])
+def test_budgets_that_are_measured(limit, told, tmp_path):
+    text = rf"^adapters=4, .*{told} is measured on a step, and this model's weights are .*$"
+    with pytest.raises(OptionError, match=text):
+        scored(on_disk(bert(), tmp_path), **limit, loss_fn=never)
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in METHODS if entry.trains != "lora"])

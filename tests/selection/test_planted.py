@@ -21,11 +21,11 @@ BY_LOSS = (
 BLIND = ("kappa_tune", "stratified", *BY_INPUTS.values())
 
 
-def plan_of(rule, model, batches, keep):
+def plan_of(rule, model, batches, parameters):
     with torch.no_grad():
         model.get_submodule(OUTPUT).weight.zero_()
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS", exclude_modules=[OUTPUT])
-    asked = {"lora": lora, "keep": keep, "steps": 4, "progress": False}
+    asked = {"lora": lora, "parameters": parameters, "steps": 4, "progress": False}
     return select(model, batches, rule=rule_of(rule, head_steps=0) if rule in BY_LOSS else rule, **asked)
 
 
@@ -33,7 +33,7 @@ def plan_of(rule, model, batches, keep):
 @pytest.mark.parametrize("rule", BY_LOSS)
 def test_dead_layers_score_nothing_and_are_not_kept(rule, minilm, review_batches):
     with pytest.warns(WeightLoraWarning, match="3 of 35 sites had no gradient in the scoring"):
-        plan = plan_of(rule, minilm, review_batches * 2, keep=0.1)
+        plan = plan_of(rule, minilm, review_batches * 2, parameters=0.1)
     assert {name for name, score in plan.scores.items() if score == 0} == DEAD
     assert not DEAD & {*plan.names}
 
@@ -42,4 +42,4 @@ def test_dead_layers_score_nothing_and_are_not_kept(rule, minilm, review_batches
 @pytest.mark.parametrize("rule", BLIND)
 def test_rules_that_do_not_read_the_loss_miss_it(rule, minilm, review_batches):
     """The control: dead layers can be kept."""
-    assert DEAD & {*plan_of(rule, minilm, review_batches * 2, keep=0.9).names}
+    assert DEAD & {*plan_of(rule, minilm, review_batches * 2, parameters=0.9).names}

@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig
 from test_scoring import LORA, SCALE, Net, batches, squared
 from torch import nn
-from weightlora.selection._budget import asked_budget
 
 from weightlora import select
 from weightlora.cost.knapsack import ANY, CostBudget, Item, make_cost
@@ -16,6 +15,8 @@ from weightlora.errors import OptionError
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
 from weightlora.plan.budget import Budget
+from weightlora.plan.limits import Limits
+from weightlora.selection.allocate import site_budget
 from weightlora.selection.rules.first_order import FirstOrder
 from weightlora.selection.rules.pursuit import Pursuit, more_kept
 from weightlora.selection.select import select_trained
@@ -39,7 +40,7 @@ def asked(rule, *, steps, data=None, model=None, loss_fn=squared, adapters=2, **
 
     given = {
         "lora": LORA,
-        "keep": keep,
+        "adapters": adapters,
         "steps": steps,
         "learning_rate": RATE,
         "loss_fn": loss,
@@ -170,8 +171,8 @@ def budgets():
     own = [Item(2, ((1 << i, 1 << i),)) for i in range(6)]
     below = [Item(1, ((ANY, 1 << i),)) for i in range(6)]
     return {
-        "score": asked_budget(0.5, "score", sites, lora),
-        "cost": CostBudget(make_cost(6, [*own, *below], range(6)), limit=9),
+        "score": site_budget(sites, lora, Limits(parameters=0.5)),
+        "cost": CostBudget((make_cost(6, [*own, *below], range(6)),), (9,)),
     }
 
 
@@ -189,7 +190,7 @@ def test_sites_whose_scores_are_overtaken_stay(kind, seed):
 
 def test_a_step_time_is_a_budget():
     plan = selected(pursuit(2), steps=4, time=0.9, model=Widths(), lora=LoraConfig(r=2))
-    assert 0 < plan.options["cost"] <= 0.9
+    assert 0 < plan.options["step_time"] <= 0.9
 
 
 def test_a_large_site_leaves_fewer_places_and_drops_none():
@@ -211,15 +212,9 @@ def test_one_site_is_that_of_first_order_and_nothing_is_trained():
 def test_there_are_no_more_rounds_than_sites_or_steps(k, steps):
     data = batches(40)
     most = min(k, steps + 1)
-    many, fewer = (selected(pursuit(r), steps=steps, data=data, keep=k) for r in (6, most))
+    many, fewer = (selected(pursuit(r), steps=steps, data=data, adapters=k) for r in (6, most))
     assert many.history == fewer.history
     assert len(many.history) == most
-
-
-@pytest.mark.parametrize("keep", ["auto", "60% gain"])
-def test_a_share_of_the_scores_is_no_budget(keep):
-    with pytest.raises(OptionError, match="does not depend on the scores; give keep as a fraction"):
-        selected(Pursuit(), steps=10, keep=keep)
 
 
 def test_spread_sites_are_no_budget():

@@ -302,33 +302,10 @@ def test_first_order_spreads_its_sites_unless_asked_or_not_counted(minilm, revie
     assert by_score.names == tuple(sorted(sorted(plan.scores, key=plan.scores.get, reverse=True)[:3]))
     assert len(parts(by_score)) < 3  # negative control
     assert "ranking" not in by_score.options
-    assert chosen(keep="60% gain").options["ranking"] == "spread"
+    assert chosen(adapters=None, parameters=0.3, rule="first_order").options["ranking"] == "spread"
     for other in ({"time": 0.8}, {"rule": "kappa_tune"}):
         assert "ranking" not in chosen(**other).options
     assert chosen(rule="kappa_tune").names == chosen(rule="kappa_tune", ranking="score").names
-
-
-@pytest.mark.filterwarnings("ignore:keep=1.0")
-def test_auto_keeps_the_sites_that_have_three_quarters_of_the_scores():
-    def of_each_layer(model, batch):  # the best site has more than half of the scores, the best two more than 75 %
-        return 2 * squared(model[:1], batch) + 0.5 * squared(model[:4], batch) + squared(model, batch)
-
-    options = {"steps": 4, "loss_fn": of_each_layer, "ranking": "score"}
-    everything = quietly(net(), pairs(4), keep=1.0, **options)
-    worth = {e.site.name: (e.score / e.site.parameters(e.lora_r), e.score) for e in everything.entries}
-    wanted, found = 0.75 * sum(score for _, score in worth.values()), 0.0
-    for name in sorted(worth, key=worth.__getitem__, reverse=True):
-        if found < wanted:
-            found += worth.pop(name)[1]
-    plan = quietly(net(), pairs(4), keep="auto", **options)
-    assert set(plan.names) == set(everything.names) - set(worth)
-    assert 0 < len(plan.names) < len(everything.names)
-    assert plan.options["keep"] == "auto"
-    half = quietly(net(), pairs(4), keep="50% gain", **options)
-    assert set(half.names) < set(plan.names)  # otherwise this test could not tell the shares apart
-    for ranking in ("score", "spread"):
-        with pytest.raises(OptionError, match="keep has to say how many stay"):
-            quietly(net(), pairs(4), keep="auto", rule="stoiht", **{**options, "ranking": ranking})
 
 
 def test_defaults_are_twenty_steps_and_twenty_more_for_a_fresh_head():
@@ -388,7 +365,8 @@ def test_architecture(name, rule):
     batch = {"input_ids": tokens, "labels": torch.tensor([0, 1, 1, 0]) if task == "SEQ_CLS" else tokens}
     before = fingerprint(model)
     lora = LoraConfig(r=2, task_type=task, fan_in_fan_out=name == "gpt2")
-    plan = quietly(model, [batch] * 5, lora=lora, keep=count // 2, head_steps=2 if task == "SEQ_CLS" else 0, rule=rule)
+    head_steps = 2 if task == "SEQ_CLS" else 0
+    plan = quietly(model, [batch] * 5, lora=lora, adapters=count // 2, head_steps=head_steps, rule=rule)
     assert fingerprint(model) == before
     assert (len(plan.entries), len(plan.names)) == (count, count // 2)
     assert tuple(lora_layers(plan.attach(model))) == plan.names
@@ -522,8 +500,11 @@ WRONG = {
     "model": [None, 5, "bert", {}, nn.Linear, nn.DataParallel(net()), nn.Sequential(nn.LazyLinear(6), nn.Linear(6, 6))],
     "batches": [None, 5, "text", pairs(1)[0]],
     "lora": [{}, {"r": 8}, "lora", 8, True, LoraConfig],
-    "keep": [None, 0, -1, 1.5, "", "much", "-3MB", [], {}, True, NAN, INF],
-    "rule": [None, 5, "first", [], {}, object()],
+    "adapters": [0, -1, 1.5, "", "18", [], {}, True, NAN, INF],
+    "parameters": [0, -1, 1.5, "", "300k", [], {}, True, NAN, INF],
+    "time": [0, -0.5, 1.5, 2, "0.8x", [], {}, True, NAN, INF],
+    "memory": [0, 8, 8e9, "8", "", "0MB", "-3MB", "much", [], {}, True, NAN],
+    "rule": [5, "first", [], {}, object()],
     "steps": ["4", "soon", 2.5, True, [3], -1, 0, NAN],
     "total_steps": ["100", 2.5, True, [], -1],
     "learning_rate": ["1e-3", None, True, 1j, [1], -1, 0, NAN, INF],

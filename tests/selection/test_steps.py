@@ -20,8 +20,8 @@ from weightlora.selection.steps import (
     check_steps,
     likeness,
     reading_times,
-    settled,
     scoring_steps,
+    settled,
 )
 
 BRANCHES = 12
@@ -62,7 +62,7 @@ def planted(count, wanted, noise):
 
 
 def chosen(wanted, noise, rule="first_order", **options):
-    asked = {"lora": LORA, "keep": max(2, len(wanted)), "steps": "auto", "loss_fn": loss, **options}
+    asked = {"lora": LORA, "adapters": max(2, len(wanted)), "steps": "auto", "loss_fn": loss, **options}
     return select(Branches(), planted(400, wanted, noise), rule=rule, **asked)
 
 
@@ -139,7 +139,8 @@ def test_a_look_at_the_scores_leaves_them_as_they_are(name):
 @pytest.mark.parametrize("name", ["integrated", "integrated_ranks", "even_ranks"])
 def test_a_rule_that_trains_goes_on_where_it_was_when_it_looked(name):
     """Looks after 13, 27 and 54 steps. The first one is that of T = 13, and the loss saved grows from look to look."""
-    options = {"rule": name, "keep": 0.2, "learning_rate": 0.02 * 6**0.5}  # two of twelve sites: √(2/12) of it
+    # Two of twelve sites: √(2/12) of the rate.
+    options = {"rule": name, "adapters": None, "parameters": 0.2, "learning_rate": 0.02 * 6**0.5}
     with pytest.warns(UserWarning, match="cannot tell the sites apart"):  # without noise to speak of, all are useful
         auto = chosen(list(range(BRANCHES)), noise=1.0, total_steps=3_000, **options)
     first = chosen(list(range(BRANCHES)), noise=1.0, steps=13, **options)
@@ -210,7 +211,7 @@ def test_scoring_is_half_a_percent_rounded_up_and_at_least_twenty(total, t):
     [
         (20, 400, logging.INFO, r"^scoring takes 20 steps, 5 % of the 400 steps of the training$"),
         (20, 399, logging.WARNING, r"20 steps, 5 % .* only where a step of the plan takes less than 0\.95 of LoRA's"),
-        (40, 50, logging.WARNING, r"40 steps, 80 % .* less than 0\.20 of LoRA's .*lower steps"),
+        (40, 50, logging.WARNING, r"40 steps, 80 % .* less than 0\.20 of LoRA's .*leave steps and rule"),
         (40, 20, logging.WARNING, r"40 steps, 200 % .* in no case"),
     ],
 )

@@ -235,7 +235,7 @@ def test_single_ranks_start_where_the_scoring_left_them():
                     left[name] = [(score, SCALE * torch.outer(b[:, k], a[k])) for k, score in enumerate(own)]
                 yield done, found
 
-    trained, *_ = trained_and_start(Watched(per="rank"), keep=0.4)
+    trained, *_ = trained_and_start(Watched(per="rank"), adapters=None, parameters=0.4)
     attached, x = trained.attach(Net()), torch.randn(4, 6).double()
     net = Net()
     with torch.no_grad():

@@ -176,7 +176,7 @@ def logits(model, batch):
 def test_the_line_ends_in_a_planned_stock_adapter(any_trainer, base, tmp_path):
     trainer = any_trainer("run")
     the_users, all_sites = trainer.model, set(lora_layers(trainer.model))
-    plan = weightlora.select_for(trainer, keep=len(all_sites) // 2, rule=FirstOrder(head_steps=0))
+    plan = weightlora.select_for(trainer, adapters=len(all_sites) // 2, rule=FirstOrder(head_steps=0))
     assert 0 < 2 * len(plan.names) == len(all_sites)
     assert trainer.model is the_users  # whoever holds the model holds the planned one
     assert set(lora_layers(trainer.model)) == set(plan.names) < all_sites
@@ -351,7 +351,7 @@ def test_a_trainer_without_adapters_takes_a_config(make_classifier):
 # -- one entry --------------------------------------------------------------------------------------------------------
 
 
-def selected_by_hand(trainer, keep):
+def selected_by_hand(trainer, adapters):
     """``select()`` on the trainer's batches in groups of an optimizer step, each loss weighted as the Trainer does."""
     rows = trainer.args.per_device_train_batch_size
     accumulate = trainer.args.gradient_accumulation_steps
@@ -373,7 +373,7 @@ def selected_by_hand(trainer, keep):
     return weightlora.select(
         trainer.model,
         groups,
-        keep=keep,
+        adapters=adapters,
         rule=rule,
         steps=20,
         learning_rate=trainer.args.learning_rate,
@@ -421,11 +421,10 @@ def test_a_second_start_takes_the_stored_plan(make_classifier, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"adapters": 3}, "keep=0.5 there, 3 now"),
+        ({"adapters": 3}, "adapters=0.5 there, 3 now"),
         ({"rule": "stoiht"}, "rule='first_order' there, 'stoiht' now"),
-        ({"expand": True}, "expand=False there, 'scale' now"),
         ({"seed": 9}, "seed=3 there, 9 now"),
-        ({"learning_rate": 1.0}, "lr=5e-05 there, 1.0 now"),
+        ({"learning_rate": 1.0}, "learning_rate=5e-05 there, 1.0 now"),
         ({"head_learning_rate": 1.0}, "head_learning_rate=5e-05 there, 1.0 now"),
         ({"steps": 7}, "steps=20 there, 7 now"),
         ({"ranking": "score"}, "ranking='spread' there, 'score' now"),
@@ -580,8 +579,8 @@ def test_pissa_works_on_the_base_model(make_classifier):
 def test_a_failed_selection_leaves_plain_lora_that_refuses_to_train(make_classifier, tmp_path):
     trainer = make_classifier()
     sites = set(lora_layers(trainer.model))
-    with pytest.raises(OptionError, match="keep"):
-        weightlora.select_for(trainer, keep=1.5)
+    with pytest.raises(OptionError, match=r"adapters=1\.5"):
+        weightlora.select_for(trainer, adapters=1.5)
     assert set(lora_layers(trainer.model)) == sites
     assert not (tmp_path / "run" / "plan.json").exists()
     with pytest.raises(SelectionError, match="would train plain LoRA"):

@@ -35,7 +35,12 @@ def test_a_second_adapter_named_as_trls_reference_is_not_deleted_either(make_tin
 
 @pytest.mark.parametrize(
     ("mistake", "error"),
-    [({"keep": 1.5}, OptionError), ({"keeep": 2}, OptionError), ({"rule": "non"}, OptionError), ({}, SelectionError)],
+    [
+        ({"adapters": 1.5}, OptionError),
+        ({"adaptors": 2}, OptionError),
+        ({"rule": "non"}, OptionError),
+        ({}, SelectionError),
+    ],
 )
 def test_after_a_mistake_the_same_trainer_is_selected_on(make_tiny, mistake, error):
     """Until then it refuses to train plain LoRA."""

@@ -19,6 +19,7 @@ from transformers import (
 
 import weightlora
 from weightlora.errors import OptionError
+from weightlora.plan.limits import LIMITS
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.rules.first_order import FirstOrder
 from weightlora.selection.rules.stoiht import StoIHT
@@ -55,7 +56,7 @@ CHANGES = {
     "init_lora_weights": ({"lora": {"init_lora_weights": "gaussian"}}, "init_lora_weights=True there, 'gaussian' now"),
     "base weights": ({"model": scaled}, "other base weights"),
     "type of the base": ({"model": lambda: tiny_llama().bfloat16()}, "other base weights"),
-    "keep": ({"adapters": 1}, "adapters=2 there, 1 now"),
+    "adapters": ({"adapters": 1}, "adapters=2 there, 1 now"),
     "rule": ({"rule": "kappa_tune"}, "rule='stoiht' there, 'kappa_tune' now"),
     "a rule of one's own": (
         {"rule": STUDY["fisher"]},
@@ -63,13 +64,14 @@ CHANGES = {
     ),
     "a rule's setting": ({"rule": StoIHT(head_steps=0, gate_lr=2.0)}, "gate_lr=5.0 there, 2.0 now"),
     "steps": ({"steps": 3}, "steps=2 there, 3 now"),
-    "learning_rate": ({"learning_rate": 1.0}, "learning_rate=0.01 there, 1.0 now"),
+    "a large learning rate": ({"learning_rate": 1.0}, "learning_rate=0.01 there, 1.0 now"),
     "learning_rate": ({"learning_rate": 0.1}, "learning_rate=0.01 there, 0.1 now"),
     "head_learning_rate": ({"head_learning_rate": 1.0}, "head_learning_rate=0.01 there, 1.0 now"),
     "seed": ({"seed": 4}, "seed=3 there, 4 now"),
     "fast": ({"fast": "rank"}, "fast=None there, 'rank' now"),
     "ranking": ({"ranking": "spread"}, "ranking='score' there, 'spread' now"),
-    "expand": ({"expand": True}, "expand=False there, 'scale' now"),
+    "another limit": ({"adapters": None, "parameters": 0.5}, "adapters=2 there, None now; parameters=None there, 0.5"),
+    "a limit more": ({"time": 0.9}, "time=None there, 0.9 now"),
     "loss_fn": ({"loss_fn": lambda model, step: model(**step[0][0]).loss}, "own_loss=False there, True now"),
     "training rows": ({"rows": tiny_rows()[12:] + tiny_rows()[:12]}, "other training data"),
     "order of the rows": ({"rows": tiny_rows()[::-1]}, "other training data"),
@@ -89,7 +91,7 @@ SAME = {
     "the same options, typed": {"learning_rate": 0.01, "head_learning_rate": 0.01, "seed": 3, "ranking": "score"},
     "the batch, accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1},
 }
-_PLAN = ("keep", "rule", "steps", "learning_rate", "head_learning_rate", "fast", "ranking", "expand", "loss_fn")
+_PLAN = (*LIMITS, "rule", "steps", "learning_rate", "head_learning_rate", "fast", "ranking", "loss_fn")
 
 
 @pytest.fixture
@@ -135,11 +137,11 @@ def test_the_same_question_takes_the_plan_without_scoring(ask, monkeypatch, what
         ask("elsewhere")  # the control
 
 
-@pytest.mark.filterwarnings("ignore:keep=1.0")
+@pytest.mark.filterwarnings("ignore:adapters=1.0")
 def test_one_adapter_and_all_of_them_are_two_questions(ask):
     ask(adapters=1)
     with pytest.raises(OptionError, match=r"adapters=1 there, 1.0 now"):
-        ask(keep=1.0)
+        ask(adapters=1.0)
 
 
 def test_a_plan_that_says_not_what_for_is_not_taken(ask, tmp_path):
