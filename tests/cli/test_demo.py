@@ -113,7 +113,7 @@ def test_the_plan_on_the_screen_is_that_of_the_time_limit(demo, screen):
     plan = AdapterPlan.load(demo / "plan.json")
     assert plan == AdapterPlan.load(kept(demo)["0.6_of_the_time"] / "plan.json")
     assert plan.options["time"] == 0.6
-    assert f"{len(plan.names)} of 36 sites kept" in screen
+    assert f"{len(plan.names)} of 36 adapters" in screen
 
 
 @pytest.mark.slow
