@@ -35,14 +35,14 @@ from weightlora.fast.enable import fast_dropout
 from weightlora.model.layers import lora_layers
 from weightlora.runs.recipe import read_recipe
 from weightlora.runs.train import train
-from weightlora.selection import _budget as measured
+from weightlora.selection import _measured as measured
 from weightlora.selection import stage
 from weightlora.selection.rules.first_order import FirstOrder
 from weightlora.selection.rules.pursuit import Pursuit
 from weightlora.selection.rules.stoiht import StoIHT
 
 ROWS = 8  # of a step, on all processes together
-LIMITS = ("30kB", "0.9x")
+LIMITS = {"memory": "60kB", "time": 0.9}
 
 
 class Short(Pursuit):
@@ -73,7 +73,7 @@ def recipe(folder, name, rows, *words):
             ),
             *("--train_file", f"{folder}/train.csv", "--validation_file", f"{folder}/validation.csv"),
             *("--max_seq_length", "16", "--per_device_train_batch_size", str(rows), "--max_steps", "4"),
-            *("--rule_options", "head_steps=4", "--steps", "4", "--keep", "5", "--lora_r", "4"),
+            *("--rule_options", "head_steps=4", "--steps", "4", "--adapters", "5", "--lora_r", "4"),
             *("--optim", "sgd", "--learning_rate", "0.1", "--lr_scheduler_type", "constant", "--seed", "3"),
             *("--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true", "--save_strategy", "no", *words),
         ]
@@ -194,11 +194,11 @@ class Worker:
     def limited_selection(self):
         """Budgets that are measured, on shares of unequal size: the first process measures for both."""
         own = self.data if self.process == 0 else shares(self.data, 0, 2)
-        for keep in LIMITS:
-            plan = small_plan(small_model(), own, keep=keep)
-            plan.save(self.folder / f"limit-{keep}-{self.process}.plan")
+        for name, limit in LIMITS.items():
+            plan = small_plan(small_model(), own, adapters=None, **{name: limit})
+            plan.save(self.folder / f"limit-{name}-{self.process}.plan")
         first, measured.from_first = measured.from_first, lambda make: make()
-        self.tell_error("apart", SelectionError, small_plan, small_model(), own, keep=LIMITS[0])
+        self.tell_error("apart", SelectionError, small_plan, small_model(), own, adapters=None, memory=LIMITS["memory"])
         measured.from_first = first
 
     def token_selection(self, name, **arguments):

@@ -5,8 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
+from fingerprint import fingerprint
 from peft import LoraConfig
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import weightlora
 from weightlora.errors import OptionError
@@ -118,6 +121,79 @@ def test_bytes_count_the_biases_too():  # DoRA saves more than is counted, and i
         sizes.append(plan.options["peak_bytes"])
     # Six vectors of six fp32 numbers, each with a gradient and AdamW's two moments.
     assert sizes[1] - sizes[0] == 6 * 6 * 4 * 4
+
+
+class Unread:
+    """An iterable of batches of which none may be read."""
+
+    def __iter__(self):
+        raise AssertionError("a batch was read")
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, **sizes))
+
+
+def adapters_of(model: nn.Module) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+
+
+@pytest.mark.parametrize("parameters", [1.0, 0.5, 0.1, 0.03, "half"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"rank_pattern": {r".*(query|q_proj)": 3}},
+        {"target_parameters": True},
+    ],
+    ids=lambda fields: next(iter(fields), "plain"),
+)
+@pytest.mark.parametrize("name", ["minilm", "llama"])
+@pytest.mark.filterwarnings("ignore:parameters=1.0")
+def test_parameters_are_those_that_peft_trains_and_no_batch_is_read(name, fields, parameters, minilm):
+    model, task = (minilm, "SEQ_CLS") if name == "minilm" else (tiny_llama(), "CAUSAL_LM")
+    besides = {"minilm": "word_embeddings.weight", "llama": "embed_tokens.weight"}[name]
+    fields = {"target_parameters": [besides]} if "target_parameters" in fields else fields
+    lora = LoraConfig(r=8, task_type=task, target_modules="all-linear", **fields)
+    if "target_parameters" in fields and not find_sites(model, lora).parameters:
+        pytest.skip("no such parameter")
+    before, state = fingerprint(model), torch.get_rng_state()
+    most = find_sites(model, lora)
+    whole = sum(adapter_parameters(most.sites, lora).values()) + sum(each.parameters for each in most.parameters)
+    plan = weightlora.select(model, Unread(), lora=lora, parameters=whole // 2 if parameters == "half" else parameters)
+    assert fingerprint(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (plan.rule, plan.history, plan.lora_parameters) == ("uniform", (), whole)
+    assert plan.options == {"parameters": whole // 2 if parameters == "half" else parameters}
+    attached = plan.attach(model)
+    assert adapters_of(attached) == plan.parameters
+    besides = sum(each.parameters for each in plan.target_parameters)
+    share = {"half": 0.5}.get(parameters, parameters)
+    limit = share * whole if parameters == "half" else besides + share * (whole - besides)
+    assert 0.7 * limit < plan.parameters <= limit + 1e-6  # the limit is spent but for less than a rank
+    if parameters == 1.0:
+        assert plan.parameters == whole
+
+
+def test_quantised_weights_have_a_lower_rank_without_a_batch(quantised_net):
+    before = fingerprint(quantised_net)
+    plan = weightlora.select(quantised_net, Unread(), lora=LoraConfig(r=4), parameters=0.5)
+    assert fingerprint(quantised_net) == before
+    assert plan.ranks == {"0": 2, "2": 2}
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_offloaded_weights_have_a_lower_rank_without_a_batch(offload, tmp_path):
+    where = {} if offload is cpu_offload else {"offload_dir": str(tmp_path)}
+    model = offload(tiny_llama(), execution_device=torch.device("cpu"), **where)
+    lora = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear")
+    plan = weightlora.select(model, Unread(), lora=lora, parameters=0.25)
+    assert {*plan.ranks.values()} == {1}
+    assert adapters_of(plan.attach(tiny_llama())) == plan.parameters == plan.lora_parameters // 4
 
 
 def test_dora_with_a_bias_is_refused_in_one_line():

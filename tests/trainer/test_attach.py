@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from ruled import ruled
 from safetensors.torch import load_file, save_file
+from torch.utils.data import IterableDataset
 from transformers import (
     AutoTokenizer,
     BartConfig,
@@ -229,15 +230,15 @@ def test_the_line_is_the_only_difference(any_trainer):
         }
         runs.append((costs, before, seen))
     (everywhere, rng, batches), (kept, same_rng, same_batches) = runs
-    unspent = sum(everywhere.values()) / 2 - sum(kept.values())
-    assert 0 <= unspent < min(cost for name, cost in everywhere.items() if name not in kept)
+    assert 2 * len(kept) == len(everywhere)  # half of the adapters, as the paper recommends
+    assert kept.items() <= everywhere.items()
     assert torch.equal(rng, same_rng)
     assert len(batches) == len(same_batches) > 0
     assert all(torch.equal(a, b) for a, b in zip(batches, same_batches, strict=True))
     assert not all(torch.equal(batches[0], b) for b in batches[1:])
 
 
-@pytest.mark.parametrize("options", [{}, {"rule": "paper"}], ids=["default", "paper"])
+@pytest.mark.parametrize("options", [{"rule": "first_order"}, {"rule": "paper"}], ids=["first_order", "paper"])
 def test_the_plan_is_that_of_select_on_the_same_batches(make_classifier, options):
     trainer = make_classifier(learning_rate=2e-3)
     reference, lora = deepcopy(trainer.model), trainer.model.peft_config["default"]
@@ -260,7 +261,7 @@ def test_the_scoring_leaves_no_trace_in_the_trainers_metrics(chat_tokenizer, tmp
     """SFTTrainer's loss writes entropy and token accuracy down; the first log must not be about the scoring."""
     trainer = sft(chat_tokenizer, tmp_path)
     before = deepcopy(trainer._metrics)
-    weightlora.select_for(trainer)
+    weightlora.select_for(trainer, rule="first_order")
     assert trainer._metrics == before
     trainer.compute_loss(trainer.model, dict(next(iter(trainer.get_train_dataloader()))))
     assert trainer._metrics != before  # negative control
@@ -327,22 +328,55 @@ def test_the_fast_step_stays_on(make_classifier, fast):
     trainer.train()
 
 
-def test_expand_is_weightlora_plus(make_classifier, tmp_path):
+def test_a_larger_rank_on_half_of_the_sites_is_weightlora_plus_or_all_the_parameters(make_classifier, tmp_path):
     trainer = make_classifier()
-    plan = weightlora.select_for(trainer, expand=True)
+    plan = weightlora.method_for(trainer, "weightlora_plus", rule="first_order").plan
     ranks = {layer.r["default"] for layer in lora_layers(trainer.model).values()}
     assert len(ranks) == 1
     assert min(ranks) > 4
     assert plan.parameters <= plan.lora_parameters
     assert AdapterPlan.load(tmp_path / "run" / "plan.json") == plan
+    spent = weightlora.select_for(make_classifier("b"), adapters=0.5, parameters=1.0, rule="first_order")
+    assert spent.names == plan.names
+    assert plan.parameters <= spent.parameters <= spent.lora_parameters
+
+
+def test_parameters_alone_read_no_batch_and_need_no_steps(make_classifier, tmp_path):
+    """Rows that can be read once only are no matter, and neither is another number of steps."""
+
+    class Once(IterableDataset):
+        def __iter__(self):
+            raise AssertionError("a row was read")
+
+    trainer = make_classifier()
+    trainer.train_dataset = Once()
+    state = torch.get_rng_state()
+    plan = weightlora.select_for(trainer, parameters=0.25)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert plan.rule == "uniform"
+    assert {*plan.ranks.values()} == {1}  # of rank 4
+    assert plan.parameters == sum(p.numel() for n, p in trainer.model.named_parameters() if ".lora_" in n)
+    assert AdapterPlan.load(tmp_path / "run" / "plan.json") == plan
+    with pytest.raises(OptionError, match="weightlora_plus spends LoRA's whole budget on the kept sites"):
+        weightlora.method_for(make_classifier("plus"), "weightlora_plus", parameters=0.25)
+
+
+def test_a_resumed_run_of_another_length_takes_the_stored_plan_under_the_default(make_classifier, monkeypatch):
+    plan = weightlora.select_for(make_classifier(max_steps=200))
+    assert plan.options["head_steps"] + plan.options["steps"] == 6  # 3 %
+    assert len(plan.history) == plan.options["steps"]
+    monkeypatch.setattr("weightlora.methods.weightlora.selected", lambda *_, **__: pytest.fail("a second scoring"))
+    assert weightlora.select_for(make_classifier(max_steps=400)) == plan
+    with pytest.raises(OptionError, match=r"steps=None there, 20 now"):
+        weightlora.select_for(make_classifier(max_steps=400), rule="first_order")
 
 
 def test_a_trainer_without_adapters_takes_a_config(make_classifier):
     trainer = make_classifier(lora=False)
     with pytest.raises(OptionError, match=r"no LoRA adapters.*get_peft_model"):
-        weightlora.select_for(trainer)
+        weightlora.select_for(trainer, rule="first_order")
     config = LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
-    plan = weightlora.select_for(trainer, lora=config, adapters=2)
+    plan = weightlora.select_for(trainer, lora=config, adapters=2, rule="first_order")
     assert set(lora_layers(trainer.model)) == set(plan.names)
     assert len(plan.names) == 2
     trainer.train()
@@ -409,13 +443,13 @@ def test_method_for_and_select_for_and_select_give_the_same_plan(make_classifier
 
 
 def test_a_second_start_takes_the_stored_plan(make_classifier, monkeypatch):
-    plan = weightlora.select_for(make_classifier())
+    plan = weightlora.select_for(make_classifier(), rule="first_order")
     monkeypatch.setattr("weightlora.methods.weightlora.selected", lambda *_, **__: pytest.fail("a second scoring"))
     trainer = make_classifier()
-    assert weightlora.select_for(trainer) == plan
+    assert weightlora.select_for(trainer, rule="first_order") == plan
     assert set(lora_layers(trainer.model)) == set(plan.names)
     with pytest.raises(pytest.fail.Exception, match="second scoring"):
-        weightlora.select_for(make_classifier("elsewhere"))  # negative control
+        weightlora.select_for(make_classifier("elsewhere"), rule="first_order")  # negative control
 
 
 @pytest.mark.parametrize(
@@ -432,15 +466,15 @@ def test_a_second_start_takes_the_stored_plan(make_classifier, monkeypatch):
     ],
 )
 def test_a_stored_plan_for_another_question_is_refused(make_classifier, options, text):
-    weightlora.select_for(make_classifier())
+    weightlora.select_for(make_classifier(), rule="first_order")
     with pytest.raises(OptionError, match=text):
-        weightlora.select_for(make_classifier(), **options)
+        weightlora.select_for(make_classifier(), **{"rule": "first_order", **options})
 
 
 def test_a_stored_plan_by_score_is_not_the_one_that_the_rule_spreads(make_classifier):
-    weightlora.select_for(make_classifier(), ranking="score")
+    weightlora.select_for(make_classifier(), rule="first_order", ranking="score")
     with pytest.raises(OptionError, match="ranking='score' there, 'spread' now"):
-        weightlora.select_for(make_classifier())
+        weightlora.select_for(make_classifier(), rule="first_order")
 
 
 def trained_weights(trainer):
@@ -495,7 +529,7 @@ def test_a_plan_alone_starts_afresh_and_says_so(make_classifier):
     assert not any(value.any() for name, value in trained_weights(trainer).items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("options", [{}, WARM], ids=["cold", "warm"])
+@pytest.mark.parametrize("options", [{"rule": "first_order"}, WARM], ids=["cold", "warm"])
 def test_checkpoints_carry_the_plan_and_resume_bit_for_bit(make_classifier, tmp_path, options):
     def final(folder, resume, **arguments):
         trainer = make_classifier(folder, save_strategy="steps", save_steps=2, **{"max_steps": 6, **arguments})
@@ -534,28 +568,28 @@ def test_a_trainer_that_has_trained_is_refused(make_classifier):
     trainer = make_classifier()
     trainer.train()
     with pytest.raises(OptionError, match="is not zero: it was trained"):
-        weightlora.select_for(trainer)
+        weightlora.select_for(trainer, rule="first_order")
 
 
 def test_a_trainer_with_an_optimizer_is_refused(make_classifier):
     trainer = make_classifier()
     trainer.create_optimizer()
     with pytest.raises(OptionError, match="has an optimizer"):
-        weightlora.select_for(trainer)
+        weightlora.select_for(trainer, rule="first_order")
 
 
 def test_a_wrapped_model_is_refused(make_classifier):
     trainer = make_classifier()
     trainer.model_wrapped = torch.nn.Sequential(trainer.model)
     with pytest.raises(OptionError, match="wrapped already"):
-        weightlora.select_for(trainer)
+        weightlora.select_for(trainer, rule="first_order")
 
 
 def test_a_second_call_is_refused(make_classifier):
     trainer = make_classifier()
-    weightlora.select_for(trainer)
+    weightlora.select_for(trainer, rule="first_order")
     with pytest.raises(OptionError, match="has a plan already"):
-        weightlora.select_for(trainer)
+        weightlora.select_for(trainer, rule="first_order")
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", False])
@@ -564,14 +598,14 @@ def test_an_initialisation_that_is_not_the_base_model_is_refused(make_classifier
     config = LoraConfig(r=2, target_modules=["query"], init_lora_weights=init, task_type="SEQ_CLS")
     trainer.model = trainer.model_wrapped = get_peft_model(trainer.model, config)
     with pytest.raises(OptionError, match=r"B of .* is not zero"):
-        weightlora.select_for(trainer)
+        weightlora.select_for(trainer, rule="first_order")
 
 
 def test_pissa_works_on_the_base_model(make_classifier):
     trainer = make_classifier(lora=False)
     config = LoraConfig(r=2, target_modules=["query"], init_lora_weights="pissa", task_type="SEQ_CLS")
     before = logits(trainer.model, first_batch(trainer))
-    weightlora.select_for(trainer, lora=config, adapters=2)
+    weightlora.select_for(trainer, lora=config, adapters=2, rule="first_order")
     assert all(layer.lora_B["default"].weight.any() for layer in lora_layers(trainer.model).values())
     torch.testing.assert_close(logits(trainer.model, first_batch(trainer)), before, rtol=0, atol=1e-4)
 
@@ -589,7 +623,7 @@ def test_a_failed_selection_leaves_plain_lora_that_refuses_to_train(make_classif
 
 def test_a_model_changed_after_the_plan_refuses_to_train(make_classifier):
     trainer = make_classifier()
-    plan = weightlora.select_for(trainer)
+    plan = weightlora.select_for(trainer, rule="first_order")
     layer = lora_layers(trainer.model)[plan.names[0]]
     layer.delete_adapter("default")
     with pytest.raises(weightlora.WeightLoraError, match="no adapter, planned rank"):

@@ -71,7 +71,7 @@ CHANGES = {
     "fast": ({"fast": "rank"}, "fast=None there, 'rank' now"),
     "ranking": ({"ranking": "spread"}, "ranking='score' there, 'spread' now"),
     "another limit": ({"adapters": None, "parameters": 0.5}, "adapters=2 there, None now; parameters=None there, 0.5"),
-    "a limit more": ({"time": 0.9}, "time=None there, 0.9 now"),
+    "a limit more": ({"time": 1.0}, "time=None there, 1.0 now"),
     "loss_fn": ({"loss_fn": lambda model, step: model(**step[0][0]).loss}, "own_loss=False there, True now"),
     "training rows": ({"rows": tiny_rows()[12:] + tiny_rows()[:12]}, "other training data"),
     "order of the rows": ({"rows": tiny_rows()[::-1]}, "other training data"),

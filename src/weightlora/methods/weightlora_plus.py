@@ -32,7 +32,7 @@ def build(**options: Any) -> Method:
     scoring = Scoring(**options)
     if scoring.scored_by is None:
         raise OptionError(
-            f"weightlora_plus spends LoRA's whole budget on the kept sites, and {scoring.text} alone keeps all of them; "
+            f"weightlora_plus spends LoRA's whole budget on the kept sites, and {scoring.text} keeps all of them; "
             "limit adapters, time or memory, or take method weightlora"
         )
 

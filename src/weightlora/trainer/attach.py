@@ -31,7 +31,6 @@ from weightlora.model.restore import seeded
 from weightlora.plan.limits import LIMITS
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import peeked
-from weightlora.selection.scoring import Scoring
 from weightlora.trainer._question import START_FILE, keep_plan, question_of, read_start, stored_plan, write_start
 from weightlora.trainer.guard import (
     PLAN_FILE,
@@ -114,12 +113,12 @@ def method_for(
         (1, True)
     """
     entry = entry_of(name)
-    lora = lora_of(trainer, lora)
-    guard = guarded(trainer)
     reads = _reads_batches(entry, options)
     if reads:
         require_usable_batches(trainer)
         require_readable_twice(trainer)
+    lora = lora_of(trainer, lora)
+    guard = guarded(trainer)
     fast = fast_dropout(trainer.model) if fast is None else fast  # pyright: ignore[reportArgumentType]
     seed = trainer.args.seed if seed is None else seed
     defaults = _defaults(trainer, entry, seed, fast)
@@ -282,15 +281,11 @@ def _defaults(trainer: Trainer, entry: MethodEntry, seed: int, fast: Dropout | N
 
 
 def _reads_batches(entry: MethodEntry, options: Mapping[str, Any]) -> bool:
-    """Whether the method's choice reads batches; it need not where parameters alone are limited.
-
-    Raises:
-        OptionError: A limit or a rule is none.
-    """
+    """Whether the method's choice reads batches; a selection does not where parameters alone are limited."""
     if not entry.reuses_plan:
         return entry.reads != "nothing"
-    asked = {key: options[key] for key in (*LIMITS, "rule") if key in options}
-    return Scoring(**asked).scored_by is not None
+    asked = [key for key in (*LIMITS, "rule") if options.get(key) is not None]
+    return asked != ["parameters"]
 
 
 def _batches(trainer: Trainer, entry: MethodEntry, seed: int) -> tuple[Any, Iterable[Any]]:
