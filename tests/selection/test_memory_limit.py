@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from weightlora import find_sites, select
+from weightlora import enable_fast_lora, find_sites, select
 from weightlora.cost.peak import Peaks
 from weightlora.errors import OptionError
 from weightlora.model.checkpointing import remove_input_hooks
@@ -31,6 +31,8 @@ OPTIONS = {"lora": LORA, "steps": 2, "rule": "first_order", "progress": False}
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 ROWS, TOKENS = 8, 24
+#: Added for kernels of one thread.
+SCRATCH = 2**17
 LAST = "model.layers.2.mlp.down_proj"
 
 
@@ -76,12 +78,12 @@ def _entry(tensor):
     return StorageWeakRef(tensor.untyped_storage()), tensor.untyped_storage().nbytes()
 
 
-def really_alive(model, batch):
+def really_alive(model, batch, loss_fn=model_loss):
     """The peak of the third step of a real training, with weights, buffers and AdamW's state."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
 
     def step():
-        model(**batch).loss.backward()
+        loss_fn(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -95,7 +97,7 @@ def really_alive(model, batch):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_count_is_what_is_alive_in_a_real_training(checkpointing):
-    """Within 0.2 %: the fake step makes what the real one makes, tensor by tensor."""
+    """The fake step makes what the real one makes, tensor by tensor, and scratch memory is added."""
     draw, model, batch = random.Random(0), llama(checkpointing=checkpointing), tokens()
     sites = find_sites(model, LORA).sites
     context, losses = peaks_of(model, batch)
@@ -106,8 +108,38 @@ def test_the_count_is_what_is_alive_in_a_real_training(checkpointing):
     for kept, count in zip(chosen, counts, strict=True):
         plan = make_plan(sites, LORA, [sites[i].name for i in kept])
         real = really_alive(plan.attach(deepcopy(model)).train(), batch)
-        assert count == pytest.approx(real, rel=0.002)
+        assert count - SCRATCH == pytest.approx(real, rel=0.001)
     assert max(counts) > 1.2 * min(counts)  # negative control: sets differ
+
+
+def test_quantised_weights_and_their_scales_are_counted(quantised_net):
+    lora = LoraConfig(r=2, lora_dropout=0.1, target_modules=["0", "2"])
+    x = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    net, sites = quantised_net.train(), find_sites(quantised_net, lora).sites
+
+    def loss(model, batch):
+        return model(batch["x"]).pow(2).mean()
+
+    with with_plain_lora(net, lora, sites, seed=0) as attached:
+        peaks = Peaks.of_model(attached, FirstBatch(net, {"x": x}, loss))
+        one, both = peaks.of([1]), peaks.of([0, 1])
+    for count, kept in ((both, sites), (one, sites[1:])):
+        planned = make_plan(sites, lora, [site.name for site in kept]).attach(deepcopy(net)).train()
+        assert count - SCRATCH == pytest.approx(really_alive(planned, {"x": x}, loss), rel=0.01)
+    assert one - SCRATCH < 0.9 * (both - SCRATCH)
+
+
+@pytest.mark.parametrize("fast", ["input", "rank"])
+def test_the_fast_step_is_counted_as_it_runs(fast):
+    model, batch = llama().to(torch.bfloat16), tokens()
+    lora = LoraConfig(r=4, lora_dropout=0.1, task_type="CAUSAL_LM", target_modules="all-linear")
+    sites = find_sites(model, lora).sites
+    context, losses = peaks_of(model, batch, lora)
+    with context as attached:
+        enable_fast_lora(attached, fast)
+        count = Peaks.of_model(attached, losses).of(range(len(sites)))
+    planned = make_plan(sites, lora, [site.name for site in sites]).attach(model).train()
+    assert count - SCRATCH == pytest.approx(really_alive(enable_fast_lora(planned, fast), batch), rel=0.01)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -188,7 +220,7 @@ def test_experts_whose_course_depends_on_values_are_run_for_real():
     with context as attached:
         count = Peaks.of_model(attached, losses).of(range(n))
     plan = make_plan(find_sites(model, LORA).sites, LORA, [site.name for site in find_sites(model, LORA).sites])
-    assert count == pytest.approx(really_alive(plan.attach(model).train(), batch), rel=0.01)
+    assert count - SCRATCH == pytest.approx(really_alive(plan.attach(model).train(), batch), rel=0.01)
 
 
 def test_select_keeps_the_peak_within_the_limit_and_says_so():
