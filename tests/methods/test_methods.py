@@ -187,7 +187,7 @@ def test_both_choose_the_same_sites(minilm, review_batches):
 
 
 def test_the_scoring_follows_from_the_length_of_the_training(minilm, review_batches):
-    method = make_method("weightlora", adapters=9, progress=False)
+    method = make_method("weightlora", adapters=9, rule="first_order", progress=False)
     batches = [
         {key: tensor[:1, :4] if tensor.ndim == 2 else tensor[:1] for key, tensor in review_batches[0].items()}
     ] * 26
