@@ -1,6 +1,7 @@
 """What sets of sites cost: counted exactly, chosen well, told in one line when it cannot be."""
 
 import random
+import time
 from copy import deepcopy
 from itertools import combinations, pairwise
 from math import fsum
@@ -319,3 +320,14 @@ def test_a_limit_in_bytes_does_not_count_what_dora_saves():
     assert "\n" not in str(caught.value)
     assert len(kept(False, memory="1MB")) == 2
     assert len(kept(True, adapters=1)) == 1
+
+
+@pytest.mark.parametrize("profiled", [1, 3])
+def test_without_rounds_the_cost_of_all_is_that_of_a_measured_step(profiled):
+    """The parts of a step measured node by node add up to the step: forward pass, backward pass and AdamW."""
+    net = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(4)])
+    model = get_peft_model(net, LoraConfig(r=4, target_modules=["0", "1", "2", "3"]))
+    begin = time.perf_counter()
+    cost = time_cost(model, lambda: [model(torch.ones(32, 64)).sum()], rounds=0, profiled=profiled)
+    assert 0 < cost.of([3]) <= cost.of([0]) <= cost.of_all <= 1e9 * (time.perf_counter() - begin)
+    assert cost.of([]) > 0  # the frozen model's forward pass

@@ -19,7 +19,7 @@ from weightlora.cost.saved_bytes import LEAF, graph, leaf_causes, marked, now
 from weightlora.model.layers import lora_layers
 
 
-def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5) -> Cost:
+def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5, profiled: int = 1) -> Cost:
     """Nanoseconds of a training step: forward passes, backward passes and AdamW.
 
     A step has three parts: (1) the frozen model's forward pass and the head, which are always there; (2) the frozen
@@ -39,8 +39,9 @@ def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5) -> Cost:
         model: A model with LoRA on all sites, in the mode in which it is trained. Its gradients are lost; nothing else
             of it changes.
         losses: Runs the forward passes; all of them count.
-        rounds: Timed steps of each kind, after one untimed step. 0: one step alone is measured node by node, so that
-            a and b are 1 and the result includes the reading of the clock.
+        rounds: Timed steps of each kind, after one untimed step. 0: steps are measured node by node alone, so that a and
+            b are 1 and the result includes the reading of the clock.
+        profiled: Steps that are measured so where ``rounds`` is 0; of three or more the first does not count.
 
     Raises:
         SelectionError: The loss depends on no trained parameter.
@@ -49,8 +50,8 @@ def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5) -> Cost:
     n = len(layers)
     always = (ANY, 1 << n)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
-    profiles = [_profile(layers, losses, optimizer) for _ in range(rounds + 1)]
-    profiles = profiles[1:] or profiles
+    profiles = [_profile(layers, losses, optimizer) for _ in range(rounds + 1 if rounds else profiled)]
+    profiles = profiles[1:] if rounds or profiled > 2 else profiles
     order = profiles[0].order
     causes = sorted({cause for profile in profiles for cause in profile.seconds})
     shares = {c: statistics.median(profile.seconds.get(c, 0.0) for profile in profiles) for c in causes}
@@ -59,7 +60,7 @@ def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5) -> Cost:
     below = make_cost(n, frozen, order)
 
     if not rounds:
-        rest = max(0, _ns(profiles[0].whole) - own.of_all - below.of_all)
+        rest = max(0, _ns(statistics.median(each.whole for each in profiles)) - own.of_all - below.of_all)
         return make_cost(n, [*own.items, *below.items, Item(rest, (always,))], own.order)
     one, every = own.order[:1], range(n)
     none, first, whole = map(_ns, _steps(layers, losses, optimizer, [(), one, every], rounds))

@@ -44,14 +44,15 @@ def measuring_steps(scoring: Scoring) -> tuple[int, int]:
     """Return the rounds of timed steps, and about how many of the training's steps all measuring takes.
 
     Where the training's steps are known this is at most half of what a selection may take of them, if one step is not
-    more than that.
+    more than that. Where they do not allow a round, all of these steps are measured node by node.
     """
     if scoring.time is None:
         return 0, int(scoring.memory is not None)
     if scoring.total_steps is None:
         return _ROUNDS, round((_ROUNDS + 1) * _STEPS_OF_ROUND)
-    rounds = min(_ROUNDS, int(SHARE / 2 * scoring.total_steps / _STEPS_OF_ROUND) - 1)
-    return (rounds, round((rounds + 1) * _STEPS_OF_ROUND)) if rounds > 0 else (0, 1)
+    most = int(SHARE / 2 * scoring.total_steps)
+    rounds = min(_ROUNDS, int(most / _STEPS_OF_ROUND) - 1)
+    return (rounds, round((rounds + 1) * _STEPS_OF_ROUND)) if rounds > 0 else (0, max(most, 1))
 
 
 def require_measurable(limits: Limits, model: nn.Module, lora: LoraConfig, costs: Costs) -> None:
@@ -79,7 +80,7 @@ def require_measurable(limits: Limits, model: nn.Module, lora: LoraConfig, costs
         )
 
 
-def measured(costs: Costs, limits: Limits, peaks: Peaks, first: FirstBatch, *, rounds: int) -> Costs:
+def measured(costs: Costs, limits: Limits, peaks: Peaks, first: FirstBatch, *, rounds: int, profiled: int) -> Costs:
     """Return the costs with time and memory where they are limited; all processes use the first one's numbers.
 
     Args:
@@ -88,6 +89,7 @@ def measured(costs: Costs, limits: Limits, peaks: Peaks, first: FirstBatch, *, r
         peaks: Of the model with plain LoRA on all sites.
         first: The batch that is measured.
         rounds: Of timed steps.
+        profiled: Steps that are timed node by node where there are no rounds.
 
     Raises:
         OptionError: Not even a single adapter fits into memory; with what would fit.
@@ -101,7 +103,7 @@ def measured(costs: Costs, limits: Limits, peaks: Peaks, first: FirstBatch, *, r
             raise OptionError(f"{limits.text}: {text}")
         costs = replace(costs, memory=memory)
     if limits.time is not None:
-        seconds = time_cost(peaks.model, first, rounds=rounds)
+        seconds = time_cost(peaks.model, first, rounds=rounds, profiled=profiled)
         costs = replace(costs, time=from_first(lambda: seconds))
     return costs
 

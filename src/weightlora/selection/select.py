@@ -244,7 +244,7 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
             with untouched(model, seed=scoring.seed):  # the scores are as if nothing had been measured
                 measured_on = FirstBatch(model, first, loss_fn)
                 peaks = Peaks.of_model(attached, measured_on, vectors=output_vectors(lora))
-                costs = measured(costs, scoring, peaks, measured_on, rounds=course.rounds)
+                costs = measured(costs, scoring, peaks, measured_on, rounds=course.rounds, profiled=course.measuring)
         chooser = _chooser(rule, found.sites, costs, scoring)
         with tqdm(total=total, disable=None if scoring.progress else True, leave=False) as bar:
             rows = cycled(batches, total)
