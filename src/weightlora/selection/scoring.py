@@ -70,6 +70,12 @@ class Scoring(Limits):
                 f"ranking='spread' does not go with {self.text}, whose sites are chosen by scores and measured costs; "
                 "leave ranking out"
             )
+        for name in ("steps", "ranking") if rule is None else ():
+            require(
+                getattr(self, name) is None,
+                f"{name}={getattr(self, name)!r} with {self.text} alone, for which nothing is scored,",
+                "a rule, too, or leave it out",
+            )
         if self.warm_start and rule is None:
             raise OptionError(f"warm_start=True: with {self.text} alone nothing is scored or trained; name a rule")
         if self.warm_start and rule is not None:
