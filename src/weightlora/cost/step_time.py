@@ -39,8 +39,8 @@ def time_cost(model: nn.Module, losses: Losses, *, rounds: int = 5, profiled: in
         model: A model with LoRA on all sites, in the mode in which it is trained. Its gradients are lost; nothing else
             of it changes.
         losses: Runs the forward passes; all of them count.
-        rounds: Timed steps of each kind, after one untimed step. 0: steps are measured node by node alone, so that a and
-            b are 1 and the result includes the reading of the clock.
+        rounds: Timed steps of each kind, after one untimed step. 0: steps are measured node by node alone, so that a
+            and b are 1 and the result includes the reading of the clock.
         profiled: Steps that are measured so where ``rounds`` is 0; of three or more the first does not count.
 
     Raises:
