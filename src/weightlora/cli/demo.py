@@ -93,8 +93,8 @@ exported: parameters of the adapter. accuracy (%) and loss: of reviews that were
 not trained on. step: time of a training step, whole: of selection and training,
 both relative to LoRA's.
 This is one seed and few reviews: two points of accuracy are noise. Selection
-takes some 20 steps, which is much in so short a training. For parameters alone
-LoRA of a lower rank is hard to beat; fewer layers save time and memory as well."""
+takes some 20 steps, which is much in so short a training. A limit on parameters
+alone gives a lower rank on all layers; fewer layers save time and memory as well."""
 
 
 def _reloaded(adapter: Path, point: Point) -> str:

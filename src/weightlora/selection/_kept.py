@@ -44,7 +44,7 @@ def agreement_of(halves: tuple[Sequence[float], Sequence[float]]) -> float:
             f"these scores cannot tell the sites apart: two halves of the batches rank them with a correlation of "
             f"{found:.2f}; more steps, or a random choice, would serve as well",
             WeightLoraWarning,
-            stacklevel=_CALLER,
+            stacklevel=_CALLER + 1,  # found_by() is between
         )
     return found
 

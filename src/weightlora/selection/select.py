@@ -12,7 +12,6 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from time import perf_counter
@@ -36,24 +35,16 @@ from weightlora.plan.card import base_model_name
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.ranking import Ranking, ranked
-from weightlora.selection._kept import agreement_of, choices, kept_numbers, require_gradients, require_positive
-from weightlora.selection._measured import measured, measuring_steps, require_measurable, within_memory
+from weightlora.selection._course import course_of, found_by, options_of, spent_on, tell_cost
+from weightlora.selection._kept import choices, kept_numbers, require_gradients, require_positive
+from weightlora.selection._measured import measured, require_measurable, within_memory
 from weightlora.selection._trained import Trained, adapter_copies, head_copies, require_plain
 from weightlora.selection.allocate import Costs, allocate, chooser_of, rank_budget
 from weightlora.selection.batches import FirstBatch, Loss, cycled, model_loss, peeked
-from weightlora.selection.rules import rule_of, settings_of
-from weightlora.selection.rules.base import Rule, Scores
+from weightlora.selection.rules.base import Rule
 from weightlora.selection.scoring import UNIFORM, Scoring
 from weightlora.selection.stage import Stage, head_of, with_plain_lora
-from weightlora.selection.steps import (
-    HEAD_STEPS,
-    Steps,
-    default_times,
-    reading_times,
-    scoring_cost,
-    scoring_steps,
-    settled,
-)
+from weightlora.selection.steps import Steps, settled
 
 _LOG = logging.getLogger(__name__)
 #: From a function that ``selected`` calls, warnings name the line that called ``select()``: so many frames above.
@@ -233,9 +224,9 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
     start = perf_counter()
     with with_plain_lora(model, lora, found.sites, seed=scoring.seed) as attached:
         head, loss_fn = head_of(attached), scoring.loss_fn or model_loss
-        course = _course(scoring, bool(head))
+        course = course_of(scoring, bool(head))
         rule, total = course.rule, course.head_steps + course.rule.batches(course.times)
-        level = _tell_cost(total + course.measuring, scoring.total_steps, most=len(course.times) > 1)
+        level = tell_cost(total + course.measuring, scoring.total_steps, most=len(course.times) > 1)
         if scoring.fast is not None:
             enable_fast_lora(attached, scoring.fast)
         peaks, peak = None, 0
@@ -283,47 +274,11 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         errors=scores.errors,
         history=scores.history,
         rule=rule.name,
-        options={**_options(scoring, course), **_found(scored, scores, costs, ranks, course, peak)},
-        spent=_spent(scoring, course, scored),
+        options={**options_of(scoring, course), **found_by(scored, scores, costs, ranks, course, peak)},
+        spent=spent_on(scoring, course, scored),
         **record,
     )
     return Trained(plan, adapters, whole)
-
-
-@dataclass(frozen=True)
-class _Course:
-    """The rule, and how many steps it takes."""
-
-    rule: Rule
-    head_steps: int
-    times: tuple[int, ...]
-    """After how many steps the scores are looked at."""
-    rounds: int
-    """Of the measurement of step times."""
-    measuring: int
-    """Steps that measuring takes."""
-
-
-def _course(scoring: Scoring, has_head: bool) -> _Course:
-    """How the steps of a selection are spent."""
-    rule = scoring.scored_by
-    assert rule is not None, "something is scored"
-    rounds, measuring = measuring_steps(scoring)
-    if scoring.rule is None and scoring.steps is None:
-        head_steps, times = default_times(scoring.total_steps, has_head=has_head, spent=measuring)
-        if times:
-            return _Course(rule, head_steps, times, rounds, measuring)
-        warnings.warn(
-            f"{scoring.total_steps} steps leave none for scoring within 3 % of them: sites are taken at random, of "
-            "every projection alike; train longer, give steps, or give parameters alone, for which nothing is scored",
-            WeightLoraWarning,
-            stacklevel=_CALLER + 1,
-        )
-        return _Course(rule_of("stratified"), 0, (0,), rounds, measuring)
-    steps = scoring_steps(scoring.total_steps, rule.least_steps) if scoring.steps is None else scoring.steps
-    return _Course(
-        rule, _head_steps(rule, has_head), reading_times(steps, rule, scoring.total_steps), rounds, measuring
-    )
 
 
 def _chooser(rule: Rule, sites: Sequence[Site], costs: Costs, scoring: Scoring) -> Chooser:
@@ -342,50 +297,6 @@ def _planned(sites: Sequence[Site], lora: LoraConfig, ranks: Sequence[int], **re
     return make_plan(sites, lora, kept=[*kept], ranks=kept, **record)
 
 
-def _found(
-    scored: int, scores: Scores, costs: Costs, ranks: Sequence[int], course: _Course, peak: int
-) -> dict[str, Any]:
-    """What a plan records of the scoring besides the scores."""
-    kept = [i for i, r in enumerate(ranks) if r]
-    found: dict[str, Any] = {"scored": scored} if len(course.times) > 1 else {}
-    if costs.time is not None:
-        found["step_time"] = costs.time.of(kept) / costs.time.of_all
-    if costs.memory is not None:
-        found |= {"peak_bytes": peak, "lora_peak_bytes": costs.memory.of_all}
-    return found | ({} if scores.halves is None else {"agreement": agreement_of(scores.halves)})
-
-
-def _spent(scoring: Scoring, course: _Course, scored: int) -> dict[str, int]:
-    """The steps that the selection took, and those of the training."""
-    steps = course.head_steps + course.rule.batches([t for t in course.times if t <= scored]) + course.measuring
-    return {"scoring_steps": steps} | ({} if scoring.total_steps is None else {"total_steps": scoring.total_steps})
-
-
-def _tell_cost(scoring: int, training: int | None, *, most: bool) -> int:
-    """Log what scoring will cost, where the training's steps are known; return the level."""
-    if not (scoring and training):
-        return logging.INFO
-    level, line = scoring_cost(scoring, training, most=most)
-    if is_first():
-        _LOG.log(level, line)
-    return level
-
-
-def _options(scoring: Scoring, course: _Course) -> dict[str, Any]:
-    """The settings that a plan records; those that are off by default are left out."""
-    return {
-        **scoring.limits.asked,
-        "steps": "auto" if scoring.steps == "auto" else course.times[-1],
-        "learning_rate": scoring.learning_rate,
-        **settings_of(course.rule),
-        "head_steps": course.head_steps,
-        **({} if scoring.head_learning_rate is None else {"head_learning_rate": scoring.head_learning_rate}),
-        **({} if scoring.ranked_by == "score" else {"ranking": scoring.ranked_by}),
-        **({} if scoring.fast is None else {"fast": scoring.fast}),
-        **({"warm_start": True} if scoring.warm_start else {}),
-    }
-
-
 def _require_batches(batches: object) -> None:
     if batches is None or isinstance(batches, str | Mapping | Real):
         kind = type(batches).__name__
@@ -396,12 +307,6 @@ def _warn_of_attach(model: nn.Module, lora: LoraConfig) -> None:
     reason = why_not_attachable(model, lora)
     if reason is not None:
         warnings.warn(f"plan.attach will refuse this model: {reason}", WeightLoraWarning, stacklevel=_CALLER)
-
-
-def _head_steps(rule: Rule, has_head: bool) -> int:
-    if rule.head_steps and not has_head:
-        raise OptionError(f"head_steps={rule.head_steps}, but PEFT trains no module whole; name it in modules_to_save")
-    return (HEAD_STEPS if has_head else 0) if rule.head_steps is None else rule.head_steps
 
 
 def _config_of(model: nn.Module) -> LoraConfig:
