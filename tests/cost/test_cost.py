@@ -235,7 +235,8 @@ def test_all_limits_hold_together(minilm, review_batches):
 def test_a_byte_budget_is_what_is_really_held(minilm, review_batches):
     options = {"lora": LoraConfig(r=8, task_type="SEQ_CLS"), "steps": 2, "progress": False, **ruled(head_steps=1)}
     plan = select(minilm, review_batches, memory="110MB", **options)
-    assert plan.options["peak_bytes"] == peak_with(plan.attach(minilm).train(), review_batches[0]) <= 110e6
+    held = peak_with(plan.attach(minilm).train(), review_batches[0])  # without what lives for a moment only
+    assert 0.95 * 110e6 < held < plan.options["peak_bytes"] <= 110e6
 
 
 def test_the_fast_step_has_more_sites_for_the_same_bytes(minilm, review_batches):
@@ -244,21 +245,21 @@ def test_the_fast_step_has_more_sites_for_the_same_bytes(minilm, review_batches)
     stock, fast = (select(minilm, review_batches, fast=fast, **options) for fast in (None, "rank"))
     assert len(fast.names) > len(stock.names)
     model = enable_fast_lora(fast.attach(minilm).train(), "rank")
-    assert fast.options["peak_bytes"] == peak_with(model, review_batches[0]) <= 110e6
+    assert 0.95 * 110e6 < peak_with(model, review_batches[0]) < fast.options["peak_bytes"] <= 110e6
 
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("limit", "told"),
     [
-        ({"memory": "1kB"}, r"memory='1kB': with one adapter, at bert\S+, the peak is .*; raise memory"),
-        ({"time": 0.001}, r"time=0.001: the cheapest, bert\S+, takes .* of LoRA's step time; raise time"),
+        ({"memory": "1kB"}, r"memory='1kB': with a single adapter, at bert\S+, a step takes .* MB; raise memory"),
+        ({"time": 0.001}, r"no site fits time=0.001: the cheapest, bert\S+, takes .* of LoRA's step time; raise time"),
     ],
 )
 def test_a_limit_below_the_cheapest_site(minilm, review_batches, limit, told):
     before = fingerprint(minilm)
     lora = LoraConfig(r=8, task_type="SEQ_CLS")
-    with pytest.raises(OptionError, match=rf"^no site fits {told}"):
+    with pytest.raises(OptionError, match=f"^{told}"):
         select(minilm, review_batches, lora=lora, **limit, steps=2, progress=False, **ruled(head_steps=1))
     assert fingerprint(minilm) == before
 

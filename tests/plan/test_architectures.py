@@ -165,7 +165,7 @@ def test_methods_that_choose_carry_them_too(method):
 def test_a_number_of_parameters_is_for_all_adapters():
     plan, _, _ = selected("OLMoE", LoraConfig(**ALL), adapters=1.0)
     besides = sum(each.parameters for each in plan.target_parameters)
-    smaller, _, _ = selected("OLMoE", LoraConfig(**ALL), parameters=besides + 200)
+    smaller, _, _ = selected("OLMoE", LoraConfig(**ALL), parameters=besides + 200, rule="first_order")
     assert besides < smaller.parameters <= besides + 200
 
 
@@ -209,7 +209,7 @@ def unread():
         ("OLMoE", {**ALL, "lora_bias": True}, {}, OptionError, "lora_bias=True"),
         ("OLMoE", ALL, {"memory": "1GB"}, OptionError, "cannot be measured with target_parameters"),
         ("OLMoE", ALL, {"time": 0.8}, OptionError, "cannot be measured with target_parameters"),
-        ("OLMoE", ALL, {"parameters": 100}, OptionError, "leaves nothing beside 2,"),
+        ("OLMoE", ALL, {"parameters": 100, "rule": "first_order"}, OptionError, "leaves nothing beside 2,"),
         ("DeepSeek-V3", {"target_modules": ["o_proj", "gate_proj"]}, {}, OptionError, "without also targeting up_proj"),
         ("Mixtral", {"target_modules": ["w1", "w2", "w3"]}, {}, SiteError, "fused experts alone"),
         ("Mixtral", {"target_modules": ["q_proj"], "target_parameters": ["norm.weight"]}, {}, SiteError, "1 dimension"),
