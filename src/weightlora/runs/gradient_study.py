@@ -119,8 +119,7 @@ def dot_product_study(recipe: Recipe) -> DotProducts:
     from weightlora.model.sites import find_sites, trained_modules
     from weightlora.runs.train import plan, prepare
     from weightlora.selection.batches import peeked
-    from weightlora.selection.select import HEAD_STEPS
-    from weightlora.selection.steps import check_steps, scoring_steps
+    from weightlora.selection.steps import HEAD_STEPS, check_steps, scoring_steps
     from weightlora.trainer.guard import lora_of
     from weightlora.trainer.loader import micro_batches, micro_loss, placed, quiet_copy, require_weights
 

@@ -43,16 +43,16 @@ _LEVELS = 64
 def measuring_steps(scoring: Scoring) -> tuple[int, int]:
     """Return the rounds of timed steps, and about how many of the training's steps all measuring takes.
 
-    Where the training's steps are known this is at most half of what a selection may take of them, if one step is not
-    more than that. Where they do not allow a round, all of these steps are measured node by node.
+    Where the training's steps are known this is at most half of what a selection may take of them. Where that allows no
+    round, a third of it, but at least one step, is measured node by node.
     """
     if scoring.time is None:
         return 0, int(scoring.memory is not None)
     if scoring.total_steps is None:
         return _ROUNDS, round((_ROUNDS + 1) * _STEPS_OF_ROUND)
-    most = int(SHARE / 2 * scoring.total_steps)
-    rounds = min(_ROUNDS, int(most / _STEPS_OF_ROUND) - 1)
-    return (rounds, round((rounds + 1) * _STEPS_OF_ROUND)) if rounds > 0 else (0, max(most, 1))
+    most = SHARE * scoring.total_steps
+    rounds = min(_ROUNDS, int(most / 2 / _STEPS_OF_ROUND) - 1)
+    return (rounds, round((rounds + 1) * _STEPS_OF_ROUND)) if rounds > 0 else (0, max(int(most / 3), 1))
 
 
 def require_measurable(limits: Limits, model: nn.Module, lora: LoraConfig, costs: Costs) -> None:
