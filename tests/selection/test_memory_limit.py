@@ -259,3 +259,20 @@ def test_where_no_adapter_fits_the_error_names_what_fits_with_its_numbers(checkp
     assert str(told.value) == f"memory='{limit / 1000}kB': {step}; one fits with {', or '.join(parts)}"
     with pytest.raises(OptionError, match="raise memory, or take a smaller model"):
         select(model, [batch] * 2, memory="1kB", **OPTIONS)
+
+
+def test_where_lora_fits_nothing_is_scored():
+    """One batch is read, which is measured; scores would decide nothing."""
+    net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(4)])
+    read = []
+
+    def batches():
+        for _ in range(30):
+            read.append(1)
+            yield {"x": torch.ones(2, 8)}
+
+    plan = select(net, batches(), lora=LoraConfig(r=4), memory="1GB", loss_fn=lambda m, b: m(b["x"]).square().mean())
+    assert (plan.rule, {*plan.ranks.values()}, len(read)) == ("uniform", {4}, 1)
+    assert plan.options["peak_bytes"] == plan.options["lora_peak_bytes"] < 1e9
+    assert plan.spent == {"scoring_steps": 1}
+    assert "nothing to select" in str(plan)

@@ -88,22 +88,25 @@ def options_of(scoring: Scoring, course: Course) -> dict[str, Any]:
     }
 
 
-def found_by(
-    scored: int, scores: Scores, costs: Costs, ranks: Sequence[int], course: Course, peak: int
-) -> dict[str, Any]:
+def found_by(scored: int, scores: Scores, course: Course) -> dict[str, Any]:
     """Return what a plan records of the scoring besides the scores."""
-    kept = [i for i, r in enumerate(ranks) if r]
     found: dict[str, Any] = {"scored": scored} if len(course.times) > 1 else {}
-    if costs.time is not None:
-        found["step_time"] = costs.time.of(kept) / costs.time.of_all
-    if costs.memory is not None:
-        found |= {"peak_bytes": peak, "lora_peak_bytes": costs.memory.of_all}
     return found | ({} if scores.halves is None else {"agreement": agreement_of(scores.halves)})
 
 
+def measured_by(costs: Costs, ranks: Sequence[int], peak: int) -> dict[str, Any]:
+    """Return what a plan records of its step time and its peak, and of LoRA's peak, where they were measured."""
+    kept = [i for i, r in enumerate(ranks) if r]
+    found = {} if costs.time is None else {"step_time": costs.time.of(kept) / costs.time.of_all}
+    if costs.memory is not None:
+        found |= {"peak_bytes": peak, "lora_peak_bytes": costs.memory.of_all}
+    return found
+
+
 def spent_on(scoring: Scoring, course: Course, scored: int) -> dict[str, int]:
-    """Return the steps that the selection took, and those of the training."""
-    steps = course.head_steps + course.rule.batches([t for t in course.times if t <= scored]) + course.measuring
+    """Return the steps that the selection took, and those of the training; ``scored`` is 0 where nothing was scored."""
+    times = [t for t in course.times if t <= scored]
+    steps = (course.head_steps + course.rule.batches(times) if times else 0) + course.measuring
     return {"scoring_steps": steps} | ({} if scoring.total_steps is None else {"total_steps": scoring.total_steps})
 
 

@@ -21,6 +21,7 @@ from peft import LoraConfig, PeftModel, PeftType
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from weightlora.cost.knapsack import CostBudget
 from weightlora.cost.peak import Peaks
 from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
 from weightlora.fast.dropout import Dropout
@@ -35,7 +36,7 @@ from weightlora.plan.card import base_model_name
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.ranking import Ranking, ranked
-from weightlora.selection._course import course_of, found_by, options_of, spent_on, tell_cost
+from weightlora.selection._course import course_of, found_by, measured_by, options_of, spent_on, tell_cost
 from weightlora.selection._kept import choices, kept_numbers, require_gradients, require_positive
 from weightlora.selection._measured import measured, require_measurable, within_memory
 from weightlora.selection._trained import Trained, adapter_copies, head_copies, require_plain
@@ -210,12 +211,7 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         "target_parameters": found.parameters,
     }
     if scoring.scored_by is None:
-        ranks = allocate(found.sites, None, costs, scoring)
-        return Trained(
-            _planned(found.sites, lora, ranks, alpha_by="root", rule=UNIFORM, options=scoring.limits.asked, **record),
-            {},
-            {},
-        )
+        return Trained(_unscored(found.sites, lora, costs, scoring, **record), {}, {})
     if scoring.are_measured:
         require_measurable(scoring, model, lora, costs)
     if not scoring.are_measured or scoring.scored_by.scores_ranks:  # a mistake is found before anything is run
@@ -237,6 +233,11 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
                 peaks = Peaks.of_model(attached, measured_on, vectors=output_vectors(lora))
                 costs = measured(costs, scoring, peaks, measured_on, rounds=course.rounds, profiled=course.measuring)
         chooser = _chooser(rule, found.sites, costs, scoring)
+        if scoring.rule is None and isinstance(chooser, CostBudget) and chooser.holds(range(len(found.sites))):
+            # Scores would decide nothing: all sites are within the measured limits.
+            return Trained(
+                _unscored(found.sites, lora, costs, scoring, **record, spent=spent_on(scoring, course, 0)), {}, {}
+            )
         with tqdm(total=total, disable=None if scoring.progress else True, leave=False) as bar:
             rows = cycled(batches, total)
             rates = (scoring.learning_rate, scoring.head_learning_rate)
@@ -274,7 +275,11 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         errors=scores.errors,
         history=scores.history,
         rule=rule.name,
-        options={**options_of(scoring, course), **found_by(scored, scores, costs, ranks, course, peak)},
+        options={
+            **options_of(scoring, course),
+            **found_by(scored, scores, course),
+            **measured_by(costs, ranks, peak),
+        },
         spent=spent_on(scoring, course, scored),
         **record,
     )
@@ -290,6 +295,14 @@ def _chooser(rule: Rule, sites: Sequence[Site], costs: Costs, scoring: Scoring) 
     if rule.scores_ranks:
         return whole_budget(ranked(rank_budget(costs, scoring), scoring.ranked_by, sites))
     return chooser_of(sites, costs, scoring, scoring.ranked_by)
+
+
+def _unscored(sites: Sequence[Site], lora: LoraConfig, costs: Costs, scoring: Scoring, **record: Any) -> AdapterPlan:
+    """The plan where scores decide nothing: ranks are free, or all sites are within the measured limits."""
+    ranks = allocate(sites, None, costs, scoring)
+    peak = 0 if costs.memory is None else costs.memory.of_all
+    options = {**scoring.limits.asked, **measured_by(costs, ranks, peak)}
+    return _planned(sites, lora, ranks, alpha_by="root", rule=UNIFORM, options=options, **record)
 
 
 def _planned(sites: Sequence[Site], lora: LoraConfig, ranks: Sequence[int], **record: Any) -> AdapterPlan:
