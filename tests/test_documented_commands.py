@@ -161,7 +161,7 @@ def test_a_benchmark_of_the_guide(here, small_model, capsys):
     for name in ("here", "there"):
         shutil.copytree("runs/b", f"runs/{name}")
     assert main(own(only("bench merge"))) == 0
-    assert main([*own(only("weightlora bench", "--output_dir runs/both")), *changed]) == 0
+    assert main([*own(only("weightlora bench --config b.yaml", "--output_dir runs/both")), *changed]) == 0
     assert read_records(here / "runs" / "both" / "records.jsonl") == records
 
 

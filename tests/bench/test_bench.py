@@ -371,7 +371,7 @@ def test_who_stops_waits_for_nobody(tmp_path):
 def unbroken(tmp_path_factory):
     """The records of a benchmark that nothing disturbed."""
     folder = tmp_path_factory.mktemp("unbroken")
-    grid = grid_of(folder, methods=["lora", "random"], keep_adapters=True)
+    grid = grid_of(folder, methods=["lora", "random"], limits=..., keep_adapters=True)
     reports = []
     run_grid(grid, where=Where(workers=2), report=reports.append)
     # Two rows: two rates with seed 0, then the better one with seed 1; two at a time.
