@@ -51,7 +51,7 @@ def table(grid: Grid, records: Sequence[Record]) -> str:
         "| default answer | rate | loss | alternative | rate | minus it | seeds | |",
         "| --- | ---: | ---: | --- | ---: | ---: | ---: | --- |",
     ]
-    for label, other in PAIRS:
+    for label, other in (pair for pair in PAIRS if {*pair} <= {*rows}):
         own, control = by_seed(grid, rows[label], known), by_seed(grid, rows[other], known)
         gaps = differences(own, [control])
         if not gaps:
