@@ -276,3 +276,13 @@ def test_where_lora_fits_nothing_is_scored():
     assert plan.options["peak_bytes"] == plan.options["lora_peak_bytes"] < 1e9
     assert plan.spent == {"scoring_steps": 1}
     assert "nothing to select" in str(plan)
+
+
+def test_ranks_above_the_users_are_counted_where_nothing_is_scored():
+    """All sites fit; twice LoRA's parameters double the ranks, and with them what the adapters take, at most."""
+    net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(4)])
+    asked = {"lora": LoraConfig(r=4), "memory": "1GB", "loss_fn": lambda m, b: m(b["x"]).square().mean()}
+    plan = select(net, [{"x": torch.ones(2, 8)}], parameters=2 * 4 * 4 * 16, **asked)
+    assert {*plan.ranks.values()} == {8}
+    more = plan.options["peak_bytes"] - plan.options["lora_peak_bytes"]
+    assert more >= 4 * 4 * 4 * 4 * 16  # four sites, four more ranks of 16 numbers, AdamW's four copies of four bytes

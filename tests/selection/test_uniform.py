@@ -5,7 +5,10 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from weightlora.cost.knapsack import additive_cost
 from weightlora.plan.make import make_plan
+from weightlora.selection._course import measured_by
+from weightlora.selection.allocate import Costs
 from weightlora.selection.select import select
 
 
@@ -60,3 +63,10 @@ def test_equal_to_a_plan_that_is_made_by_hand():
         sites, LoraConfig(r=10, lora_alpha=20), plan.names, ranks=dict.fromkeys(plan.names, 1), alpha_by="root"
     )
     assert [entry.alpha for entry in plan.entries] == [entry.alpha for entry in by_hand.entries] == [6] * 6  # 20·√0.1
+
+
+@pytest.mark.parametrize(("ranks", "share"), [([8, 0], 0.4), ([4, 0], 0.4), ([16, 0], 0.8), ([16, 8], 2.0)])
+def test_a_rank_above_the_users_is_in_the_recorded_step_time(ranks, share):
+    """Adapters of 4 and 6 ns at rank 8. A lower rank counts as rank 8; the largest growth counts for all kept sites."""
+    costs = Costs(ranks=(8, 8), of_rank=(1, 1), time=additive_cost([4, 6]))
+    assert measured_by(costs, ranks, 0) == {"step_time": pytest.approx(share)}

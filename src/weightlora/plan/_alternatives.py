@@ -37,7 +37,8 @@ def alternatives(plan: PlanData) -> tuple[Alternative, ...]:
 
     - LoRA of a lower rank on all sites, with at most as many parameters;
     - LoRA of the user's rank for so many steps as take the plan's time;
-    - LoRA with a smaller micro-batch and more accumulation, whose activations are no more than the plan's.
+    - LoRA with a smaller micro-batch and more accumulation. Its activations are estimated to be no more than the plan's;
+      where peaks were counted, that of the smaller batch was not.
 
     Step times that were not measured are estimated: forward and backward pass take the same, and the backward pass
     stops at the floor, the lowest block with an adapter. So are activations: nothing below the floor is kept.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: The line that called ``select()`` is so many frames above.
 _CALLER = 4
-_LOG = logging.getLogger("weightlora.selection.select")
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,9 @@ def found_by(scored: int, scores: Scores, course: Course) -> dict[str, Any]:
 def measured_by(costs: Costs, ranks: Sequence[int], peak: int) -> dict[str, Any]:
     """Return what a plan records of its step time and its peak, and of LoRA's peak, where they were measured."""
     kept = [i for i, r in enumerate(ranks) if r]
-    found = {} if costs.time is None else {"step_time": costs.time.of(kept) / costs.time.of_all}
+    found: dict[str, Any] = {}
+    if costs.time is not None:
+        found["step_time"] = (costs.time.of(kept) + costs.growth(costs.time, ranks)) / costs.time.of_all
     if costs.memory is not None:
         found |= {"peak_bytes": peak, "lora_peak_bytes": costs.memory.of_all}
     return found

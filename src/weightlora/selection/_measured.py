@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -131,16 +131,9 @@ def within_memory(choose: Callable[[Costs], list[int]], costs: Costs, peaks: Pea
         own = peaks.of(kept)
         peak = from_first(lambda: own)  # noqa: B023
         if peak <= memory.of(kept):
-            return ranks, peak + _growth(memory, ranks, costs)
+            return ranks, peak + costs.growth(memory, ranks)
         memory = raised(memory, (peak - memory.of(kept)) * 2**attempt)
     raise OptionError("no set of sites was found that fits into memory; raise it, or limit adapters")
-
-
-def _growth(memory: Cost, ranks: Sequence[int], costs: Costs) -> int:
-    """The most that ranks above the user's add, of which none is counted; see ``allocate``."""
-    kept = [i for i, r in enumerate(ranks) if r]
-    more = max((ranks[i] / costs.ranks[i] for i in kept), default=1.0)
-    return round((more - 1) * memory.in_adapters(kept)) if more > 1 else 0
 
 
 def _fault(memory: Cost, limit: int, peaks: Peaks, first: FirstBatch) -> str | None:

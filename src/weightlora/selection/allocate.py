@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -66,6 +67,19 @@ class Costs:
     def adapter(self, i: int, r: int) -> int:
         """Parameters of an adapter of rank ``r`` at a site."""
         return r * self.of_rank[i] + (self.fixed[i] if r and self.fixed else 0)
+
+    def growth(self, cost: Cost, ranks: Sequence[int]) -> int:
+        """The most that ranks above the user's add to a measured cost, of which none is measured.
+
+        What an adapter itself takes is counted as if all of it grew with its rank.
+
+        Example:
+            >>> Costs(ranks=(8, 8), of_rank=(10, 20)).growth(additive_cost([4, 6]), [16, 0])
+            4
+        """
+        kept = [i for i, r in enumerate(ranks) if r]
+        more = max((Fraction(ranks[i], self.ranks[i]) for i in kept), default=Fraction(1))
+        return math.ceil((more - 1) * cost.in_adapters(kept)) if more > 1 else 0
 
 
 def allocate(

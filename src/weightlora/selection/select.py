@@ -300,7 +300,7 @@ def _chooser(rule: Rule, sites: Sequence[Site], costs: Costs, scoring: Scoring) 
 def _unscored(sites: Sequence[Site], lora: LoraConfig, costs: Costs, scoring: Scoring, **record: Any) -> AdapterPlan:
     """The plan where scores decide nothing: ranks are free, or all sites are within the measured limits."""
     ranks = allocate(sites, None, costs, scoring)
-    peak = 0 if costs.memory is None else costs.memory.of_all
+    peak = 0 if costs.memory is None else costs.memory.of_all + costs.growth(costs.memory, ranks)
     options = {**scoring.limits.asked, **measured_by(costs, ranks, peak)}
     return _planned(sites, lora, ranks, alpha_by="root", rule=UNIFORM, options=options, **record)
 

@@ -61,7 +61,7 @@ class Integrated(Rule):
     most_ranks: int | Literal["even"] | None = None
     trains_adapters: ClassVar[bool] = True
     least_steps: ClassVar[int] = 30
-    # docs/lab/choice/rules.md: two nodes and fewer steps are worse on reviews; other probes were not tried.
+    # docs/lab/choice.md: two nodes and fewer steps are worse on reviews; other probes were not tried.
     nodes: ClassVar[int] = 3
     """Points of the quadrature, each one forward and backward pass."""
     probes: ClassVar[int] = 4
@@ -105,7 +105,7 @@ class Integrated(Rule):
 
     def rate_scale(self, budget: Chooser, stage: Stage, trained: int) -> float:
         """Return the factor of the learning rate while so many sites are trained."""
-        # docs/lab/choice/rates.md: on sums the training's own rate loses 0.07, elsewhere the two differ little.
+        # docs/lab/choice.md: on sums the training's own rate loses 0.07, elsewhere the two differ little.
         kept = len(budget.choose((1.0,) * len(stage.layers)))  # nothing is scored yet: sites of equal score
         return math.sqrt(min(1.0, kept / trained))
 
