@@ -26,7 +26,7 @@ from tqdm import tqdm
 from weightlora.bench.records import append_record, read_records
 
 RESULTS = Path(__file__).parent / "results" / "precision.jsonl"
-RULES = ("first_order", "stoiht")
+RULES = ("first_order", "paper")
 LR = 1e-3
 MAX_LENGTH = 32
 WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "benchmarks" / "results" / "reasoning.jsonl"
 RECIPE = ROOT / "recipes" / "smollm2-reasoning.yaml"
 RUNS = ROOT / "runs" / "reasoning"
-METHODS = ("lora", "random", "weightlora", "weightlora_plus")
+METHODS = ("lora", "random", "selected")
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ def write_run(folder: Path, seed: int) -> Path:
     losses = [[step, 1.2 + 1.5 / step**0.5 + lot.gauss(0, 0.05)] for step in range(1, LOSSES + 1)]
     metrics = {"validation_loss": 1.25, "validation_exact_match": 0.41}
     (folder / "results.json").write_text(json.dumps({"losses": losses, "metrics": metrics}))
-    (folder / "config.yaml").write_text(f"method: weightlora\nadapters: {len(kept)}\nsteps: {STEPS}\nseed: {seed}\n")
+    (folder / "config.yaml").write_text(f"method: selected\nadapters: {len(kept)}\nsteps: {STEPS}\nseed: {seed}\n")
     return folder
 
 

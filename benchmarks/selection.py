@@ -33,7 +33,7 @@ from weightlora.plan.budget import Budget
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.rules.first_order import FirstOrder
-from weightlora.selection.rules.stoiht import StoIHT
+from weightlora.selection.rules.paper import StoIHT
 
 RESULTS = Path(__file__).parent / "results"
 LEARNING_RATES = (6e-4, 1.5e-3, 4e-3)
@@ -58,13 +58,11 @@ CHOICES = (
     Variant("random", "random"),
     Variant("nearest the output", "nearest"),
     *(
-        Variant(
-            f"{name}, head_steps={head}", "weightlora", {"rule": replace(rule, head_steps=head), "ranking": "score"}
-        )
+        Variant(f"{name}, head_steps={head}", "selected", {"rule": replace(rule, head_steps=head), "ranking": "score"})
         for name, rule in {
             "first_order": FirstOrder(),
-            "stoiht, every step": StoIHT(threshold_every=1),
-            "stoiht, once at T": StoIHT(threshold_every=20),
+            "stoiht, every step": StoIHT(order="joint"),
+            "stoiht, once at T": StoIHT(order="joint", threshold_every=20),
         }.items()
         for head in (0, 20)
     ),
@@ -97,9 +95,7 @@ def run_minilm(workers: int) -> None:
     path = RESULTS / "selection-minilm.jsonl"
     everything = [(Variant("lora", "lora"), 36), *((v, k) for k in KEEPS for v in CHOICES)]
     run_points(path, tuning_points(everything), workers)
-    plus = [(variant, k) for k in KEEPS for variant in plus_variants(read_records(path), k)]
-    run_points(path, tuning_points(plus), workers)
-    run_points(path, test_points(read_records(path), everything + plus), workers)
+    run_points(path, test_points(read_records(path), everything), workers)
 
 
 @dataclass(frozen=True)
@@ -267,15 +263,6 @@ def best_rate(records: Iterable[dict[str, Any]], label: str, keep: int) -> float
     return min(lr for lr, accuracy in tuned.items() if accuracy >= best - error)
 
 
-def plus_variants(records: list[dict[str, Any]], keep: int) -> list[Variant]:
-    """WeightLoRA+ on the default rule, and on the rule with the highest validation accuracy at K."""
-    rules = [v for v in CHOICES if v.method == "weightlora"]
-    default = next(v for v in rules if v.label == DEFAULT)
-    best = max(rules, key=lambda v: max(validation_accuracy(records, v.label, keep).values()))
-    chosen = dict.fromkeys((default.label, best.label))
-    return [Variant(f"WeightLoRA+ ({v.label})", "weightlora_plus", v.options) for v in rules if v.label in chosen]
-
-
 # --- SmolLM2 on sums ---------------------------------------------------------------------------------------------
 
 
@@ -293,8 +280,8 @@ def run_smollm2() -> None:
     lora = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")
     rules = {
         "first_order": FirstOrder(),
-        "stoiht, every step": StoIHT(threshold_every=1),
-        "stoiht, once at T": StoIHT(threshold_every=LLM_STEPS),
+        "stoiht, every step": StoIHT(order="joint"),
+        "stoiht, once at T": StoIHT(order="joint", threshold_every=LLM_STEPS),
     }
     for seed, (label, rule) in itertools.product(SEEDS, rules.items()):
         if any((r["method"], r["seed"]) == (label, seed) for r in read_records(path)):

@@ -38,8 +38,8 @@ from weightlora.runs.train import train
 from weightlora.selection import _measured as measured
 from weightlora.selection import stage
 from weightlora.selection.rules.first_order import FirstOrder
+from weightlora.selection.rules.paper import StoIHT
 from weightlora.selection.rules.pursuit import Pursuit
-from weightlora.selection.rules.stoiht import StoIHT
 
 ROWS = 8  # of a step, on all processes together
 LIMITS = {"memory": "240kB", "time": 0.9}  # in bytes half of the rows pay for seven sites, all of them for three
@@ -53,7 +53,7 @@ class Short(Pursuit):
 
 RULES = {
     "first_order": FirstOrder(head_steps=4),
-    "stoiht": StoIHT(head_steps=4, gate_lr=50.0),
+    "paper": StoIHT(head_steps=4, gate_lr=50.0),
     "pursuit": Short(head_steps=0),
 }
 LORA = LoraConfig(r=2, target_modules=r".*encoder.*(query|key|value|dense)", task_type="SEQ_CLS")

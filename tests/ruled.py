@@ -2,7 +2,7 @@
 
 from weightlora.selection.rules import rule_of, settings_of
 
-SETTINGS = ("head_steps", "threshold_every", "gate_lr")
+SETTINGS = ("head_steps", "threshold_every", "gate_lr", "order")
 
 
 def ruled(rule="first_order", **options):

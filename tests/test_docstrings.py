@@ -30,7 +30,7 @@ SHOWN = (
         "selection.scoring",
         "selection.select",
         "selection.rules",
-        "selection.rules.stoiht",
+        "selection.rules.paper",
         "selection.rules.first_order",
     ),
     *("selection.rules.pursuit", "selection.rules.integrated"),

@@ -24,4 +24,4 @@ assert "mixed_precision: bf16\n" in config
 (folder / "zero3.yaml").write_text(f"{config}use_cpu: true\n")
 (folder / "exact.yaml").write_text(f"{config}use_cpu: true\n".replace("mixed_precision: bf16", 'mixed_precision: "no"'))
 for name in ("select.yaml", "recipe.yaml"):
-    (folder / name).write_text("task: rotten_tomatoes\nkeep: 5\n")
+    (folder / name).write_text("task: rotten_tomatoes\nadapters: 5\n")

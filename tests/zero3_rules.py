@@ -22,7 +22,7 @@ RULES = (
     "pursuit",
     "integrated_ranks",
     *BY_GRADIENT.values(),
-    "stoiht",
+    "paper",
     "kappa_tune",
 )
 ROUNDING = 1e-5

@@ -138,7 +138,7 @@ def _write_predicted(grid: Grid, worth: dict[str, float]) -> None:
         names = [sites[i].name for i in budget.choose(sizes)]
         path = grid.output_dir / f"{label}.json"
         make_plan(sites, lora, names, rule="predicted").save(path)
-        rows[label] = {"method": "weightlora", "plan": str(path), **{name: row.options[name] for name in limits}}
+        rows[label] = {"method": "selected", "plan": str(path), **{name: row.options[name] for name in limits}}
         print(f"{label}: {', '.join(names)}")
     content = {"methods": rows, "learning_rates": list(row.learning_rates), "seeds": list(grid.seeds)}
     write_text(grid.output_dir / "predicted.yaml", yaml.safe_dump(content, sort_keys=False))

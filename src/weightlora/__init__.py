@@ -2,7 +2,7 @@
 
     plan = weightlora.select(model, batches, lora=LoraConfig(r=8, lora_alpha=16), adapters=0.5)
     model = plan.attach(model)                 # WeightLoRA: stock PEFT from here on
-    model = plan.expand().attach(model)        # WeightLoRA+: the same budget as plain LoRA
+    model = plan.expand().attach(model)        # WeightLoRA+: as many ranks as plain LoRA
 
 Names are imported when they are first used, so that ``weightlora --help`` loads neither torch nor peft. Rules, methods
 and what else is built upon are imported from their own modules.

@@ -84,7 +84,7 @@ def test_methods_times_limits_times_tasks_are_the_rows(tmp_path):
 
 
 def test_limits_are_the_files_the_rows_or_those_of_the_command(tmp_path):
-    methods = {"weightlora": None, "few": {"method": "random", "adapters": 3, "parameters": 0.1}}
+    methods = {"selected": None, "few": {"method": "random", "adapters": 3, "parameters": 0.1}}
 
     def limits(words=(), **changed):
         grid_of(tmp_path, methods=methods, learning_rates=[1e-3], **changed)
@@ -92,13 +92,13 @@ def test_limits_are_the_files_the_rows_or_those_of_the_command(tmp_path):
         return {row.label: {name: row.options[name] for name in LIMITS if name in row.options} for row in grid.rows}
 
     own = {"few": {"adapters": "3", "parameters": "0.1"}}  # both hold: it is one row
-    assert limits(limits=...) == {"weightlora": {}, **own}  # the default is the method's
+    assert limits(limits=...) == {"selected": {}, **own}  # the default is the method's
     assert limits(limits=[{"time": 0.6}, {"adapters": 0.5, "memory": "8GB"}]) == {
         "weightlora, time 0.6": {"time": "0.6"},
         "weightlora, adapters 0.5, memory 8GB": {"adapters": "0.5", "memory": "8GB"},
         **own,
     }
-    assert limits(["--parameters", "0.2"]) == {"weightlora": {"parameters": "0.2"}, **own}
+    assert limits(["--parameters", "0.2"]) == {"selected": {"parameters": "0.2"}, **own}
 
 
 def test_a_row_may_have_rates_of_its_own(tmp_path):

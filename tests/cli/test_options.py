@@ -57,7 +57,7 @@ def changed_options(rng, kind):
     if kind == "rule":
         name = rng.choice(RULES).name
         settings = list(settings_of(rule_of(name))) or ["x"]
-        return {"method": "weightlora", "rule": name, "rule_options": [f"{rng.choice(settings)}={rng.choice(WORDS)}"]}
+        return {"method": "selected", "rule": name, "rule_options": [f"{rng.choice(settings)}={rng.choice(WORDS)}"]}
     names = {"ours": OURS, "theirs": THEIRS}.get(kind, [*OURS, *THEIRS])
     names = [name for name in names if not FAR.search(name)]
     return {name: rng.choice(VALUES if kind == "file" else WORDS) for name in rng.sample(names, rng.randint(1, 2))}
@@ -138,16 +138,16 @@ def test_a_value_out_of_its_range_is_named(base, tmp_path, capsys, option, value
 @pytest.mark.parametrize(
     ("kind", "name", "option", "values"),
     [
-        ("method", "weightlora", "x", ["[1", "2020-99-99", "9" * 5000]),
-        ("method", "weightlora", "learning_rate", ["0", "-1", "nan", "x", "true", "[1]"]),
-        ("method", "weightlora", "seed", ["-1", "true", "1.5"]),
-        ("method", "weightlora_plus", "alpha", ["half"]),
+        ("method", "selected", "x", ["[1", "2020-99-99", "9" * 5000]),
+        ("method", "selected", "learning_rate", ["0", "-1", "nan", "x", "true", "[1]"]),
+        ("method", "selected", "seed", ["-1", "true", "1.5"]),
+        ("method", "weightlora_plus", "budget", ["half"]),
         ("method", "adalora", "init_r", ["0", "1.5"]),
         ("method", "adalora", "beta1", ["1", "-1"]),
         ("method", "flexlora", "ranks", ["auto", "0.5", "[1, x]"]),
         ("method", "random", "adapters", ["0", "-1", "half", "[1]"]),
-        ("method", "weightlora", "fast", ["input"]),
-        ("rule", "stoiht", "gate_lr", ["0", "-1", "x", "nan", "null", ""]),
+        ("method", "selected", "fast", ["input"]),
+        ("rule", "paper", "gate_lr", ["0", "-1", "x", "nan", "null", ""]),
         ("rule", "first_order", "head_steps", ["9" * 30, "-1", "1.5", "true"]),
         ("rule", "integrated_ranks", "most_ranks", ["true", "0", "odd"]),
     ],
@@ -158,7 +158,7 @@ def test_a_setting_out_of_its_range_is_named(kind, name, option, values):
         with pytest.raises(OptionError, match=option) as caught:
             read_recipe(words=words)
         assert "\n" not in str(caught.value)
-    assert read_recipe(words=["--rule=stoiht", "--rule_options", "gate_lr=5e-1"]).method.scored_by.gate_lr == 0.5
+    assert read_recipe(words=["--rule=paper", "--rule_options", "gate_lr=5e-1"]).method.scored_by.gate_lr == 0.5
 
 
 @pytest.mark.parametrize(

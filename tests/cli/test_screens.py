@@ -22,7 +22,7 @@ OPTIONS = {
     "head_steps": None,
     "threshold_every": 1,
     "learning_rate": 0.001,
-    "expand": "scale",
+    "expand": "ranks",
 }
 
 

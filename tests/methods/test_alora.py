@@ -108,7 +108,7 @@ def test_the_moves_are_those_of_a_slow_reference():
 
     def note(step, _model):
         seen[step] = list(method.plan.ranks.values())
-        assert sum(seen[step]) == SITES * 4 == method.budget(step)
+        assert sum(seen[step]) == SITES * 4 == method.most_ranks(step)
 
     train(method, model, look, note)
     assert {step: seen[step] for step in (4, 7, 10)} == expected

@@ -79,14 +79,14 @@ def test_the_ranks_are_those_of_a_slow_reference():
     assert compared == [3, 5, 7, 9, 10]
     pruned = {3: 11, 5: 11, 7: 11, 9: 12 - int(6 * (6 / 7) ** 3)}
     assert seen == {**dict.fromkeys((1, 2, 4, 6, 8), 12), **pruned, **dict.fromkeys(range(10, STEPS + 1), 6)}
-    assert seen == {step: method.budget(step) for step in range(1, STEPS + 1)}
+    assert seen == {step: method.most_ranks(step) for step in range(1, STEPS + 1)}
 
 
 def test_halfway_an_eighth_of_what_is_to_go_is_gone():
     """100 steps with a window from 20 to 60: of 64 components that are to go, 8 are gone at step 40."""
     method = make_method("dynamic_lora", init_r=128, interval=1, begin=0.2, end=0.6)
     method.attach(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=64), [], 100)
-    assert [method.budget(step) for step in (19, 20, 40, 60, 100)] == [128, 127, 120, 64, 64]
+    assert [method.most_ranks(step) for step in (19, 20, 40, 60, 100)] == [128, 127, 120, 64, 64]
 
 
 def test_shares_need_no_whole_matrix():

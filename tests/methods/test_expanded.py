@@ -324,7 +324,7 @@ def test_milora_trains_half_of_what_it_exports(budget, options, trained_r):
     method, model = attached("milora", LoraConfig(r=budget, lora_alpha=6), **options)
     assert count(model) == trained_r * (8 + 12 + 12 + 4)
     assert method.plan.ranks == {"0": 2 * trained_r, "2": 2 * trained_r}
-    assert method.budget(0) == 2 * max(budget, 2 * trained_r)
+    assert method.most_ranks(0) == 2 * max(budget, 2 * trained_r)
     assert {layer.scaling["default"] for layer in lora_layers(model).values()} == {6 / budget}
 
 
@@ -342,7 +342,7 @@ def test_milora_says_where_there_is_no_room():
 def test_a_larger_rank_is_in_the_plan_the_budget_and_the_export(name):
     method, model = attached(name, r=6)
     assert method.plan.ranks == {"0": 6, "2": 6}
-    assert method.budget(0) == 12 > sum(entry.lora_r for entry in method.plan.entries)
+    assert method.most_ranks(0) == 12 > sum(entry.lora_r for entry in method.plan.entries)
     exported = method.export(trained(model))
     assert {layer.r["default"] for layer in lora_layers(exported).values()} == {6}
 

@@ -131,7 +131,7 @@ def test_the_training_is_that_of_clients_with_models_of_their_own():
 def test_each_client_holds_its_rank_and_what_is_beyond_is_zero_without_gradient(fresh):
     """Old moments would move what is beyond, too."""
     method, model = attached()
-    assert method.budget(0) == sum(method.plan.ranks.values()) == 2 * 4, "room for the largest"
+    assert method.most_ranks(0) == sum(method.plan.ranks.values()) == 2 * 4, "room for the largest"
     seen, checked = {}, []
 
     def look(step):
@@ -144,7 +144,7 @@ def test_each_client_holds_its_rank_and_what_is_beyond_is_zero_without_gradient(
 
     def note(step):
         seen[step] = sum(method.plan.ranks.values())
-        assert seen[step] == method.budget(step)
+        assert seen[step] == method.most_ranks(step)
 
     train(method, model, fresh=fresh, look=look, note=note)
     assert checked == [1, 1, 2, 2, 4, 4, 1, 1, 2, 2, 4, 4, 4]

@@ -101,7 +101,7 @@ def test_ranks_fall_by_two_and_stop_at_the_target_and_zeros_stay(recover):
     alive = {}
     train(method, model, note=note)
     assert seen == {1: 14, 2: 14, 3: 10, 4: 10, 5: 6, 6: 6, 7: 4, 8: 4}
-    assert seen == {step: method.budget(step) for step in range(1, STEPS + 1)}
+    assert seen == {step: method.most_ranks(step) for step in range(1, STEPS + 1)}
 
 
 def test_the_export_is_stock_lora_with_the_same_logits_and_strength(tmp_path):

@@ -73,7 +73,7 @@ def test_select_and_attach_refuse_it(make, says, wrapped):
 
 
 @UNUSABLE
-@pytest.mark.parametrize("method", ["weightlora", "random", "adalora", "eva"])
+@pytest.mark.parametrize("method", ["selected", "random", "adalora", "eva"])
 def test_a_trainer_with_it_is_refused(make, says, method, tmp_path):
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
     trainer = Trainer(llama(), arguments, train_dataset=ROWS)

@@ -197,7 +197,7 @@ def run(model, rule, error, **options):
 
 @pytest.mark.sampled(8)
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
-@pytest.mark.parametrize("rule", ["first_order", "stoiht"])
+@pytest.mark.parametrize("rule", ["first_order", "paper"])
 @pytest.mark.parametrize("error", [None, RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
 def test_select_leaves_the_model_untouched(make, rule, error):
     model = make()
@@ -230,7 +230,7 @@ def test_scoring_does_touch_the_model_while_it_runs(make):
 def test_select_leaves_minilm_untouched(minilm, review_batches):
     before = fingerprint(minilm)
     config = LoraConfig(r=4, task_type="SEQ_CLS")
-    plan = select(minilm, review_batches, lora=config, steps=4, **ruled("stoiht", head_steps=2), progress=False)
+    plan = select(minilm, review_batches, lora=config, steps=4, **ruled("paper", head_steps=2), progress=False)
     assert len(plan.names) == 18
     assert fingerprint(minilm) == before
 
@@ -239,7 +239,7 @@ def test_a_users_hook_survives_and_can_still_be_removed():
     model, calls = bert(), []
     layer = model.bert.encoder.layer[0].output.dense
     handle = layer.register_forward_hook(lambda *_: calls.append(1))
-    run(model, "stoiht", None)
+    run(model, "paper", None)
     calls.clear()
     model(**TOKENS)
     handle.remove()
@@ -263,7 +263,7 @@ def test_every_adapter_of_a_peft_model_survives(names):
 
 
 @pytest.mark.parametrize("make", [bert, lora_bert], ids=lambda make: make.__name__)
-@pytest.mark.parametrize("rule", ["first_order", "stoiht"])
+@pytest.mark.parametrize("rule", ["first_order", "paper"])
 def test_the_fast_scoring_leaves_the_model_untouched(make, rule):
     model, fast = make(), set()
     before = fingerprint(model)

@@ -90,7 +90,7 @@ def test_all_linear_is_what_peft_adapts_or_what_the_warning_names(name):
         assert {key: plain[key] for key in ours} == ours  # nothing that PEFT would not adapt, and with PEFT's ranks
     reread = {skip.name for skip in every.skipped if "PEFT" in skip.reason or "tensor" in skip.reason}
     assert bool(reread) == bool(warned)
-    expanded = plan.expand()
+    expanded = plan.expand("parameters")
     assert expanded.parameters <= plan.lora_parameters
     assert expanded.target_parameters == plan.target_parameters == every.parameters
     if every.parameters:  # without them the first test has done this
@@ -180,7 +180,7 @@ def test_a_trainer_trains_and_resumes_them(fast, tmp_path):
         arguments = TrainingArguments(str(tmp_path), max_steps=steps, per_device_train_batch_size=4, **quiet)
         trainer = Trainer(model_of("OLMoE"), arguments, train_dataset=rows)
         options = {"adapters": 0.5, "steps": 2, "fast": fast, "lora": LoraConfig(**ALL, task_type="CAUSAL_LM")}
-        return trainer, weightlora.method_for(trainer, "weightlora_plus", **options)
+        return trainer, weightlora.method_for(trainer, "selected", **options)
 
     trainer, method = made(2)
     trainer.train()

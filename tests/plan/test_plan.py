@@ -138,7 +138,7 @@ FIELDS = {
 @pytest.mark.parametrize("fields", FIELDS)
 def test_a_plan_reads_back_as_it_was_and_keeps_the_users_fields(tmp_path, fields):
     plan = plan_of(llama(), [V0, UP1], **FIELDS[fields])
-    plan = replace(plan, rule="stoiht", options={"parameters": 1000, "learning_rate": 1e-3}, seed=7, base_model="a/b")
+    plan = replace(plan, rule="paper", options={"parameters": 1000, "learning_rate": 1e-3}, seed=7, base_model="a/b")
     plan = replace(plan, history=(tuple(float(i) for i in range(len(plan.entries))),) * 2)
     for written in (plan, plan.expand()):
         written.save(tmp_path / "plan.json")
@@ -339,50 +339,48 @@ def test_expand_spends_the_freed_budget_at_the_same_strength(n, k, r, alpha, new
     assert Fraction(config.lora_alpha) / config.r == Fraction(alpha) / r
 
 
-def test_alpha_keep_grows_the_rank_alone_and_needs_no_multiple():
-    plus = flat_plan(8, range(3), r=8, alpha=12).expand(alpha="keep")
-    assert (plus.to_lora_config().r, plus.to_lora_config().lora_alpha) == (21, 12)
-
-
-def test_rslora_keeps_alpha_whatever_was_asked():
+def test_rslora_keeps_alpha_and_needs_no_multiple():
     plan = flat_plan(8, range(3), r=8, alpha=12, lora={"use_rslora": True})
     assert (plan.expand().to_lora_config().r, plan.expand().to_lora_config().lora_alpha) == (21, 12)
 
 
-def test_another_alpha_is_refused():
-    with pytest.raises(OptionError, match="alpha='grow'"):
-        flat_plan(2, [0]).expand(alpha="grow")  # type: ignore[arg-type]
+def test_another_budget_is_refused():
+    with pytest.raises(OptionError, match="budget='bytes'"):
+        flat_plan(2, [0]).expand("bytes")  # type: ignore[arg-type]
 
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "patterns", [{}, {"rank_pattern": {"v_proj": 2, "up_proj": 12}, "alpha_pattern": {"v_proj": 3}}]
 )
-@pytest.mark.parametrize("alpha", ["scale", "keep"])
-def test_expand_never_costs_more_than_plain_lora_whatever_is_kept(patterns, alpha):
+@pytest.mark.parametrize("budget", ["ranks", "parameters"])
+def test_expand_never_costs_more_than_plain_lora_in_what_it_counts(patterns, budget):
     plain = plan_of(llama(), **patterns)
     names = sorted(plain.ranks, key=lambda name: random.Random(name).random())
     widest = sorted(plain.ranks, key=lambda name: -plain.entries[[*plain.ranks].index(name)].site.parameters(1))
     for order in (names, widest, widest[::-1]):
         for k in range(1, len(order) + 1):
             plan = plan_of(llama(), order[:k], **patterns)
-            plus = plan.expand(alpha=alpha)
-            assert plan.parameters <= plus.parameters <= plain.parameters
+            plus = plan.expand(budget)
+            assert plan.parameters <= plus.parameters
+            assert plus.parameters <= plain.parameters or budget == "ranks"
             assert sum(plus.ranks.values()) <= sum(plain.ranks.values())
             assert plus.names == plan.names
-            assert plus.expand(alpha=alpha) == plus, "nothing is left to spend"
+            assert plus.expand(budget) == plus, "nothing is left to spend"
             for entry in plus.entries:
-                if entry.r and alpha == "scale":
+                if entry.r:
                     assert Fraction(entry.alpha) / entry.r == Fraction(entry.lora_alpha) / entry.lora_r
                     assert isinstance(entry.alpha, int)
                 else:
                     assert entry.alpha == entry.lora_alpha
 
 
-def test_the_plain_formula_of_the_paper_would_cost_more_where_wide_layers_are_kept():
+def test_the_papers_formula_costs_more_than_lora_where_wide_layers_are_kept_and_says_so():
     plan = plan_of(llama())
     widest = sorted(plan.entries, key=lambda entry: -entry.site.parameters(1))[:7]
-    assert sum(entry.site.parameters(2 * entry.lora_r) for entry in widest) > plan.lora_parameters
+    plus = plan_of(llama(), [entry.site.name for entry in widest]).expand()
+    assert {r for r in plus.ranks.values() if r} == {2 * widest[0].lora_r}
+    assert plus.parameters == sum(entry.site.parameters(2 * entry.lora_r) for entry in widest) > plan.lora_parameters
 
 
 # -- the config ------------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_the_scoring_has_it_too(tmp_path):
     run = prepare(
         recipe(
             tmp_path,
-            method="weightlora",
+            method="selected",
             head_learning_rate=0.02,
             steps=2,
             rule="first_order",

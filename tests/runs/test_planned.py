@@ -37,7 +37,7 @@ def test_the_recipe_of_the_plan_may_stay_and_what_is_left_out_is_the_plans(base,
             "lora_r": 8,
             "rule": "first_order",
             "ranking": "spread",
-            "method": "weightlora",
+            "method": "selected",
         }
         assert main(["train", "--config", str(folder / "config.yaml")]) == 0  # the same run, which is done
 
@@ -70,8 +70,8 @@ def test_a_plan_of_other_values_is_recorded_with_them(base, plan, tmp_path):
         ({"rule_options": "head_steps=1"}, "head_steps=0 there, 1 now"),
         ({"ranking": "score"}, "ranking='spread' there, 'score' now"),
         ({"steps": 3}, "steps=2 there, 3 now"),
-        ({"method": "random"}, "method='weightlora' there, 'random' now"),
-        ({"method": "weightlora_plus"}, "method='weightlora' there, 'weightlora_plus' now"),
+        ({"method": "random"}, "method='selected' there, 'random' now"),
+        ({"method": "weightlora_plus"}, "method='selected' there, 'weightlora_plus' now"),
         ({"method_options": "warm_start=true"}, "warm_start=False there, True now"),
         ({"method_options": "learning_rate=1.0"}, "learning_rate=0.01 there, 1.0 now"),
         ({"method_options": "tinit=3"}, "tinit=None there, 3 now"),

@@ -16,12 +16,13 @@ from transformers import BitsAndBytesConfig, TrainerCallback
 
 from weightlora.cli import main
 from weightlora.errors import OptionError
+from weightlora.methods import make_method
 from weightlora.model.sites import adapter_parameters, find_sites
 from weightlora.paper.study import read_study, recipe_of
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs.recipe import Recipe, read_recipe
 from weightlora.runs.train import train
-from weightlora.selection.rules.stoiht import StoIHT
+from weightlora.selection.rules.paper import StoIHT
 from weightlora.tasks import find_task, kind_of, load_model
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "paper"
@@ -121,8 +122,9 @@ def test_the_values_are_those_of_the_tables(name):
         assert (training.num_train_epochs, training.max_steps) == (EPOCHS[task], -1)
     assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.9, 0.99, 1e-8)
     assert (training.weight_decay, training.lr_scheduler_type) == (1e-4, "linear")
-    assert (method.method, method.rule) == ("weightlora", "paper")
-    assert method.scored_by == StoIHT(gate_lr=5.0, threshold_every=1, head_steps=0)
+    made = make_method(method.method, **method.given)
+    assert (method.method, method.rule) == ("weightlora", None)
+    assert made.scoring.scored_by == StoIHT(gate_lr=5.0, order="alternating", threshold_every=1, head_steps=0)
 
 
 def test_a_misspelt_line_is_refused_with_the_closest(tmp_path):
@@ -375,9 +377,9 @@ def test_dry_run(name, tiny, tmp_path):
     rows = rows_of(task)
     rows.save_to_disk(tmp_path / "rows")
     words = {"model_name_or_path": base, "dataset_name": tmp_path / "rows", "output_dir": tmp_path / "run"}
-    words |= {"max_steps": 2, "warmup_steps": 0, "learning_rate": 1e-2, "max_target_length": 3, "disable_tqdm": True}
+    words |= {"max_steps": 3, "warmup_steps": 0, "learning_rate": 1e-2, "max_target_length": 3, "disable_tqdm": True}
     words |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-    words |= {"adapters": 0.5, "steps": 2, "rule_options": "gate_lr=0.1"}  # at 5 some gates turn negative here
+    words |= {"adapters": 0.5, "steps": 2, "method_options": "gate_lr=0.1"}  # at 5 some gates turn negative here
     if task.kind == "completion":
         words["harness_path"] = write_judge(task, tmp_path / "judge")
     recipe = read(name, *(f"--{key}={value}" for key, value in words.items()))
@@ -389,7 +391,7 @@ def test_dry_run(name, tiny, tmp_path):
         wanted = [f"{task.name}_{metric}" for metric in task.metrics]
     assert set(wanted) <= results["metrics"].keys()
     plan = AdapterPlan.load(tmp_path / "run" / "plan.json")
-    assert (results["steps"], results["adapters"]) == (2, len(plan.names))
+    assert (results["steps"], results["adapters"]) == (3, len(plan.names))
     assert 0 < 2 * results["adapter_parameters"] <= results["lora_parameters"]
 
     with safe_open(tmp_path / "run" / "adapter" / "adapter_model.safetensors", "pt") as file:

@@ -169,7 +169,7 @@ def test_eval_on_start_measures_the_base_model_before_a_warm_start(tmp_path):
     first = {"eval_on_start": True, "max_steps": 1, "learning_rate": 1e-9}
     cold = run(tmp_path / "cold", method="lora", **first)
     own = "--method_options", "warm_start=true", "learning_rate=0.005"
-    warm = train(read_recipe(words=[*words(tmp_path / "warm", rule="stoiht", **first)[1:], *own]))
+    warm = train(read_recipe(words=[*words(tmp_path / "warm", rule="paper", **first)[1:], *own]))
     assert warm["before"] == cold["before"]
     assert warm["metrics"]["validation_loss"] != pytest.approx(cold["metrics"]["validation_loss"], rel=1e-3)  # control
 

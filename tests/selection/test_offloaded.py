@@ -98,9 +98,9 @@ def test_every_rule_scores_as_on_the_whole_model(rule, tmp_path):
 def test_every_place_and_both_steps(place, fast, tmp_path):
     model = place(llama(), tmp_path)
     before = fingerprint(model)
-    plan = scored(model, "stoiht", TEXTS, "CAUSAL_LM", fast=fast)
+    plan = scored(model, "paper", TEXTS, "CAUSAL_LM", fast=fast)
     assert fingerprint(model) == before
-    assert plan == scored(llama(), "stoiht", TEXTS, "CAUSAL_LM", fast=fast)
+    assert plan == scored(llama(), "paper", TEXTS, "CAUSAL_LM", fast=fast)
 
 
 def test_gradient_checkpointing(tmp_path):

@@ -39,7 +39,7 @@ from weightlora.model.layers import lora_layers
 from weightlora.model.sites import Site
 from weightlora.selection.select import select_trained
 
-RULES = ["first_order", "stoiht"]
+RULES = ["first_order", "paper"]
 
 
 def quietly(model, batches, **options):
@@ -136,7 +136,7 @@ from peft import LoraConfig
 from transformers import BertConfig, BertForSequenceClassification
 import weightlora
 from weightlora import select
-from weightlora.selection.rules.stoiht import StoIHT
+from weightlora.selection.rules.paper import StoIHT
 
 sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
 torch.manual_seed(0)
@@ -279,11 +279,11 @@ def test_fewer_batches_than_steps_are_used_again_with_a_warning():
 
 def test_options_are_recorded():
     plan = quietly(
-        net(), pairs(4), steps=4, adapters=2, rule="stoiht", learning_rate=0.01, gate_lr=2.0, seed=7, loss_fn=squared
+        net(), pairs(4), steps=4, adapters=2, rule="paper", learning_rate=0.01, gate_lr=2.0, seed=7, loss_fn=squared
     )
-    expected = {"adapters": 2, "steps": 4, "head_steps": 0, "threshold_every": 1}
+    expected = {"adapters": 2, "steps": 4, "head_steps": 0, "threshold_every": 1, "order": "alternating"}
     assert plan.options == {**expected, "learning_rate": 0.01, "gate_lr": 2.0, "agreement": pytest.approx(1)}
-    assert (plan.rule, plan.seed, len(plan.history)) == ("stoiht", 7, 4)
+    assert (plan.rule, plan.seed, len(plan.history)) == ("paper", 7, 4)
 
 
 @pytest.mark.slow
@@ -435,7 +435,7 @@ REFUSED = {
     "negative head_steps": (OptionError, "head_steps=-2", lambda: {"head_steps": -2}),
     "unknown rule": (OptionError, "rule='stoith'", lambda: {"rule": "stoith"}),
     "rate is nan": (OptionError, "learning_rate=nan", lambda: {"learning_rate": NAN}),
-    "no threshold": (OptionError, "threshold_every=0", lambda: {"rule": "stoiht", "threshold_every": 0}),
+    "no threshold": (OptionError, "threshold_every=0", lambda: {"rule": "paper", "threshold_every": 0}),
     "keep more than there is": (OptionError, "adapters=4 exceeds the 3", lambda: {"adapters": 4}),
     "head_steps without a head": (OptionError, "head_steps=2, .*modules_to_save", lambda: {"head_steps": 2}),
     "detached loss": (SelectionError, "step 1.*no gradient", lambda: {"loss_fn": lambda m, b: squared(m, b).detach()}),
@@ -448,12 +448,12 @@ REFUSED = {
     "loss is nan": (
         SelectionError,
         "scoring step 3: the loss is nan.*learning_rate",
-        lambda: {"loss_fn": at_step(3, NAN)},
+        lambda: {"loss_fn": at_step(3, NAN), "order": "joint"},
     ),
     "loss is inf": (
         SelectionError,
         "scoring step 3: the loss is inf.*learning_rate",
-        lambda: {"loss_fn": at_step(3, float("inf"))},
+        lambda: {"loss_fn": at_step(3, float("inf")), "order": "joint"},
     ),
     "gradient is nan": (
         SelectionError,
@@ -600,7 +600,7 @@ def test_gates_that_turn_negative_are_no_survivors():
 
     def plan(second, model=None):
         data = [{**batch, "sign": sign} for batch, sign in zip(pairs(1) * 2, (1.0, second), strict=True)]
-        options = {"rule": "stoiht", "gate_lr": 1e4, "steps": 2, "loss_fn": opposite}
+        options = {"rule": "paper", "order": "joint", "gate_lr": 1e4, "steps": 2, "loss_fn": opposite}
         return quietly(model or net(), data, adapters=2, **options)
 
     with pytest.raises(SelectionError, match=r"^none of the 2 wanted sites has a positive.*gate_lr or steps"):

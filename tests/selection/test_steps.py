@@ -27,7 +27,7 @@ from weightlora.selection.steps import (
 BRANCHES = 12
 LORA = LoraConfig(r=2)
 READING = [entry.name for entry in RULES if rule_of(entry.name).batches((10,)) > 0]
-AT_ONCE = {"pursuit", "stoiht", "paper"}
+AT_ONCE = {"pursuit", "paper"}
 """Rules that yield the last scores only."""
 
 

@@ -11,7 +11,7 @@ from weightlora.errors import OptionError, PlanMismatchError
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
 from weightlora.selection.rules.integrated import Integrated
-from weightlora.selection.rules.stoiht import StoIHT
+from weightlora.selection.rules.paper import StoIHT
 from weightlora.selection.select import select_trained
 from weightlora.selection.stage import adapter_weights, probed, train_adapters
 
@@ -30,7 +30,7 @@ class Quickest(Quick):
     nodes = 1
 
 
-RULES = {"integrated": Quick(), "stoiht": StoIHT(gate_lr=5.0)}
+RULES = {"integrated": Quick(), "paper": StoIHT(order="joint")}
 
 
 def trained_and_start(rule, **options):
@@ -92,12 +92,12 @@ def slow_loss(updates, kept, batch):
 def test_the_first_loss_is_that_of_the_trained_survivors_alone(name):
     trained, a, _ = trained_and_start(RULES[name])
     held_out = batches(STEPS + 5)[-1]
-    updates, kept = slow_updates(a, gates=name == "stoiht"), trained.plan.names
+    updates, kept = slow_updates(a, gates=name == "paper"), trained.plan.names
     assert len(kept) == 2
     first = squared(trained.attach(Net()), held_out).item()
     base = squared(Net(), held_out).item()
     # ω is fp32, see test_scoring; without gates everything is in double precision.
-    exact = 1e-5 if name == "stoiht" else 1e-10
+    exact = 1e-5 if name == "paper" else 1e-10
     assert first == pytest.approx(slow_loss(updates, kept, held_out), rel=exact)
     # Negative controls: the adapters that were dropped, none, and, by default, fresh ones.
     assert first != pytest.approx(slow_loss(updates, {f"layers.{i}" for i in range(4)} - set(kept), held_out), rel=1e-3)
@@ -106,7 +106,7 @@ def test_the_first_loss_is_that_of_the_trained_survivors_alone(name):
 
 
 def test_the_gate_of_the_paper_is_in_b():
-    trained, a, _ = trained_and_start(RULES["stoiht"])
+    trained, a, _ = trained_and_start(RULES["paper"])
     held_out = batches(STEPS + 5)[-1]
     without = slow_loss(slow_updates(a, gates=True, folded=False), trained.plan.names, held_out)
     assert squared(trained.attach(Net()), held_out).item() != pytest.approx(without, rel=1e-3)
@@ -202,7 +202,7 @@ def test_minilm_goes_on_from_its_survivors_and_its_head_and_is_stock_lora(minilm
 def test_a_rule_that_trains_nothing_is_refused(rule):
     with pytest.raises(
         OptionError,
-        match=r"warm_start=True: rule='[\w.:]+' trains no adapters.*integrated_ranks, even_ranks, stoiht, paper",
+        match=r"warm_start=True: rule='[\w.:]+' trains no adapters.*integrated_ranks, even_ranks, paper",
     ):
         select_trained(Net(), batches(2), rule=rule, loss_fn=squared)
 

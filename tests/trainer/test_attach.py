@@ -32,7 +32,7 @@ from weightlora.fast.enable import fast_coverage, fast_dropout
 from weightlora.model.layers import lora_layers
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.rules.first_order import FirstOrder
-from weightlora.selection.rules.stoiht import StoIHT
+from weightlora.selection.rules.paper import StoIHT
 from weightlora.tasks.classification import encode
 from weightlora.tasks.embedded import rotten_tomatoes, smollm2
 from weightlora.trainer.attach import adopt
@@ -328,17 +328,12 @@ def test_the_fast_step_stays_on(make_classifier, fast):
     trainer.train()
 
 
-def test_a_larger_rank_on_half_of_the_sites_is_weightlora_plus_or_all_the_parameters(make_classifier, tmp_path):
-    trainer = make_classifier()
-    plan = weightlora.method_for(trainer, "weightlora_plus", rule="first_order").plan
-    ranks = {layer.r["default"] for layer in lora_layers(trainer.model).values()}
-    assert len(ranks) == 1
-    assert min(ranks) > 4
-    assert plan.parameters <= plan.lora_parameters
-    assert AdapterPlan.load(tmp_path / "run" / "plan.json") == plan
+def test_all_the_parameters_on_half_of_the_sites_are_a_larger_rank(make_classifier):
+    plan = weightlora.select_for(make_classifier(), adapters=0.5, rule="first_order")
     spent = weightlora.select_for(make_classifier("b"), adapters=0.5, parameters=1.0, rule="first_order")
     assert spent.names == plan.names
-    assert plan.parameters <= spent.parameters <= spent.lora_parameters
+    assert min(r for r in spent.ranks.values() if r) > 4
+    assert plan.expand("parameters").parameters <= spent.parameters <= spent.lora_parameters
 
 
 def test_parameters_alone_read_no_batch_and_need_no_steps(make_classifier, tmp_path):
@@ -357,7 +352,7 @@ def test_parameters_alone_read_no_batch_and_need_no_steps(make_classifier, tmp_p
     assert {*plan.ranks.values()} == {1}  # of rank 4
     assert plan.parameters == sum(p.numel() for n, p in trainer.model.named_parameters() if ".lora_" in n)
     assert AdapterPlan.load(tmp_path / "run" / "plan.json") == plan
-    with pytest.raises(OptionError, match="weightlora_plus spends LoRA's whole budget on the kept sites"):
+    with pytest.raises(OptionError, match="weightlora_plus has no option 'parameters'"):
         weightlora.method_for(make_classifier("plus"), "weightlora_plus", parameters=0.25)
 
 
@@ -365,7 +360,7 @@ def test_a_resumed_run_of_another_length_takes_the_stored_plan_under_the_default
     plan = weightlora.select_for(make_classifier(max_steps=200))
     assert plan.options["head_steps"] + plan.options["steps"] == 6  # 3 %
     assert len(plan.history) == plan.options["steps"]
-    monkeypatch.setattr("weightlora.methods.weightlora.selected", lambda *_, **__: pytest.fail("a second scoring"))
+    monkeypatch.setattr("weightlora.methods.common.selecting.selected", lambda *_, **__: pytest.fail("scored"))
     assert weightlora.select_for(make_classifier(max_steps=400)) == plan
     with pytest.raises(OptionError, match=r"steps=None there, 20 now"):
         weightlora.select_for(make_classifier(max_steps=400), rule="first_order")
@@ -429,7 +424,7 @@ def test_method_for_and_select_for_and_select_give_the_same_plan(make_classifier
         return made
 
     options = {"adapters": 3, "rule": FirstOrder(head_steps=4), "steps": 20}
-    by_method = weightlora.method_for(trainer("a"), "weightlora", **options).plan
+    by_method = weightlora.method_for(trainer("a"), "selected", **options).plan
     by_line = weightlora.select_for(trainer("b"), **options)
     assert by_method == by_line
     by_hand = selected_by_hand(trainer("c"), 3)
@@ -444,11 +439,11 @@ def test_method_for_and_select_for_and_select_give_the_same_plan(make_classifier
 
 def test_a_second_start_takes_the_stored_plan(make_classifier, monkeypatch):
     plan = weightlora.select_for(make_classifier(), rule="first_order")
-    monkeypatch.setattr("weightlora.methods.weightlora.selected", lambda *_, **__: pytest.fail("a second scoring"))
+    monkeypatch.setattr("weightlora.methods.common.selecting.selected", lambda *_, **__: pytest.fail("scored"))
     trainer = make_classifier()
     assert weightlora.select_for(trainer, rule="first_order") == plan
     assert set(lora_layers(trainer.model)) == set(plan.names)
-    with pytest.raises(pytest.fail.Exception, match="second scoring"):
+    with pytest.raises(pytest.fail.Exception, match="scored"):
         weightlora.select_for(make_classifier("elsewhere"), rule="first_order")  # negative control
 
 
@@ -456,7 +451,7 @@ def test_a_second_start_takes_the_stored_plan(make_classifier, monkeypatch):
     ("options", "text"),
     [
         ({"adapters": 3}, "adapters=0.5 there, 3 now"),
-        ({"rule": "stoiht"}, "rule='first_order' there, 'stoiht' now"),
+        ({"rule": "paper"}, "rule='first_order' there, 'paper' now"),
         ({"seed": 9}, "seed=3 there, 9 now"),
         ({"learning_rate": 1.0}, "learning_rate=5e-05 there, 1.0 now"),
         ({"head_learning_rate": 1.0}, "head_learning_rate=5e-05 there, 1.0 now"),
@@ -490,7 +485,7 @@ def test_a_second_warm_start_begins_with_the_stored_weights(make_classifier, tmp
     trainer.train()  # changes the weights, and writes no checkpoint
     again = make_classifier(learning_rate=2e-3)
     with monkeypatch.context() as patched:
-        patched.setattr("weightlora.methods.weightlora.selected", lambda *_, **__: pytest.fail("a second scoring"))
+        patched.setattr("weightlora.methods.common.selecting.selected", lambda *_, **__: pytest.fail("scored"))
         assert weightlora.select_for(again, **WARM) == plan
     second = trained_weights(again)
     assert first.keys() == second.keys()

@@ -22,7 +22,7 @@ from weightlora.errors import OptionError
 from weightlora.plan.limits import LIMITS
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.rules.first_order import FirstOrder
-from weightlora.selection.rules.stoiht import StoIHT
+from weightlora.selection.rules.paper import StoIHT
 from weightlora.trainer._question import weights_fingerprint
 
 ASKED = {"adapters": 2, "rule": StoIHT(head_steps=0), "steps": 2}
@@ -57,10 +57,10 @@ CHANGES = {
     "base weights": ({"model": scaled}, "other base weights"),
     "type of the base": ({"model": lambda: tiny_llama().bfloat16()}, "other base weights"),
     "adapters": ({"adapters": 1}, "adapters=2 there, 1 now"),
-    "rule": ({"rule": "kappa_tune"}, "rule='stoiht' there, 'kappa_tune' now"),
+    "rule": ({"rule": "kappa_tune"}, "rule='paper' there, 'kappa_tune' now"),
     "a rule of one's own": (
         {"rule": STUDY["fisher"]},
-        "rule='stoiht' there, 'benchmarks.choice.rules.fisher:Fisher' now",
+        "rule='paper' there, 'benchmarks.choice.rules.fisher:Fisher' now",
     ),
     "a rule's setting": ({"rule": StoIHT(head_steps=0, gate_lr=2.0)}, "gate_lr=5.0 there, 2.0 now"),
     "steps": ({"steps": 3}, "steps=2 there, 3 now"),
@@ -127,7 +127,7 @@ def test_another_question_is_one_line_that_names_it(ask, tmp_path, what):
 def test_the_same_question_takes_the_plan_without_scoring(ask, monkeypatch, what):
     first, plan = ask()
     expected = trained(first)
-    monkeypatch.setattr("weightlora.methods.weightlora.selected", lambda *_, **__: pytest.fail("scored again"))
+    monkeypatch.setattr("weightlora.methods.common.selecting.selected", lambda *_, **__: pytest.fail("scored again"))
     again, same = ask(**SAME[what])
     assert same == plan
     if what == "nothing":

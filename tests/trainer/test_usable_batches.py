@@ -135,12 +135,12 @@ def prompts(rows: list[dict]) -> dict:
 
 
 @pytest.mark.parametrize("collator", [listed, prompts])
-@pytest.mark.parametrize("method", ["weightlora", "lora_drop"])
+@pytest.mark.parametrize("method", ["selected", "lora_drop"])
 def test_a_loss_that_fails_on_the_loaders_batches_is_one_line(collator, method, tmp_path):
     trainer = small(tmp_path, data_collator=collator)
     with pytest.raises(OptionError, match=r"Trainer.compute_loss fails on a batch of its own loader") as caught:
         weightlora.method_for(
-            trainer, method, lora=LORA, adapters=1, **({"rule": "first_order"} if method == "weightlora" else {})
+            trainer, method, lora=LORA, adapters=1, **({"rule": "first_order"} if method == "selected" else {})
         )
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is not None

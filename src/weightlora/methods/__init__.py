@@ -1,6 +1,6 @@
 """Every way to spend a LoRA budget, with the same interface; each with its paper.
 
-model = make_method("weightlora", adapters=0.5).attach(model, lora, batches, total_steps)
+model = make_method("selected", adapters=0.5).attach(model, lora, batches, total_steps)
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class MethodEntry:
     """Whether a stored plan made with the same options is used instead of choosing again."""
     keeps_budget: bool = True
     """Whether it ends within plain LoRA's ranks."""
+    begins_training: bool = False
+    """Whether its choice takes the first steps of a trainer's training, which goes on from a checkpoint."""
 
 
 #: Kept as one readable list. A new method is a file with ``build(**options) -> Method`` and a line here.
@@ -53,18 +55,27 @@ METHODS = (
     MethodEntry("lora", "rank r on every site: the budget", "Hu et al. 2021, arXiv:2106.09685", reads="nothing"),
     MethodEntry("random", "K random sites: the control", "RLoRA, Veprikov et al., Table 7", reads="nothing"),
     MethodEntry(
-        "weightlora",
-        "the sites with the best scores, at rank r",
-        "Veprikov et al., section 2",
+        "selected",
+        "what a selection keeps within the limits: the default",
+        "docs/guides/choose.md",
         batch="step",
         reuses_plan=True,
     ),
     MethodEntry(
+        "weightlora",
+        "the first steps choose K adapters by their gates",
+        "Veprikov et al., section 2",
+        batch="step",
+        reuses_plan=True,
+        begins_training=True,
+    ),
+    MethodEntry(
         "weightlora_plus",
-        "the same sites at a rank that uses LoRA's whole budget",
+        "the same adapters at rank r·n/K",
         "section 2.2",
         batch="step",
         reuses_plan=True,
+        begins_training=True,
     ),
     MethodEntry("dot_product", "the K adapters that moved furthest along the gradient", "section 2.1"),
     MethodEntry(

@@ -55,7 +55,7 @@ class AdaLora(TripletMethod):
     token_shares = 1
     """Processes over which the trainer averages the tokens of a step."""
 
-    def budget(self, step: int) -> int:
+    def most_ranks(self, step: int) -> int:
         """Return the cubic curve's value at steps that prune, and the starting ranks at the others."""
         config, pruned_for_good = self._config, self._total - self._config.tfinal
         prunes = config.tinit < step and step % config.deltaT == 0

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerCallback
 
+    from weightlora.selection.begun import Begun
+
 
 class Method(Protocol):
     """A way to spend a LoRA budget; whatever it trains, it ends in a stock PEFT checkpoint.
@@ -40,7 +42,12 @@ class Method(Protocol):
         """
         ...
 
-    def budget(self, step: int) -> int:
+    @property
+    def begun(self) -> Begun | None:
+        """The steps that :meth:`attach` took of the training, which goes on after them; None: none."""
+        ...
+
+    def most_ranks(self, step: int) -> int:
         """Ranks, summed over the sites, that the method may hold after optimizer step ``step`` (0: before training)."""
         ...
 
@@ -71,6 +78,8 @@ class Prepared:
     plan: AdapterPlan
     prepare: Callable[[PeftModel], None]
     """Called with the planned, freshly initialised adapters before they are trained."""
+    begun: Begun | None = None
+    """The steps of the training that were taken already."""
 
 
 Choose = Callable[["nn.Module", "LoraConfig", Iterable[Any], int], AdapterPlan | Prepared]
@@ -80,6 +89,8 @@ Choose = Callable[["nn.Module", "LoraConfig", Iterable[Any], int], AdapterPlan |
 class MethodBase:
     """What the kinds of methods share: a plan, which is an error until ``attach`` has set it."""
 
+    begun: Begun | None = None
+    """The steps that :meth:`attach` took of the training; None: none."""
     _attached: AdapterPlan | None = None
 
     @property
@@ -97,7 +108,7 @@ class MethodBase:
         """The plan that ``attach`` made, and ``export`` of a method that trains other parameters."""
         return self._plan
 
-    def budget(self, step: int) -> int:  # noqa: ARG002 - the same at every step
+    def most_ranks(self, step: int) -> int:  # noqa: ARG002 - the same at every step
         """Plain LoRA's ranks: what was to be spent."""
         return sum(entry.lora_r for entry in self._plan.entries)
 
@@ -132,6 +143,7 @@ class PlanningMethod(MethodBase):
         """Choose, then put stock adapters on the planned sites."""
         made = self.choose(model, lora, batches, total_steps)
         self._plan = made.plan if isinstance(made, Prepared) else made
+        self.begun = made.begun if isinstance(made, Prepared) else None
         self._plan.check_sites(model)  # before its adapters are taken off
         attached = self._plan.attach(without_adapters(model))
         if isinstance(made, Prepared):
@@ -186,9 +198,9 @@ class ExpandedMethod(MethodBase):
         """Return A and B of a layer at the end."""
         return layer_factors(layer)
 
-    def budget(self, step: int) -> int:
+    def most_ranks(self, step: int) -> int:
         """Plain LoRA's ranks, or as many as were asked for."""
-        return max(super().budget(step), sum(self._plan.ranks.values()))
+        return max(super().most_ranks(step), sum(self._plan.ranks.values()))
 
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:  # noqa: ARG002
         """Put what is trained on all sites."""

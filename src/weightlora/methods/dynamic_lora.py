@@ -54,7 +54,7 @@ class DynamicLora(TripletMethod):
     def __post_init__(self) -> None:
         require_window(self.begin, self.end)
 
-    def budget(self, step: int) -> int:
+    def most_ranks(self, step: int) -> int:
         """Return the starting ranks minus those that the curve prunes; all of them at steps that do not prune."""
         return self._high - (self._pruned(step) or 0)
 

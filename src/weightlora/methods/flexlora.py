@@ -52,7 +52,7 @@ class FlexLora(MovingMethod):
                 f"ranks={list(ranks)} is not allowed: give one of at least 1 for each of clients={self.clients}"
             )
 
-    def budget(self, step: int) -> int:
+    def most_ranks(self, step: int) -> int:
         """Return the ranks of the client after ``step``."""
         return self._sites * (self._max_r if step == 0 else self._rank(bisect_right(self._ends, step)))
 

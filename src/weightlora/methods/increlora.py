@@ -111,7 +111,7 @@ class IncreLora(TripletMethod):
     def __post_init__(self) -> None:
         require_window(self.begin, self.end)
 
-    def budget(self, step: int) -> int:
+    def most_ranks(self, step: int) -> int:
         """Return one rank for each site plus those of the rounds up to ``step``: equal shares of whole ``count``s."""
         sites, missing = len(self._layers), self._low - len(self._layers)
         if step < self._first:
@@ -226,7 +226,7 @@ class IncreLora(TripletMethod):
 
     def _grow(self, step: int) -> None:
         """Promote components up to the budget at the sites with the highest scores."""
-        ranks, budget = self._components.ranks, self.budget(step)
+        ranks, budget = self._components.ranks, self.most_ranks(step)
         if budget == sum(ranks):
             return
         scores = self._average * self._uncertainty

@@ -45,7 +45,7 @@ class PrunedLora(MovingMethod):
     damping: Positive = 0.01
     name = "pruned_lora"
 
-    def budget(self, step: int) -> int:
+    def most_ranks(self, step: int) -> int:
         """Return the ranks that remain after the prunings up to ``step``."""
         prunings = max(step - 1, 0) // self.interval
         return self._sites * max(self._r, self._init_r - self.count * prunings)
@@ -71,7 +71,7 @@ class PrunedLora(MovingMethod):
 
     def before_step(self, step: int) -> None:
         """Prune at the steps of the schedule, then mask the gradients of pruned components."""
-        wanted = self.budget(step) // self._sites
+        wanted = self.most_ranks(step) // self._sites
         if any(int(mask.sum()) > wanted for mask in self._masks.values()):
             self._masks = self._pruned(wanted)
         for name, layer in self._layers.items():

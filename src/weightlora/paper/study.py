@@ -150,7 +150,7 @@ def recipe_of(study: Study, task: str) -> dict[str, Any]:
         OptionError: The study trains no WeightLoRA at rank 8, or not on this task.
     """
     rows = study.grid("full", Path(), checked=False).rows if study.setup("full").configs else ()
-    rows = [r for r in rows if (r.options["method"], r.options["rule"], r.options.get("lora_r")) == _OF_RECIPE]
+    rows = [r for r in rows if (r.options["method"], r.options.get("lora_r")) == _OF_RECIPE]
     tasks = list(dict.fromkeys(row.task for row in rows))
     if task not in tasks:
         known = f"there are {', '.join(tasks)}" if tasks else "it has none"
@@ -160,7 +160,7 @@ def recipe_of(study: Study, task: str) -> dict[str, Any]:
     return {**own, "adapters": int(own["adapters"]), "learning_rate": statistics.median(row.learning_rates), "seed": 0}
 
 
-_OF_RECIPE = ("weightlora", "paper", 8)
+_OF_RECIPE = ("weightlora", 8)
 
 
 def study_names(folder: Path) -> list[str]:

@@ -57,7 +57,7 @@ class PlanData:
     lora: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The user's ``LoraConfig`` where it differs from PEFT's defaults, as JSON; ranks and names are in ``entries``."""
     rule: str = "lora"
-    """How the sites were chosen: ``"first_order"``, ``"stoiht"``, ``"random"`` or ``"lora"`` (all)."""
+    """How the sites were chosen: ``"first_order"``, ``"paper"``, ``"random"`` or ``"lora"`` (all)."""
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The selection's settings: keep, steps (T) and those of its rule."""
     seed: int = 0
@@ -129,15 +129,15 @@ class PlanData:
         """SHA-256 of the candidates' names and shapes: equal for models that the plan fits."""
         return sites_fingerprint([entry.site for entry in self.entries])
 
-    def expand(self, *, alpha: Literal["scale", "keep"] = "scale") -> Self:
-        """Return WeightLoRA+: the same sites at the rank that spends plain LoRA's whole budget (paper, section 2.2).
+    def expand(self, budget: Literal["ranks", "parameters"] = "ranks") -> Self:
+        """Return WeightLoRA+: the same sites at the ranks of all (paper, section 2.2).
 
-        Equal ranks r become r·n/K, or less: neither Σ ranks nor the parameters exceed plain LoRA's. Kept layers are
-        often wide, and 2r on them would cost more than r on all.
+        Alpha grows with the rank, so that the scaling alpha/r stays. Under rsLoRA, whose scaling is alpha/√r, alpha
+        stays.
 
         Args:
-            alpha: ``"scale"`` raises alpha with the rank, so that the scaling alpha/r stays; ``"keep"`` leaves alpha.
-                rsLoRA, whose scaling is alpha/√r, always keeps it.
+            budget: ``"ranks"``, the paper: r becomes r·n/K, 2r at K = n/2. Kept layers are often wide, so that this can
+                cost more parameters than r on all sites. ``"parameters"`` grows to LoRA's parameters at most.
 
         Example:
             >>> from weightlora import AdapterPlan
@@ -148,11 +148,11 @@ class PlanData:
             >>> plan.expand().ranks, plan.expand().to_lora_config().lora_alpha
             ({'a': 8, 'b': 0}, 16)
         """
-        if alpha not in ("scale", "keep"):
-            raise OptionError(f"alpha={alpha!r} is not allowed: give 'scale' or 'keep'")
+        if budget not in ("ranks", "parameters"):
+            raise OptionError(f"budget={budget!r} is not allowed: give 'ranks' (the paper) or 'parameters'")
         if "expand" in self.options:  # what rounding left of the budget is less than one more rank on each kept site
             return self
-        scales = alpha == "scale" and not self.lora.get("use_rslora", False)
+        scales = not self.lora.get("use_rslora", False)
         whole = [
             Fraction(e.lora_alpha) / e.lora_r for e in self.entries if e.r > 0 and float(e.lora_alpha).is_integer()
         ]
@@ -160,14 +160,14 @@ class PlanData:
         ranks = expanded_ranks(
             [entry.lora_r for entry in self.entries],
             [entry.r for entry in self.entries],
-            [entry.site.parameters(1) for entry in self.entries],
+            [entry.site.parameters(1) for entry in self.entries] if budget == "parameters" else None,
             step=step,
         )
         entries = tuple(
             replace(e, r=r, alpha=whole_or_float(Fraction(e.lora_alpha) * r / e.lora_r) if scales and r else e.alpha)
             for e, r in zip(self.entries, ranks, strict=True)
         )
-        return replace(self, entries=entries, options={**self.options, "expand": alpha})
+        return replace(self, entries=entries, options={**self.options, "expand": budget})
 
     def jaccard(self, other: PlanData) -> float:
         """Return the Jaccard similarity |A∩B| / |A∪B| of the kept sites, from 0 (disjoint) to 1 (equal)."""

@@ -54,31 +54,31 @@ class Budget:
         return sorted(chosen)
 
 
-def expanded_ranks(ranks: Sequence[int], planned: Sequence[int], sizes: Sequence[int], *, step: int = 1) -> list[int]:
-    """Return the ranks of WeightLoRA+, which spends the freed budget on the kept sites, all by the same factor.
+def expanded_ranks(
+    ranks: Sequence[int], planned: Sequence[int], sizes: Sequence[int] | None = None, *, step: int = 1
+) -> list[int]:
+    """Return the ranks of WeightLoRA+, which spends the freed ranks on the kept sites, all by the same factor.
 
-    Equal ranks r become r·n/K (2r at K = n/2), or less where the kept layers are wide: neither the sum of ranks nor the
-    number of parameters exceeds that of LoRA on all sites (paper, section 2.2).
+    Equal ranks r become r·n/K, 2r at K = n/2 (paper, section 2.2), or less where ``sizes`` are given and the kept
+    layers are wide: then the number of parameters does not exceed that of LoRA on all sites.
 
     Args:
         ranks: Rank of each site under plain LoRA.
         planned: Rank of each site in the plan; 0 = no adapter.
-        sizes: in + out features of each site: the parameters of one rank.
+        sizes: in + out features of each site, the parameters of one rank; None limits the sum of ranks alone.
         step: Each new rank is a multiple of this, so that lora_alpha can stay a whole number.
 
     Example:
-        >>> expanded_ranks([8, 8, 8, 8], [8, 0, 8, 0], [10, 10, 10, 10])
+        >>> expanded_ranks([8, 8, 8, 8], [8, 0, 8, 0])
         [16, 0, 16, 0]
         >>> expanded_ranks([8, 8, 8, 8], [8, 0, 8, 0], [20, 10, 20, 10])
         [12, 0, 12, 0]
     """
-    places = range(len(ranks))
-    all_ranks, kept_ranks = sum(ranks), sum(planned)
-    all_numbers = sum(ranks[i] * sizes[i] for i in places)
-    kept_numbers = sum(planned[i] * sizes[i] for i in places)
+    bounds = [(sum(ranks), sum(planned))]
+    if sizes is not None:
+        bounds += [tuple(sum(r * size for r, size in zip(each, sizes, strict=True)) for each in (ranks, planned))]
     # Floor division of whole numbers: no rounding can cross the budget.
-    grown = [min(r * all_ranks // kept_ranks, r * all_numbers // kept_numbers) // step * step for r in planned]
-    return [max(grown[i], planned[i]) for i in places]
+    return [max(min(r * most // now for most, now in bounds) // step * step, r) for r in planned]
 
 
 def whole_budget(budget: Chooser) -> Budget:

@@ -101,9 +101,9 @@ def _planned(plan: AdapterPlan, named: str) -> dict[str, Any]:
         default = settings_of(rule_of(plan.rule)) if _is_ours(plan) or plan.rule == named else {}
         own = [name for name in default if plan.options.get(name, default[name]) != default[name]]
         made |= {"rule": plan.rule, "ranking": plan.options.get("ranking", "score")}
-        made |= {"method": "weightlora_plus" if "expand" in plan.options else "weightlora"}
+        made |= {"method": _method_of(plan)}
         made |= {"rule_options": [f"{name}={plan.options[name]}" for name in own]}
-        made |= {"warm_start": plan.options.get("warm_start", False), "alpha": plan.options.get("expand", "scale")}
+        made |= {"warm_start": plan.options.get("warm_start", False), "budget": plan.options.get("expand", "ranks")}
     elif any(plan.rule == entry.name for entry in METHODS):
         made |= {"method": plan.rule}
     return made
@@ -118,6 +118,12 @@ def _asked(options: MethodOptions, given: frozenset[str], plan: AdapterPlan) -> 
     if {"rule", "rule_options"} & given and (_is_ours(plan) or ":" in plan.rule):
         asked |= _rule_asked(plan.rule if options.rule is None else options.rule, options.rule_options)
     return {name: value for name, value in asked.items() if name not in ("rule_options", "method_options")}
+
+
+def _method_of(plan: AdapterPlan) -> str:
+    if "expand" in plan.options:
+        return "weightlora_plus"
+    return "weightlora" if plan.options.get("begins_training") else "selected"
 
 
 def _is_ours(plan: AdapterPlan) -> bool:

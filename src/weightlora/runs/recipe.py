@@ -109,7 +109,7 @@ class TaskOptions:
 class MethodOptions:
     """The method and its limits."""
 
-    method: Text = _option("weightlora", "name of a method; `weightlora methods` lists them")
+    method: Text = _option("selected", "name of a method; `weightlora methods` lists them")
     plan: Text | None = _option(None, "a plan.json to train, instead of a method")
     adapters: Text | None = _option(
         None, "at most so many adapters at the rank of LoRA, or this share of them; default without a limit: 0.5"
@@ -188,7 +188,11 @@ class MethodOptions:
         Raises:
             OptionError: An option is unknown or out of its range.
         """
-        steps = None if self.steps is None else check_steps(self.steps)
+        entry, steps = entry_of(self.method), None if self.steps is None else check_steps(self.steps)
+        if entry.begins_training and self.rule not in (None, "paper"):
+            raise OptionError(
+                f"rule={self.rule!r}: method {self.method} is the paper's; give method selected for another rule"
+            )
         scoring = {"rule": self.scored_by, "steps": steps, "ranking": self.ranking}
         known, limits = options_of(self.method), read_limits(vars(self))
         taken = [name for name in LIMITS if name in known]
@@ -203,7 +207,8 @@ class MethodOptions:
             if name in own:
                 raise OptionError(f"method_options: {name} is no setting of a method; leave it out")
         limits = {name: limits[name] for name in taken if name in limits}
-        return {**limits, **(scoring if "rule" in known else {}), **own}
+        scoring = {name: value for name, value in scoring.items() if name in known} if entry.reuses_plan else {}
+        return {**limits, **scoring, **own}
 
 
 @dataclass(frozen=True)

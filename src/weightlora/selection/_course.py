@@ -63,11 +63,11 @@ def course_of(scoring: Scoring, has_head: bool) -> Course:
     return Course(rule, _head_steps(rule, has_head), reading_times(steps, rule, scoring.total_steps), rounds, measuring)
 
 
-def tell_cost(scoring: int, training: int | None, *, most: bool) -> int:
-    """Log what scoring will cost, where the training's steps are known; return the level."""
-    if not (scoring and training):
+def tell_cost(scoring: Scoring, steps: int, *, most: bool) -> int:
+    """Log what scoring will cost, where the training's steps are known and are not these; return the level."""
+    if not (steps and scoring.total_steps) or scoring.run is not None:
         return logging.INFO
-    level, line = scoring_cost(scoring, training, most=most)
+    level, line = scoring_cost(steps, scoring.total_steps, most=most)
     if is_first():
         _LOG.log(level, line)
     return level
@@ -78,13 +78,14 @@ def options_of(scoring: Scoring, course: Course) -> dict[str, Any]:
     return {
         **scoring.limits.asked,
         "steps": "auto" if scoring.steps == "auto" else course.times[-1],
-        "learning_rate": scoring.learning_rate,
+        **({"learning_rate": scoring.learning_rate} if scoring.run is None else {}),
         **settings_of(course.rule),
         "head_steps": course.head_steps,
         **({} if scoring.head_learning_rate is None else {"head_learning_rate": scoring.head_learning_rate}),
         **({} if scoring.ranked_by == "score" else {"ranking": scoring.ranked_by}),
         **({} if scoring.fast is None else {"fast": scoring.fast}),
         **({"warm_start": True} if scoring.warm_start else {}),
+        **({} if scoring.run is None else {"begins_training": True}),
     }
 
 
@@ -109,6 +110,7 @@ def spent_on(scoring: Scoring, course: Course, scored: int) -> dict[str, int]:
     """Return the steps that the selection took, and those of the training; ``scored`` is 0 where nothing was scored."""
     times = [t for t in course.times if t <= scored]
     steps = (course.head_steps + course.rule.batches(times) if times else 0) + course.measuring
+    steps = 0 if scoring.run is not None else steps  # they are steps of the training
     return {"scoring_steps": steps} | ({} if scoring.total_steps is None else {"total_steps": scoring.total_steps})
 
 

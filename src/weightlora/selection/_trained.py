@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from weightlora.errors import OptionError
 from weightlora.model.layers import lora_layers
 from weightlora.plan.plan import AdapterPlan
+from weightlora.selection.begun import Begun
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -34,6 +35,8 @@ class Trained:
     """A and B of each kept site; B is multiplied by the site's gate where the rule has gates."""
     head: Mapping[str, Tensor]
     """The modules that PEFT trains whole, by the parameters' names in the PEFT model."""
+    begun: Begun | None = None
+    """Where the training stands that the scoring began; None where it is no part of one."""
 
     def attach(self, model: nn.Module) -> PeftModel:
         """Put the plan's adapters into ``model``, with the weights that the scoring trained.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from weightlora.fast.dropout import Dropout
     from weightlora.selection.batches import Loss
     from weightlora.selection.rules.base import Rule
+    from weightlora.selection.stage import MakeStep
 
 F = TypeVar("F", bound=Callable[..., Any])
 #: The rule where none is named and sites have to be chosen.
@@ -54,6 +55,8 @@ class Scoring(Limits):
     progress: bool = True
     warm_start: bool = False
     """Whether the weights that the scoring trained are wanted, too."""
+    run: MakeStep | None = None
+    """The optimizer of the training that the scoring begins: the head and its optimizer state are wanted, too."""
 
     def __post_init__(self) -> None:
         from weightlora.selection.rules.base import require
@@ -98,7 +101,7 @@ class Scoring(Limits):
 
 
 #: Those that a method takes when it is made; the others are known when it is attached.
-OPTIONS = tuple(f.name for f in fields(Scoring) if f.name not in ("lora", "total_steps", "warm_start"))
+OPTIONS = tuple(f.name for f in fields(Scoring) if f.name not in ("lora", "total_steps", "warm_start", "run"))
 
 
 def takes(names: Sequence[str]) -> Callable[[F], F]:

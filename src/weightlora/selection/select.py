@@ -42,6 +42,7 @@ from weightlora.selection._measured import measured, require_measurable, within_
 from weightlora.selection._trained import Trained, adapter_copies, head_copies, require_plain
 from weightlora.selection.allocate import Costs, allocate, chooser_of, rank_budget
 from weightlora.selection.batches import FirstBatch, Loss, cycled, model_loss, peeked
+from weightlora.selection.begun import begun_by
 from weightlora.selection.rules.base import Rule
 from weightlora.selection.scoring import UNIFORM, Scoring
 from weightlora.selection.stage import Stage, head_of, with_plain_lora
@@ -161,7 +162,7 @@ def select_trained(model: nn.Module, batches: Iterable[Any], *, rule: str | Rule
     Args:
         model: As in :func:`select`.
         batches: As in :func:`select`.
-        rule: One that trains adapters: ``"integrated"``, ``"stoiht"`` or ``"paper"``.
+        rule: One that trains adapters: ``"integrated"`` or ``"paper"``, for instance.
         options: The other arguments of :func:`select`. ``lora`` is without DoRA and without an initialisation that
             changes the base weights. More ``steps`` train the adapters further, by the same batches that the training
             may see again.
@@ -222,7 +223,7 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         head, loss_fn = head_of(attached), scoring.loss_fn or model_loss
         course = course_of(scoring, bool(head))
         rule, total = course.rule, course.head_steps + course.rule.batches(course.times)
-        level = tell_cost(total + course.measuring, scoring.total_steps, most=len(course.times) > 1)
+        level = tell_cost(scoring, total + course.measuring, most=len(course.times) > 1)
         if scoring.fast is not None:
             enable_fast_lora(attached, scoring.fast)
         peaks, peak = None, 0
@@ -241,7 +242,8 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         with tqdm(total=total, disable=None if scoring.progress else True, leave=False) as bar:
             rows = cycled(batches, total)
             rates = (scoring.learning_rate, scoring.head_learning_rate)
-            stage = Stage(model, found.sites, lora_layers(attached), head, rows, loss_fn, bar, *rates)
+            run = None if scoring.run is None else scoring.run(attached)
+            stage = Stage(model, found.sites, lora_layers(attached), head, rows, loss_fn, bar, *rates, run)
             stage.train_head(course.head_steps)
             scored, scores = settled(rule.score(stage, course.times, chooser), partial(choices, chooser))
         require_gradients(list(stage.layers), scores)
@@ -262,7 +264,9 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         whole: dict[str, Tensor] = {}
         if scoring.warm_start:
             adapters = adapter_copies(stage.layers, scores.gates, kept_numbers(scores, ranks))
+        if scoring.warm_start or run is not None:
             whole = head_copies(attached, head)
+        begun = None if run is None else begun_by(run, attached, head, scored)
 
     if is_first():
         _LOG.log(level, "selection took %.1f s", perf_counter() - start)
@@ -283,7 +287,7 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         spent=spent_on(scoring, course, scored),
         **record,
     )
-    return Trained(plan, adapters, whole)
+    return Trained(plan, adapters, whole, begun)
 
 
 def _chooser(rule: Rule, sites: Sequence[Site], costs: Costs, scoring: Scoring) -> Chooser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from weightlora.errors import SelectionError, SiteError
@@ -24,6 +25,30 @@ from weightlora.model.layers import lora_layers, require_peft_wrapper, unchecked
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, trained_modules
 from weightlora.selection.batches import Loss, cycled, in_parts, kind_of, model_loss
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """An optimizer with what a training does around each of its steps."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler | None = None
+    max_grad_norm: float = 0.0
+    """Gradients of a larger norm are clipped to it; 0 clips none."""
+
+    def step(self) -> None:
+        """Clip, step, go on in the schedule, and clear the gradients."""
+        if self.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+
+
+#: Makes the optimizer of a training for a model whose trained parameters require gradients.
+MakeStep = Callable[[nn.Module], OptimizerStep]
 
 
 @dataclass(frozen=True)
@@ -44,6 +69,8 @@ class Stage:
     """AdamW's learning rate for whatever the scoring trains, constant."""
     head_learning_rate: float | None = None
     """That of the head, where it has its own."""
+    run: OptimizerStep | None = None
+    """The optimizer of the training that the scoring begins; None where it is no part of a training."""
 
     def parameters(self, matrix: Literal["lora_A", "lora_B"]) -> list[nn.Parameter]:
         """A or B of every site, in the order of the sites."""
@@ -115,6 +142,10 @@ class Stage:
         """
         own = learning_rate if self.head_learning_rate is None else self.head_learning_rate
         return torch.optim.AdamW([{"params": adapters, "lr": learning_rate * scale}, {"params": self.head, "lr": own}])
+
+    def optimizer_step(self, adapters: Sequence[nn.Parameter]) -> OptimizerStep:
+        """That of the training, or AdamW at a constant rate for these weights of adapters and the head."""
+        return self.run or OptimizerStep(self.model, self.optimizer(adapters, self.learning_rate))
 
     def train_head(self, steps: int) -> None:
         """Train the head alone: its random weights would otherwise decide the first gradients of the adapters."""

@@ -146,10 +146,11 @@ def reading_times(steps: Steps, rule: Rule, total_steps: int | None = None) -> t
         return (steps,)
     passes = _PASSES if total_steps is None else max(_PASSES, int(SHARE * total_steps))
     times: tuple[int, ...] = (_FEWEST,)  # also where a single look takes more than that
+    each = max(1, rule.passes((2,)) - rule.passes((1,)))  # of a step
     for count in range(1, passes):
-        reading = rule.passes(range(1, count + 1)) - count
-        halved = tuple((passes - reading) >> k for k in reversed(range(count)))
-        if halved[0] < _FEWEST or (count > 1 and 2 * halved[-1] < passes):
+        reading = rule.passes(range(1, count + 1)) - each * count
+        halved = tuple((passes - reading) // each >> k for k in reversed(range(count)))
+        if halved[0] < _FEWEST or (count > 1 and 2 * each * halved[-1] < passes):
             break
         times = halved
     return times

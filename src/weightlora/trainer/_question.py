@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,8 @@ from transformers import Trainer
 from weightlora.cost.empty_model import quantisation_tensors
 from weightlora.errors import OptionError
 from weightlora.files import whole_file
+from weightlora.methods.common.selecting import SelectingMethod
+from weightlora.methods.weightlora_plus import WeightLoraPlus
 from weightlora.model.distributed import from_first, whole_tensor
 from weightlora.model.gathering import loaded
 from weightlora.model.sites import all_modules, find_sites, trained_modules
@@ -46,6 +49,11 @@ _ARGUMENTS = (
     *("bf16", "fp16", "label_smoothing_factor", "neftune_noise_alpha"),
     *("loss_type", "beta", "label_smoothing", "max_length", "packing"),
 )
+#: Those that decide the steps of an optimizer.
+_OF_OPTIMIZER = (
+    *("learning_rate", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+)
 #: Numbers of a tensor that are read: evenly spread, so that a model of any size takes milliseconds.
 _NUMBERS = 64
 #: The longest words for a difference; a longer value is not shown.
@@ -53,22 +61,29 @@ _MOST = 160
 
 
 def question_of(
-    trainer: Trainer, name: str, lora: LoraConfig, options: Mapping[str, Any], *, first: Any, own_loss: bool
+    trainer: Trainer, name: str, lora: LoraConfig, method: SelectingMethod, *, first: Any, own_loss: bool
 ) -> dict[str, Any]:
     """Return what the plan of this trainer is made for; all processes call it together.
 
     Args:
         trainer: A fresh trainer.
-        name: The method, a choosing one.
+        name: Of the method.
         lora: The adapters wanted.
-        options: The method's, with those of the trainer.
+        method: It selects by options of its own and of the trainer.
         first: The first micro-batch of the training; None where none is read.
         own_loss: The loss is not the trainer's.
     """
     model: Any = trainer.model
+    steps = planned_steps(trainer)
+    options = {"method": name, **_options(method.scoring, steps), **_training(trainer), "own_loss": own_loss}
+    if isinstance(method, WeightLoraPlus):
+        options["budget"] = method.budget
+    if method.scoring.run is not None:
+        arguments = trainer.args.to_dict()
+        options |= {"training_steps": steps, **{key: arguments[key] for key in _OF_OPTIMIZER}}
     asked = {
         "lora": asked_fields(lora),
-        "options": {**_options(name, options, planned_steps(trainer)), **_training(trainer), "own_loss": own_loss},
+        "options": options,
         "candidates": sites_fingerprint(find_sites(model, lora).sites),
         "base_weights": weights_fingerprint(model, lora),
         "first_batch": None if first is None else batch_fingerprint(first),
@@ -134,9 +149,9 @@ def batch_fingerprint(batch: Any) -> str:
     return digest.hexdigest()
 
 
-def _options(name: str, given: Mapping[str, Any], total_steps: int) -> dict[str, Any]:
+def _options(scoring: Scoring, total_steps: int) -> dict[str, Any]:
     """The options that decide scores and limits, with the values that they come to."""
-    scoring = Scoring(**given, total_steps=total_steps)
+    scoring = replace(scoring, total_steps=total_steps)
     rule = scoring.scored_by
     scored: dict[str, Any] = {}
     if rule is not None:
@@ -155,7 +170,6 @@ def _options(name: str, given: Mapping[str, Any], total_steps: int) -> dict[str,
         "seed": scoring.seed,
         "fast": scoring.fast,
         "warm_start": scoring.warm_start,
-        "expand": "scale" if name == "weightlora_plus" else False,
     }
 
 

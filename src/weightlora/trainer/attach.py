@@ -21,8 +21,9 @@ from weightlora.fast.dropout import Dropout
 from weightlora.fast.enable import enable_fast_lora, fast_dropout
 from weightlora.files import writable_folder
 from weightlora.methods import Method, MethodEntry, entry_of, make_method, options_of
-from weightlora.methods.base import ChoosingMethod, planned_method, with_question
+from weightlora.methods.base import planned_method, with_question
 from weightlora.methods.common.export import cast_trained
+from weightlora.methods.common.selecting import SelectingMethod
 from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.distributed import from_first, is_first, process_count
 from weightlora.model.gathering import is_offloaded, partitioned_dtype
@@ -31,6 +32,7 @@ from weightlora.model.restore import seeded
 from weightlora.plan.limits import LIMITS
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import peeked
+from weightlora.trainer._begun import require_whole, run_step, write_checkpoint
 from weightlora.trainer._question import START_FILE, keep_plan, question_of, read_start, stored_plan, write_start
 from weightlora.trainer.guard import (
     PLAN_FILE,
@@ -59,7 +61,7 @@ from weightlora.trainer.loader import (
 
 def method_for(
     trainer: Trainer,
-    name: str = "weightlora",
+    name: str = "selected",
     *,
     lora: LoraConfig | None = None,
     seed: int | None = None,
@@ -75,6 +77,9 @@ def method_for(
     the training. Anything else is an error that names what differs. With ``warm_start=True`` it also writes the weights
     that the training starts from, and a second start reads them there; a checkpoint that the trainer then resumes from
     replaces them.
+
+    ``"weightlora"`` and ``"weightlora_plus"``, the paper's, take the first T steps of the training here, and write
+    ``output_dir/checkpoint-T``. ``trainer.train(resume_from_checkpoint=True)`` goes on at step T + 1.
 
     Works with transformers' ``Trainer`` and ``Seq2SeqTrainer`` and TRL's ``SFTTrainer`` and ``DPOTrainer``. Methods
     that change ranks while they train also work under DDP, and those that train plain LoRA under FSDP2 as well. When
@@ -129,12 +134,14 @@ def method_for(
     step, batches = _batches(trainer, entry, seed) if reads else (None, ())
     if entry.reuses_plan:
         first, own_loss = None if step is None else step[0][0], "loss_fn" in options
-        question = question_of(trainer, name, lora, given, first=first, own_loss=own_loss)
+        selecting = cast("SelectingMethod", method)
+        question = question_of(trainer, name, lora, selecting, first=first, own_loss=own_loss)
         stored = from_first(partial(stored_plan, _plan_path(trainer), question))
         if stored is not None:
             same = planned_method(stored, None if start is None else partial(read_start, start))
+            guard.begun = stored.options["steps"] if entry.begins_training else 0
             return _attach(trainer, same, guard, lora, (), seed=seed, fast=fast)
-        method = with_question(cast("ChoosingMethod", method), question)
+        method = with_question(selecting, question)
     from_first(partial(writable_folder, _plan_path(trainer).parent))
     whole = entry.trains == "lora"
     return _attach(trainer, method, guard, lora, batches, seed=seed, fast=fast, whole=whole, start=start)
@@ -153,7 +160,7 @@ def select_for(
     """Return the plan for what ``trainer`` is about to train; its model carries exactly the planned adapters.
 
     Say what to save, in one word or in several; all limits hold. The same as
-    ``method_for(trainer, "weightlora", ...).plan``.
+    ``method_for(trainer, "selected", ...).plan``.
 
     Args:
         trainer: As in :func:`method_for`.
@@ -257,6 +264,9 @@ def _attach(
         trainer.model = trainer.model_wrapped = trainer.callback_handler.model = attached  # pyright: ignore
     if fast is not None:
         enable_fast_lora(trainer.model, fast)  # pyright: ignore[reportArgumentType]
+    if method.begun is not None:  # before the plan, as below
+        write_checkpoint(trainer, method.begun, method.plan)
+        guard.begun = method.begun.steps
     if start is not None:  # before the plan: whoever finds a plan finds its weights
         from_first(partial(write_start, trainer.model, start))  # pyright: ignore[reportArgumentType]
     from_first(partial(keep_plan, method.plan, _plan_path(trainer)))
@@ -271,7 +281,9 @@ def _defaults(trainer: Trainer, entry: MethodEntry, seed: int, fast: Dropout | N
     """What methods take from the trainer, unless the user says otherwise."""
     arguments, quiet = trainer.args, quiet_copy(trainer)
     together = entry.trains == "ranks" and process_count() > 1
+    begins = {"run": run_step(trainer)} if entry.begins_training else {}
     return {
+        **begins,
         "seed": seed,
         "learning_rate": arguments.learning_rate,
         "loss_fn": losses(quiet) if entry.batch == "step" else micro_loss(quiet, together=together),
@@ -315,6 +327,8 @@ def _require_possible(trainer: Trainer, entry: MethodEntry, fast: Dropout | None
     """
     if fast is not None and entry.trains == "other":
         raise OptionError(f"fast={fast!r}: {entry.name} does not train LoRA's A and B; leave fast out")
+    if entry.begins_training:
+        require_whole(trainer, entry.name)
     if entry.trains == "ranks" and is_parted(trainer):
         raise OptionError(
             f"{entry.name} changes ranks or gradients of whole matrices while it trains, and FSDP, DeepSpeed and "

@@ -29,6 +29,8 @@ class PlanGuard(TrainerCallback):
 
     def __init__(self, trainer: Trainer) -> None:
         self.plan: AdapterPlan | None = None
+        self.begun = 0
+        """Steps of the training that the selection took."""
         self.ranks = _ranks(trainer)
         """Of the adapters before the selection."""
         self._trainer = trainer
@@ -40,13 +42,22 @@ class PlanGuard(TrainerCallback):
         model = kwargs["model"]
         try:
             plan = self._planned(model)
+            self._require_begun(args, state)
         except WeightLoraError:
             # train() has made it for the adapters as they are; the next call has to make it for those of the plan.
             self._trainer.optimizer = self._trainer.lr_scheduler = None
             raise
         shorten_backward(model)
-        if state.global_step == 0:
+        if state.global_step == self.begun:
             report_plan(self._trainer, plan, Path(str(args.output_dir)) / PLAN_FILE)
+
+    def _require_begun(self, args: TrainingArguments, state: TrainerState) -> None:
+        if state.global_step < self.begun:
+            raise OptionError(
+                f"the selection took the first {self.begun} steps of this training, and train() would take them again; "
+                f"call trainer.train(resume_from_checkpoint=True), which goes on from checkpoint-{self.begun} or a "
+                f"later one in {args.output_dir}, or choose another output_dir"
+            )
 
     def _planned(self, model: nn.Module) -> AdapterPlan:
         if self.plan is None:

@@ -49,10 +49,7 @@ RULES = (
         f"{_HERE}.integrated:Integrated",
         {"per": "rank", "most_ranks": "even"},
     ),
-    RuleEntry("stoiht", "gates under a hard threshold, after a new head was trained", f"{_HERE}.stoiht:StoIHT"),
-    RuleEntry(
-        "paper", "the same without training the head first: the paper", f"{_HERE}.stoiht:StoIHT", {"head_steps": 0}
-    ),
+    RuleEntry("paper", "gates under a hard threshold: the paper's", f"{_HERE}.paper:StoIHT"),
     RuleEntry("kappa_tune", "inverse condition number of the frozen weight", f"{_HERE}.kappa_tune:KappaTune"),
     RuleEntry("stratified", "random, of every projection alike", f"{_HERE}.stratified:Stratified"),
 )
@@ -88,7 +85,7 @@ def rule_of(rule: str | Rule, **settings: Any) -> Rule:
 
     Example:
         >>> rule_of("paper", gate_lr=1.0)
-        StoIHT(head_steps=0, gate_lr=1.0, threshold_every=1)
+        StoIHT(head_steps=0, gate_lr=1.0, order='alternating', threshold_every=1)
     """
     from weightlora.selection.rules.base import Rule
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from weightlora.plan.budget import Budget
-from weightlora.selection.rules.stoiht import hard_threshold, stoiht_step
+from weightlora.selection.rules.paper import hard_threshold, stoiht_step
 
 # Whole numbers: sums of squares are exact, and ties are common.
 OMEGAS = st.lists(st.integers(-4, 4), min_size=1, max_size=8).map(

@@ -1,4 +1,4 @@
-"""Method `weightlora` with `warm_start`: the training goes on from the weights of the scoring."""
+"""Method `selected` with `warm_start`: the training goes on from the weights of the scoring."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ OPTIONS = {
 
 
 def attached(**options):
-    method = make_method("weightlora", **{**OPTIONS, **options})
+    method = make_method("selected", **{**OPTIONS, **options})
     return method, method.attach(net(), LORA, batches(6), 100)
 
 
@@ -70,17 +70,17 @@ def test_the_result_is_a_stock_checkpoint_on_the_same_base(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"rule": "first_order"}, {"rule": "kappa_tune"}])
 def test_a_rule_that_trains_nothing_is_refused_before_anything_runs(options):
     with pytest.raises(OptionError, match=r"warm_start=True: rule='.*' trains no adapters"):
-        make_method("weightlora", warm_start=True, **options)
-    make_method("weightlora", warm_start=False, **options)
-    make_method("weightlora", warm_start=True, rule="paper")
+        make_method("selected", warm_start=True, **options)
+    make_method("selected", warm_start=False, **options)
+    make_method("selected", warm_start=True, rule="paper")
 
 
 def test_a_word_that_is_no_yes_or_no_is_refused():
     with pytest.raises(OptionError, match="warm_start='on' is not allowed: give true or false"):
-        make_method("weightlora", warm_start="on", rule="paper")
+        make_method("selected", warm_start="on", rule="paper")
 
 
 def test_ranks_that_grow_cannot_start_warm():
-    assert "warm_start" in options_of("weightlora")
+    assert "warm_start" in options_of("selected")
     with pytest.raises(OptionError, match="weightlora_plus has no option 'warm_start'"):
         make_method("weightlora_plus", warm_start=True)
