@@ -4,9 +4,10 @@ Written after the sources of the versions in ``STACKS``; ``benchmarks/stacks.py`
 """
 
 import ast
+import json
 
 import yaml
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from trl import ModelConfig, TrlParser, get_peft_config
 
 
@@ -81,8 +82,14 @@ def read_unsloth(model, text):
     return get_peft_model(model, LoraConfig(**fields))
 
 
+def read_benchmark(model, text):
+    """As run.py of PEFT's method comparison does: the folder's configuration, on the base model."""
+    return get_peft_model(model, PeftConfig.from_peft_type(**json.loads(text)))
+
+
 READ = {
     "peft": read_peft,
+    "peft-benchmark": read_benchmark,
     "axolotl": read_axolotl,
     "llamafactory": read_llamafactory,
     "swift": read_swift,

@@ -38,7 +38,10 @@ def add_parser(commands: Any) -> None:
         "study",
         nargs="?",
         metavar="NAME",
-        help="table1 to table7, figure2 to figure8; table1-rte prints the recipe of that task; default: list them",
+        help=(
+            "table1 to table7, figure2 to figure8; table1-rte prints the recipe of that task; peft RESULT.json ... "
+            "prints result files of PEFT's own benchmark; default: list them"
+        ),
     )
     parser.add_argument(
         "--size",
@@ -74,6 +77,9 @@ def run(arguments: argparse.Namespace) -> None:
         with quiet_libraries():
             console.print(_listing(folder, arguments.output_dir))
         return
+    if arguments.study == "peft":
+        _print_peft_results(arguments.rest, console)
+        return
     name, _, task = arguments.study.partition("-")
     if task and arguments.study not in study_names(folder):
         _print_recipe(read_study(name, folder), task, arguments)
@@ -86,6 +92,17 @@ def run(arguments: argparse.Namespace) -> None:
         _compute(study, arguments, console)
     else:
         _run_grid(study, arguments, console)
+
+
+def _print_peft_results(words: list[str], console: Console) -> None:
+    """Print result files of PEFT's own benchmark as a table."""
+    from weightlora.bench.table import to_terminal
+    from weightlora.errors import OptionError
+    from weightlora.paper.peft_results import peft_table
+
+    if not words or any(word.startswith("--") for word in words):
+        raise OptionError("weightlora paper peft takes result files of PEFT's method_comparison/MetaMathQA alone")
+    console.print(to_terminal(peft_table([Path(word) for word in words])))
 
 
 def _print_recipe(study: Study, task: str, arguments: argparse.Namespace) -> None:

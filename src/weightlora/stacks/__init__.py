@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Stack:
     """Whether ``target_modules`` may be a regular expression."""
     limits: Callable[[AdapterPlan], str | None] | None = None
     """What else it cannot express, as the end of a sentence that begins with its name; None where it can."""
+    besides: Callable[[AdapterPlan], Mapping[str, str]] | None = None
+    """Makes further files of its folder, their texts by their names; None: there are none."""
     continuation: Callable[[str], Mapping[str, Any]] | None = None
     """The options that continue from an adapter directory; None where the stack cannot."""
 
@@ -126,6 +129,27 @@ def _peft_config(stack: Stack, fields: Fields, use: str) -> Written:
 
 def _peft(stack: Stack, fields: Fields) -> Written:
     return _peft_config(stack, fields, "Use: model = peft.get_peft_model(model, peft_config)")
+
+
+def _benchmark(_stack: Stack, fields: Fields) -> Written:
+    """An experiment of PEFT's ``method_comparison/MetaMathQA``: its run.py reads the folder."""
+    return Written("adapter_config.json", _json({"peft_type": "LORA", "bias": "none", **fields}))
+
+
+def _benchmark_training(plan: AdapterPlan) -> Mapping[str, str]:
+    """What differs from the benchmark's own training parameters: the model, and the rate that suits the plan."""
+    rate = {"lr": _BENCHMARK_RATE * plan.learning_rate_factor, "weight_decay": _BENCHMARK_DECAY}
+    own: dict[str, Any] = {} if plan.base_model is None else {"model_id": plan.base_model}
+    own |= {} if plan.learning_rate_factor == 1 else {"optimizer_kwargs": rate}
+    return {"training_params.json": _json(own)} if own else {}
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+#: AdamW's in PEFT's default_training_params.json.
+_BENCHMARK_RATE, _BENCHMARK_DECAY = 1e-4, 0.1
 
 
 def _trl(stack: Stack, fields: Fields) -> Written:
@@ -276,6 +300,9 @@ _TRL_COMMAND = Stack(
 #: Every stack that ``emit`` knows.
 STACKS = (
     Stack("peft", "PEFT", "0.21.2", _peft),
+    Stack(
+        "peft-benchmark", "PEFT's method comparison", "0.21.2", _benchmark, patterns=True, besides=_benchmark_training
+    ),
     Stack("trl", "TRL", "1.16.0", _trl),
     Stack(
         "axolotl",

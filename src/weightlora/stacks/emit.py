@@ -38,8 +38,8 @@ def emit(plan: AdapterPlan, stack: str, output_dir: str | Path | None = None) ->
 
     Args:
         plan: From :func:`weightlora.select` or :meth:`weightlora.AdapterPlan.load`.
-        stack: ``"peft"``, ``"trl"``, ``"axolotl"``, ``"llamafactory"``, ``"swift"``, ``"unsloth"``, ``"torchtune"`` or
-            ``"litgpt"``.
+        stack: ``"peft"``, ``"peft-benchmark"``, ``"trl"``, ``"axolotl"``, ``"llamafactory"``, ``"swift"``,
+            ``"unsloth"``, ``"torchtune"`` or ``"litgpt"``.
         output_dir: A new folder for the file and, where the stack's options cannot express the plan, the adapter
             directory that it continues from. What an earlier call wrote is replaced; after an error it is as it was.
 
@@ -80,6 +80,8 @@ def emit(plan: AdapterPlan, stack: str, output_dir: str | Path | None = None) ->
     if output_dir is not None:
         with whole_folder(output_dir, "weightlora emit") as draft:
             write_text(draft / written.file, written.text)
+            for name, text in ({} if own.besides is None else own.besides(plan)).items():
+                write_text(draft / name, text)
             if lacking is not None:
                 _write_adapter(draft / _ADAPTER, plan, fields)
     return written.text
