@@ -155,7 +155,7 @@ def parsed(words, monkeypatch, capsys):
     assert name in files
     monkeypatch.setattr(import_module(f"weightlora.cli.{name}"), "run", chosen.append)
     assert main(words) == 0, capsys.readouterr().err
-    if chosen[0].rest:  # options of a recipe and of transformers' TrainingArguments
+    if chosen[0].rest and words[1] != "peft":  # options of a recipe and of transformers' TrainingArguments
         read_recipe(words=chosen[0].rest)
     return chosen[0]
 

@@ -31,6 +31,8 @@ SMALL = {
 }
 #: Needs what no extra installs; `make examples` gets both.
 SERVED = "serve_llama_cpp"
+#: Without the package, and so without a plan; tests/methods/test_from_scratch.py compares its numbers.
+SCRATCH = "weightlora_from_scratch"
 CONVERTER = os.environ.get("LLAMA_CPP_CONVERTER")
 
 
@@ -93,7 +95,7 @@ def test_an_example_writes_the_planned_adapter(finished):
 
 
 def test_every_example_is_run():
-    assert {path.stem for path in SCRIPTS} == {*SMALL, SERVED}
+    assert {path.stem for path in SCRIPTS} == {*SMALL, SERVED, SCRATCH}
 
 
 def lines(code):
@@ -108,7 +110,21 @@ def test_a_notebook_is_its_script(script):
     nbformat.validate(book)
     code = "\n".join(cell.source for cell in book.cells if cell.cell_type == "code")
     differ = [pair for pair in zip(lines(source.split('"""', 2)[2]), lines(code), strict=True) if pair[0] != pair[1]]
-    assert differ == [("settings = parser.parse_args()", "settings = parser.parse_args([])")]
+    options = [("settings = parser.parse_args()", "settings = parser.parse_args([])")]
+    assert differ == ([] if script.stem == SCRATCH else options)
+
+
+@pytest.mark.slow
+def test_the_paper_in_one_file_runs_and_prints_both_methods(tmp_path):
+    script = next(path for path in SCRIPTS if path.stem == SCRATCH)
+    code = script.read_text(encoding="utf-8")
+    assert len(code.splitlines()) <= 150
+    assert not re.search(r"^\s*(import|from) weightlora", code, re.MULTILINE)
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed = re.findall(r"^(WeightLoRA\+?): rank (\d+), ([\d.]+) % right$", done.stdout, re.MULTILINE)
+    assert [(name, rank) for name, rank, _ in printed] == [("WeightLoRA", "8"), ("WeightLoRA+", "16")]
+    assert all(float(right) > 55 for *_, right in printed)  # of two classes, at one seed: it has learned something
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from weightlora.serving.export import export
     from weightlora.stacks.emit import emit
     from weightlora.trainer.attach import method_for, select_for
+    from weightlora.trainer.store import store_frozen
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ _HOMES = {
     "method_for": "trainer.attach",
     "select": "selection.select",
     "select_for": "trainer.attach",
+    "store_frozen": "trainer.store",
 }
 
 __all__ = [
@@ -87,6 +89,7 @@ __all__ = [
     "method_for",
     "select",
     "select_for",
+    "store_frozen",
 ]
 
 

@@ -94,8 +94,8 @@ def test_limits_are_the_files_the_rows_or_those_of_the_command(tmp_path):
     own = {"few": {"adapters": "3", "parameters": "0.1"}}  # both hold: it is one row
     assert limits(limits=...) == {"selected": {}, **own}  # the default is the method's
     assert limits(limits=[{"time": 0.6}, {"adapters": 0.5, "memory": "8GB"}]) == {
-        "weightlora, time 0.6": {"time": "0.6"},
-        "weightlora, adapters 0.5, memory 8GB": {"adapters": "0.5", "memory": "8GB"},
+        "selected, time 0.6": {"time": "0.6"},
+        "selected, adapters 0.5, memory 8GB": {"adapters": "0.5", "memory": "8GB"},
         **own,
     }
     assert limits(["--parameters", "0.2"]) == {"selected": {"parameters": "0.2"}, **own}

@@ -61,6 +61,7 @@ OTHERS = {
     "_exit": "os",
     "_get_lora_matrices": "PEFT's VB-LoRA layer",
     "_gradient_checkpointing_func": "transformers",
+    "_save_checkpoint": "transformers' Trainer: the only writer of all that train() resumes from",
     "_train_batch_size": "transformers' Trainer",
 }
 #: Names that a text may not hold elsewhere: keys of a module's dictionary, attributes for ``getattr``.

@@ -132,7 +132,7 @@ def test_fused_experts_are_carried_and_counted(name, tmp_path):
     assert plan.parameters > sum(each.parameters for each in plan.target_parameters) > 0
     plan.save(tmp_path / "plan.json")
     assert AdapterPlan.load(tmp_path / "plan.json") == plan
-    for one in (plan, plan.expand()):
+    for one in (plan, plan.expand("parameters")):
         attached = one.attach(model_of(name))
         assert trained(attached) == one.parameters <= one.lora_parameters
         ranks = adapter_ranks(attached)

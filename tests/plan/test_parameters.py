@@ -53,7 +53,7 @@ def test_plans_and_budgets_count_what_peft_trains(kind, tmp_path):
         chosen = budget.choose([rng.random() for _ in sites])
         plan = make_plan(sites, lora, [sites[i].name for i in chosen])
         assert plan.parameters <= budget.limit
-        for one in (plan, plan.expand()):
+        for one in (plan, plan.expand("parameters")):
             attached = one.attach(any_net(random.Random(seed)))
             assert trained(attached) == one.parameters <= one.lora_parameters
     one.save_adapter(attached, tmp_path / "adapter")

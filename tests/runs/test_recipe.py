@@ -113,7 +113,7 @@ def test_bf16_is_chosen_by_trl_where_the_device_has_it(has_it, monkeypatch):
         ({"task": "rtee"}, [], r"task='rtee' is unknown \(closest: 'rte'\)"),
         ({"method": "adalor"}, [], r"method='adalor' is unknown \(closest: 'adalora'\)"),
         ({}, ["--method=eva", "--method_options", "whitn=true"], r"eva has no option 'whitn' \(closest: 'whiten'\)"),
-        ({}, ["--method_options", "stps=3"], r"weightlora has no option 'stps' \(closest: 'steps'\)"),
+        ({}, ["--method_options", "stps=3"], r"selected has no option 'stps' \(closest: 'steps'\)"),
         ({"steps": "soon"}, [], r"steps='soon' is not allowed: give a whole number below 10⁹, or 'auto'"),
         ({"steps": 1}, [], r"steps=1 is not allowed: give at least 2"),
         ({"learning_rate": "fast"}, [], r"--learning_rate.*: invalid float value: 'fast'"),

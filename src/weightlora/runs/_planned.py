@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 #: Options that act on the training of a plan; the plan decides the others of a method.
-_FREE = ("plan", "head_learning_rate", "fast", "grow_batch", "lora_target_modules")
+_FREE = (
+    *("plan", "head_learning_rate", "fast", "grow_batch", "lora_target_modules"),
+    *("store_frozen", "store_limit", "store_dropout"),
+)
 
 
 def with_plan(recipe: Recipe) -> Recipe:

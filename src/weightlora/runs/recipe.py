@@ -18,7 +18,7 @@ from pydantic import Field
 from weightlora.errors import OptionError
 from weightlora.files import read_mapping
 from weightlora.methods import entry_of, make_method, options_of
-from weightlora.plan.limits import LIMITS, read_limits
+from weightlora.plan.limits import LIMITS, Limits, read_limits
 from weightlora.runs._parsers import (
     Parser,
     actions_of,
@@ -159,6 +159,16 @@ class MethodOptions:
         nargs="?",
         const="input",
     )
+    store_frozen: Text | None = _option(
+        None,
+        "compute what lies below the lowest adapter once and read it back in later epochs: memory, or a folder for it",
+        nargs="?",
+        const="memory",
+    )
+    store_limit: Text | None = _option(None, "the most that is stored, such as 20GB; default: all rows")
+    store_dropout: Literal["off below"] | None = _option(
+        None, "for models with dropout below the lowest adapter: run these blocks as in evaluation"
+    )
     grow_batch: bool = _option(False, "train larger batches with less accumulation, within the memory of plain LoRA")
 
     def __post_init__(self) -> None:
@@ -168,6 +178,11 @@ class MethodOptions:
             rule_entry(self.rule)
         elif self.rule_options:
             raise OptionError(f"rule_options={self.rule_options} need a rule; give rule, too")
+        for name in ("store_limit", "store_dropout"):
+            if getattr(self, name) is not None and self.store_frozen is None:
+                raise OptionError(f"{name}={getattr(self, name)!r} needs store_frozen; give it, too")
+        if self.store_limit is not None:
+            Limits(memory=self.store_limit)
         read_limits(vars(self))
         if self.steps is not None and self.plan is None:  # beside a plan they are those of a study
             check_steps(self.steps)

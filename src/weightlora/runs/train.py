@@ -71,6 +71,7 @@ from weightlora.trainer.attach import adopt, method_for
 from weightlora.trainer.batch_size import Batch, grown_batch, require_growable, use_batch
 from weightlora.trainer.guard import PLAN_FILE
 from weightlora.trainer.loader import require_measurable
+from weightlora.trainer.store import store_frozen
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -122,6 +123,10 @@ def _train(recipe: Recipe, callbacks: Sequence[TrainerCallback]) -> dict[str, An
     start = time.perf_counter()
     method = plan(run)
     planned = time.perf_counter()
+    options = recipe.method
+    if options.store_frozen is not None:
+        folder = None if options.store_frozen == "memory" else options.store_frozen
+        store_frozen(run.trainer, folder=folder, limit=options.store_limit, dropout=options.store_dropout)
     from_first(lambda: write_config(recipe.output_dir, recipe.settings))  # a mistake leaves nothing behind
     before = _measured_before(run, method)
     begin = time.perf_counter()
@@ -188,6 +193,7 @@ def prepare(
     check_arguments(recipe.training)
     if recipe.training.push_to_hub:
         from_first(partial(require_hub, recipe.training.hub_token))
+    _require_follows(recipe)
     if recipe.method.grow_batch and recipe.method.plan is None and entry_of(recipe.method.method).trains != "lora":
         raise OptionError(
             f"grow_batch: {recipe.method.method} does not train stock LoRA from beginning to end, whose memory is "
@@ -204,6 +210,28 @@ def prepare(
     if recipe.method.grow_batch:
         require_growable(trainer)
     return Run(recipe, task, trainer, rows)
+
+
+def _require_follows(recipe: Recipe) -> None:
+    """Raise where an option does not go with a method that takes the first steps of the training.
+
+    Raises:
+        OptionError: With the option.
+    """
+    options = recipe.method
+    if options.plan is not None or not entry_of(options.method).begins_training:
+        return
+    asked = {
+        "eval_on_start": recipe.training.eval_on_start,
+        "grow_batch": options.grow_batch,
+        "head_learning_rate": options.head_learning_rate is not None,
+    }
+    for name, given in asked.items():
+        if given:
+            raise OptionError(
+                f"{name}: method {options.method} takes the first steps of the training, as they are, before it; leave "
+                f"{name} out, or give method selected and rule=paper, which selects before the training"
+            )
 
 
 def plan(run: Run) -> Method:
