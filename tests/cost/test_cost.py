@@ -201,6 +201,7 @@ def peak_with(model, batch):
     return counted(model, batch) + 4 * frozen + 4 * 4 * trained
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("limit", "found", "fast"),
@@ -232,6 +233,7 @@ def test_all_limits_hold_together(minilm, review_batches):
     assert plan.options["peak_bytes"] <= 110e6
 
 
+@pytest.mark.slow
 def test_a_byte_budget_is_what_is_really_held(minilm, review_batches):
     options = {"lora": LoraConfig(r=8, task_type="SEQ_CLS"), "steps": 2, "progress": False, **ruled(head_steps=1)}
     plan = select(minilm, review_batches, memory="110MB", **options)
@@ -239,6 +241,7 @@ def test_a_byte_budget_is_what_is_really_held(minilm, review_batches):
     assert 0.95 * 110e6 < held < plan.options["peak_bytes"] <= 110e6
 
 
+@pytest.mark.slow
 def test_the_fast_step_has_more_sites_for_the_same_bytes(minilm, review_batches):
     lora = LoraConfig(r=8, lora_dropout=0.05, task_type="SEQ_CLS")
     options = {"lora": lora, "memory": "110MB", "steps": 2, "progress": False, **ruled(head_steps=1)}

@@ -115,7 +115,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+#: Half precision is slow on a CPU.
+SLOW = ("minilm, joint", "minilm, plus", "minilm, bf16")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES])
 def test_the_package_is_the_paper_in_one_file(case, tokenizer, tmp_path):
     kind, name, options, arguments = CASES[case]
     make, task = (tiny_llama, "CAUSAL_LM") if kind == "llama" else (classifier, "SEQ_CLS")

@@ -532,6 +532,7 @@ for adapter in adapters:
 """
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_gives_the_same_logits_where_weightlora_is_not_installed(tmp_path):
     base = llama(12)
     base.save_pretrained(tmp_path / "base")

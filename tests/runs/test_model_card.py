@@ -88,6 +88,7 @@ def test_the_block_of_the_card_says_the_name_of_a_class(run, hub, tmp_path):
     assert printed(served, hub) == printed(run / "adapter", hub)
 
 
+@pytest.mark.slow
 def test_the_card_loads_what_was_trained(run, hub):
     """The class that the block names is the one that the adapter says of the same text."""
     base = AutoModelForSequenceClassification.from_pretrained(str(minilm_folder()), num_labels=4)

@@ -209,6 +209,7 @@ def hand_written(folder, seed):
     return losses, trainer.evaluate()["eval_accuracy"]
 
 
+@pytest.mark.slow
 def test_method_lora_is_the_script_without_us_loss_curve_included(tmp_path):
     results = run(tmp_path / "ours", method="lora", seed=1)
     losses, measured = hand_written(tmp_path / "script", seed=1)
@@ -233,6 +234,7 @@ def losses(results):
     return torch.tensor([loss for _, loss in results["losses"]])
 
 
+@pytest.mark.slow
 def test_the_fast_step_gives_the_losses_of_pefts(tmp_path):
     stock = run(tmp_path / "stock", lora_dropout=0)
     fast = run(tmp_path / "fast", lora_dropout=0, fast="input")

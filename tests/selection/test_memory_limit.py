@@ -167,6 +167,7 @@ def test_the_chosen_sites_are_within_the_limit_and_the_best_single_one_is_not_wa
             assert peak > 0.6 * limit
 
 
+@pytest.mark.slow
 def test_the_cost_under_checkpointing_is_near_the_counts_of_random_sets():
     """Three counts make the cost of 2²¹ sets; it is too low by at most the gradients of the sites that are not kept.
 
@@ -237,6 +238,7 @@ def test_select_keeps_the_peak_within_the_limit_and_says_so():
     assert 1 <= len(plan.names) < len(every.names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_where_no_adapter_fits_the_error_names_what_fits_with_its_numbers(checkpointing):
     """Each number is the count of a model that is really so; in 4 bit: half a byte, 4 bytes for 64, 64 for a weight."""

@@ -116,6 +116,7 @@ def test_the_names_of_the_registry_are_those_of_their_rules():
         assert rule_of(entry.path, **entry.settings) == rule
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mine")
 def test_the_command_line_finds_a_rule_in_the_current_directory(tmp_path):
     """``weightlora`` itself, in a process of its own, as an installed command starts it."""

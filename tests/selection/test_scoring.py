@@ -119,6 +119,7 @@ def without_dropout(model):
     return model
 
 
+@pytest.mark.slow
 def test_papers_first_survivors_on_minilm_have_the_largest_gradients(minilm, review_batches):
     """With B = 0 and a small first AdamW step of −η·sign, the gradient of ω after it is −η·s·‖∂L/∂B‖₁."""
     batch = {key: torch.cat([batch[key] for batch in review_batches]) for key in review_batches[0]}

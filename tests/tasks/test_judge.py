@@ -196,6 +196,7 @@ def test_the_users_task_takes_the_place_of_the_harness_s_of_that_name(tmp_path):
     assert len(list(task.eval_docs)) == len(ROWS)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("what", ["no such task", "no such file", "no such folder"])
 def test_a_task_that_is_not_there_is_one_line(what, tmp_path):

@@ -447,6 +447,7 @@ def test_a_second_start_takes_the_stored_plan(make_classifier, monkeypatch):
         weightlora.select_for(make_classifier("elsewhere"), rule="first_order")  # negative control
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -208,6 +212,23 @@ def test_trl_trains_the_same_adapter(kind, tmp_path, tokenizer):
     assert store.hits >= 2 * store.misses
     mine, theirs = (dict(each.model.named_parameters()) for each in (trainer, plain))
     assert all(mine[name].allclose(value, rtol=1e-3, atol=1e-4) for name, value in theirs.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["store", "weightlora", "weightlora_plus"])
+def test_two_processes_train_what_one_does(what, tmp_path):
+    """With a store, and with the methods whose first steps are taken before the trainer wraps the model."""
+    worker = Path(__file__).parents[1] / "ddp_worker.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, words in (("one", [sys.executable]), ("two", launch)):
+        command = [*words, str(worker), str(tmp_path / name), what]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_file(tmp_path / name / "trained.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(one[key].allclose(two[key], atol=1e-5) for key in one)
+    if what == "store":
+        assert {path.name for path in (tmp_path / "two" / "states").iterdir()} == {"process-0", "process-1"}
 
 
 # -- refused, or told ------------------------------------------------------------------------------------------------
