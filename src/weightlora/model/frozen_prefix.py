@@ -175,9 +175,10 @@ class FrozenPrefix:
         """Return what the last block below the floor makes of a batch, as the model passes it on."""
         last = self._originals[-1]
         handle = last.register_forward_hook(self._capture)
-        training = [module for module in self._below if module.training] if self.dropout_off else []
+        below = self._below if self.dropout_off else []
+        training = [module for part in below for module in part.modules() if module.training]
         for module in training:
-            module.train(mode=False)
+            module.training = False
         self._depth += 1
         try:
             with torch.no_grad(), suppress(_ReachedError):
@@ -186,7 +187,7 @@ class FrozenPrefix:
             self._depth -= 1
             handle.remove()
             for module in training:
-                module.train()
+                module.training = True
         found, self._captured = self._captured, None
         return found
 

@@ -7,6 +7,7 @@ folder/hidden.jsonl   key, place, shape and checksum of each; a line is written 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,8 +16,9 @@ import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,9 +53,6 @@ class HiddenStore:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._kept
-
     def get(self, key: bytes) -> Tensor | None:
         """Return the tensor of a key; None where there is none."""
         return self._kept.get(key)
@@ -63,14 +62,13 @@ class HiddenStore:
         size = value.numel() * self.dtype.itemsize
         if self.limit is not None and self.bytes + size > self.limit:
             self.is_full = True
-            return False
-        if key not in self._kept:
-            self._keep(key, value.detach().to("cpu", self.dtype).contiguous())
+        elif key not in self._kept and self._keep(key, value.detach().to("cpu", self.dtype).contiguous()):
             self.bytes += size
-        return True
+        return key in self._kept
 
-    def _keep(self, key: bytes, value: Tensor) -> None:
+    def _keep(self, key: bytes, value: Tensor) -> bool:
         self._kept[key] = value.clone()
+        return True
 
     def close(self) -> None:
         """Give the memory, or the files, back."""
@@ -107,9 +105,9 @@ class HiddenFile(HiddenStore):
             folder.mkdir(parents=True, exist_ok=True)
             self._stack.enter_context(only_writer(folder))
             self._require_same(header)
-            self._states: BinaryIO = self._stack.enter_context((folder / _STATES).open("a+b"))
+            self._states: FileIO = self._stack.enter_context((folder / _STATES).open("a+b", buffering=0))
             self._read_index()
-            self._index: TextIO = self._stack.enter_context((folder / _INDEX).open("a", encoding="utf-8"))
+            self._index: FileIO = self._stack.enter_context((folder / _INDEX).open("ab", buffering=0))
 
     def _require_same(self, header: Mapping[str, Any]) -> None:
         path = self._folder / _HEADER
@@ -162,6 +160,7 @@ class HiddenFile(HiddenStore):
         content = os.pread(self._states.fileno(), self._size(place.shape), place.offset)
         if zlib.crc32(content) != place.checksum:
             del self._kept[key]
+            self.bytes -= self._size(place.shape)
             warnings.warn(
                 f"{self._folder / _STATES} is damaged at byte {place.offset}; that row is computed again",
                 WeightLoraWarning,
@@ -170,31 +169,36 @@ class HiddenFile(HiddenStore):
             return None
         return torch.frombuffer(bytearray(content), dtype=self.dtype).reshape(place.shape)
 
-    def _keep(self, key: bytes, value: Tensor) -> None:
+    def _keep(self, key: bytes, value: Tensor) -> bool:
         content = value.view(torch.uint8).numpy().tobytes()
         try:
             offset = self._states.seek(0, os.SEEK_END)
-            self._states.write(content)
-            self._states.flush()
+            _write(self._states, content)
             place = _Place(offset, tuple(value.shape), zlib.crc32(content))
             line = {"key": key.hex(), "offset": offset, "shape": place.shape, "crc32": place.checksum}
-            self._index.write(json.dumps(line) + "\n")
-            self._index.flush()
+            _write(self._index, (json.dumps(line) + "\n").encode())
         except OSError as error:  # a full disk: what is there stays of use
-            self.limit = self.bytes
+            self.limit, self.is_full = self.bytes, True
             warnings.warn(
                 f"{self._folder}: {error.strerror or error}; {len(self)} rows are stored, and the others are computed "
                 "in every epoch",
                 WeightLoraWarning,
                 stacklevel=3,
             )
-            return
+            return False
         self._kept[key] = place
+        return True
 
     def close(self) -> None:
         """Close the files, which stay."""
         self._stack.close()
         super().close()
+
+
+def _write(file: FileIO, content: bytes) -> None:
+    """Write all of it; nothing is buffered, so that a full disk is known here and not when the file is closed."""
+    if file.write(content) != len(content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _place(line: bytes) -> tuple[bytes, _Place] | None:

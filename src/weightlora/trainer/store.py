@@ -164,7 +164,7 @@ def store_frozen(
         if folder is None:
             prefix.store = HiddenStore(kind, most)
         else:
-            config: Any = model.peft_config["default"] if isinstance(model, PeftModel) else LoraConfig()
+            config: Any = model.peft_config[model.active_adapters[0]] if isinstance(model, PeftModel) else LoraConfig()
             header = {"floor": prefix.floor.text, "weights": weights_fingerprint(model, config), "dropout": dropout}
             own = Path(folder) / f"process-{trainer.args.process_index}"
             prefix.store = HiddenFile(own, header, kind, most)
