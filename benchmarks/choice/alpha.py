@@ -1,7 +1,7 @@
 """Which alpha carries the user's learning rate to a lower rank: loss of each rank, rule of alpha and rate.
 
-    weightlora bench --config benchmarks/choice/roget.yaml benchmarks/choice/alpha.yaml --learning_rate 2e-3
-    python benchmarks/choice/alpha.py benchmarks/choice/roget.yaml benchmarks/choice/alpha.yaml
+    weightlora bench --config benchmarks/choice/roget.yaml benchmarks/choice/stages.yaml#alpha --learning_rate 2e-3
+    python benchmarks/choice/alpha.py benchmarks/choice/roget.yaml benchmarks/choice/stages.yaml#alpha
 
 Every rate that has a record is shown. The last column is the loss minus that of the same rank at its own best rate with
 alpha/r fixed, paired by seed.
@@ -26,7 +26,7 @@ Rates = Mapping[float, Mapping[int, float]]
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, nargs="+", help="a bed's file, and alpha.yaml")
+    parser.add_argument("config", type=Path, nargs="+", help="a bed's file, and stages.yaml#alpha")
     parser.add_argument("--head_learning_rate", help="as the benchmark was run with")
     asked = parser.parse_args()
     words = [] if asked.head_learning_rate is None else ["--head_learning_rate", asked.head_learning_rate]

@@ -1,8 +1,8 @@
 r"""What any choice can gain: the spread of random sets, and a fit of the held-out loss to which sites they keep.
 
-    weightlora bench --config benchmarks/choice/roget.yaml benchmarks/choice/ceiling.yaml
+    weightlora bench --config benchmarks/choice/roget.yaml benchmarks/choice/stages.yaml#ceiling
     python benchmarks/choice/ceiling.py roget        # the table, the fit, and the best and worst set that it predicts
-    weightlora bench --config benchmarks/choice/roget.yaml benchmarks/choice/ceiling.yaml \
+    weightlora bench --config benchmarks/choice/roget.yaml benchmarks/choice/stages.yaml#ceiling \
         benchmarks/results/choice/roget/predicted.yaml
 
 The last command trains the predicted sets; the second one then shows them, too. Options of the benchmark, such as
@@ -44,7 +44,7 @@ def main() -> None:
     beds = [path.stem for path in sorted(HERE.glob("*.yaml")) if "model_name_or_path:" in path.read_text("utf-8")]
     parser.add_argument("bed", choices=beds)
     asked, words = parser.parse_known_args()
-    files = [HERE / f"{asked.bed}.yaml", HERE / "ceiling.yaml"]
+    files = [HERE / f"{asked.bed}.yaml", HERE / "stages.yaml#ceiling"]
     grid = read_grid(files, words=words)
     predicted = grid.output_dir / "predicted.yaml"
     records = recorded(grid)

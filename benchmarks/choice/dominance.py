@@ -1,7 +1,7 @@
 """Each default answer beside the trivial alternative of the same cost: is it ever dominated?
 
-    weightlora bench --config benchmarks/choice/roget.yaml benchmarks/choice/dominance.yaml
-    python benchmarks/choice/dominance.py benchmarks/choice/roget.yaml benchmarks/choice/dominance.yaml
+    weightlora bench --config benchmarks/choice/roget.yaml benchmarks/choice/stages.yaml#dominance
+    python benchmarks/choice/dominance.py benchmarks/choice/roget.yaml benchmarks/choice/stages.yaml#dominance
 
 A line for each default answer of ``PAIRS``: loss minus that of its alternative at each one's best rate, paired by seed.
 *dominated* is a loss that is more than one standard error above.

@@ -22,12 +22,12 @@ HEAD = ("--head_learning_rate", "1.5e-2")
 
 @dataclass(frozen=True)
 class Final:
-    """A stage on a bed, with its own random sites and LoRA: runs of another precision are not paired with them."""
+    """Stages on a bed, with its own random sites and LoRA: runs of another precision are not paired with them."""
 
     share: str
     """Of LoRA's parameters."""
-    files: str
-    """Those of ``--config``, the bed first."""
+    stages: str
+    """The bed, and the parts of stages.yaml."""
     lora: str = "lora"
     """Its row; of reviews the one whose seeds all learn, or none."""
     words: tuple[str, ...] = ()
@@ -76,16 +76,17 @@ FINALS = (
 
 def main() -> None:
     """Print a Markdown table with a line for each row of each stage that has been run."""
-    print("| share | files | row | seeds | rate | loss | minus random | minus LoRA of a lower rank | minus LoRA |")
+    print("| share | stages | row | seeds | rate | loss | minus random | minus LoRA of a lower rank | minus LoRA |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for final in FINALS:
         for line in stage(final):
-            print(f"| {final.share} | {final.files} | {' | '.join(line)} |")
+            print(f"| {final.share} | {final.stages} | {' | '.join(line)} |")
 
 
 def stage(final: Final) -> Iterator[tuple[str, ...]]:
     """Return the lines of one stage from the records of its bed."""
-    grid = read_grid([HERE / f"{name}.yaml" for name in final.files.split()], words=final.words)
+    bed, *stages = final.stages.split()
+    grid = read_grid([HERE / f"{bed}.yaml", *(HERE / f"stages.yaml#{name}" for name in stages)], words=final.words)
     return lines(grid, recorded(grid), final.lora, final.lower)
 
 

@@ -7,7 +7,7 @@
 
 Seconds of two machines or precisions have no common table, so the last command keeps its own records. Plans are left in
 ``plans`` beside the records, by default those of the bed, each with a control, whose ranks are dealt at random to sites
-of the same shape. Those that ``transfer.yaml`` trains on another bed are in ``results/choice/plans`` under their hash.
+of the same shape. Those that stage ``transfer`` trains on another bed are in ``results/choice/plans`` under their hash.
 """
 
 from __future__ import annotations
@@ -48,13 +48,15 @@ def main() -> None:
     beds = [path.stem for path in sorted(HERE.glob("*.yaml")) if "model_name_or_path:" in path.read_text("utf-8")]
     parser.add_argument("bed", choices=beds)
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default: 5)")
-    parser.add_argument("--rules", nargs="*", help="rows of screening.yaml (default: lora and all that have a rule)")
+    parser.add_argument(
+        "--rules", nargs="*", help="rows of the stage screening (default: lora and all that have a rule)"
+    )
     parser.add_argument("--shuffled", action="store_true", help="give every row the label of another one")
     parser.add_argument("--table", action="store_true", help="print what is known")
     parser.add_argument("--output_dir", type=Path, help="folder of records and plans (default: the bed's)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     asked, words = parser.parse_known_args()
-    grid = read_grid([HERE / f"{asked.bed}.yaml", HERE / "screening.yaml"], asked.output_dir, words)
+    grid = read_grid([HERE / f"{asked.bed}.yaml", HERE / "stages.yaml#screening"], asked.output_dir, words)
     rows = {row.label: row for row in grid.rows if "rule" in row.options or row.label == "lora"}
     path = grid.output_dir / "selections.jsonl"
     if asked.table:

@@ -3,6 +3,7 @@
 `make fuzz` tries more of them than the suite does.
 """
 
+import json
 import math
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ from fuzz import cases, generator, tell
 from weightlora.bench._entries import names
 from weightlora.bench.grid import read_grid
 from weightlora.cli import main
+from weightlora.errors import OptionError
 
 BASE = {"max_train_samples": 16, "held_out_samples": 8, "max_seq_length": 12, "max_steps": 2, "use_cpu": True}
 FILE = {
@@ -241,3 +243,18 @@ def test_words_of_the_command_are_checked_too(tmp_path, capsys):
     assert one_line(said := capsys.readouterr().err)
     assert "add --ray" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_holds_several_benchmarks_by_name(tmp_path):
+    """``FILE#NAME`` is the benchmark that a file of its own would be; a file whose name has a # is itself."""
+    one = {"methods": ["lora"], "learning_rates": [1e-3]}
+    own, both, odd = tmp_path / "own.yaml", tmp_path / "both.yaml", tmp_path / "odd.yaml#own"
+    own.write_text(json.dumps(one))
+    odd.write_text(json.dumps(one))
+    both.write_text(json.dumps({"own": one, "other": {**one, "seeds": [3]}, "text": "no part"}))
+    assert read_grid(f"{both}#own") == read_grid(own) == read_grid(odd, read_grid(own).output_dir)
+    assert read_grid([own, f"{both}#other"]).seeds == (3,)
+    assert read_grid(f"{both}#other").output_dir.name == "other"
+    for part in ("owm", "text", ""):
+        with pytest.raises(OptionError, match=rf"both.yaml has no part '{part}'.*; there are own, other"):
+            read_grid(f"{both}#{part}")

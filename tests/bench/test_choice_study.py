@@ -14,6 +14,7 @@ from test_bench import grid_of, record
 
 from weightlora import select
 from weightlora.bench.grid import Point, read_grid
+from weightlora.files import read_mapping
 
 CHOICE = Path(__file__).parents[2] / "benchmarks" / "choice"
 
@@ -74,14 +75,14 @@ def test_the_study_runs_every_stage_and_each_can_be_read(tmp_path):
     used = set()
     asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines() if "predicted.yaml" not in line]
     for program, *words in asked:
-        files = [CHOICE.parents[1] / word for word in words if word.endswith((".yaml", ".py"))]
-        assert all(file.exists() for file in files)
+        files = [CHOICE.parents[1] / word for word in words if ".yaml" in word or word.endswith(".py")]
+        assert all(Path(str(file).partition("#")[0]).exists() for file in files)
         if program == "weightlora":
             assert read_grid(files).rows
         used.update(files)
-    assert used >= set(CHOICE.glob("*.yaml")) | set(CHOICE.glob("*.py"))
-    finals = runpy.run_path(str(CHOICE / "finals.py"))["FINALS"]
-    assert used >= {CHOICE / f"{name}.yaml" for final in finals for name in final.files.split()}
+    beds = {file for file in CHOICE.glob("*.yaml") if file.name != "stages.yaml"}
+    assert used >= beds | set(CHOICE.glob("*.py"))
+    assert used >= {CHOICE / f"stages.yaml#{name}" for name in read_mapping(CHOICE / "stages.yaml")}
 
 
 def test_shuffled_labels_are_those_of_other_rows():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -74,7 +74,7 @@ def read_entries(paths: Sequence[str | Path], words: Sequence[str]) -> dict[str,
         OptionError: An entry is unknown, missing or has a value it cannot have.
     """
     given: dict[str, Any] = {
-        "output_dir": f"runs/{'-'.join(Path(one).stem for one in paths)}",
+        "output_dir": f"runs/{'-'.join(_stem(path) for path in paths)}",
         "tasks": ["rotten_tomatoes"],
         "seeds": [0],
         **_merged([_checked(path) for path in paths]),
@@ -123,9 +123,29 @@ def _check_limits(where: str, values: Sequence[Mapping[str, Any]]) -> None:
 _Once = Annotated[list[str], AfterValidator(_once)]
 
 
+def _stem(path: str | Path) -> str:
+    """What a file, or its part, is called in the name of the output folder."""
+    file, _, part = str(path).rpartition("#")
+    return part if file else Path(path).stem
+
+
+def _part(path: str | Path) -> dict[str, Any]:
+    """The entries of a file; after a ``#`` the name of one of its parts, for files that hold several."""
+    file, _, part = str(path).rpartition("#")
+    if not file or Path(path).exists():
+        return read_mapping(path)
+    parts = read_mapping(file)
+    found: Any = parts.get(part)
+    if not isinstance(found, dict):
+        raise OptionError(
+            f"{file} has no part {part!r:.80}{closest(part, parts)}; there are {', '.join(map(str, parts))}"
+        )
+    return cast(dict[str, Any], found)
+
+
 def _checked(path: str | Path) -> dict[str, Any]:
     """The content of a file, each entry as it may be, whatever the others say."""
-    content = read_mapping(path)
+    content = _part(path)
     try:
         for key in content:
             if key not in _KINDS:

@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="the YAML file; of several, the later one wins; see docs/guides/methods.md",
+        help="the YAML file, or FILE#NAME for a part of it; of several, the later one wins; see docs/guides/methods.md",
     )
     parser.add_argument("--output_dir", type=Path, help="instead of the file's")
     parser.add_argument("--workers", type=int, default=1, help="runs at once on this machine; default: %(default)s")
