@@ -156,11 +156,11 @@ class Run:
 
 def run(name, architecture, folder, checkpoint=None):
     trainer, peak = architecture.trainer(folder), Peak()
+    head = sum(p.numel() for n, p in trainer.model.named_parameters() if p.requires_grad and "modules_to_save" in n)
     with peak.watched():
         method = method_for(trainer, name, **quick(name))
     begun = method.begun.steps if method.begun else 0
     given = {n: p.numel() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    head = sum(size for n, size in given.items() if "modules_to_save" in n)
     looked, trained = max(0, peak.parameters - head), sum(given.values()) - head
     watch = Watch(method)
     trainer.add_callback(watch)

@@ -1,13 +1,14 @@
 """Methods that train other numbers than A and B, and end as stock LoRA."""
 
 import math
+import warnings
 from copy import deepcopy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from weightlora.errors import OptionError
@@ -373,7 +374,7 @@ def test_what_is_trained_has_the_type_of_the_adapters_before(name, dtype, tmp_pa
     assert method.export(trainer.model) is trainer.model
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "full"])
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 def test_a_quantised_model_is_trained_and_exported(name, quantised_net):
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
@@ -420,22 +421,98 @@ def test_topk_out_of_range_is_one_line():
 # -- full ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-def test_full_is_fine_tuning_of_the_weights_themselves(conv1d):
+class Scaled(nn.Module):
+    """A module with a parameter of its own and a linear layer inside, as state-space models have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(12))
+        self.inner = nn.Linear(12, 12)
+
+    def forward(self, x):
+        return self.scale * self.inner(x)
+
+
+def of_all_kinds():
+    """Layers with and without biases, a norm, and a linear layer that LoRA cannot carry alone."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12, bias=False), nn.LayerNorm(12), Scaled(), nn.Linear(12, 12), nn.Linear(12, 4))
+
+
+#: A base model, what LoRA is asked for, and the sites that carry ΔW; all else is trained whole.
+FULL = {
+    "linear": (net, {"target_modules": ["0", "2"]}, {"0": 8, "2": 4}),
+    "one of two": (net, {"target_modules": ["0"]}, {"0": 8}),
+    "conv1d": (lambda: net(True), {"target_modules": ["0", "2"], "fan_in_fan_out": True}, {"0": 8, "2": 4}),
+    "with and without biases": (of_all_kinds, {"target_modules": ["0", "2.inner", "3"]}, {"0": 8}),
+    "dropout and biases": (net, {"target_modules": ["2"], "lora_dropout": 0.5, "bias": "all"}, {"2": 4}),
+}
+
+
+@pytest.mark.parametrize(("make", "fields", "ranks"), FULL.values(), ids=FULL)
+def test_full_is_fine_tuning_of_the_weights_themselves(make, fields, ranks):
     """Without decay: 8→12 trains ΔW·I, 12→4 trains I·ΔW, and AdamW cannot tell them from W."""
-    lora = LoraConfig(r=4, lora_alpha=6, fan_in_fan_out=conv1d, target_modules=["0", "2"])
-    method, model = attached("full", lora, net(conv1d))
-    assert method.plan.ranks == {"0": 8, "2": 4}
-    assert count(model) == 8 * 12 + 12 * 4 + 2
-    tuned = net(conv1d).requires_grad_(False)
-    for layer in (tuned[0], tuned[2]):
-        layer.weight.requires_grad_(True)
+    method, model = attached("full", LoraConfig(r=4, lora_alpha=6, **fields), make())
+    assert method.plan.ranks == ranks
+    tuned = make()
+    assert count(model) == count(tuned) + len(ranks), "a number in the place of each identity"
     for module in (model, tuned):
         optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.05, weight_decay=0.0)
         for step in range(5):
             (module(batch(step)) - 1).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert (tuned(batch(9)) - net(conv1d)(batch(9))).abs().max() > 1e-2, "it was trained"
+    assert (tuned(batch(9)) - make()(batch(9))).abs().max() > 1e-2, "it was trained"
     torch.testing.assert_close(model(batch(9)), tuned(batch(9)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(method.export(model)(batch(9)), tuned(batch(9)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.merge_and_unload()(batch(9)), tuned(batch(9)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_full_trains_every_weight_of_a_language_model(tied, tmp_path):
+    """Embeddings and norms too; where the output head is the embedding it stays one weight."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    config = LlamaConfig(num_hidden_layers=1, tie_word_embeddings=tied, **sizes)
+    tokens = torch.arange(16).reshape(2, 8)
+
+    def base():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config)
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    method, model = attached("full", lora, base())
+    tuned = base()
+    assert count(model) == count(tuned) + 2
+    for module in (model, tuned):
+        optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
+        for _ in range(5):
+            module(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    logits = tuned(input_ids=tokens).logits
+    torch.testing.assert_close(model(input_ids=tokens).logits, logits, rtol=1e-3, atol=1e-4)
+    assert (logits - base()(input_ids=tokens).logits).abs().max() > 0.1, "it was trained"
+    method.export(model).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        loaded = PeftModel.from_pretrained(base(), str(tmp_path))
+    torch.testing.assert_close(loaded(input_ids=tokens).logits, logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_full_refuses_weights_that_cannot_be_trained(quantised_net):
+    with pytest.raises(OptionError, match=r"full trains all weights, and 0.weight is quantised .*load_in_4bit"):
+        attached("full", LoraConfig(r=4), quantised_net)
+
+
+def test_full_says_where_nothing_can_carry_it():
+    with pytest.raises(OptionError, match="full needs a linear layer outside of modules with parameters of their own"):
+        attached("full", LoraConfig(r=4, target_modules=["inner"]), nn.Sequential(Scaled()))
+    with pytest.raises(OptionError, match="full cannot train scale, which belongs to no module"):
+        attached("full", LoraConfig(r=4, target_modules=["0"]), WithScale())
+
+
+class WithScale(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(8, 4))
+        self.scale = nn.Parameter(torch.ones(4))

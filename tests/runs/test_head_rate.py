@@ -53,7 +53,7 @@ def is_head(name):
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("method", ["full", "lora", "adalora", "increlora", "flexlora", "vera", "tied_lora"])
+@pytest.mark.parametrize("method", ["lora", "adalora", "increlora", "flexlora", "vera", "tied_lora"])
 def test_the_head_has_a_group_of_its_own_beside_any_adapters(method, small_model, tmp_path):
     own = {"model_name_or_path": small_model, **({"method_options": "deltaT=1"} if method == "adalora" else {})}
     run = prepare(recipe(tmp_path, method=method, head_learning_rate=0.5, **own))
@@ -136,5 +136,7 @@ def test_without_a_head_it_is_refused_before_anything_is_written(tmp_path, capsy
     assert "head_learning_rate=0.01: reasoning has no new head" in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+    with pytest.raises(OptionError, match="head_learning_rate is for adapters beside a head, and full trains all"):
+        prepare(recipe(tmp_path, method="full", head_learning_rate=0.01))
     with pytest.raises(OptionError, match=r"head_learning_rate=-1\.0 is not allowed"):
         recipe(tmp_path, head_learning_rate=-1)

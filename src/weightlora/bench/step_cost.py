@@ -56,11 +56,14 @@ class StepCost(TrainerCallback):
     def __init__(self, path: Path, rounds: int, peak: Peak) -> None:
         self._path, self._rounds, self._peak = path, rounds, peak
         self._plain: Any = None
+        self._head = 0
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Keep plain LoRA, before the method changes the model."""
+        """Keep plain LoRA and count its head, before the method changes the model."""
+        trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+        self._head = sum(count for name, count in trained.items() if "modules_to_save" in name)
         if self._rounds:
             lora = copy.deepcopy(model.peft_config["default"])
             lora.use_dora = False
@@ -78,8 +81,7 @@ class StepCost(TrainerCallback):
     ) -> None:
         """Measure; weights and random numbers stay what they are."""
         start = now()
-        head = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" in n)
-        cost: dict[str, Any] = {"peak_parameters": self._peak.parameters - head}
+        cost: dict[str, Any] = {"peak_parameters": self._peak.parameters - self._head}
         if self._rounds:
             with torch.random.fork_rng():
                 batch = next(iter(train_dataloader))

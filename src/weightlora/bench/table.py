@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from weightlora.bench.grid import Grid, Point, Row
 from weightlora.bench.records import Record, by_key, differing, mixed
 from weightlora.errors import OptionError
+from weightlora.methods import entry_of
 from weightlora.text import in_latex, in_markdown, one_line, printable
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def make_table(grid: Grid, records: Sequence[Record]) -> Table:
 
     Metrics are those of the runs at the chosen learning rate: shares in per cent, losses as they are. The average over
     tasks is that of the metric, without what only chooses the rate. Parameters are
-    those of the adapters, at their peak, the selection included, and as exported, means over the runs. Times are
+    those of the adapters, at their peak, the selection included, and as exported, means over the runs; full
+    fine-tuning, whose export holds identities, has its peak in both. Times are
     medians over the runs, relative to ``grid.reference``: the time of a step, interleaved with plain LoRA's, and of
     selection and training together.
     """
@@ -85,7 +87,8 @@ def make_table(grid: Grid, records: Sequence[Record]) -> Table:
     for i, label in enumerate(labels):
         own = [lines[label, task] for task in tasks]
         rates = " ".join(dict.fromkeys("–" if line.rate is None else f"{line.rate:g}" for line in own))
-        counts = [_count(own, name) for name in ("peak_parameters", "adapter_parameters")]
+        within = entry_of(own[0].row.options["method"]).keeps_budget
+        counts = [_count(own, name) for name in (_PEAK, "adapter_parameters" if within else _PEAK)]
         times = [_ratio(own, [lines[grid.reference, task] for task in tasks], names) for names in _TIMES]
         cells = [Cell(text) for text in (label, rates, *counts)]
         cells += [column[i] for column in scores] + averages[i : i + 1] + [Cell(text) for text in times]
@@ -93,6 +96,7 @@ def make_table(grid: Grid, records: Sequence[Record]) -> Table:
     return Table((*header, "step", "whole"), tuple(body), _caption(lines.values()))
 
 
+_PEAK = "peak_parameters"
 _TIMES = (("step_ratio",), ("selection_seconds", "training_seconds"))
 
 

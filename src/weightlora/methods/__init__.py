@@ -46,7 +46,7 @@ class MethodEntry:
 METHODS = (
     MethodEntry(
         "full",
-        "all of the sites' weights: the reference",
+        "all weights of the model: the reference",
         "Table 1",
         reads="nothing",
         trains="other",

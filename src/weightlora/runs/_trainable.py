@@ -164,8 +164,10 @@ def require_head(recipe: Recipe) -> None:
     """Raise where ``head_learning_rate`` has nothing to act on.
 
     Raises:
-        OptionError: The task has no new head, and no module is trained whole.
+        OptionError: The task has no new head and no module is trained whole, or all are, by full fine-tuning.
     """
+    if recipe.method.method == "full":
+        raise OptionError("head_learning_rate is for adapters beside a head, and full trains all weights; leave it out")
     task = recipe.task.task
     if not (TASK_HEADS.get(kind_of(find_task(task)).TASK_TYPE) or recipe.method.lora_modules_to_save):
         raise OptionError(

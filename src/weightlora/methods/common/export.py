@@ -23,11 +23,12 @@ from weightlora.plan.plan import AdapterPlan
 
 @dataclass(frozen=True)
 class Factors:
-    """The update of a site's adapter, ΔW = scale·B·A."""
+    """The update of a site's adapter, ΔW = scale·B·A, and scale·bias."""
 
     a: Tensor  # (r, in)
     b: Tensor  # (out, r)
     scale: float
+    bias: Tensor | None = None  # (out,), that of B
 
     @property
     def rank(self) -> int:
@@ -38,7 +39,8 @@ class Factors:
 def layer_factors(layer: Any) -> Factors:
     """Return A, B and scale of a LoRA layer, also if A and B are computed from other parameters."""
     a, b = _weights(layer)
-    return Factors(a.detach(), b.detach(), layer.scaling["default"])
+    bias = layer.lora_B["default"].bias
+    return Factors(a.detach(), b.detach(), layer.scaling["default"], None if bias is None else bias.detach())
 
 
 @torch.no_grad()
@@ -112,8 +114,13 @@ def become_stock(model: PeftModel, plan: AdapterPlan, factors: Mapping[str, Fact
     new = plan.attach(tuner.unload())
     for name, layer in lora_layers(new).items():
         a, b = _weights(layer)
-        a.copy_(factors[name].a)
-        b.copy_(factors[name].b * (factors[name].scale / layer.scaling["default"]))
+        factor = factors[name]
+        ratio = factor.scale / layer.scaling["default"]
+        a.copy_(factor.a)
+        b.copy_(factor.b * ratio)
+        if factor.bias is not None:
+            bias: Any = layer.lora_B["default"].bias
+            bias.copy_(factor.bias * ratio)
     for (_, wrapper), state in zip(_wrappers(new), learned, strict=True):
         wrapper.modules_to_save["default"].load_state_dict(state)
     take_tuner(model, new)
@@ -121,9 +128,13 @@ def become_stock(model: PeftModel, plan: AdapterPlan, factors: Mapping[str, Fact
 
 
 def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast all trained parameters of ``model`` to one number type."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    """Cast all trained parameters of ``model`` to one number type.
+
+    Modules that are trained whole are never made wider: what reads their output has the model's type.
+    """
+    for name, parameter in model.named_parameters():
+        wider = dtype.itemsize > parameter.dtype.itemsize
+        if parameter.requires_grad and not (wider and ".modules_to_save." in name):
             parameter.data = parameter.data.to(dtype=dtype)
     for layer in model.modules():
         if isinstance(layer, VeraLayer):  # multiplies them with its frozen projections
