@@ -513,6 +513,7 @@ def test_x_is_kept_in_its_own_type_where_a_hook_changes_the_bases(changed):
     [
         (lambda: nn.Sequential(nn.Linear(8, 6)), {"use_dora": True}, "DoraLinearVariant"),
         (lambda: nn.Sequential(nn.Linear(8, 6)), {"lora_bias": True}, "lora_bias"),
+        (lambda: nn.Sequential(nn.Linear(8, 6)), {"init_lora_weights": "mica"}, "MiCA"),
         (lambda: nn.Sequential(nn.Embedding(8, 6)), {}, "layer type Embedding"),
         (lambda: nn.Sequential(nn.Conv2d(3, 6, 2)), {}, "layer type Conv2d"),
     ],

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     knee = make_knee(plan) if arguments.knee else None  # without scores nothing is printed but the error
     console = PlainConsole()
     console.print(terminal_heatmap(plan))
-    summary, options = list(_summary(path, plan)), list(_options(plan))
+    summary, options = list(_summary(plan)), list(_options(plan))
     width = min(_WIDEST, max(len(value) for _, value, _ in (*summary, *options)))
     console.print(_table("plan", summary, width))
     if options:
@@ -106,9 +106,7 @@ def _table(name: str, rows: Iterable[tuple[str, str, str]], width: int) -> Table
     return table
 
 
-def _summary(path: Path, plan: AdapterPlan) -> Iterator[tuple[str, str, str]]:
-    from weightlora.report.coverage import fast_gaps, fast_text
-
+def _summary(plan: AdapterPlan) -> Iterator[tuple[str, str, str]]:
     ranks = sorted({entry.r for entry in plan.entries if entry.r > 0})
     rank = ", ".join(map(str, ranks)) if len(ranks) <= 3 else f"{ranks[0]} to {ranks[-1]}"
     share = 100 * plan.parameters / plan.lora_parameters
@@ -122,7 +120,6 @@ def _summary(path: Path, plan: AdapterPlan) -> Iterator[tuple[str, str, str]]:
         f"{plan.parameters:,} ({share:.1f} %)",
         f"of plain LoRA's {plan.lora_parameters:,}",
     )
-    yield "fast step", fast_text(*fast_gaps(path, plan)), "what enable_fast_lora can speed up"
     yield "rule", plan.rule, _rule_text(plan)
     yield "seed", str(plan.seed), "random numbers of the selection"
     yield "base model", plan.base_model or "unnamed", "model that the plan was made for"
