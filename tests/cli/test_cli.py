@@ -160,7 +160,7 @@ def test_select_writes_a_plan_that_fits_the_model(reviews, tmp_path, minilm, cap
     assert "5 of 36 adapters" in printed
 
     assert main(["show", str(out / "plan.json")]) == 0
-    assert "5 of 36 sites" in capsys.readouterr().out
+    assert "5 of 36 adapters" in capsys.readouterr().out
 
 
 def test_a_plan_without_scores_has_no_knee_plot_not_even_an_old_one(reviews, tmp_path, capsys):
@@ -291,8 +291,8 @@ def test_show_reads_any_peft_adapter(tmp_path, capsys):
     get_peft_model(net, LoraConfig(r=3, target_modules=["1"])).save_pretrained(tmp_path / "adapter")
     assert main(["show", str(tmp_path / "adapter"), "--png", str(tmp_path / "a.png")]) == 0
     printed = capsys.readouterr().out
-    assert "1 of 1 sites, rank 3" in printed
-    assert f"{3 * (6 + 2)} (100.0 %" in printed
+    assert "all 1 adapters at LoRA's rank" in printed
+    assert f"this plan {3 * (6 + 2)} " in " ".join(printed.split())
     assert (tmp_path / "a.png").exists()
 
 

@@ -86,9 +86,9 @@ def test_show_explains_every_line(plan, capsys):
     assert "none" in rows["head_steps"]
     assert "first_order" in rows["rule"]
     assert " 7 " in rows["seed"]
-    assert f"{2 * 4 * 16} (50.0 %)" in rows["parameters"]
-    assert "256" in rows["parameters"]
-    assert "embedded/minilm" in printed
+    assert f"{2 * 4 * 16} of LoRA's 256 parameters (50.0 %)" in rows["kept"]
+    assert printed.startswith(str(AdapterPlan.load(plan)))  # the screen of print(plan)
+    assert "embedded/minilm" in rows["base"]
 
 
 def test_show_writes_the_knee_plot_that_it_is_asked_for(plan, tmp_path, monkeypatch, capsys):

@@ -1,9 +1,9 @@
-"""``weightlora show``: a plan or an adapter directory as a heat map and a table."""
+"""``weightlora show``: a plan or an adapter directory as one screen, and where it comes from."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print what the plan keeps, where, and how it was found."""
     from weightlora.cli._screen import PlainConsole
-    from weightlora.plan.heatmap import draw_heatmap, terminal_heatmap
+    from weightlora.plan.heatmap import draw_heatmap
     from weightlora.plan.make import read_adapter
     from weightlora.plan.plan import AdapterPlan
     from weightlora.report.knee import draw_knee, knee_text, make_knee
@@ -79,12 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
     plan = read_adapter(path) if path.is_dir() else AdapterPlan.load(path)
     knee = make_knee(plan) if arguments.knee else None  # without scores nothing is printed but the error
     console = PlainConsole()
-    console.print(terminal_heatmap(plan))
-    summary, options = list(_summary(plan)), list(_options(plan))
-    width = min(_WIDEST, max(len(value) for _, value, _ in (*summary, *options)))
-    console.print(_table("plan", summary, width))
-    if options:
-        console.print(_table("option", options, width))
+    console.print(str(plan), highlight=False)
+    console.print(_table([*_origin(plan), *_options(plan)]))
     if arguments.png:
         draw_heatmap(plan, arguments.png)
         console.print(f"wrote {arguments.png}", soft_wrap=True)
@@ -94,32 +90,19 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(f"wrote {arguments.knee}", soft_wrap=True)
 
 
-def _table(name: str, rows: Iterable[tuple[str, str, str]], width: int) -> Table:
-    """Name, value and meaning; ``width`` is that of the values."""
+def _table(rows: Sequence[tuple[str, str, str]]) -> Table:
+    """Name, value and meaning."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Column, Table
 
-    value = Column("value", width=width, overflow="fold")
-    table = Table(Column(name, min_width=15, no_wrap=True), value, "meaning", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    value = Column("value", width=min(_WIDEST, max(len(value) for _, value, _ in rows)), overflow="fold")
+    table = Table(Column("from", min_width=15, no_wrap=True), value, "meaning", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def _summary(plan: AdapterPlan) -> Iterator[tuple[str, str, str]]:
-    ranks = sorted({entry.r for entry in plan.entries if entry.r > 0})
-    rank = ", ".join(map(str, ranks)) if len(ranks) <= 3 else f"{ranks[0]} to {ranks[-1]}"
-    share = 100 * plan.parameters / plan.lora_parameters
-    yield (
-        "adapters",
-        f"{len(plan.names)} of {len(plan.entries)} sites, rank {rank}",
-        "layers that carry an adapter",
-    )
-    yield (
-        "parameters",
-        f"{plan.parameters:,} ({share:.1f} %)",
-        f"of plain LoRA's {plan.lora_parameters:,}",
-    )
+def _origin(plan: AdapterPlan) -> Iterator[tuple[str, str, str]]:
     yield "rule", plan.rule, _rule_text(plan)
     yield "seed", str(plan.seed), "random numbers of the selection"
     yield "base model", plan.base_model or "unnamed", "model that the plan was made for"

@@ -1,4 +1,4 @@
-"""A plan by layer and projection: on one screen, as a table of shades and as a picture."""
+"""A plan by layer and projection: as a grid, and as a picture."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from weightlora.text import natural, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
-    from rich.text import Text
 
 #: Words in the name of an attention over another sequence, in lower case and without underscores.
 _CROSS = ("crossattention", "crossattn", "encdecattention", "encoderattn", "encoderattention")
@@ -109,10 +107,8 @@ def ordered_projections(projections: Iterable[str]) -> list[str]:
     return sorted(set(projections), key=projection_key)
 
 
-_SHADES = " ░▒▓█"
 #: Characters of a name of the user's, on the screen and in the picture; the end of a longer one is shown.
 _LONGEST, _IN_PICTURE = 60, 40
-_CAPTION = "shade: score from low to high; ● kept, · no adapter"
 
 
 @dataclass(frozen=True)
@@ -168,24 +164,6 @@ def short_blocks(blocks: Sequence[str]) -> tuple[str, ...]:
     """
     shared = len(re.sub(r"\d*$", "", os.path.commonprefix(blocks)))  # noqa: RUF071  (letters are meant)
     return tuple(block[shared:] or "–" for block in blocks)
-
-
-def terminal_heatmap(plan: PlanData) -> Table:
-    """Return the grid as a rich table: shade = score, ● = kept, · = no adapter; readable without colour."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    grid = make_heatmap(plan)
-    title = f"{len(plan.names)} of {len(plan.entries)} sites kept by {plan.rule}"
-    table = Table(
-        title=title, caption=_CAPTION, box=SIMPLE, padding=(0, 1, 0, 0)
-    )  # so that 7 projections fit 80 columns
-    table.add_column("layer", justify="right", no_wrap=True)
-    for column in grid.columns:
-        table.add_column(column.replace(".", "\n"), justify="center", vertical="bottom")
-    for row, cells in zip(grid.rows, grid.cells, strict=True):
-        table.add_row(row, *(_cell_text(cell) for cell in cells))
-    return table
 
 
 def draw_heatmap(plan: PlanData, path: str | Path) -> None:
@@ -248,15 +226,6 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     """
     with whole_file(path) as draft:  # matplotlib's version is not written into a PNG
         figure.savefig(draft, metadata={"Software": None} if draft.suffix.lower() == ".png" else None)
-
-
-def _cell_text(cell: Shade | None) -> str | Text:
-    from rich.text import Text
-
-    if cell is None:
-        return ""
-    shade = _SHADES[round(cell.level * (len(_SHADES) - 1))]
-    return Text(f"{shade}●", style="bold green") if cell.entry.r > 0 else Text(f"{shade}·", style="dim")
 
 
 def shortened(name: str, longest: int = _LONGEST) -> str:
