@@ -1,11 +1,12 @@
 """The screen of a plan, and the trivial alternatives on it: numbers derived from ranks and shapes."""
 
 from dataclasses import replace
+from math import ceil
 
 import pytest
 
 from weightlora.model.sites import Site
-from weightlora.plan._alternatives import alternatives, floor_share
+from weightlora.plan._alternatives import alternatives, floor_share, floor_times
 from weightlora.plan.plan import AdapterPlan, PlannedSite
 
 R, WIDTH, BLOCKS = 8, 16, 6
@@ -62,6 +63,25 @@ def test_measured_figures_take_the_place_of_estimates_and_say_so():
     assert "LoRA, 61 % of the steps" in rows_of(plan)  # 0.58 + 0.03
     assert "LoRA, micro-batch ÷ 3" in rows_of(plan)  # 1 / 0.4 rounded up
     assert "pays back in time from step 22 on" in str(plan)  # 9 / 0.42 = 21.4
+
+
+@pytest.mark.parametrize("epochs", [1.0, 3.0, 2.5])
+def test_a_plan_for_a_store_has_the_time_of_its_run_and_of_other_floors(epochs):
+    """2(1 - f)E + f of LoRA's 2E; with one epoch what a step takes, as nothing is read back."""
+    plan = plan_of([0, 0, 0, R, R, R], options={"adapters": 3, "epochs": epochs}, spent={"scoring_steps": 3})
+    expected = [(2 * (1 - i / 6) * epochs + i / 6) / (2 * epochs) for i in range(1, 6)]
+    assert floor_times(plan) == pytest.approx(expected)
+    own = alternatives(plan)[0]
+    assert (own.step_time, own.training_time) == pytest.approx((0.75, expected[2]))
+    assert f"LoRA, {100 * expected[2]:.0f} % of the steps" in rows_of(plan)
+    assert f"floors    {epochs:g} epochs with a store: 1/6 {expected[0]:.2f} 1/3 " in str(plan)
+    assert f"pays back in time from step {ceil(3 / (1 - expected[2]))} on" in str(plan)
+    assert max(map(len, str(plan).splitlines())) <= 80
+    measured = replace(plan, options={**plan.options, "run_time": 0.41, "floor_times": [0.9, 0.8, 0.7, 0.6, 0.5]})
+    assert alternatives(measured)[0].training_time == 0.41
+    assert "1/6 0.90 1/3 0.80 1/2 0.70 2/3 0.60 5/6 0.50\n" in str(measured)
+    assert floor_times(plan_of([0, R])) == []
+    assert "floors " not in str(plan_of([0, R]))
 
 
 def test_nothing_to_select_is_said():

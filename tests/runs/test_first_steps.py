@@ -68,6 +68,12 @@ UPPER |= {"max_steps": None, "num_train_epochs": 3, "save_steps": 8, "logging_st
 LAYERS = ["--lora_target_modules", "layer.1.attention.self.query", "layer.1.attention.self.value"]
 
 
+def test_a_plan_of_a_run_with_a_store_is_made_for_its_epochs(base, tmp_path):
+    selected = {**UPPER, "method": "selected", "adapters": 1, "rule": "kappa_tune", "store_dropout": "off below"}
+    assert main(words(base, tmp_path / "run", *LAYERS, store_frozen="memory", **selected)) == 0
+    assert AdapterPlan.load(tmp_path / "run" / "plan.json").options["epochs"] == 3.0
+
+
 def test_a_store_gives_the_adapter_of_a_run_without_dropout_below(base, tmp_path, capsys):
     assert main(words(base, tmp_path / "run", *LAYERS, store_frozen="memory", **UPPER)) == 2
     assert "dropout='off below'" in capsys.readouterr().err

@@ -18,7 +18,7 @@ import weightlora
 from weightlora.errors import DataError, OptionError, WeightLoraWarning
 from weightlora.model.frozen_prefix import FrozenPrefix, find_floor
 from weightlora.model.hidden_store import HiddenFile, HiddenStore
-from weightlora.trainer.store import store_frozen
+from weightlora.trainer.store import StoreCallback, store_frozen
 
 ROWS, LONG = 12, 9
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "pad_token_id": 0}
@@ -229,6 +229,51 @@ def test_two_processes_train_what_one_does(what, tmp_path):
     assert all(one[key].allclose(two[key], atol=1e-5) for key in one)
     if what == "store":
         assert {path.name for path in (tmp_path / "two" / "states").iterdir()} == {"process-0", "process-1"}
+
+
+def bare(folder, **arguments):
+    """A trainer on a model that has no adapters yet, of 240 rows and three epochs: 360 steps."""
+    model = model_of("Llama").unload()
+    given = {"per_device_train_batch_size": 2, **arguments}
+    return trainer_of(folder, "Llama", model=model, rows=rows_of_family("Llama", 240), **given)
+
+
+ABOVE = LoraConfig(r=2, target_modules=r".*layers\.[23]\..*_proj")
+
+
+@pytest.mark.parametrize("store", [True, {"limit": "3kB"}])
+def test_select_for_stores_what_its_plan_leaves_frozen(store, tmp_path):
+    trainer = bare(tmp_path, num_train_epochs=1.0, max_steps=6, per_device_train_batch_size=80)
+    plan = weightlora.select_for(
+        trainer, lora=ABOVE, adapters=3, rule="first_order", steps=2, store=store, progress=False
+    )
+    assert plan.options["epochs"] == 2.0
+    [held] = [callback._store for callback in trainer.callback_handler.callbacks if isinstance(callback, StoreCallback)]
+    trainer.train()
+    assert held.hits == 240 if store is True else 0 < held.hits < 240
+    assert held.floor == "2 of 4 blocks of model.layers" or "3 of 4" in held.floor
+
+
+def test_time_with_a_store_is_that_of_the_whole_run(tmp_path):
+    """Its selection included, so that a plan for other epochs is another one."""
+    plan = weightlora.select_for(bare(tmp_path / "run"), lora=ABOVE, time=0.9, store=True, progress=False)
+    spent = plan.spent["scoring_steps"] / plan.spent["total_steps"]
+    assert spent < plan.options["run_time"] <= 0.9
+    assert plan.options["run_time"] < spent + plan.options["step_time"]
+    assert (plan.options["epochs"], len(plan.options["floor_times"]), plan.spent["total_steps"]) == (3.0, 5, 360)
+    again = weightlora.select_for(bare(tmp_path / "run"), lora=ABOVE, time=0.9, store=True, progress=False)
+    assert again == plan
+    for others in ({"store": True, "num_train_epochs": 2.0}, {"store": False}):
+        trainer = bare(tmp_path / "run", **{k: v for k, v in others.items() if k != "store"})
+        with pytest.raises(OptionError, match=r"epochs=3\.0 there, .* now"):
+            weightlora.select_for(trainer, lora=ABOVE, time=0.9, store=others["store"], progress=False)
+
+
+def test_a_time_in_which_nothing_pays_back_is_told_in_steps_of_lora(tmp_path):
+    with pytest.raises(OptionError, match=r"train LoRA on all sites for 7 steps, which take as long$") as error:
+        weightlora.select_for(bare(tmp_path), lora=ABOVE, time=0.02, store=True, progress=False)
+    assert "takes 0." in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 # -- refused, or told ------------------------------------------------------------------------------------------------

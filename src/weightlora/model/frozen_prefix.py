@@ -52,16 +52,26 @@ def find_floor(model: nn.Module) -> Floor:
         >>> find_floor(get_peft_model(base, LoraConfig(target_modules=["layers.2.self_attn.q_proj"]))).text
         '2 of 3 blocks of model.layers'
     """
+    name, blocks = find_blocks(model)
+    trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+    below = trained.index(True) if any(trained) else len(blocks)
+    if below == 0:
+        raise OptionError(
+            f"the lowest block of {name} is trained, so that nothing below it could be stored; plan with time=0.6, or "
+            "give target_modules of upper layers"
+        )
+    return Floor(name, blocks, below)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the first stack of blocks that the model has, and its name in the base model.
+
+    Raises:
+        OptionError: The model is none of transformers' with blocks.
+    """
     for name, module in base_of(model).named_modules():
         if isinstance(module, nn.ModuleList) and len(module) and all(map(_is_block, module)):
-            trained = [any(p.requires_grad for p in block.parameters()) for block in module]
-            below = trained.index(True) if any(trained) else len(module)
-            if below == 0:
-                raise OptionError(
-                    f"the lowest block of {name} is trained, so that nothing below it could be stored; plan with "
-                    "time=0.6, or give target_modules of upper layers"
-                )
-            return Floor(name, module, below)
+            return name, module
     raise OptionError(f"{type(base_of(model)).__name__} has no list of transformers' blocks; train it without a store")
 
 

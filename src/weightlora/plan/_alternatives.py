@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from weightlora.plan._data import PlanData
+from weightlora.plan.run_time import run_time
 from weightlora.text import natural
 
 Known = Literal["counted", "measured", "estimated", "by definition"]
@@ -25,7 +26,8 @@ class Alternative:
     step_time: float
     """Of a step, relative to LoRA's."""
     training_time: float
-    """Of the whole training, relative to LoRA's: that of scoring is included where the number of steps is known."""
+    """Of the whole training, relative to LoRA's: that of scoring is included where the number of steps is known, and
+    what a store saves where the plan was made for one."""
     time_known: Known
     memory: float
     """Bytes at the peak, or, where they were not counted, activations relative to LoRA's."""
@@ -63,6 +65,18 @@ def floor_share(plan: PlanData) -> float:
     return min((blocks.index(block) for block in kept), default=0) / max(len(blocks), 1)
 
 
+def floor_times(plan: PlanData) -> list[float]:
+    """Return the time of the whole training with all adapters above each of five floors; none without a store."""
+    epochs = plan.options.get("epochs")
+    return [] if epochs is None else plan.options.get("floor_times") or [_stored(i / 6, epochs) for i in range(1, 6)]
+
+
+def _stored(below: float, epochs: float) -> float:
+    """The time of a training with a store, relative to LoRA's; passes in both directions are taken to be equal."""
+    passes = (below, 1 - below)
+    return run_time(1, epochs, passes, passes) / (2 * epochs)
+
+
 def _rows(plan: PlanData) -> Iterator[Alternative]:
     below = floor_share(plan)
     measured = plan.options.get("step_time")
@@ -75,7 +89,9 @@ def _rows(plan: PlanData) -> Iterator[Alternative]:
         memory_known, memory, lora_memory = "counted", float(peak), float(of_lora)
     steps = plan.spent.get("total_steps")
     scoring = plan.spent.get("scoring_steps", 0) / steps if steps else 0.0
-    yield Alternative("this plan", plan.parameters, time, time + scoring, time_known, memory, memory_known)
+    epochs, run = plan.options.get("epochs"), plan.options.get("run_time")  # a measured run includes the scoring
+    whole = float(run) if run is not None else scoring + (time if epochs is None else _stored(below, epochs))
+    yield Alternative("this plan", plan.parameters, time, whole, time_known, memory, memory_known)
     top = max(entry.lora_r for entry in plan.entries)
     of = plan.lora_parameters
     definition: Known = "by definition"
@@ -85,8 +101,8 @@ def _rows(plan: PlanData) -> Iterator[Alternative]:
         r, parameters = lower
         adapters = _BYTES * (of - parameters) if memory_known == "counted" else 0.0
         yield Alternative(f"LoRA, rank {r}", parameters, 1.0, 1.0, "estimated", lora_memory - adapters, memory_known)
-    if time < 0.995:
-        share = round(100 * (time + scoring))
+    if min(time, whole) < 0.995:
+        share = round(100 * whole)
         if share < 100:
             yield Alternative(
                 f"LoRA, {share} % of the steps", of, 1.0, share / 100, definition, lora_memory, memory_known

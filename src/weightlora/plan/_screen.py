@@ -7,10 +7,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from weightlora.plan._alternatives import Alternative, alternatives
+from weightlora.plan._alternatives import Alternative, alternatives, floor_times
 from weightlora.plan._data import PlanData, PlannedSite
 from weightlora.plan.heatmap import make_heatmap, ordered_projections, short_blocks, shortened
 from weightlora.plan.limits import LIMITS
+from weightlora.plan.run_time import FLOORS
 from weightlora.text import natural
 
 #: Most rows, columns and characters of the table; more blocks share rows, and the rarest projections share a column.
@@ -119,6 +120,9 @@ def _costs(plan: PlanData) -> Iterator[str]:
     own = rows[0]
     what = "memory: peak, counted" if own.memory_known == "counted" else "memory: activations, estimated"
     yield f"parameters counted; time {own.time_known}; {what}"
+    times = " ".join(f"{floor} {time:.2f}" for floor, time in zip(FLOORS, floor_times(plan), strict=False))
+    if times:
+        yield _line("floors", f"{plan.options['epochs']:g} epochs with a store: {times}")
 
 
 def _memory(row: Alternative) -> str:
@@ -141,7 +145,9 @@ def _advice(plan: PlanData) -> Iterator[str]:
     steps, total = plan.spent.get("scoring_steps"), plan.spent.get("total_steps")
     if not steps:
         return
-    saved = 1 - alternatives(plan)[0].step_time
+    own = alternatives(plan)[0]
+    spent = steps / total if total else 0.0
+    saved = 1 - (own.step_time if plan.options.get("epochs") is None else own.training_time - spent)
     back = f"; pays back in time from step {math.ceil(steps / saved):,} on" if saved > 0.005 else ""
     of = f" ({100 * steps / total:.1f} % of {total:,})" if total else ""
     yield _line("scoring", f"{steps} steps{of}{back}")

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.files import only_writer, scratch_folder, write_json, written
 from weightlora.folders import own_files, require_replaceable
-from weightlora.methods import Method, entry_of
+from weightlora.methods import Method, entry_of, options_of
 from weightlora.model.distributed import from_first, is_first
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs._checkpoint import resume, resume_point, whole_checkpoints
@@ -70,7 +70,7 @@ from weightlora.tasks.base import Prepared
 from weightlora.trainer.attach import adopt, method_for
 from weightlora.trainer.batch_size import Batch, grown_batch, require_growable, use_batch
 from weightlora.trainer.guard import PLAN_FILE
-from weightlora.trainer.loader import require_measurable
+from weightlora.trainer.loader import planned_epochs, require_measurable
 from weightlora.trainer.store import store_frozen
 
 if TYPE_CHECKING:
@@ -249,7 +249,10 @@ def plan(run: Run) -> Method:
         require_candidates(options, made, trainer.model)  # pyright: ignore[reportArgumentType]
         method = adopt(trainer, made, seed=run.recipe.training.seed, fast=options.fast)
     else:
-        method = method_for(trainer, options.method, fast=options.fast, **options.given)
+        given: dict[str, Any] = options.given
+        if options.store_frozen is not None and "epochs" in options_of(options.method):
+            given = {"epochs": planned_epochs(trainer), **given}
+        method = method_for(trainer, options.method, fast=options.fast, **given)
     if options.grow_batch:
         output = run.recipe.output_dir  # a resumed run must not change its batch
         asked = Batch(trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps)

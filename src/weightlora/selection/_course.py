@@ -38,6 +38,11 @@ class Course:
     measuring: int
     """Steps that measuring takes."""
 
+    @property
+    def steps(self) -> int:
+        """The most steps that the selection takes."""
+        return self.head_steps + self.rule.batches(self.times) + self.measuring
+
 
 def course_of(scoring: Scoring, has_head: bool) -> Course:
     """Return how the steps of a selection are spent.
@@ -77,6 +82,7 @@ def options_of(scoring: Scoring, course: Course) -> dict[str, Any]:
     """Return the settings that a plan records; those that are off by default are left out."""
     return {
         **scoring.limits.asked,
+        **stored_by(scoring),
         "steps": "auto" if scoring.steps == "auto" else course.times[-1],
         **({"learning_rate": scoring.learning_rate} if scoring.run is None else {}),
         **settings_of(course.rule),
@@ -87,6 +93,11 @@ def options_of(scoring: Scoring, course: Course) -> dict[str, Any]:
         **({"warm_start": True} if scoring.warm_start else {}),
         **({} if scoring.run is None else {"begins_training": True}),
     }
+
+
+def stored_by(scoring: Scoring) -> dict[str, float]:
+    """Return the epochs of a training that stores what is frozen."""
+    return {} if scoring.epochs is None else {"epochs": scoring.epochs}
 
 
 def found_by(scored: int, scores: Scores, course: Course) -> dict[str, Any]:
@@ -101,6 +112,10 @@ def measured_by(costs: Costs, ranks: Sequence[int], peak: int) -> dict[str, Any]
     found: dict[str, Any] = {}
     if costs.time is not None:
         found["step_time"] = (costs.time.of(kept) + costs.growth(costs.time, ranks)) / costs.time.of_all
+    if costs.time is not None and costs.run is not None:
+        run, lora = costs.run, costs.time.of_all
+        found["run_time"] = (run.cost.of(kept) + costs.growth(run.cost, ranks)) / lora
+        found["floor_times"] = [round(time / lora, 3) for time in run.of_floors()]
     if costs.memory is not None:
         found |= {"peak_bytes": peak, "lora_peak_bytes": costs.memory.of_all}
     return found

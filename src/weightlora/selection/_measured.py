@@ -13,6 +13,7 @@ from weightlora.cost.knapsack import Cost
 from weightlora.cost.peak import Peaks, raised
 from weightlora.cost.saved_bytes import is_checkpointed
 from weightlora.cost.step_time import time_cost
+from weightlora.cost.stored_run import measured_run
 from weightlora.errors import OptionError
 from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.distributed import from_first
@@ -27,6 +28,7 @@ from weightlora.selection.steps import SHARE
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+    from weightlora.selection._course import Course
     from weightlora.selection.allocate import Costs
     from weightlora.selection.scoring import Scoring
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 _ROUNDS = 5
 #: Steps of LoRA that a round takes: one by nodes, one with no adapter, one with the first and one with all.
 _STEPS_OF_ROUND = 3.3
+#: And with a store one more with no adapter.
+_STEPS_OF_STORED_ROUND = 3.8
 #: Sets that are chosen until the count of one is within the limit.
 _CHOICES = 10
 #: Bytes of the 16 levels of a weight in 4 bit.
@@ -48,11 +52,12 @@ def measuring_steps(scoring: Scoring) -> tuple[int, int]:
     """
     if scoring.time is None:
         return 0, int(scoring.memory is not None)
+    each = _STEPS_OF_ROUND if scoring.epochs is None else _STEPS_OF_STORED_ROUND
     if scoring.total_steps is None:
-        return _ROUNDS, round((_ROUNDS + 1) * _STEPS_OF_ROUND)
+        return _ROUNDS, round((_ROUNDS + 1) * each)
     most = SHARE * scoring.total_steps
-    rounds = min(_ROUNDS, int(most / 2 / _STEPS_OF_ROUND) - 1)
-    return (rounds, round((rounds + 1) * _STEPS_OF_ROUND)) if rounds > 0 else (0, max(int(most / 3), 1))
+    rounds = min(_ROUNDS, int(most / 2 / each) - 1)
+    return (rounds, round((rounds + 1) * each)) if rounds > 0 else (0, max(int(most / 3), 1))
 
 
 def require_measurable(limits: Limits, model: nn.Module, lora: LoraConfig, costs: Costs) -> None:
@@ -80,31 +85,36 @@ def require_measurable(limits: Limits, model: nn.Module, lora: LoraConfig, costs
         )
 
 
-def measured(costs: Costs, limits: Limits, peaks: Peaks, first: FirstBatch, *, rounds: int, profiled: int) -> Costs:
+def measured(costs: Costs, scoring: Scoring, course: Course, peaks: Peaks, first: FirstBatch) -> Costs:
     """Return the costs with time and memory where they are limited; all processes use the first one's numbers.
 
     Args:
         costs: In parameters.
-        limits: What is asked for.
+        scoring: What is asked for.
+        course: How the selection spends its steps.
         peaks: Of the model with plain LoRA on all sites.
         first: The batch that is measured.
-        rounds: Of timed steps.
-        profiled: Steps that are timed node by node where there are no rounds.
 
     Raises:
         OptionError: Not even a single adapter fits into memory; with what would fit.
     """
-    if limits.bytes is not None:
+    if scoring.bytes is not None:
         own = peaks.cost()
         memory = from_first(lambda: own)
-        fault = _fault(memory, limits.bytes, peaks, first)
+        fault = _fault(memory, scoring.bytes, peaks, first)
         text = from_first(lambda: fault)
         if text is not None:
-            raise OptionError(f"{limits.text}: {text}")
+            raise OptionError(f"{scoring.text}: {text}")
         costs = replace(costs, memory=memory)
-    if limits.time is not None:
-        seconds = time_cost(peaks.model, first, rounds=rounds, profiled=profiled)
+    if scoring.time is not None:
+        seconds = time_cost(peaks.model, first, rounds=course.rounds, profiled=course.measuring)
         costs = replace(costs, time=from_first(lambda: seconds))
+        if scoring.epochs is not None:
+            rounds, steps = max(course.rounds, 1), scoring.total_steps
+            run = measured_run(
+                peaks.model, first, seconds, scoring.epochs, rounds=rounds, steps=steps, selecting=course.steps
+            )
+            costs = replace(costs, run=from_first(lambda: run))
     return costs
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from weightlora.cost.knapsack import Cost, CostBudget, additive_cost
+from weightlora.cost.stored_run import StoredRun
 from weightlora.errors import OptionError
 from weightlora.model.sites import Site, output_vectors, rank_and_alpha
 from weightlora.plan.budget import Budget, Chooser, chosen_ranks
@@ -44,6 +45,8 @@ class Costs:
     """Nanoseconds of a step for each set of sites at the user's ranks, where time is limited."""
     memory: Cost | None = None
     """Bytes at the peak for each set of sites at the user's ranks, where memory is limited."""
+    run: StoredRun | None = None
+    """The same as ``time`` in a run with a store, whose limit is a share of LoRA's run."""
     besides: int = 0
     """Parameters of adapters that are not chosen, such as those of ``target_parameters``."""
 
@@ -154,7 +157,7 @@ def chooser_of(sites: Sequence[Site], costs: Costs, limits: Limits, ranking: Ran
         bounds = [*_measured(costs, limits), *([(additive_cost((1,) * n), k)] if k is not None else [])]
         budget = CostBudget(tuple(cost for cost, _ in bounds), tuple(limit for _, limit in bounds))
         if not any(budget.holds([i]) for i in range(n)):
-            raise OptionError(f"no site fits {limits.text}{_what_is_missing(sites, costs, bounds)}")
+            raise OptionError(f"no site fits {limits.text}{_what_is_missing(sites, costs, limits, bounds)}")
     elif k is None:
         budget = Budget(costs.adapters, _most(costs, limits), costs.fixed)
         smallest = min(range(n), key=lambda i: costs.adapters[i])
@@ -292,7 +295,7 @@ def _measured(costs: Costs, limits: Limits) -> list[tuple[Cost, int]]:
     """The measured costs with their limits in nanoseconds and bytes."""
     found: list[tuple[Cost, int]] = []
     if costs.time is not None and (nanoseconds := limits.time_of(costs.time.of_all)) is not None:
-        found.append((costs.time, nanoseconds))
+        found.append((costs.time if costs.run is None else costs.run.cost, nanoseconds))
     if costs.memory is not None and limits.bytes is not None:
         found.append((costs.memory, limits.bytes))
     return found
@@ -312,10 +315,15 @@ def _require_one_rank(places: Iterable[int], costs: Costs, limits: Limits) -> No
         )
 
 
-def _what_is_missing(sites: Sequence[Site], costs: Costs, bounds: Sequence[tuple[Cost, int]]) -> str:
+def _what_is_missing(sites: Sequence[Site], costs: Costs, limits: Limits, bounds: Sequence[tuple[Cost, int]]) -> str:
     """What the cheapest site takes of the first measured cost that it exceeds."""
     for cost, limit in bounds:
         name, least = sites[cost.cheapest].name, cost.of([cost.cheapest])
+        if least > limit and costs.run is not None and costs.time is not None and cost is costs.run.cost:
+            text = f": the cheapest, {name}, takes {least / costs.time.of_all:.3f} of LoRA's time in this run, with "
+            text += "the selection and the first epoch's forward passes; raise time"
+            steps = limits.time_of(costs.run.steps or 0)
+            return text + (f", or train LoRA on all sites for {steps:,} steps, which take as long" if steps else "")
         if least > limit and cost is costs.time:
             return f": the cheapest, {name}, takes {least / cost.of_all:.3f} of LoRA's step time; raise time"
         if least > limit:

@@ -49,6 +49,8 @@ class Scoring(Limits):
     learning_rate: Positive = 1e-3
     head_learning_rate: Positive | None = None
     seed: int = 0
+    epochs: Positive | None = None
+    """Of a training that stores what is frozen: ``time`` is then the share of the whole run. None: without a store."""
     ranking: Ranking | None = None
     loss_fn: Loss | None = None
     fast: Dropout | None = None

@@ -36,7 +36,7 @@ from weightlora.plan.card import base_model_name
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.ranking import Ranking, ranked
-from weightlora.selection._course import course_of, found_by, measured_by, options_of, spent_on, tell_cost
+from weightlora.selection._course import course_of, found_by, measured_by, options_of, spent_on, stored_by, tell_cost
 from weightlora.selection._kept import choices, kept_numbers, require_gradients, require_positive
 from weightlora.selection._measured import measured, require_measurable, within_memory
 from weightlora.selection._trained import Trained, adapter_copies, head_copies, require_plain
@@ -222,8 +222,8 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
     with with_plain_lora(model, lora, found.sites, seed=scoring.seed) as attached:
         head, loss_fn = head_of(attached), scoring.loss_fn or model_loss
         course = course_of(scoring, bool(head))
-        rule, total = course.rule, course.head_steps + course.rule.batches(course.times)
-        level = tell_cost(scoring, total + course.measuring, most=len(course.times) > 1)
+        rule, total = course.rule, course.steps - course.measuring
+        level = tell_cost(scoring, course.steps, most=len(course.times) > 1)
         if scoring.fast is not None:
             enable_fast_lora(attached, scoring.fast)
         peaks, peak = None, 0
@@ -232,7 +232,7 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
             with untouched(model, seed=scoring.seed):  # the scores are as if nothing had been measured
                 measured_on = FirstBatch(model, first, loss_fn)
                 peaks = Peaks.of_model(attached, measured_on, vectors=output_vectors(lora))
-                costs = measured(costs, scoring, peaks, measured_on, rounds=course.rounds, profiled=course.measuring)
+                costs = measured(costs, scoring, course, peaks, measured_on)
         chooser = _chooser(rule, found.sites, costs, scoring)
         if scoring.rule is None and isinstance(chooser, CostBudget) and chooser.holds(range(len(found.sites))):
             # Scores would decide nothing: all sites are within the measured limits.
@@ -305,7 +305,7 @@ def _unscored(sites: Sequence[Site], lora: LoraConfig, costs: Costs, scoring: Sc
     """The plan where scores decide nothing: ranks are free, or all sites are within the measured limits."""
     ranks = allocate(sites, None, costs, scoring)
     peak = 0 if costs.memory is None else costs.memory.of_all + costs.growth(costs.memory, ranks)
-    options = {**scoring.limits.asked, **measured_by(costs, ranks, peak)}
+    options = {**scoring.limits.asked, **stored_by(scoring), **measured_by(costs, ranks, peak)}
     return _planned(sites, lora, ranks, alpha_by="root", rule=UNIFORM, options=options, **record)
 
 

@@ -165,6 +165,7 @@ def _options(scoring: Scoring, total_steps: int) -> dict[str, Any]:
     return {
         **dict.fromkeys(LIMITS),
         **scoring.limits.asked,
+        "epochs": None if scoring.time is None else scoring.epochs,
         "rule": UNIFORM if rule is None else rule.name,
         **scored,
         "seed": scoring.seed,

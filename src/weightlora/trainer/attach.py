@@ -49,6 +49,7 @@ from weightlora.trainer.loader import (
     micro_loss,
     optimizer_steps,
     placed,
+    planned_epochs,
     planned_steps,
     quiet_copy,
     require_heads,
@@ -57,6 +58,7 @@ from weightlora.trainer.loader import (
     require_weights,
     within_memory,
 )
+from weightlora.trainer.store import store_frozen
 
 
 def method_for(
@@ -155,6 +157,7 @@ def select_for(
     time: float | None = None,
     memory: str | None = None,
     lora: LoraConfig | None = None,
+    store: bool | Mapping[str, Any] = False,
     **options: Any,
 ) -> AdapterPlan:
     """Return the plan for what ``trainer`` is about to train; its model carries exactly the planned adapters.
@@ -167,9 +170,12 @@ def select_for(
         adapters: At most so many whole adapters at the user's rank, or this share of them; half of them where no limit
             is given.
         parameters: At most so many adapter parameters, or this share of LoRA's. Ranks are free, and no batch is read.
-        time: At most this share of LoRA's step time.
+        time: At most this share of LoRA's step time; with ``store`` of LoRA's time for the whole run, the selection and
+            the first epoch's forward passes included.
         memory: The most at the peak of the device, such as ``"8GB"``.
         lora: As in :func:`method_for`.
+        store: Compute what lies below the lowest adapter once, by :func:`weightlora.store_frozen`; a mapping has its
+            options.
         options: Further arguments of :func:`method_for` and :func:`weightlora.select`: rule, steps, seed,
             learning_rate, fast, ... With ``progress=False`` the plan is not printed.
 
@@ -189,9 +195,12 @@ def select_for(
         ([1, 1], 'PeftModel')
     """
     asked = {"adapters": adapters, "parameters": parameters, "time": time, "memory": memory}
+    asked |= {"epochs": planned_epochs(trainer)} if store else {}
     plan = method_for(trainer, lora=lora, **{k: v for k, v in asked.items() if v is not None}, **options).plan
     if options.get("progress", not trainer.args.disable_tqdm) and is_first():
         print(plan)  # noqa: T201 - the screen is for whoever runs the script
+    if store:
+        store_frozen(trainer, **(store if isinstance(store, Mapping) else {}))
     return plan
 
 

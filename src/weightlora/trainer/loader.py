@@ -100,6 +100,12 @@ def planned_steps(trainer: Trainer) -> int:
     return int(max_steps)
 
 
+def planned_epochs(trainer: Trainer) -> float:
+    """Return how often ``trainer.train()`` is going to see each row."""
+    _, each, *_, max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return max_steps / each
+
+
 def quiet_copy(trainer: Trainer) -> Trainer:
     """Return a copy of the trainer with notebooks of its own: what a loss writes down stays out of the logs."""
     quiet = copy(trainer)

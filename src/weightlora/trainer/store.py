@@ -172,7 +172,7 @@ def store_frozen(
         prefix.remove()
         raise
     store = FrozenStore(prefix, expected)
-    trainer.add_callback(_StoreCallback(store))
+    trainer.add_callback(StoreCallback(store))
     if is_first():
         size = "an unknown size" if expected is None else f"about {expected / 1e9:.3g} GB"
         _LOG.info("%s are stored in the first epoch, %s; later epochs do not run them", prefix.floor.text, size)
@@ -263,7 +263,7 @@ def _expected(trainer: Trainer, batches: list[Any], token: int) -> int | None:
     return round(len(rows) * tokens * token)
 
 
-class _StoreCallback(TrainerCallback):
+class StoreCallback(TrainerCallback):
     """Tells what is stored, gives up where rows change, and ends with the training."""
 
     def __init__(self, store: FrozenStore) -> None:
