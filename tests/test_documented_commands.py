@@ -78,7 +78,7 @@ def named(tmp_path_factory, small_model):
     base.save_pretrained(folder / "base")
     with pytest.MonkeyPatch.context() as patch:  # the adapter names its base
         patch.chdir(folder)
-        lora = LoraConfig(target_modules=["v_proj"], task_type="CAUSAL_LM")
+        lora = LoraConfig(target_modules=["v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
         get_peft_model(LlamaForCausalLM.from_pretrained("base"), lora).save_pretrained("adapter")
     shutil.copytree(folder / "adapter", folder / "runs/train/adapter")
     shutil.copy(folder / "recipe.yaml", folder / "runs/train/config.yaml")
@@ -94,7 +94,7 @@ def here(named, tmp_path, monkeypatch):
 
 
 def test_there_are_commands_to_run():
-    known = {"select", "train", "estimate", "emit", "check", "export", "report", "analyse"}
+    known = {"select", "train", "estimate", "emit", "check", "export", "squeeze", "report", "analyse"}
     assert {words[0] for words in commands()} == known
     assert len(commands()) >= 12
 
@@ -104,7 +104,7 @@ def test_commands_run(words, here, small_model):
     if words[0] == "estimate":
         assert main([*words, "--model_name_or_path", str(small_model)]) == 0
         return
-    if words[0] in ("emit", "report"):
+    if words[0] in ("emit", "report", "squeeze"):
         assert main(words) == 0
         return
     if words[0] in ("check", "export"):

@@ -48,6 +48,7 @@ RUN_BY = {
     "weightlora emit": ("tests/stacks/test_stacks.py", '"emit"'),
     "weightlora check": ("tests/serving/test_serving.py", '"check"'),
     "weightlora export": ("tests/serving/test_serving.py", '"export"'),
+    "weightlora squeeze": ("tests/serving/test_squeeze.py", '"squeeze"'),
     "weightlora doctor": ("tests/cli/test_doctor.py", '"doctor"'),
     "weightlora report": ("tests/report/test_page.py", '"report"'),
     "weightlora bench merge": ("tests/bench/test_merge.py", '"bench", "merge"'),

@@ -22,7 +22,7 @@ from weightlora.plan.make import read_adapter
 
 #: They write beside what is there; the others replace a folder.
 BESIDE = ("select", "train", "bench", "paper", "analyse")
-WHOLE = ("export", "emit", "save_adapter")
+WHOLE = ("export", "emit", "squeeze", "save_adapter")
 #: Each keeps the name, so that ``paper`` can write there: it makes a folder for its size.
 NAME = "embedded"
 
@@ -56,6 +56,7 @@ class Bed:
             "analyse": ["dot-product", *recipe],
             "export": [self.folder / "adapter", "--for", "mlx", "--output_dir", output],
             "emit": [self.folder / "plan.json", "--for", "axolotl", "--output_dir", output],
+            "squeeze": [self.folder / "adapter", "--max_rank", "1", "--output_dir", output],
             "report": [self.folder / "plan.json", "--output", output],
         }
         return main([command, *map(str, of[command])])
@@ -70,7 +71,7 @@ def bed(tokenizer, tmp_path_factory):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
     llama.save_pretrained(folder / "llama")
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     adapted = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "llama"), lora)
     adapted.save_pretrained(folder / "adapter")
     read_adapter(folder / "adapter").save(folder / "plan.json")
@@ -185,6 +186,7 @@ CHANGED = {
     "analyse": ["dot_product.json", "dot_product.png"],
     "export": ["adapters.safetensors", "README.md"],
     "emit": ["axolotl.yaml"],
+    "squeeze": ["adapter_model.safetensors", "README.md"],
     "save_adapter": ["README.md", "plan.json"],
 }
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from weightlora.selection.select import select
     from weightlora.serving.check import check
     from weightlora.serving.export import export
+    from weightlora.serving.squeeze import squeeze
     from weightlora.stacks.emit import emit
     from weightlora.trainer.attach import method_for, select_for
     from weightlora.trainer.store import store_frozen
@@ -63,6 +64,7 @@ _HOMES = {
     "method_for": "trainer.attach",
     "select": "selection.select",
     "select_for": "trainer.attach",
+    "squeeze": "serving.squeeze",
     "store_frozen": "trainer.store",
 }
 
@@ -89,6 +91,7 @@ __all__ = [
     "method_for",
     "select",
     "select_for",
+    "squeeze",
     "store_frozen",
 ]
 

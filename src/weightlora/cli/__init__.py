@@ -23,6 +23,7 @@ from weightlora.cli import (
     report,
     select,
     show,
+    squeeze,
     train,
 )
 from weightlora.cli._streams import CheckedOutput, one_line_warnings, quiet_imports, say
@@ -39,6 +40,7 @@ _COMMANDS = (
     emit,
     check,
     export,
+    squeeze,
     estimate,
     analyse,
     bench,

@@ -155,7 +155,7 @@ class Limits:
             >>> Limits(memory="1.5GB").bytes, Limits(memory="1.5 GiB").bytes
             (1500000000, 1610612736)
         """
-        return None if self.memory is None else _read_bytes(self.memory)
+        return None if self.memory is None else read_bytes(self.memory)
 
 
 def check_limit(name: str, value: Any) -> Any:
@@ -171,7 +171,7 @@ def check_limit(name: str, value: Any) -> Any:
     if value is None:
         return None
     if name == "memory":
-        if isinstance(value, str) and _read_bytes(value) is not None:
+        if isinstance(value, str) and read_bytes(value) is not None:
             return value
     elif not isinstance(value, bool) and isinstance(value, Real) and 0 < float(value) < math.inf:
         if isinstance(value, Integral) and name != "time":
@@ -215,7 +215,13 @@ def _decimal(value: float) -> Fraction:
     return Fraction(str(float(value)))
 
 
-def _read_bytes(text: str) -> int | None:
+def read_bytes(text: str) -> int | None:
+    """Return a size with its unit as a number of bytes; None where it is none.
+
+    Example:
+        >>> read_bytes("10MB"), read_bytes("1.5 GiB"), read_bytes("10")
+        (10000000, 1610612736, None)
+    """
     match = re.fullmatch(r"\s*(\d[\d_]*\.?\d*|\.\d+)\s*([kmg]i?b)\s*", text, re.IGNORECASE)
     amount = int(Fraction(match.group(1).replace("_", "")) * _BYTES[match.group(2).lower()]) if match else 0
     return amount or None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlora.errors import MissingPackageError, OptionError, SiteError, WeightLoraError, require_extra
+from weightlora.errors import DataError, MissingPackageError, OptionError, SiteError, WeightLoraError, require_extra
 from weightlora.model.layers import unchecked_patterns
 from weightlora.model.sites import TASK_HEADS, find_sites
 from weightlora.plan.make import make_plan
@@ -24,15 +25,21 @@ if TYPE_CHECKING:
 
 
 def make_trainer(
-    recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), *, measured: bool = True, few: int | None = None
+    recipe: Recipe,
+    callbacks: Sequence[TrainerCallback] = (),
+    *,
+    measured: bool = True,
+    few: int | None = None,
+    adapter: Path | None = None,
 ) -> tuple[Prepared, Trainer, Mapping[str, int]]:
-    """Return what measures a recipe, its trainer on the base model with plain LoRA on all candidates, and its rows.
+    """Return what measures a recipe, its trainer on the base model with adapters, and its rows.
 
     Args:
         recipe: What to run.
         callbacks: Further callbacks of the trainer.
         measured: False loads the training rows only.
         few: Measure only so many rows of each split; the rows that are counted are all of them.
+        adapter: The folder of the adapter; None is plain LoRA on all candidates.
 
     Raises:
         DataError: Rows or model are missing or malformed.
@@ -49,7 +56,7 @@ def make_trainer(
     tokenizer = load_tokenizer(path, **{k: v for k, v in loading.items() if k in ("gguf_file", "revision")})
     prepared = kind.prepare(task, rows, tokenizer, _row_options(recipe.task))
     base = load_model(path, task, rows, seed=recipe.training.seed, **loading)
-    model = _with_lora(base, recipe, kind.TASK_TYPE)
+    model = _with_lora(base, recipe, kind.TASK_TYPE) if adapter is None else _with_adapter(base, adapter)
     try:
         return prepared, prepared.make_trainer(model, recipe.training, callbacks), counts
     except WeightLoraError:
@@ -130,6 +137,21 @@ def _require_modules(base: Any, names: Sequence[str]) -> None:
                 f"lora_modules_to_save: the model has no module {name!r}{closest(name, ends)}; there are "
                 f"{', '.join(sorted(end for end in ends if not end.isdigit()))}"
             )
+
+
+def _with_adapter(base: Any, folder: Path) -> Any:
+    """Put a trained adapter on the model.
+
+    Raises:
+        DataError: It does not fit the model.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(base, folder)
+    except (RuntimeError, ValueError) as error:  # PyTorch's list of shapes has a line for each
+        reason = " ".join(str(error).split())
+        raise DataError(f"{folder} does not fit {base.name_or_path or 'the base model'}: {reason:.200}") from error
 
 
 def _with_lora(base: Any, recipe: Recipe, task_type: str) -> Any:

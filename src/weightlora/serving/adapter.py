@@ -55,6 +55,10 @@ class Adapter:
         """The largest rank in the configuration, whether or not a site has it."""
         return max(self.config["r"], *(self.config.get("rank_pattern") or {}).values(), self.rank)
 
+    def embeds(self, name: str) -> bool:
+        """Whether the site of that name is an embedding."""
+        return any(own.embedding for own in self.sites if own.site.name == name)
+
 
 def base_name(adapter: Adapter) -> str:
     """Return the base model that an adapter names; empty where it names none."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 #: Initialisations that only set the start of A and B. With another one PEFT changes the base weights, too, when it
 #: loads the adapter.
-_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _MERGE = "merge the adapter into the base model (PeftModel.merge_and_unload) and serve that"
 _SHOWN = 4
 
@@ -196,7 +196,7 @@ class _Case:
         if config.get("lora_bias"):
             yield f"the biases of B (lora_bias) are not read; {_MERGE}"
         start = config.get("init_lora_weights")
-        if isinstance(start, str) and start.lower() not in _PLAIN_STARTS:
+        if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
             yield (
                 f"init_lora_weights={start!r:.40} belongs to base weights that PEFT has changed; save the adapter with "
                 "path_initial_model_for_weight_conversion"

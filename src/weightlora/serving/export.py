@@ -8,8 +8,6 @@ adapters of zeros complete the layers and the fused matrices.
 from __future__ import annotations
 
 import math
-import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from weightlora.errors import OptionError, OutputError, ServingError
+from weightlora.errors import OptionError, ServingError
 from weightlora.files import write_json
 from weightlora.folders import require_replaceable, whole_folder
 from weightlora.model.sites import Site
-from weightlora.plan.card import CARD_FILE, LABELS_FILE, PICTURE_FILE
 from weightlora.plan.make import ADAPTER_FILES
 from weightlora.serving import GGUF_FILE, READERS, Reader, padded_rank, reader_of
-from weightlora.serving._write import Planned, write_gguf, write_tensors
+from weightlora.serving._write import Planned, copy_beside, require_apart, stock_config, write_gguf, write_tensors
 from weightlora.serving.adapter import (
     Adapter,
     BaseModel,
@@ -45,10 +42,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WRITER = "weightlora export"
-
-
-#: What a stranger loads the adapter with: its card and picture, the names of its classes and its tokenizer.
-_BESIDE = (CARD_FILE, PICTURE_FILE, LABELS_FILE, "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,7 @@ def export(
     """
     target = _target(reader, converter)
     adapter = read_files(folder)
-    _require_apart(adapter.folder, Path(output_dir))
+    require_apart(adapter.folder, Path(output_dir))
     require_replaceable(output_dir, _WRITER)
     known = base or base_name(adapter)
     layers = _base_of(adapter, known) if base or is_here(known) else BaseModel()
@@ -109,8 +102,7 @@ def export(
         else:
             for name in ADAPTER_FILES:
                 shutil.copyfile(adapter.folder / name, draft / name)
-        for file in (file for pattern in _BESIDE for file in adapter.folder.glob(pattern) if file.is_file()):
-            shutil.copyfile(file, draft / file.name)
+        copy_beside(adapter.folder, draft)
         if target.peft_folder:
             left = _problems(read_files(draft), target, layers)
             assert not left, f"the export itself cannot be read: {left}"
@@ -167,15 +159,6 @@ def _target(reader: str, converter: str | Path | None) -> Reader:
     return reader_of("llama.cpp") if reader == "ollama" else target
 
 
-def _require_apart(folder: Path, output_dir: Path) -> None:
-    """Raise where writing ``output_dir`` would touch the adapter."""
-    here, there = (Path(os.path.realpath(path)) for path in (folder, output_dir))
-    if here.is_relative_to(there) or there.is_relative_to(here):
-        raise OutputError(
-            f"{output_dir} and the adapter {folder} overlap; choose an --output_dir outside of the adapter"
-        )
-
-
 def _named(adapter: Adapter, base: str) -> str:
     if not base:
         raise ServingError(f"{adapter.folder} names no base model, whose layers are needed; give --base")
@@ -223,7 +206,9 @@ def _write(draft: Path, adapter: Adapter, reader: Reader, pieces: Sequence[_Piec
     """Write configuration and weights of ``pieces``."""
     with safe_open(adapter.folder / ADAPTER_FILES[1], framework="pt") as tensors:
         if reader.peft_folder:
-            write_json(draft / ADAPTER_FILES[0], _config(adapter, pieces, _most(adapter, reader)))
+            most = _most(adapter, reader)
+            config = stock_config(adapter.config, {piece.site.name: piece.r for piece in pieces}, most, alpha=most)
+            write_json(draft / ADAPTER_FILES[0], {**config, "bias": "none"})
             planned = _planned(adapter, pieces, tensors, _peft_name, transposed=False)
             write_tensors(draft / ADAPTER_FILES[1], planned)
         else:
@@ -276,25 +261,6 @@ def _exact(dtype: str, factor: float) -> str:
     """A type of number in which the product with ``factor`` is as exact as the matrix."""
     power_of_two = math.frexp(factor)[0] == 0.5
     return dtype if factor == 1 or (power_of_two and dtype != "F16") else "F32"
-
-
-def _config(adapter: Adapter, pieces: Sequence[_Piece], r: int) -> dict[str, Any]:
-    """PEFT's configuration of the exported adapter; patterns are regular expressions, so that dots are escaped."""
-    return {
-        **adapter.config,
-        "r": r,
-        "lora_alpha": r,
-        "rank_pattern": {f"^{re.escape(p.site.name)}": p.r for p in pieces if p.r != r},
-        "alpha_pattern": {},
-        "bias": "none",
-        "use_rslora": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "target_modules": [piece.site.name for piece in pieces],
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-    }
 
 
 def _mlx_config(adapter: Adapter, pieces: Sequence[_Piece]) -> dict[str, Any]:
