@@ -37,7 +37,7 @@ def main() -> None:
 def rates_of(row: Row, records: Sequence[Record]) -> Rates:
     """Return the losses of a row's runs, at any rate and seed."""
     free = ("learning_rate", "seed")
-    wanted = _text({k: v for k, v in Point(row, 1.0, 0).options.items() if k not in free})
+    wanted = _text({k: v for k, v in Point(row, {"learning_rate": 1.0}, 0).options.items() if k not in free})
     found: dict[float, dict[int, float]] = {}
     for record in records:
         options = record["options"]

@@ -140,7 +140,11 @@ def _write_predicted(grid: Grid, worth: dict[str, float]) -> None:
         make_plan(sites, lora, names, rule="predicted").save(path)
         rows[label] = {"method": "selected", "plan": str(path), **{name: row.options[name] for name in limits}}
         print(f"{label}: {', '.join(names)}")
-    content = {"methods": rows, "learning_rates": list(row.learning_rates), "seeds": list(grid.seeds)}
+    content = {
+        "methods": rows,
+        "learning_rates": [choice["learning_rate"] for choice in row.choices],
+        "seeds": list(grid.seeds),
+    }
     write_text(grid.output_dir / "predicted.yaml", yaml.safe_dump(content, sort_keys=False))
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from weightlora.bench.engine import recorded
-from weightlora.bench.grid import Grid, read_grid
+from weightlora.bench.grid import Grid, choice_text, read_grid
 from weightlora.bench.records import Record, by_key
 from weightlora.bench.table import by_seed, differences, mean_and_error, standard_error
 
@@ -58,7 +58,7 @@ def table(grid: Grid, records: Sequence[Record]) -> str:
             continue
         error = standard_error(gaps) if len(gaps) > 1 else 0.0
         verdict = "dominated" if statistics.mean(gaps) > error else ""
-        rates = [f"{grid.rate(rows[name], known):g}" for name in (label, other)]
+        rates = [choice_text(grid.chosen(rows[name], known) or {}) for name in (label, other)]
         loss, gap = mean_and_error([*own.values()], lower=True), mean_and_error(gaps, lower=True, sign=True)
         lines.append(f"| {label} | {rates[0]} | {loss} | {other} | {rates[1]} | {gap} | {len(gaps)} | {verdict} |")
     return "\n".join(lines)

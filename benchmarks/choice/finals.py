@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightlora.bench.engine import recorded
-from weightlora.bench.grid import Grid, read_grid
+from weightlora.bench.grid import Grid, choice_text, read_grid
 from weightlora.bench.records import Record, by_key
 from weightlora.bench.table import by_seed, differences, mean_and_error
 
@@ -101,11 +101,11 @@ def lines(grid: Grid, records: Sequence[Record], lora: str, lower: str) -> Itera
     random = next(label for label in losses if label.partition(",")[0] == "random0")
     low_rank = next((label for label in losses if label.startswith(lower)), "")
     for row in grid.rows:
-        own, rate = losses[row.label], grid.rate(row, known)
-        if own:
+        own, choice = losses[row.label], grid.chosen(row, known)
+        if own and choice:
             loss = mean_and_error(list(own.values()), lower=True)
             gains = (_gain(row.label, other, losses) for other in (random, low_rank, lora))
-            yield row.label, str(len(own)), f"{rate:g}", loss, *gains
+            yield row.label, str(len(own)), choice_text(choice), loss, *gains
 
 
 def _gain(label: str, other: str, losses: Mapping[str, Mapping[int, float]]) -> str:

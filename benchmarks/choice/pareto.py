@@ -78,8 +78,8 @@ def measured(grid: Grid, records: Sequence[Record]) -> list[Measured]:
     known = by_key(records)
     found: list[Measured] = []
     for row in grid.rows:
-        rate = grid.rate(row, known)
-        runs = {} if rate is None else {seed: known.get(Point(row, rate, seed).key) for seed in grid.seeds}
+        choice = grid.chosen(row, known)
+        runs = {} if choice is None else {seed: known.get(Point(row, choice, seed).key) for seed in grid.seeds}
         good = {seed: run for seed, run in runs.items() if run is not None and "step_ratio" in run}
         if good:
             losses = {seed: loss for seed, run in good.items() if (loss := row.tested(run)) is not None}
@@ -93,7 +93,7 @@ def measured(grid: Grid, records: Sequence[Record]) -> list[Measured]:
 def rank_ratios(grid: Grid, ranks: Sequence[int]) -> dict[str, float]:
     """Return the time of a step of plain LoRA on all sites at each rank ÷ that at the first."""
     reference = next(row for row in grid.rows if row.label == grid.reference)
-    stock = {**reference.options, "fast": None, "learning_rate": reference.learning_rates[0]}
+    stock = {**reference.options, "fast": None, **reference.choices[0]}
     with TemporaryDirectory() as scratch:
         words = {rank: option_words({**stock, "lora_r": rank, "lora_alpha": 2 * rank}) for rank in ranks}
         trainers = {

@@ -63,7 +63,7 @@ def main() -> None:
         _print_table(read_records(path))
     elif asked.one is not None:
         label, seed = json.loads(asked.one)
-        rate = rows[label].learning_rates[0]
+        rate = rows[label].choices[0]["learning_rate"]
         append_record(path, _selected(rows[label], seed, rate, grid.output_dir / "plans", shuffled=asked.shuffled))
     else:
         known = {(r["rule"], r["seed"], r["shuffled"]) for r in read_records(path)}

@@ -79,8 +79,8 @@ def choices(grid: Grid, records: Sequence[Record]) -> list[Choices]:
     found: list[Choices] = []
     for row in grid.rows:
         losses = by_seed(grid, row, known)
-        rate = grid.rate(row, known)
-        runs = [known[Point(row, rate, seed).key] for seed in losses if rate is not None]
+        choice = grid.chosen(row, known)
+        runs = [known[Point(row, choice, seed).key] for seed in losses if choice is not None]
         if len(runs) > 1 and all(run["adapters"] < run["sites"] for run in runs):
             kept = tuple(frozenset(run["kept"]) for run in runs)
             found.append(Choices(row.label, kept, runs[0]["sites"], losses))

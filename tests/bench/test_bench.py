@@ -78,8 +78,8 @@ def test_methods_times_limits_times_tasks_are_the_rows(tmp_path):
         ("random, parameters 0.8", "sst2", None, "0.8"),
     ]
     assert [row.options["max_seq_length"] for row in grid.rows[:2]] == [12, 64]
-    assert grid.rows[0].learning_rates == (5e-4, 5e-3)
-    assert len(grid.tuning) == len(grid.rows) * len(grid.rows[0].learning_rates)  # one tuning seed
+    assert grid.rows[0].choices == ({"learning_rate": 5e-4}, {"learning_rate": 5e-3})
+    assert len(grid.tuning) == len(grid.rows) * len(grid.rows[0].choices)  # one tuning seed
     assert {point.seed for point in grid.tuning} == {0}
 
 
@@ -105,12 +105,85 @@ def test_a_row_may_have_rates_of_its_own(tmp_path):
     methods = {"lora": None, "full": {"learning_rates": ["1e-5", 5e-5, 1e-4]}, "random": {"learning_rates": [1e-2]}}
     grid = grid_of(tmp_path, methods=methods, limits=...)
     lora, full, random = grid.rows
-    assert [row.learning_rates for row in grid.rows] == [(5e-4, 5e-3), (1e-5, 5e-5, 1e-4), (1e-2,)]
+    assert [rates_of(row) for row in grid.rows] == [(5e-4, 5e-3), (1e-5, 5e-5, 1e-4), (1e-2,)]
     assert [point.row for point in grid.tuning] == [lora] * 2 + [full] * 3  # one rate needs no tuning
-    assert grid.rate(random, {}) == 1e-2
+    assert grid.chosen(random, {}) == {"learning_rate": 1e-2}
     assert "learning_rates" not in full.options
     given = read_grid(tmp_path / "b.yaml", tmp_path / "out", ["--learning_rate", "1e-3"])
-    assert {row.learning_rates for row in given.rows} == {(1e-3,)}  # the command line wins over both
+    assert {rates_of(row) for row in given.rows} == {(1e-3,)}  # the command line wins over both
+
+
+def rates_of(row):
+    return tuple(choice["learning_rate"] for choice in row.choices)
+
+
+def test_any_option_is_tuned_and_each_combination_is_a_choice(tmp_path):
+    tune = {"learning_rate": ["1e-3", 2e-3], "warmup_steps": [0, 20, 0.5]}
+    methods = {
+        "lora": None,
+        "fixed": {"method": "lora", "warmup_steps": 5},
+        "own": {"method": "lora", "tune": {"warmup_steps": [7], "weight_decay": [0.0, 0.1]}},
+        "short": {"method": "lora", "learning_rates": [1e-2]},
+    }
+    grid = grid_of(tmp_path, methods=methods, tune=tune, learning_rates=..., limits=...)
+    lora, fixed, own, short = grid.rows
+    pairs = [(rate, steps) for rate in (1e-3, 2e-3) for steps in (0, 20, 0.5)]
+    assert [tuple(choice.values()) for choice in lora.choices] == pairs
+    assert fixed.choices == ({"learning_rate": 1e-3}, {"learning_rate": 2e-3})  # the row's own value is not tuned
+    assert Point(fixed, fixed.choices[0], 0).options["warmup_steps"] == 5
+    assert len(own.choices) == 2 * 1 * 2
+    assert rates_of(short) == (1e-2,) * 3
+    assert len(grid.tuning) == 6 + 2 + 4 + 3
+    assert grid.tuned == {"learning_rate", "warmup_steps", "weight_decay"}
+    given = read_grid(tmp_path / "b.yaml", tmp_path / "out", ["--warmup_steps", "3"])
+    assert {choice.get("warmup_steps") for row in given.rows for choice in row.choices} == {None}
+    assert [row.options["warmup_steps"] for row in given.rows] == [3, 5, 3, 3]  # of those, fixed is the row's own
+
+
+def test_the_choice_of_several_options_is_the_best_of_all(tmp_path):
+    tune = {"learning_rate": [1e-3, 2e-3], "warmup_steps": [0, 20]}
+    grid = grid_of(tmp_path, methods=["lora"], tune=tune, learning_rates=..., seeds=[0, 1])
+    (row,) = grid.rows
+    scores = {(1e-3, 0): 0.5, (1e-3, 20): 0.8, (2e-3, 0): 0.6, (2e-3, 20): 0.7}
+    records = [record(Point(row, choice, 0), 0.1, scores[tuple(choice.values())]) for choice in row.choices]
+    assert grid.chosen(row, by_key(records)) == {"learning_rate": 1e-3, "warmup_steps": 20}
+    assert {point.options["warmup_steps"] for point in grid.tested(by_key(records))} == {20}
+    assert make_table(grid, records).rows[0][1].text == "0.001 warmup_steps=20"
+    # A record of one rate and no further option is found again: its key is that of the options alone.
+    short = grid_of(tmp_path, methods=["lora"], learning_rates=[1e-3], base={**BASE, "warmup_steps": 20})
+    assert {point.key for point in short.tested({})} == {point.key for point in grid.tested(by_key(records))}
+
+
+def test_files_tune_option_by_option(tmp_path):
+    grid_of(
+        tmp_path, methods=["lora"], tune={"learning_rate": [1e-3, 2e-3], "warmup_steps": [0, 20]}, learning_rates=...
+    )
+    (tmp_path / "rates.yaml").write_text("learning_rates: [5.0e-3]")
+    (row,) = read_grid([tmp_path / "b.yaml", tmp_path / "rates.yaml"]).rows
+    assert [tuple(choice.values()) for choice in row.choices] == [(5e-3, 0), (5e-3, 20)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"tune": {"warmup_steps": [1]}, "base": {**BASE, "warmup_steps": 2}}, "base: warmup_steps is decided by tune"),
+        ({"tune": {"seed": [1]}}, "tune: seed is decided by seeds"),
+        ({"tune": {"learning_rate": [1e-3]}}, "tune: learning_rate is given beside it, too"),
+        ({"tune": {"warmup_steps": []}}, "tune.*at least one|tune"),
+        ({"tune": {"warmup_steps": [1, 1]}}, "1 once|tune"),
+        ({"tune": {"warmup_stepps": [1, 2]}}, "closest: 'warmup_steps'"),
+        ({"tune": {"learning_rate": [-1]}, "learning_rates": ...}, "tune: learning_rate"),
+        (
+            {"methods": {"lora": {"lora_r": 2, "tune": {"lora_r": [1, 2]}}}},
+            "lora: tune: lora_r is given beside it, too",
+        ),
+        ({"tasks": {"sst2": {"lora_r": 2}}, "tune": {"lora_r": [1, 2]}}, "tasks: sst2: lora_r is decided by tune"),
+    ],
+)
+def test_what_cannot_be_tuned_is_one_line(changed, said, tmp_path):
+    with pytest.raises(OptionError, match=said) as caught:
+        grid_of(tmp_path, **{"methods": ["lora"], **changed})
+    assert "\n" not in str(caught.value)
 
 
 def test_rows_names_those_that_run_and_changes_none_of_them(tmp_path):
@@ -187,26 +260,26 @@ def record(point, tested, held_out, **more):
 def test_a_rate_is_chosen_on_the_rows_held_out_and_on_no_others(tmp_path):
     grid = grid_of(tmp_path)
     row = grid.rows[0]
-    low, high = (Point(row, rate, 0) for rate in grid.rows[0].learning_rates)
+    low, high = (Point(row, choice, 0) for choice in row.choices)
 
     def rate(*records):
-        return grid.rate(row, by_key(records))
+        return grid.chosen(row, by_key(records))
 
-    assert rate(record(low, 0.1, 0.9), record(high, 0.9, 0.1)) == low.learning_rate  # whatever the test says
-    assert rate(record(low, 0.9, 0.1), record(high, 0.1, 0.9)) == high.learning_rate
-    assert rate(record(low, 0.5, 0.7), record(high, 0.5, 0.7)) == low.learning_rate
-    assert rate(record(low, 0.9, 0.9, status="failed"), record(high, 0.1, 0.1)) == high.learning_rate
+    assert rate(record(low, 0.1, 0.9), record(high, 0.9, 0.1)) == low.choice  # whatever the test says
+    assert rate(record(low, 0.9, 0.1), record(high, 0.1, 0.9)) == high.choice
+    assert rate(record(low, 0.5, 0.7), record(high, 0.5, 0.7)) == low.choice
+    assert rate(record(low, 0.9, 0.9, status="failed"), record(high, 0.1, 0.1)) == high.choice
     assert rate() is None
     assert grid.tested({}) == []
     # A seed that no rate is tuned with changes nothing.
-    other = record(Point(row, grid.rows[0].learning_rates[1], 1), 1.0, 1.0)
-    assert rate(record(low, 0.1, 0.9), record(high, 0.9, 0.1), other) == low.learning_rate
+    other = record(Point(row, grid.rows[0].choices[1], 1), 1.0, 1.0)
+    assert rate(record(low, 0.1, 0.9), record(high, 0.9, 0.1), other) == low.choice
 
 
 def test_a_rate_may_be_chosen_by_the_loss_and_the_table_shows_both(tmp_path):
     rates = [1e-4, 1e-3, 1e-2]
     grid = grid_of(tmp_path, methods=["lora"], learning_rates=rates, tuning_metric="loss", seeds=[0])
-    low, middle, high = (Point(grid.rows[0], rate, 0) for rate in rates)
+    low, middle, high = (Point(grid.rows[0], {"learning_rate": rate}, 0) for rate in rates)
 
     def found(point, *, accuracy, loss):
         splits = ("validation", "held_out")
@@ -216,9 +289,9 @@ def test_a_rate_may_be_chosen_by_the_loss_and_the_table_shows_both(tmp_path):
     # The least loss, the largest and the least accuracy are at three rates.
     measured = [(low, 0.7, 0.6), (middle, 0.6, 0.7), (high, 0.8, 0.9)]
     records = [found(point, accuracy=one, loss=two) for point, one, two in measured]
-    assert grid.rate(grid.rows[0], by_key(records)) == low.learning_rate
+    assert grid.chosen(grid.rows[0], by_key(records)) == low.choice
     by_accuracy = grid_of(tmp_path, methods=["lora"], learning_rates=rates, seeds=[0])
-    assert by_accuracy.rate(by_accuracy.rows[0], by_key(records)) == high.learning_rate
+    assert by_accuracy.chosen(by_accuracy.rows[0], by_key(records)) == high.choice
     table = make_table(grid, records)
     assert table.header[4:6] == ("rotten_tomatoes accuracy", "rotten_tomatoes loss")
     assert [cell.text for cell in table.rows[0][4:6]] == ["70.0", "0.600"]
@@ -239,11 +312,15 @@ def synthetic(tmp_path):
     grid = grid_of(tmp_path, learning_rates=[1e-3])
     values = {0: (0.80, 0.90), 1: (0.70, 0.72)}
     records = [
-        record(Point(grid.rows[i], 1e-3, seed), values[i][seed], 0.0, training_seconds=3.0 + 4 * i)
+        record(Point(grid.rows[i], {"learning_rate": 1e-3}, seed), values[i][seed], 0.0, training_seconds=3.0 + 4 * i)
         for i in values
         for seed in (0, 1)
     ]
-    failed = {"options": Point(grid.rows[2], 1e-3, 0).options, "status": "failed", "error": "MemoryError: too much"}
+    failed = {
+        "options": Point(grid.rows[2], {"learning_rate": 1e-3}, 0).options,
+        "status": "failed",
+        "error": "MemoryError: too much",
+    }
     return grid, [*records, failed]
 
 
@@ -271,7 +348,9 @@ def test_several_tasks_have_an_average(tmp_path):
     )
     scores = {("lora", "rotten_tomatoes"): 0.5, ("lora", "rte"): 0.7, ("eva", "rotten_tomatoes"): 0.9}
     rows = {(row.label, row.task): row for row in grid.rows}
-    table = make_table(grid, [record(Point(rows[key], 1e-3, 0), value, 0.0) for key, value in scores.items()])
+    table = make_table(
+        grid, [record(Point(rows[key], {"learning_rate": 1e-3}, 0), value, 0.0) for key, value in scores.items()]
+    )
     assert [row[6].text for row in table.rows] == ["60.0", "–"]
 
 

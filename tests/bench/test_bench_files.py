@@ -185,8 +185,9 @@ def assert_sensible(grid, content):
     """What is run is what the file says, and nothing in it is ignored."""
     for row in grid.rows:
         own = names(content["methods"])[row.label.split(",")[0]]
-        assert [*map(float, own.get("learning_rates", content["learning_rates"]))] == [*row.learning_rates]
-        assert all(math.isfinite(rate) and rate >= 0 for rate in row.learning_rates)
+        rates = [choice["learning_rate"] for choice in row.choices]
+        assert [*map(float, own.get("learning_rates", content["learning_rates"]))] == rates
+        assert all(math.isfinite(rate) and rate >= 0 for rate in rates)
     assert [*grid.seeds] == content.get("seeds", [0])
     assert [*grid.tuning_seeds] == content.get("tuning_seeds", [grid.seeds[0]])
     assert grid.timing_rounds == content.get("timing_rounds", 5) >= 0

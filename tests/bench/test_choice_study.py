@@ -120,7 +120,7 @@ def test_the_time_of_a_row_is_that_of_its_steps_and_its_selection(tmp_path):
         "slow": ((1.1, 1.1), 0.5, 240, 0.0, 20e6),
     }
     records = [
-        record(Point(row, 1e-3, seed), 0.5, 0.5, steps=steps, saved_bytes=saved)
+        record(Point(row, {"learning_rate": 1e-3}, seed), 0.5, 0.5, steps=steps, saved_bytes=saved)
         | {"metrics": {"validation_loss": losses[seed]}, "step_ratio": step}
         | {"selection_seconds": selection, "training_seconds": 10.0}
         for row in grid.rows
@@ -153,7 +153,7 @@ def test_finals_pair_each_row_with_random_sites_and_both_loras(tmp_path):
     grid = grid_of(tmp_path, methods=methods, learning_rates=[1e-3], metric="loss", seeds=[0, 1])
     own = {"random0, K = 1": (1.0, 1.2), "few": (0.9, 1.0), "low_rank": (0.8, 1.0), "lora": (0.7,)}
     records = [
-        record(Point(row, 1e-3, seed), 0.5, 0.5) | {"metrics": {"validation_loss": loss}}
+        record(Point(row, {"learning_rate": 1e-3}, seed), 0.5, 0.5) | {"metrics": {"validation_loss": loss}}
         for row in grid.rows
         for seed, loss in enumerate(own.get(row.label, ()))
     ]
@@ -190,7 +190,7 @@ def test_stability_counts_shared_sites_and_pairs_losses_by_seed(tmp_path):
         "all": (("abcdefgh", "abcdefgh"), (0.5, 0.5)),
     }
     records = [
-        record(Point(row, 1e-3, seed), 0.5, 0.5, kept=list(kept), adapters=len(kept), sites=8)
+        record(Point(row, {"learning_rate": 1e-3}, seed), 0.5, 0.5, kept=list(kept), adapters=len(kept), sites=8)
         | {"metrics": {"validation_loss": losses[seed]}}
         for row in grid.rows
         for sets, losses in [own[row.label]]
@@ -210,7 +210,7 @@ def test_stability_counts_shared_sites_and_pairs_losses_by_seed(tmp_path):
 
 def test_stability_of_one_seed_has_no_line(tmp_path):
     grid = grid_of(tmp_path, methods={"draw": {"method": "random", "adapters": 1}}, learning_rates=[1e-3], seeds=[0, 1])
-    runs = [record(Point(grid.rows[0], 1e-3, 0), 0.5, 0.5, kept=["a"], adapters=1, sites=2)]
+    runs = [record(Point(grid.rows[0], {"learning_rate": 1e-3}, 0), 0.5, 0.5, kept=["a"], adapters=1, sites=2)]
     assert runpy.run_path(str(CHOICE / "stability.py"))["choices"](grid, runs) == []
 
 

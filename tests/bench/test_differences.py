@@ -13,7 +13,7 @@ METHODS = {"lora": None, "a": {"method": "random", "adapters": 1}, "b": {"method
 
 def losses(grid, values):
     """A record for each row and seed, with these losses."""
-    points = {(row.label, seed): Point(row, 1e-3, seed) for row in grid.rows for seed in grid.seeds}
+    points = {(row.label, seed): Point(row, {"learning_rate": 1e-3}, seed) for row in grid.rows for seed in grid.seeds}
     made = [record(points[place], 0.5, 0.5) for place in values]
     return [{**r, "metrics": {"validation_loss": v}} for r, v in zip(made, values.values(), strict=True)]
 
@@ -37,7 +37,11 @@ def test_a_difference_is_paired_by_seed(grid):
 def test_the_metric_that_chooses_rates_has_differences_too(tmp_path):
     grid = grid_of(tmp_path, methods=METHODS, learning_rates=[1e-3], seeds=[0], tuning_metric="loss")
     metrics = {"lora": (0.5, 0.7), "a": (0.75, 0.6)}  # accuracy, loss
-    made = [(record(Point(row, 1e-3, 0), 0, 0), metrics[row.label]) for row in grid.rows if row.label in metrics]
+    made = [
+        (record(Point(row, {"learning_rate": 1e-3}, 0), 0, 0), metrics[row.label])
+        for row in grid.rows
+        if row.label in metrics
+    ]
     found = [{**r, "metrics": {"validation_accuracy": one, "validation_loss": two}} for r, (one, two) in made]
     table = make_differences(grid, found, ["lora"])
     assert table.header == ("minus lora", "rotten_tomatoes accuracy", "rotten_tomatoes loss")
@@ -70,7 +74,7 @@ def test_of_losses_the_smallest_is_the_best_and_chooses_the_rate(tmp_path):
     for row, rate, held_out in (
         (row, rate, rate * (10 if row.label == "a" else -10)) for row in grid.rows for rate in rates
     ):
-        made = record(Point(row, rate, 0), 0.5, 0.5)
+        made = record(Point(row, {"learning_rate": rate}, 0), 0.5, 0.5)
         found.append({**made, "metrics": {"held_out_loss": held_out, "validation_loss": rate}})
     table = make_table(grid, found)
     column = table.header.index("rotten_tomatoes loss")

@@ -158,7 +158,7 @@ def test_runs_whose_loss_is_nan_end_in_a_table(tmp_path, capsys):
     losses = {"lora": (NAN, NAN), "random": (0.5, INF), "eva": (0.6, 0.8)}
     for row in grid.rows:
         for seed, loss in enumerate(losses[row.label]):
-            append_record(grid.output_dir / "records.jsonl", found(Point(row, 1e-3, seed), loss))
+            append_record(grid.output_dir / "records.jsonl", found(Point(row, {"learning_rate": 1e-3}, seed), loss))
     words = ["bench", "--config", str(tmp_path / "b.yaml"), "--output_dir", str(grid.output_dir)]
     for _ in range(2):
         assert main([*words, "--against", "lora"]) == 0  # nothing is left to run
@@ -173,10 +173,11 @@ def test_runs_whose_loss_is_nan_end_in_a_table(tmp_path, capsys):
 def test_a_rate_whose_loss_is_nan_is_not_chosen(tmp_path):
     rates = [1e-4, 1e-3, 1e-2]
     grid = grid_of(tmp_path, methods=["lora"], learning_rates=rates, tuning_metric="loss", seeds=[0])
-    points = [Point(grid.rows[0], rate, 0) for rate in rates]
+    points = [Point(grid.rows[0], {"learning_rate": rate}, 0) for rate in rates]
 
     def chosen(*losses):
-        return grid.rate(grid.rows[0], by_key(found(point, loss) for point, loss in zip(points, losses, strict=True)))
+        records = by_key(found(point, loss) for point, loss in zip(points, losses, strict=True))
+        return grid.chosen(grid.rows[0], records)["learning_rate"]
 
     assert chosen(NAN, 0.7, 0.6) == 1e-2
     assert chosen(0.7, NAN, 0.6) == 1e-2
@@ -195,13 +196,13 @@ def test_an_average_with_nan_is_nan(tmp_path):
         ("random", "rotten_tomatoes"): 0.2,
         ("random", "rte"): 0.4,
     }
-    records = [found(Point(row, 1e-3, 0), values[row.label, row.task]) for row in grid.rows]
+    records = [found(Point(row, {"learning_rate": 1e-3}, 0), values[row.label, row.task]) for row in grid.rows]
     assert [row[6] for row in make_table(grid, records).rows] == [Cell("nan"), Cell("0.300", 1)]
 
 
 def test_a_record_without_the_metric_is_a_dash(tmp_path):
     grid = grid_of(tmp_path, methods=["lora"], learning_rates=[1e-3])
-    record = {**found(Point(grid.rows[0], 1e-3, 0), 0.5), "metrics": {}}
+    record = {**found(Point(grid.rows[0], {"learning_rate": 1e-3}, 0), 0.5), "metrics": {}}
     assert make_table(grid, [record]).rows[0][4].text == "–"
 
 
@@ -234,14 +235,14 @@ def test_the_folder_of_an_adapter_is_its_runs_alone(tmp_path):
         seeds=[0, 1],
         learning_rates=[1e-3, 2e-3],
     )
-    points = [Point(row, rate, seed) for row in grid.rows for rate in row.learning_rates for seed in grid.seeds]
+    points = [Point(row, choice, seed) for row in grid.rows for choice in row.choices for seed in grid.seeds]
     folders = [adapter_folder(grid, point) for point in points]
     assert len({folder.name.lower() for folder in folders}) == len(points) == len(ROWS) * 2 * 2 * 2
     for point, folder in zip(points, folders, strict=True):
         assert folder.parent == grid.output_dir / "adapters"
         assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*[A-Za-z0-9]", folder.name)
         assert len(folder.name) <= 120
-        for part in (point.row.task, f"seed{point.seed}", f"lr{point.learning_rate:g}"):
+        for part in (point.row.task, f"seed{point.seed}", f"lr{point.choice['learning_rate']:g}"):
             assert part in folder.name
     assert "-lora+-" in folders[ROWS.index("lora+") * 8].name
 

@@ -45,11 +45,11 @@ def test_a_point_is_the_mean_over_the_seeds_with_its_standard_error(tmp_path):
     grid = study.grid("embedded", tmp_path)
     values = {"lora": (0.9, 0.9, 0.9), "random, K = 2": (0.5, 0.6, 0.7), "random, K = 10": (0.8, 0.8, 0.8)}
     records = [
-        record(Point(row, 1e-3, seed), **accuracy(value))
+        record(Point(row, {"learning_rate": 1e-3}, seed), **accuracy(value))
         for row in grid.rows
         for seed, value in enumerate(values[row.label])
     ]
-    records.append(record(Point(grid.rows[1], 1e-3, 7), **accuracy(0.0)))  # a seed of another study
+    records.append(record(Point(grid.rows[1], {"learning_rate": 1e-3}, 7), **accuracy(0.0)))  # a seed of another study
     results = results_of(study, "embedded", grid, records)
     ((panel,),) = (results.picture.panels,)
     plain, random = panel.curves
@@ -69,8 +69,8 @@ def test_memory_and_time_come_from_the_records(tmp_path, measure, wanted):
     study = study_of(tmp_path, "lines", axes={**AXES, "y": measure})
     grid = study.grid("embedded", tmp_path)
     costs = {"saved_bytes": 3_000_000, "selection_seconds": 30.0, "training_seconds": 120.0}
-    point = Point(grid.rows[1], 1e-3, 0)
-    failed = {"options": Point(grid.rows[1], 1e-3, 1).options, "status": "failed", "error": "x"}
+    point = Point(grid.rows[1], {"learning_rate": 1e-3}, 0)
+    failed = {"options": Point(grid.rows[1], {"learning_rate": 1e-3}, 1).options, "status": "failed", "error": "x"}
     results = results_of(study, "embedded", grid, [record(point, **costs), failed])
     (curve,) = results.picture.panels[0].curves
     assert (curve.y, curve.error) == ((wanted,), (0.0,))
@@ -81,12 +81,12 @@ def test_the_papers_points_are_drawn_only_where_the_set_up_is_the_papers(tmp_pat
     published = {"points": [{"series": "lora", "x": 10, "y": 51.25}]}
     study = study_of(tmp_path, "lines", axes=AXES, published=published)
     grid = study.grid("embedded", tmp_path)
-    records = [record(Point(grid.rows[0], 1e-3, 0))]
+    records = [record(Point(grid.rows[0], {"learning_rate": 1e-3}, 0))]
     curves = results_of(study, "embedded", grid, records).picture.panels[0].curves
     assert [curve.label for curve in curves] == ["lora"]
     full = read_study("figure3", FOLDER)
     grid = full.grid("full", tmp_path, checked=False)
-    point = Point(grid.rows[0], grid.rows[0].learning_rates[0], 0)
+    point = Point(grid.rows[0], grid.rows[0].choices[0], 0)
     found = results_of(full, "full", grid, [record(point, metrics={"gsm8k_exact_match_strict_match": 0.4})])
     plain, *published = found.picture.panels[0].curves
     assert (plain.label, plain.x, plain.y) == ("lora", (2.0,), (40.0,))
@@ -106,7 +106,7 @@ def test_a_heat_map_has_k_across_and_t_down(tmp_path):
     grid = study.grid("embedded", tmp_path)
     values = {(None, None): 0.7, (5, "2"): 0.1, (5, "10"): 0.2, (20, "10"): 0.4}  # T = 20 with K = 2 was not run
     rows = {(row.options.get("steps"), row.options.get("adapters")): row for row in grid.rows}
-    points = {cell: [Point(rows[cell], 1e-3, seed) for seed in grid.seeds] for cell in values}
+    points = {cell: [Point(rows[cell], {"learning_rate": 1e-3}, seed) for seed in grid.seeds] for cell in values}
     records = [record(point, **accuracy(values[cell])) for cell in values for point in points[cell]]
     for point in points[5, "10"][1:]:
         records[[found["options"] for found in records].index(point.options)] |= {"status": "failed", "error": "x"}
@@ -134,7 +134,9 @@ def test_the_matrix_is_that_of_the_kept_sites(tmp_path):
     study = study_of(tmp_path, "jaccard", {**GRID, "methods": {"random": {"adapters": 2}, "lora": None}})
     grid = study.grid("embedded", tmp_path)
     kept = (["a", "b"], ["a", "b"], ["b", "c"])
-    records = [record(Point(grid.rows[0], 1e-3, seed), kept=kept[seed], sites=4) for seed in range(3)]
+    records = [
+        record(Point(grid.rows[0], {"learning_rate": 1e-3}, seed), kept=kept[seed], sites=4) for seed in range(3)
+    ]
     results = results_of(study, "embedded", grid, records)
     ((heat,),) = (results.picture.panels,)  # LoRA has no record
     third = 1 / 3

@@ -281,8 +281,8 @@ def test_every_run_is_a_recipe_that_can_be_read(name, size, tmp_path):
     words = {"use_cpu": True} if size == "full" else {}
     grid = read_study(name, FOLDER).grid(size, tmp_path, checked=False)
     for row in {key_of({**row.options, "task": "", "adapters": ""}): row for row in grid.rows}.values():
-        read_recipe({**Point(row, row.learning_rates[0], 0).options, **words})
-    assert all(len(row.learning_rates) == 1 or row.options["held_out_samples"] for row in grid.rows)
+        read_recipe({**Point(row, row.choices[0], 0).options, **words})
+    assert all(len(row.choices) == 1 or row.options["held_out_samples"] for row in grid.rows)
 
 
 @pytest.mark.parametrize("path", ["figure2/embedded.yaml", "figure2/full.yaml", "figure3/fsdp2-gsm8k.yaml"])

@@ -20,9 +20,9 @@ from weightlora.errors import DataError, WeightLoraWarning
 from weightlora.runs.recipe import read_recipe
 from weightlora.runs.train import prepare
 from weightlora.tasks import find_task, kind_of
-from weightlora.tasks.base import RowOptions
+from weightlora.tasks.base import HELD_OUT, RowOptions
 from weightlora.tasks.classification import label_names
-from weightlora.tasks.rows import HELD_OUT, Source, load_rows
+from weightlora.tasks.rows import Source, load_rows
 
 CASES = cases(160, 500)
 TASK = find_task("text_classification")

@@ -161,13 +161,19 @@ def test_a_task_of_the_harness_is_measured_by_it_after_training(base, tokenizer,
     columns = {"prompt": "prompt", "completion": "completion"}
     options = {"harness": "local_choice", "include_path": str(folder), "limit": 4}
     task = Task("mine", "completion", columns, ("acc", "acc_norm"), options=options)
-    prepared = prepare(task, DatasetDict(train=rows, validation=rows), tokenizer, RowOptions())
+    prepared = prepare(task, DatasetDict(train=rows, held_out=rows, validation=rows), tokenizer, RowOptions())
     named = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 2}
     model = get_peft_model(loaded(base, None), LoraConfig(r=2, task_type="CAUSAL_LM"))
     trainer = prepared.make_trainer(model, arguments_class()(**named, save_strategy="no", learning_rate=0.1), [])
     trainer.train()
     model.save_pretrained(tmp_path / "trained")
     measured = prepared.measure(trainer)
+    # The loss of rows held out, which a benchmark chooses by: that of the trained model in the words of the rows.
+    trainer.model.eval()
+    with torch.no_grad():
+        batches = list(trainer.get_eval_dataloader(trainer.eval_dataset["held_out"]))
+        losses = [trainer.model(**batch).loss.item() for batch in batches]
+    assert measured.pop("held_out_loss") == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     assert set(measured) == {f"local_choice_{metric}" for metric in task.metrics}
     assert measured == judge(base, tmp_path / "trained", ["local_choice"], include_path=folder, limit=4)
 

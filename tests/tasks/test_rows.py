@@ -4,9 +4,9 @@ import pytest
 
 from weightlora.errors import DataError, MissingPackageError, OptionError, require_extra
 from weightlora.tasks import TASKS, find_task, kind_of
-from weightlora.tasks.base import RowOptions
+from weightlora.tasks.base import HELD_OUT, RowOptions
 from weightlora.tasks.classification import label_names, prepare
-from weightlora.tasks.rows import HELD_OUT, Source, load_rows
+from weightlora.tasks.rows import Source, load_rows
 
 TASK = find_task("text_classification")
 ROWS = [("a good film", "yes"), ("a bad film", "no"), ("so so", "no")]

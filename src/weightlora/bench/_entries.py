@@ -33,6 +33,7 @@ def _number(value: Any) -> Any:
 
 
 _Rates = Annotated[list[Annotated[NotNegative, BeforeValidator(_number)]], Field(min_length=1), AfterValidator(_once)]
+_Tuned = Annotated[dict[Text, Annotated[list[Any], Field(min_length=1), AfterValidator(_once)]], Field(min_length=1)]
 _Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_once)]
 _Names = Annotated[list[Text], Field(min_length=1), AfterValidator(_once)]
 _Options = dict[Text, Any]
@@ -46,6 +47,7 @@ _KINDS: Mapping[str, Any] = {
     **dict.fromkeys(("tasks", "methods"), _Names | _Labelled),
     "limits": _ListOfLimits,
     "learning_rates": _Rates,
+    "tune": _Tuned,
     "seeds": _Seeds,
     "tuning_seeds": _Seeds,
     "rows": _Names,
@@ -53,15 +55,17 @@ _KINDS: Mapping[str, Any] = {
     "timing_rounds": Natural,
     "keep_adapters": bool,
 }
+#: The one option that every row tunes.
+RATE = "learning_rate"
 #: What options of a method may be, but for those of the method itself.
-_OF_METHOD: Mapping[str, Any] = {"method": Text, "learning_rates": _Rates}
+_OF_METHOD: Mapping[str, Any] = {"method": Text, "learning_rates": _Rates, "tune": _Tuned}
 #: Options of a run that entries of their own decide, so that ``base`` and the options of a row would be ignored.
 _ENTRY_OF = {
     "output_dir": "output_dir",
     "task": "tasks",
     "method": "methods",
     **dict.fromkeys(LIMITS, "limits"),
-    "learning_rate": "learning_rates",
+    RATE: "learning_rates",
     "seed": "seeds",
 }
 
@@ -82,9 +86,10 @@ def read_entries(paths: Sequence[str | Path], words: Sequence[str]) -> dict[str,
     task = given["base"].get("task")
     if task is not None and task not in list(given["tasks"]):
         raise OptionError(f"base: task={task!r:.80} is none of the tasks ({', '.join(given['tasks'])}); add it there")
+    _require_untuned(given)
     given = _overridden(given, words)
-    for name in ("methods", "learning_rates"):
-        if not given.get(name):
+    for name, there in {"methods": given.get("methods"), "learning_rates": RATE in given["tune"]}.items():
+        if not there:
             raise OptionError(f"{name}=None is not allowed: give at least one")
     return given
 
@@ -163,6 +168,7 @@ def _checked(path: str | Path) -> dict[str, Any]:
             checked(_Labelled if labelled else _KINDS[name], value, name)
         if "limits" in content:
             _check_limits("limits", content["limits"])
+        _check_tuned("", content)
         _check_decided("base", content.get("base") or {}, but=("task",))
         for name, but in {"tasks": (), "methods": ("method", *LIMITS)}.items():
             given = content.get(name, {})
@@ -172,6 +178,7 @@ def _checked(path: str | Path) -> dict[str, Any]:
                 _check_decided(where, own, but)
                 for option in own.keys() & _OF_METHOD.keys() if name == "methods" else ():
                     checked(_OF_METHOD[option], own[option], f"{where}: {option}")
+                _check_tuned(f"{where}: ", own if name == "methods" else {})
                 _check_limits(where, [own])
     except OptionError as error:
         raise OptionError(f"{path}: {error}") from error
@@ -185,14 +192,48 @@ def _check_decided(where: str, options: Mapping[str, Any], but: Sequence[str]) -
             raise OptionError(f"{where}: {option} is decided by {entry}; leave it out here")
 
 
+def _check_tuned(where: str, options: Mapping[str, Any]) -> None:
+    """Raise where ``tune`` has what another entry decides, or a rate that is none."""
+    tune: Mapping[str, Any] = options.get("tune") or {}
+    _check_decided(f"{where}tune", tune, but=(RATE,))
+    if RATE in tune:
+        checked(_Rates, tune[RATE], f"{where}tune: {RATE}")
+    for option in tune:
+        if option in options or (option == RATE and "learning_rates" in options):
+            raise OptionError(f"{where}tune: {option} is given beside it, too; leave one of them out")
+
+
+def tuned(options: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the values of each option that is tuned; ``learning_rates`` is short for the rate in ``tune``.
+
+    Example:
+        >>> tuned({"learning_rates": ["1e-3"], "tune": {"warmup_steps": [0, 20]}})
+        {'warmup_steps': [0, 20], 'learning_rate': [0.001]}
+    """
+    found = {**(options.get("tune") or {})}
+    if "learning_rates" in options:
+        found[RATE] = options["learning_rates"]
+    return {name: [float(value) for value in values] if name == RATE else values for name, values in found.items()}
+
+
 def _merged(contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """All entries; of those that several have, the last, and ``base`` option by option."""
+    """All entries; of those that several have, the last, and ``base`` and ``tune`` option by option."""
     merged: dict[str, Any] = {}
     base: dict[str, Any] = {}
+    tune: dict[str, Any] = {}
     for content in contents:
         merged |= content
         base |= content.get("base") or {}
-    return {**merged, "base": base}
+        tune |= tuned(content)
+    return {**merged, "base": base, "tune": tune}
+
+
+def _require_untuned(given: Mapping[str, Any]) -> None:
+    """Raise where ``base`` or a task has an option that is tuned."""
+    parts = {"base": given["base"], **{f"tasks: {label}": own for label, own in names(given["tasks"]).items()}}
+    for where, options in parts.items():
+        for option in given["tune"].keys() & options.keys():
+            raise OptionError(f"{where}: {option} is decided by tune; leave it out here")
 
 
 def _overridden(given: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
@@ -203,11 +244,19 @@ def _overridden(given: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
     named = named_options({**base, "task": next(iter(given["tasks"]))}, words)
     if "method" in named:
         raise OptionError("--method is not allowed: the file's methods are compared; use weightlora train for one")
+    rows = names(given.get("methods", []))
+    own = {label: {**row, "tune": _without(tuned(row), named)} for label, row in rows.items()}
+    for row in own.values():
+        row.pop("learning_rates", None)
+    tune = _without(given["tune"], named)
+    if RATE in named:
+        tune[RATE] = [named.pop(RATE)]
     limits = {name: named.pop(name) for name in LIMITS if name in named}
     single = {entry: [named.pop(option)] for option, entry in _ENTRY_OF.items() if option in named}
     single |= {"limits": [limits]} if limits else {}
-    if "learning_rates" not in single:
-        return {**given, **single, "base": {**base, **named}}
-    rows = names(given.get("methods", []))
-    own = {label: {k: v for k, v in row.items() if k != "learning_rates"} for label, row in rows.items()}
-    return {**given, **single, "methods": own, "base": {**base, **named}}
+    return {**given, **single, "methods": own, "tune": tune, "base": {**base, **named}}
+
+
+def _without(tune: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left to tune: an option of the command line is not."""
+    return {option: values for option, values in tune.items() if option not in named}

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice, pairwise
 from pathlib import Path
@@ -105,15 +105,16 @@ def dry_run(
     known = final(recorded(grid), retry=retry)
     phases = grid.left(known)
     done = {point.key for point in (*grid.tuning, *grid.tested(known)) if point.key in known}
-    runs = Counter(_kind(point) for phase in phases for point in phase)
+    tuned = grid.tuned
+    runs = Counter(_kind(point, tuned) for phase in phases for point in phase)
     if not runs:
         return DryRun((), len(done), where.workers, 0.0)
     slots = where.slots()
-    points = {_kind(point): point for phase in phases for point in phase}
+    points = {_kind(point, tuned): point for phase in phases for point in phase}
     jobs = _filled([Job(p.options, Path(), grid.timing_rounds, where.threads) for p in points.values()], slots)
     samples: dict[str, list[Sample]] = {kind: [] for kind in points}
     for number, sample in enumerate(_samples(jobs, slots, where), 1):
-        kind = row_key(sample["options"])
+        kind = row_key(sample["options"], tuned)
         samples[kind].append(sample)
         report(points[kind], number, len(jobs))
     kinds = {kind: _cost(points[kind], runs[kind], samples[kind]) for kind in points}
@@ -121,15 +122,15 @@ def dry_run(
     start = statistics.mean(starts) if starts else 0.0
     per_run, per_phase = (start, 0.0) if where.new_process_per_run else (0.0, start)
     seconds = sum(
-        per_phase + makespan((per_run + kinds[_kind(point)].seconds for point in phase), slots)
+        per_phase + makespan((per_run + kinds[_kind(point, tuned)].seconds for point in phase), slots)
         for phase in phases
         if phase
     )
     return DryRun(tuple(kinds.values()), len(done), slots, seconds)
 
 
-def _kind(point: Point) -> str:
-    return row_key(point.options)
+def _kind(point: Point, tuned: Collection[str]) -> str:
+    return row_key(point.options, tuned)
 
 
 def _filled(jobs: Sequence[Job], slots: int) -> list[Job]:

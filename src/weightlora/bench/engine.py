@@ -6,7 +6,7 @@ import heapq
 import re
 import shutil
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from weightlora.bench._workers import LOG, Job, Run, ray_slots, run_here, run_job, run_on_ray
-from weightlora.bench.grid import Grid, Point, unrecorded
+from weightlora.bench.grid import Grid, Point, choice_text, unrecorded
 from weightlora.bench.records import Record, append_record, by_key, key_of, read_runs
 from weightlora.errors import OptionError
 from weightlora.files import only_writer, remove_drafts, write_text, written
@@ -145,7 +145,7 @@ def recorded(grid: Grid) -> list[Record]:
 
 def adapter_folder(grid: Grid, point: Point) -> Path:
     """Return the folder in which ``keep_adapters`` leaves the adapter of a run; its key is in the name."""
-    several = [f"lr{point.learning_rate:g}"] if len(point.row.learning_rates) > 1 else []
+    several = [f"lr{choice_text(point.choice)}"] if len(point.row.choices) > 1 else []
     several += [f"seed{point.seed}"] if len({*grid.seeds, *grid.tuning_seeds}) > 1 else []
     shown = (re.sub(r"[^A-Za-z0-9.+=-]+", "_", part)[:_LETTERS] for part in (point.row.task, point.row.label, *several))
     return grid.output_dir / _ADAPTERS / "-".join([*shown, point.key])
@@ -237,17 +237,17 @@ def seconds_left(grid: Grid, records: Sequence[Record], slots: int) -> float | N
         records: Those that there are.
         slots: Runs at once.
     """
-    known = by_key(records)
+    known, tuned = by_key(records), grid.tuned
     times = {key: _seconds(record) for key, record in known.items() if record["status"] == "ok"}
     if not times:
         return None
-    of_row = {row_key(record["options"]): list[float]() for record in records}
+    of_row = {row_key(record["options"], tuned): list[float]() for record in records}
     for key, seconds in times.items():
-        of_row[row_key(known[key]["options"])].append(seconds)
+        of_row[row_key(known[key]["options"], tuned)].append(seconds)
     every = statistics.mean(times.values())
 
     def expected(point: Point) -> float:
-        own = of_row.get(row_key(point.options))
+        own = of_row.get(row_key(point.options, tuned))
         return statistics.mean(own) if own else every
 
     return sum(makespan(map(expected, points), slots) for points in grid.left(known))
@@ -257,6 +257,6 @@ def _seconds(record: Record) -> float:
     return record.get("run_seconds") or record["selection_seconds"] + record["training_seconds"]
 
 
-def row_key(options: Record) -> str:
-    """Return what runs have in common that differ only in seed and learning rate, and so cost the same."""
-    return key_of({k: v for k, v in options.items() if k not in ("learning_rate", "seed")})
+def row_key(options: Record, tuned: Collection[str]) -> str:
+    """Return what runs have in common that differ only in seed and in what is tuned, and so cost about the same."""
+    return key_of({k: v for k, v in options.items() if k != "seed" and k not in tuned})

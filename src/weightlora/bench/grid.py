@@ -1,11 +1,13 @@
-"""A benchmark: methods × tasks × limits × learning rates × seeds, from one YAML file, as a list of runs.
+"""A benchmark: methods × tasks × limits × tuned options × seeds, from one YAML file, as a list of runs.
 
-Each run is a recipe of ``weightlora train``. The learning rate of a row is chosen on training rows that are held out,
-with the tuning seeds; its numbers come from the runs of all seeds at that rate, on the task's own evaluation split.
+Each run is a recipe of ``weightlora train``. The learning rate of a row, and what else is tuned, is chosen on training
+rows that are held out, with the tuning seeds; its numbers come from the runs of all seeds with what was chosen, on the
+task's own evaluation split.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,15 +16,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from weightlora.bench._entries import RATE as RATE
 from weightlora.bench._entries import limits_text as limits_text
-from weightlora.bench._entries import names, read_entries
+from weightlora.bench._entries import names, read_entries, tuned
 from weightlora.bench.records import Record, key_of
 from weightlora.errors import OptionError
 from weightlora.methods import options_of
 from weightlora.plan.limits import LIMITS
 from weightlora.runs.recipe import read_recipe
 from weightlora.tasks import find_task
-from weightlora.tasks.rows import HELD_OUT
+from weightlora.tasks.base import HELD_OUT
 from weightlora.text import closest
 
 #: The benchmark that ``weightlora demo`` runs.
@@ -38,16 +41,17 @@ class Row:
     label: str
     task: str
     options: Mapping[str, Any]
-    """Of ``weightlora train``, but for the learning rate and the seed."""
+    """Of ``weightlora train``, but for what is tuned and the seed."""
     metric: str
     """What figures show."""
     tuning_metric: str
-    """What rates are chosen by."""
-    learning_rates: tuple[float, ...]
+    """What choices are made by."""
+    choices: tuple[Mapping[str, Any], ...]
+    """Values of the tuned options, the learning rate first: one is chosen."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What tables and differences show: the metric, and what rates are chosen by."""
+        """What tables and differences show: the metric, and what choices are made by."""
         return tuple(dict.fromkeys((self.metric, self.tuning_metric)))
 
     def lower_is_better(self, metric: str) -> bool:
@@ -55,7 +59,7 @@ class Row:
         return metric == "loss" or find_task(self.task).lower_is_better
 
     def held_out(self, record: Record) -> float | None:
-        """What the learning rate is chosen by; None after a failure or where nothing is held out."""
+        """What a choice is made by; None after a failure or where nothing is held out."""
         return record["metrics"].get(f"{HELD_OUT}_{self.tuning_metric}") if record["status"] == "ok" else None
 
     def tested(self, record: Record, metric: str | None = None) -> float | None:
@@ -78,13 +82,14 @@ class Point:
     """One run."""
 
     row: Row
-    learning_rate: float
+    choice: Mapping[str, Any]
+    """One of the row's."""
     seed: int
 
     @cached_property
     def options(self) -> dict[str, Any]:
         """All that is needed to repeat it with ``weightlora train``."""
-        return {**self.row.options, "learning_rate": self.learning_rate, "seed": self.seed}
+        return {**self.row.options, **self.choice, "seed": self.seed}
 
     @property
     def key(self) -> str:
@@ -109,19 +114,24 @@ class Grid:
 
     @property
     def tuning(self) -> list[Point]:
-        """What the learning rates are chosen with; empty where there is one rate."""
-        rows = [row for row in self.rows if len(row.learning_rates) > 1]
-        return [Point(row, rate, seed) for seed in self.tuning_seeds for row in rows for rate in row.learning_rates]
+        """What the choices are made with; empty where there is one."""
+        rows = [row for row in self.rows if len(row.choices) > 1]
+        return [Point(row, choice, seed) for seed in self.tuning_seeds for row in rows for choice in row.choices]
+
+    @property
+    def tuned(self) -> frozenset[str]:
+        """Names of the options that some row tunes, the learning rate's included."""
+        return frozenset(name for row in self.rows for choice in row.choices for name in choice)
 
     def tested(self, records: Mapping[str, Record]) -> list[Point]:
         """The runs that the table shows, one seed after the other; rows whose tuning failed have none."""
-        pairs = [(row, self.rate(row, records)) for row in self.rows]
-        return [Point(row, rate, seed) for seed in self.seeds for row, rate in pairs if rate is not None]
+        pairs = [(row, self.chosen(row, records)) for row in self.rows]
+        return [Point(row, choice, seed) for seed in self.seeds for row, choice in pairs if choice is not None]
 
     def left(self, records: Mapping[str, Record]) -> tuple[list[Point], list[Point]]:
-        """The runs without a record: those that the learning rates are chosen with, and those after them.
+        """The runs without a record: those that choices are made with, and those after them.
 
-        A row whose rate is not chosen yet has its further seeds at the first rate: how many there are, and what they
+        A row whose choice is not made yet has its further seeds with the first: how many there are, and what they
         cost, does not depend on the rate.
 
         Args:
@@ -131,29 +141,40 @@ class Grid:
         unchosen = [row for row in self.rows if any(point.row is row for point in tuning)]
         further = [seed for seed in self.seeds if seed not in self.tuning_seeds]
         later = [point for point in self.tested(records) if not any(point.row is row for row in unchosen)]
-        later += [Point(row, row.learning_rates[0], seed) for seed in further for row in unchosen]
+        later += [Point(row, row.choices[0], seed) for seed in further for row in unchosen]
         return tuning, unrecorded(later, records)
 
-    def rate(self, row: Row, records: Mapping[str, Record]) -> float | None:
-        """The learning rate with the best metric on the rows held out; the lowest of equal ones.
+    def chosen(self, row: Row, records: Mapping[str, Record]) -> Mapping[str, Any] | None:
+        """The choice with the best metric on the rows held out; of equal ones that of the lowest rate.
 
-        NaN and infinity are worse than any number.
+        NaN and infinity are worse than any number. None: the row is not tuned yet, or all of its tuning failed.
 
         Args:
             row: A row.
             records: By the key of their run.
         """
-        if len(row.learning_rates) == 1:
-            return row.learning_rates[0]
-        scores: dict[float, float] = {}
-        for rate in sorted(row.learning_rates):
-            found = [records.get(Point(row, rate, seed).key) for seed in self.tuning_seeds]
+        if len(row.choices) == 1:
+            return row.choices[0]
+        sign = -1 if row.lower_is_better(row.tuning_metric) else 1
+        worth: list[tuple[float, Mapping[str, Any]]] = []
+        for choice in sorted(row.choices, key=lambda choice: choice[RATE]):
+            found = [records.get(Point(row, choice, seed).key) for seed in self.tuning_seeds]
             values = [row.held_out(record) for record in found if record is not None]
             if values and None not in values:
-                scores[rate] = statistics.mean(value for value in values if value is not None)
-        sign = -1 if row.lower_is_better(row.tuning_metric) else 1
-        worth = {rate: sign * score if math.isfinite(score) else -math.inf for rate, score in scores.items()}
-        return max(worth, key=worth.__getitem__) if worth else None
+                score = statistics.mean(value for value in values if value is not None)
+                worth.append((sign * score if math.isfinite(score) else -math.inf, choice))
+        return max(worth, key=lambda each: each[0])[1] if worth else None
+
+
+def choice_text(choice: Mapping[str, Any]) -> str:
+    """Return a choice as tables have it.
+
+    Example:
+        >>> choice_text({"learning_rate": 5e-4}), choice_text({"learning_rate": 5e-4, "warmup_steps": 20})
+        ('0.0005', '0.0005 warmup_steps=20')
+    """
+    others = (f" {name}={value}" for name, value in choice.items() if name != RATE)
+    return f"{choice[RATE]:g}{''.join(others)}"
 
 
 def read_grid(
@@ -196,14 +217,24 @@ def read_grid(
         raise OptionError(
             f"{paths[-1]}: reference={grid.reference!r} is no row; there are {', '.join(dict.fromkeys(labels))}"
         )
-    for row in rows if checked else ():
-        recipe = read_recipe(Point(row, 1e-3, 0).options)
-        if len(row.learning_rates) > 1 and not recipe.task.held_out_samples:
-            raise OptionError(
-                f"{paths[-1]}: {len(row.learning_rates)} learning_rates are compared on rows that are not reported "
-                "on; give held_out_samples in base, or one rate"
-            )
+    if checked:
+        _check_recipes(grid, paths[-1])
     return grid
+
+
+def _check_recipes(grid: Grid, path: str | Path) -> None:
+    """Raise where a run could not be begun: each row is read once, and each value of a tuned option."""
+    seen: set[str] = set()
+    for row in grid.rows:
+        told = {choice_text({**choice, RATE: 0}): choice for choice in row.choices}
+        choices = [choice for text, choice in told.items() if text not in seen] or row.choices[:1]
+        seen |= told.keys()
+        recipes = [read_recipe(Point(row, choice, 0).options) for choice in choices]
+        if len(row.choices) > 1 and not recipes[0].task.held_out_samples:
+            raise OptionError(
+                f"{path}: {len(row.choices)} learning_rates or other choices are compared on rows that are not "
+                "reported on; give held_out_samples in base, or one rate"
+            )
 
 
 def _rows(given: Mapping[str, Any]) -> Iterator[Row]:
@@ -211,7 +242,11 @@ def _rows(given: Mapping[str, Any]) -> Iterator[Row]:
     base, tasks = {**QUIET, **given["base"]}, names(given["tasks"])
     for label, own in names(given["methods"]).items():
         own = {"method": label, **own}
-        rates = tuple(float(rate) for rate in own.pop("learning_rates", given["learning_rates"]))
+        its = tuned(own)
+        own = {name: value for name, value in own.items() if name not in ("tune", "learning_rates")}
+        grids = {name: values for name, values in given["tune"].items() if name not in own} | its
+        ordered = {RATE: grids.pop(RATE), **grids}
+        found = tuple(dict(zip(ordered, values, strict=True)) for values in itertools.product(*ordered.values()))
         choices = _limits(label, own, given.get("limits", [{}]))
         for task, limits in ((task, limits) for limits in choices for task in tasks):
             name = label if len(choices) == 1 else f"{label}, {limits_text(limits)}"
@@ -222,7 +257,7 @@ def _rows(given: Mapping[str, Any]) -> Iterator[Row]:
                 if value not in measured:
                     raise OptionError(f"{entry}={value!r} is not measured on {task}; give one of {', '.join(measured)}")
             options = {**base, "task": task, **tasks[task], **own, **limits}
-            yield Row(name, task, options, metric, tuning_metric, rates)
+            yield Row(name, task, options, metric, tuning_metric, found)
 
 
 def _limits(label: str, own: dict[str, Any], given: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -6,9 +6,9 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from weightlora.bench.grid import Grid, Point, Row
+from weightlora.bench.grid import Grid, Point, Row, choice_text
 from weightlora.bench.records import Record, by_key, differing, mixed
 from weightlora.errors import OptionError
 from weightlora.methods import entry_of
@@ -44,7 +44,7 @@ class _Line:
     """The runs of a row on one task that its numbers come from."""
 
     row: Row
-    rate: float | None
+    choice: Mapping[str, Any] | None
     records: tuple[Record, ...]
     wanted: int
 
@@ -86,7 +86,7 @@ def make_table(grid: Grid, records: Sequence[Record]) -> Table:
     body: list[tuple[Cell, ...]] = []
     for i, label in enumerate(labels):
         own = [lines[label, task] for task in tasks]
-        rates = " ".join(dict.fromkeys("–" if line.rate is None else f"{line.rate:g}" for line in own))
+        rates = " ".join(dict.fromkeys("–" if line.choice is None else choice_text(line.choice) for line in own))
         within = entry_of(own[0].row.options["method"]).keeps_budget
         counts = [_count(own, name) for name in (_PEAK, "adapter_parameters" if within else _PEAK)]
         times = [_ratio(own, [lines[grid.reference, task] for task in tasks], names) for names in _TIMES]
@@ -188,13 +188,13 @@ def _caption(lines: Iterable[_Line]) -> str:
 
 
 def _line(grid: Grid, row: Row, known: Mapping[str, Record]) -> _Line:
-    rate = grid.rate(row, known)
-    if rate is None:  # all of its tuning failed, or it has not been run
+    choice = grid.chosen(row, known)
+    if choice is None:  # all of its tuning failed, or it has not been run
         points = [point for point in grid.tuning if point.row is row]
     else:
-        points = [Point(row, rate, seed) for seed in grid.seeds]
+        points = [Point(row, choice, seed) for seed in grid.seeds]
     found = [known[point.key] for point in points if point.key in known]
-    return _Line(row, rate, tuple(found) if rate is not None or not _any_good(found) else (), len(grid.seeds))
+    return _Line(row, choice, tuple(found) if choice is not None or not _any_good(found) else (), len(grid.seeds))
 
 
 def _any_good(records: Sequence[Record]) -> bool:
@@ -346,8 +346,8 @@ def by_seed(grid: Grid, row: Row, records: Mapping[str, Record], metric: str | N
         records: By the key of their run.
         metric: One of the row's ``metrics``; None: the first.
     """
-    rate = grid.rate(row, records)
-    found = {seed: records.get(Point(row, rate, seed).key) for seed in grid.seeds} if rate is not None else {}
+    choice = grid.chosen(row, records)
+    found = {seed: records.get(Point(row, choice, seed).key) for seed in grid.seeds} if choice is not None else {}
     values = {seed: row.tested(record, metric) for seed, record in found.items() if record is not None}
     return {seed: value for seed, value in values.items() if value is not None}
 

@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         require_output(grid.output_dir, WRITER, (*TABLES, PLAN_FILE, HEATMAP_FILE))
         records = run_with_progress(grid, console, writer=WRITER)
     row = next(row for row in grid.rows if row.options["method"] == "selected")
-    point = Point(row, row.learning_rates[0], grid.seeds[0])
+    point = Point(row, row.choices[0], grid.seeds[0])
     chosen = adapter_folder(grid, point)
     if chosen.exists():
         plan = AdapterPlan.load(chosen / PLAN_FILE)

@@ -137,7 +137,7 @@ def stability(study: Study, grid: Grid, records: Sequence[Record]) -> tuple[Tabl
     body: list[tuple[Cell, ...]] = []
     heats: list[Heat] = []
     for row in grid.rows:
-        points = [Point(row, row.learning_rates[0], seed) for seed in grid.seeds]
+        points = [Point(row, row.choices[0], seed) for seed in grid.seeds]
         found = [known[point.key] for point in points if point.key in known and "kept" in known[point.key]]
         kept = [record["kept"] for record in found]
         pairs = [jaccard(one, other) for one, other in combinations(kept, 2)]
@@ -277,8 +277,8 @@ def _means(grid: Grid, records: Sequence[Record], measure: Measure) -> list[_Mea
     known = by_key(records)
     found: list[_Mean] = []
     for row in grid.rows:
-        rate = grid.rate(row, known)
-        keys = [] if rate is None else [Point(row, rate, seed).key for seed in grid.seeds]
+        choice = grid.chosen(row, known)
+        keys = [] if choice is None else [Point(row, choice, seed).key for seed in grid.seeds]
         records_of = [known[key] for key in keys if key in known]
         values = [measure(row, record) for record in records_of]
         failed = sum(record["status"] != "ok" for record in records_of)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, with_config
 from typing_extensions import Required, TypedDict
 
-from weightlora.bench.grid import QUIET, Grid, read_grid
+from weightlora.bench.grid import QUIET, RATE, Grid, read_grid
 from weightlora.errors import DataError, OptionError
 from weightlora.files import read_mapping
 from weightlora.text import closest
@@ -140,7 +140,8 @@ class Study:
 def recipe_of(study: Study, task: str) -> dict[str, Any]:
     """Return the recipe of one run at the paper's size, for ``weightlora train``.
 
-    It is WeightLoRA at rank 8 with the most adapters that the table has, at the middle one of its rates, and seed 0.
+    It is WeightLoRA at rank 8 with the most adapters that the table has, and seed 0. Of a grid it takes the middle: of
+    two rates in the middle the higher, of two of another option the lower.
 
     Args:
         study: A table.
@@ -157,7 +158,9 @@ def recipe_of(study: Study, task: str) -> dict[str, Any]:
         raise OptionError(f"{study.name} has no recipe of {task!r:.80}{closest(task, tasks)}; {known}")
     row = [row for row in rows if row.task == task][-1]
     own = {name: value for name, value in row.options.items() if name not in (*QUIET, "held_out_samples")}
-    return {**own, "adapters": int(own["adapters"]), "learning_rate": statistics.median(row.learning_rates), "seed": 0}
+    middle = {RATE: statistics.median_high}
+    tuned = {n: middle.get(n, statistics.median_low)([c[n] for c in row.choices]) for n in row.choices[0]}
+    return {**own, **tuned, "adapters": int(own["adapters"]), "seed": 0}
 
 
 _OF_RECIPE = ("weightlora", 8)

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
+#: The split of training rows that options are chosen on.
+HELD_OUT = "held_out"
+
 Kind = Literal["classification", "question_answering", "summarisation", "completion"]
 
 

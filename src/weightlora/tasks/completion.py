@@ -12,7 +12,7 @@ from weightlora.errors import DataError, OptionError, WeightLoraWarning, require
 from weightlora.tasks._answers import answered, end_tokens, generate, judge_model
 from weightlora.tasks._prompts import check_prompts, check_whole_texts, solves, to_prompts, to_texts
 from weightlora.tasks._values import check_texts
-from weightlora.tasks.base import Prepared, RowOptions, Task
+from weightlora.tasks.base import HELD_OUT, Prepared, RowOptions, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -115,7 +115,7 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
     elif options.teacher_forced:
         measure = partial(_measure_teacher_forced, tokenizer, list(measured))
     elif "harness" in task.options:
-        measure = partial(_measure_by_harness, task, tokenizer)
+        measure = partial(_measure_by_harness, task, tokenizer, list(measured))
     return Prepared(partial(_make_trainer, tokenizer, options, examples), measure)
 
 
@@ -215,10 +215,18 @@ def _measure_teacher_forced(
     return numbers
 
 
-def _measure_by_harness(task: Task, tokenizer: PreTrainedTokenizerBase, trainer: Trainer) -> dict[str, float]:
+def _measure_by_harness(
+    task: Task, tokenizer: PreTrainedTokenizerBase, splits: Iterable[str], trainer: Trainer
+) -> dict[str, float]:
+    """Return what the harness measures on its own rows, and the loss of training rows that are held out."""
     given = {key: task.options[key] for key in ("include_path", "limit", "num_fewshot") if key in task.options}
     batch_size = trainer.args.per_device_eval_batch_size
-    return judge_model(trainer.model, tokenizer, [task.options["harness"]], batch_size=batch_size, **given)
+    numbers = judge_model(trainer.model, tokenizer, [task.options["harness"]], batch_size=batch_size, **given)
+    held = _tokenised(trainer, splits)
+    if HELD_OUT in held:
+        name = f"{HELD_OUT}_loss"
+        numbers[name] = trainer.evaluate(held[HELD_OUT], metric_key_prefix=HELD_OUT)[name]
+    return numbers
 
 
 def _measure_answers(

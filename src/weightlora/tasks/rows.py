@@ -11,14 +11,11 @@ from weightlora.errors import DataError, OptionError, require_extra
 from weightlora.tasks import kind_of
 from weightlora.tasks._read_file import check_columns, read_file
 from weightlora.tasks._values import check_labels, number_labels
-from weightlora.tasks.base import Place, Task
+from weightlora.tasks.base import HELD_OUT, Place, Task
 from weightlora.validation import read_pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-
-#: The split of training rows that options are chosen on.
-HELD_OUT = "held_out"
 
 
 @dataclass(frozen=True)
