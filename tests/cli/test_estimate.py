@@ -45,6 +45,18 @@ def test_the_command_needs_a_config_alone(config_file, monkeypatch, capsys):
         assert any(line.startswith(f"{name} ") for line in lines), f"{name} is not explained"
 
 
+def test_floors_of_a_training_with_a_store_are_one_table(config_file, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = run(capsys, "--model_name_or_path", config_file, "--batch", "4x32", "--store", "1000000x3")
+    rows = [line.split() for line in printed.splitlines() if "/" in line[:5] or line.startswith("    0")]
+    assert [row[0] for row in rows] == ["0", "1/6", "1/3", "1/2", "2/3", "5/6"]
+    assert [row[1] for row in rows] == ["28", "21", "21", "14", "7", "7"]  # of four blocks 1, 1, 2, 3 and 3 are below
+    assert [row[-1] for row in rows] == ["0.00", *["2.05"] * 5]  # 32 tokens of 16 numbers in four bytes
+    assert "1,000,000 rows, 3 epochs" in " ".join(printed.split())
+    for name in ("below", "time", "away", "weights", "saved", "peak", "store"):
+        assert f"\n{name} " in printed, f"{name} is not explained"
+
+
 def test_a_quantised_model_is_not_tuned_in_full(config_file, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     words = ("--model_name_or_path", config_file, "--batch", "4x32", "--adapters", "7")
@@ -82,6 +94,14 @@ def test_the_table_of_the_largest_numbers_fits(monkeypatch, capsys):
         (["--model_name_or_path", "CONFIG", "--batch", "4x32", "--double_quant"], "needs --load_in_4bit"),
         (["--model_name_or_path", "CONFIG", "--batch", "4x32", "--fast"], "--fast needs a plan"),
         (["--model_name_or_path", "./none.json", "--batch", "4x32"], "cannot read a config from --model_name_or_path"),
+        (
+            ["--model_name_or_path", "CONFIG", "--batch", "4x32", "--store", "3"],
+            "--store '3' is not allowed: give rows x",
+        ),
+        (
+            ["--model_name_or_path", "CONFIG", "--batch", "4x32", "--store", "9x3", "--memory", "1GB"],
+            "--store prints floors, without --memory and --adapters",
+        ),
         (["plan.json", "--batch", "4x32", "--memory", "24GB"], "--memory is for estimates without a plan"),
     ],
 )

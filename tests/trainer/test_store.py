@@ -12,10 +12,11 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import weightlora
 from weightlora.errors import DataError, OptionError, WeightLoraWarning
+from weightlora.model import frozen_prefix as prefixes
 from weightlora.model.frozen_prefix import FrozenPrefix, find_floor
 from weightlora.model.hidden_store import HiddenFile, HiddenStore
 from weightlora.trainer.store import StoreCallback, store_frozen
@@ -274,6 +275,89 @@ def test_a_time_in_which_nothing_pays_back_is_told_in_steps_of_lora(tmp_path):
         weightlora.select_for(bare(tmp_path), lora=ABOVE, time=0.02, store=True, progress=False)
     assert "takes 0." in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# -- weights that leave the device -------------------------------------------------------------------------------------
+
+
+class Emptied(prefixes.Offload):
+    """On a machine with a CPU alone: nothing is where the weights were, so that whoever used them would fail."""
+
+    def _while_away(self, kept):
+        return kept.new_empty(0)
+
+
+def weights_below(model):
+    return [p for block in list(find_floor(model).blocks)[:2] for p in block.parameters()]
+
+
+@pytest.mark.parametrize("family", ["BERT", "Llama"])
+def test_weights_below_are_away_in_later_epochs_and_back_for_evaluation(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(prefixes, "Offload", Emptied)
+    plain = trainer_of(tmp_path / "plain", family)
+    plain.train()
+    trainer = trainer_of(tmp_path / "run", family, save_strategy="epoch")
+    store = store_frozen(trainer, offload=True)
+    below = weights_below(trainer.model)
+    whole, seen = [p.detach().clone() for p in below], []
+
+    class Notes(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            seen.append(sum(p.numel() for p in below))
+
+        def on_epoch_end(self, *_, **__):
+            trainer.evaluate(rows_of_family(family))
+            seen.append("evaluated" if all(map(torch.equal, below, whole)) else "not whole")
+
+    trainer.add_callback(Notes())
+    trainer.train()
+    every = sum(p.numel() for p in whole)
+    assert seen == [*[every] * 3, "evaluated", *[0] * 3, "evaluated", *[0] * 3, "evaluated"]
+    assert (store.hits, store.misses) == (2 * ROWS, ROWS)
+    assert all(map(torch.equal, below, whole))
+    mine, theirs = (dict(t.model.named_parameters()) for t in (trainer, plain))
+    assert all(mine[name].allclose(value, rtol=1e-3, atol=1e-4) for name, value in theirs.items())
+    saved = load_file(tmp_path / "run" / "checkpoint-9" / "adapter_model.safetensors")
+    assert all("lora_" in name for name in saved)
+    if family == "Llama":
+        trainer.model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2)
+
+
+def test_generation_in_the_middle_of_a_training_has_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefixes, "Offload", Emptied)
+    trainer = trainer_of(tmp_path, "Llama")
+    prompt, made = torch.ones(1, 2, dtype=torch.long), []
+    store_frozen(trainer, offload=True)
+
+    class Generates(TrainerCallback):
+        def on_step_end(self, *_, model, **__):
+            model.eval()
+            made.append(model.generate(prompt, max_new_tokens=2).shape)
+            model.train()
+
+    trainer.add_callback(Generates())
+    trainer.train()
+    assert made == [(1, 4)] * 9
+
+
+def test_weights_stay_where_rows_do_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefixes, "Offload", Emptied)
+    trainer = trainer_of(tmp_path, "Llama")
+    below, seen = weights_below(trainer.model), []
+    store = store_frozen(trainer, limit="3kB", offload=True)
+    find_floor(trainer.model).blocks[3].register_forward_pre_hook(lambda *_: seen.append(below[0].numel()))
+    trainer.train()
+    assert store.is_full
+    assert min(seen) > 0
+
+
+def test_shared_and_8_bit_weights_do_not_leave():
+    shared = nn.Linear(2, 2)
+    net = nn.Sequential(nn.Sequential(shared, nn.Linear(3, 3)), shared)
+    assert prefixes.Offload(net, [net[0]]).bytes == (9 + 3) * 4
+    vars(net[0][1].weight)["SCB"] = None
+    with pytest.raises(OptionError, match="load_in_8bit"):
+        prefixes.Offload(net, [net[0]])
 
 
 # -- refused, or told ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightlora.cli._floors import in_gigabytes
 from weightlora.cli._help import add_command
 from weightlora.errors import DataError, OptionError
 from weightlora.model.sites import LOADERS
@@ -39,6 +40,7 @@ def add_parser(commands: Any) -> None:
         examples=[
             "weightlora estimate runs/demo/plan.json --batch 32x512",
             "weightlora estimate --model_name_or_path Qwen/Qwen3-8B --batch 8x512 --memory 24GB",
+            "weightlora estimate --model_name_or_path Qwen/Qwen3-8B --batch 8x512 --store 395000x3",
         ],
     )
     parser.add_argument("path", type=Path, nargs="?", help="plan.json; without it, see the options without a plan")
@@ -64,6 +66,12 @@ def add_parser(commands: Any) -> None:
             help="how many WeightLoRA keeps: numbers, or shares of them; default: n/2 n/4 n/10",
         ),
         add("--memory", help="memory of a device, such as 24GB or 24GiB: also print the largest batch that fits"),
+        add(
+            "--store",
+            metavar="ROWSxEPOCHS",
+            help="such as 395000x3: instead print what floors of 1/6 to 5/6 of the depth take in a training with "
+            "store_frozen and offload",
+        ),
         add("--optim", default="adamw_torch", help="adamw_torch, adamw_torch_fused, adamw_8bit, adafactor or sgd"),
         add("--gradient_checkpointing", action="store_true", help="with gradient checkpointing"),
         add(
@@ -90,7 +98,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the table."""
-    rows, length = _read_batch(arguments.batch)
+    rows, length = _read_pair("batch", arguments.batch)
     if arguments.path is None:
         if arguments.fast:
             raise OptionError("--fast needs a plan; leave it out")
@@ -114,11 +122,12 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(_LEGEND, highlight=False)
 
 
-def _read_batch(text: str) -> tuple[int, int]:
-    """Rows and tokens of a row."""
+def _read_pair(option: str, text: str) -> tuple[int, int]:
+    """Rows and tokens of a row, or rows and epochs."""
     match = re.fullmatch(r"([1-9][0-9]{0,6})[x×]([1-9][0-9]{0,6})", text)
     if match is None:
-        raise OptionError(f"--batch {text!r} is not allowed: give rows x tokens, such as 32x512, each below 10,000,000")
+        allowed = "rows x tokens, such as 32x512" if option == "batch" else "rows x epochs, such as 395000x3"
+        raise OptionError(f"--{option} {text!r} is not allowed: give {allowed}, each below 10,000,000")
     return int(match[1]), int(match[2])
 
 
@@ -189,13 +198,18 @@ def _print_memory(arguments: argparse.Namespace, rows: int, length: int) -> None
     for name, kind in (("fsdp", Count), ("lora_r", Count), ("lora_dropout", Share)):
         checked(kind, getattr(arguments, name), f"--{name}")
     limit = None if arguments.memory is None else _read_memory(arguments.memory)
+    stored = None if arguments.store is None else _read_pair("store", arguments.store)
+    if stored and (limit or arguments.adapters):
+        raise OptionError("--store prints floors, without --memory and --adapters; leave these out")
 
     from peft import LoraConfig
 
+    from weightlora.cli._floors import FLOOR_LEGEND, floor_table
     from weightlora.cli._screen import PlainConsole
     from weightlora.cli._streams import quiet_casts, quiet_libraries
     from weightlora.cost.comparison import compare_memory
     from weightlora.cost.empty_model import make_loss_of, require_length
+    from weightlora.cost.floors import compare_floors
     from weightlora.cost.memory import Setting
     from weightlora.plan.limits import read_limit
 
@@ -213,19 +227,19 @@ def _print_memory(arguments: argparse.Namespace, rows: int, length: int) -> None
             target_modules=arguments.lora_target_modules,
             task_type=task,
         )
-        lines = compare_memory(
-            lambda: _make_model(config, task, dtype, arguments),
-            make_loss_of(task, length, "meta"),
-            lora,
-            setting,
-            adapters=adapters,
-            limit=limit,
-        )
+        given = (lambda: _make_model(config, task, dtype, arguments), make_loss_of(task, length, "meta"), lora, setting)
+        lines = [] if stored else compare_memory(*given, adapters=adapters, limit=limit)
+        floors = compare_floors(*given, tokens=stored[0] * length, epochs=stored[1]) if stored else []
     words = [f"{rows} rows of {length} tokens", f"r = {lora.r}", arguments.optim]
     words.append("4 bit" if arguments.load_in_4bit else "8 bit" if arguments.load_in_8bit else dtype)
     words += ["checkpointing"] if setting.gradient_checkpointing else []
     words += [f"{setting.shards} devices"] if setting.shards > 1 else []
     console = PlainConsole()
+    if stored:
+        words.append(f"{stored[0]:,} rows, {stored[1]} epochs")
+        console.print(floor_table(floors, f"computed GB on one device: {', '.join(words)}"))
+        console.print(FLOOR_LEGEND, highlight=False)
+        return
     console.print(_memory_table(lines, f"computed GB on one device: {', '.join(words)}", arguments.memory))
     console.print(_MEMORY_LEGEND, highlight=False)
 
@@ -306,15 +320,10 @@ def _memory_table(lines: Sequence[MemoryLine], title: str, memory: str | None) -
         table.add_column(header, justify="right", no_wrap=True)
     for line in lines:
         m = line.memory
-        in_gb = [_gb(n) for n in (m.weights, m.gradients, m.optimizer, m.saved, m.logits, m.peak)]
+        in_gb = [in_gigabytes(n) for n in (m.weights, m.gradients, m.optimizer, m.saved, m.logits, m.peak)]
         rows = () if line.largest_batch is None else (f"{line.largest_batch:,}",)
         table.add_row(line.name, str(line.sites or ""), _millions(m.trained), *in_gb, *rows)
     return table
-
-
-def _gb(count: int) -> str:
-    gb = count / 1e9
-    return f"{gb:,.2f}" if gb < 99.995 else f"{gb:,.1f}" if gb < 999.95 else f"{gb:,.0f}"
 
 
 def _millions(count: int) -> str:

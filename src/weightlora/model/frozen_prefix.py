@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from weightlora.errors import OptionError
+from weightlora.model._offload import Offload
 from weightlora.model._rows import NOT_READ, assembled, read_tensors, rows_of, tokens_of
 from weightlora.model.hidden_store import HiddenStore
 from weightlora.model.modules import base_of
@@ -116,6 +117,10 @@ class FrozenPrefix:
         """Whether packed rows are known one by one: they do not see each other."""
         self.always = False
         """Use the store in evaluation as well."""
+        self.offload: Offload | None = None
+        """The weights below the floor, where they leave the device."""
+        self.is_filled = False
+        """Whether rows are expected to be stored, so that these weights are not needed."""
         self.hits = self.misses = 0
         self.inputs: Mapping[str, Any] = {}
         """What the model was last called with in evaluation."""
@@ -147,6 +152,19 @@ class FrozenPrefix:
         """Give the model back as it was."""
         for handle in self._handles:
             handle.remove()
+        self._come_back()
+
+    def offload_below(self) -> None:
+        """From now on let the weights below the floor leave the device while all rows are stored.
+
+        Raises:
+            OptionError: See :class:`Offload`.
+        """
+        self.offload = Offload(self._model, self._originals)
+
+    def _come_back(self) -> None:
+        if self.offload is not None:
+            self.offload.come_back()
 
     def find_below(self, inputs: Mapping[str, Any]) -> list[str]:
         """Run the model up to the floor, note what lies below it, and return the trained modules among that."""
@@ -183,6 +201,7 @@ class FrozenPrefix:
 
     def compute(self, inputs: Mapping[str, Any]) -> Any:
         """Return what the last block below the floor makes of a batch, as the model passes it on."""
+        self._come_back()
         last = self._originals[-1]
         handle = last.register_forward_hook(self._capture)
         below = self._below if self.dropout_off else []
@@ -213,6 +232,7 @@ class FrozenPrefix:
             raise OptionError("the model was called with positional arguments; a store needs them by name")
         if not (module.training or self.always):
             self.inputs = kwargs
+            self._come_back()
             return
         self.output = self._output_of(kwargs)
         for i, stand_in in enumerate(self._stand_ins):
@@ -245,6 +265,8 @@ class FrozenPrefix:
                 own = hidden[lines.index(rows[i].index), rows[i].place]
                 self.store.put(rows[i].key, own)
                 found[i] = own
+        elif self.offload is not None and self.is_filled:
+            self.offload.leave()
         device = next(iter(read.values())).device
         whole = assembled([value.to(device, self._dtype) for value in found if value is not None], rows, read)
         return whole if self._others is None else (whole, *self._others)

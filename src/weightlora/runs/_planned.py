@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: Options that act on the training of a plan; the plan decides the others of a method.
 _FREE = (
     *("plan", "head_learning_rate", "fast", "grow_batch", "lora_target_modules"),
-    *("store_frozen", "store_limit", "store_dropout"),
+    *("store_frozen", "store_limit", "store_dropout", "store_offload"),
 )
 
 

@@ -169,6 +169,9 @@ class MethodOptions:
     store_dropout: Literal["off below"] | None = _option(
         None, "for models with dropout below the lowest adapter: run these blocks as in evaluation"
     )
+    store_offload: bool = _option(
+        False, "after the first epoch the weights below the lowest adapter leave the device; for evaluation they return"
+    )
     grow_batch: bool = _option(False, "train larger batches with less accumulation, within the memory of plain LoRA")
 
     def __post_init__(self) -> None:
@@ -181,6 +184,8 @@ class MethodOptions:
         for name in ("store_limit", "store_dropout"):
             if getattr(self, name) is not None and self.store_frozen is None:
                 raise OptionError(f"{name}={getattr(self, name)!r} needs store_frozen; give it, too")
+        if self.store_offload and self.store_frozen is None:
+            raise OptionError("store_offload needs store_frozen; give it, too")
         if self.store_limit is not None:
             Limits(memory=self.store_limit)
         read_limits(vars(self))

@@ -126,7 +126,8 @@ def _train(recipe: Recipe, callbacks: Sequence[TrainerCallback]) -> dict[str, An
     options = recipe.method
     if options.store_frozen is not None:
         folder = None if options.store_frozen == "memory" else options.store_frozen
-        store_frozen(run.trainer, folder=folder, limit=options.store_limit, dropout=options.store_dropout)
+        chosen = {"limit": options.store_limit, "dropout": options.store_dropout, "offload": options.store_offload}
+        store_frozen(run.trainer, folder=folder, **chosen)  # pyright: ignore[reportArgumentType]
     from_first(lambda: write_config(recipe.output_dir, recipe.settings))  # a mistake leaves nothing behind
     before = _measured_before(run, method)
     begin = time.perf_counter()

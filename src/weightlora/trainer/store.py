@@ -85,6 +85,10 @@ class FrozenStore:
         """Rows that were computed."""
         return self._prefix.misses
 
+    def note_epoch(self) -> None:
+        """Note that an epoch is over, after which all rows are stored unless they do not fit."""
+        self._prefix.is_filled = not self.is_full
+
     @property
     def floor(self) -> str:
         """The blocks that are not run for a stored row, in words."""
@@ -105,6 +109,7 @@ def store_frozen(
     limit: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     dropout: Literal["off below"] | None = None,
+    offload: bool = False,
 ) -> FrozenStore:
     """Store what enters the lowest block with an adapter, row by row; blocks below are not run again for these rows.
 
@@ -122,6 +127,8 @@ def store_frozen(
         dtype: What they are stored as; None takes the model's own type.
         dropout: A model with dropout below the floor has no fixed hidden states. ``"off below"`` runs these blocks as
             in evaluation, which is another training.
+        offload: After the first epoch the weights of these blocks leave the device for the CPU's memory. They come back
+            for evaluation and generation, for a row that is not stored, and when the training ends.
 
     Raises:
         OptionError: The lowest block is trained, something below it is, or draws random numbers; the model's loss is
@@ -168,6 +175,8 @@ def store_frozen(
             header = {"floor": prefix.floor.text, "weights": weights_fingerprint(model, config), "dropout": dropout}
             own = Path(folder) / f"process-{trainer.args.process_index}"
             prefix.store = HiddenFile(own, header, kind, most)
+        if offload:
+            prefix.offload_below()
     except BaseException:
         prefix.remove()
         raise
@@ -175,7 +184,8 @@ def store_frozen(
     trainer.add_callback(StoreCallback(store))
     if is_first():
         size = "an unknown size" if expected is None else f"about {expected / 1e9:.3g} GB"
-        _LOG.info("%s are stored in the first epoch, %s; later epochs do not run them", prefix.floor.text, size)
+        away = f", and {prefix.offload.bytes / 1e9:.3g} GB of weights leave the device" if prefix.offload else ""
+        _LOG.info("%s are stored in the first epoch, %s; later epochs do not run them%s", prefix.floor.text, size, away)
     return store
 
 
@@ -276,6 +286,7 @@ class StoreCallback(TrainerCallback):
         hits, misses = self._store.hits - self._hits, self._store.misses - self._misses
         self._hits, self._misses, rows = self._store.hits, self._store.misses, hits + misses
         before, self._before = self._before, rows
+        self._store.note_epoch()
         if not before and is_first():
             _LOG.info("%d rows are stored, %.3g GB", self._store.rows, self._store.bytes / 1e9)
         # After an epoch that was whole: a resumed training begins within one.
