@@ -163,7 +163,7 @@ def test_a_folder_with_a_file_of_the_user_is_not_replaced(command, start, lost, 
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("command", [*BESIDE, *WHOLE])
 def test_the_same_command_replaces_what_it_wrote(command, bed, made, tmp_path):
     output = made(command, tmp_path / NAME)
@@ -191,6 +191,7 @@ CHANGED = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("command", "name"), [(command, name) for command, names in CHANGED.items() for name in names])
 def test_a_file_that_the_user_changed_stays(command, name, bed, made, tmp_path, capsys):
     output = made(command, tmp_path / NAME)

@@ -43,6 +43,7 @@ def test_choice_against_all_sets(both):
     assert beaten > 5  # the control: the plain top K would not do
 
 
+@pytest.mark.slow
 def test_more_of_any_limit_is_no_worse_and_none_is_nothing():
     draw = random.Random(3)
     for _ in range(50):
@@ -224,6 +225,7 @@ def test_select_keeps_what_the_limit_pays_for(minilm, review_batches, limit, fou
     assert plan.scores == select(minilm, review_batches, adapters=3, **options).scores
 
 
+@pytest.mark.slow
 def test_all_limits_hold_together(minilm, review_batches):
     options = {"lora": LoraConfig(r=8, task_type="SEQ_CLS"), "steps": 2, "progress": False, **ruled(head_steps=1)}
     plan = select(minilm, review_batches, adapters=9, parameters=0.1, time=0.9, memory="110MB", **options)
@@ -251,7 +253,7 @@ def test_the_fast_step_has_more_sites_for_the_same_bytes(minilm, review_batches)
     assert 0.95 * 110e6 < peak_with(model, review_batches[0]) < fast.options["peak_bytes"] <= 110e6
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("limit", "told"),
     [

@@ -140,6 +140,7 @@ def adapters_of(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("parameters", [1.0, 0.5, 0.1, 0.03, "half"])
 @pytest.mark.parametrize(
     "fields",

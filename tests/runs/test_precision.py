@@ -183,6 +183,7 @@ def test_checkpointing_changes_nothing(make_trainer, plain, settings, again):
     assert all(layer.lora_B["default"].weight.any() for layer in lora_layers(trainer.model).values())
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("options", RULES, ids=RULE_NAMES)
 def test_four_batches_of_eight_are_one_of_thirty_two(make_trainer, options):

@@ -116,6 +116,7 @@ def test_the_configuration_that_was_saved_gives_the_same_run_again(unbroken, tmp
     assert {**saved[0], "output_dir": ""} == {**saved[1], "output_dir": ""}
 
 
+@pytest.mark.slow
 def test_a_method_that_prunes_while_it_trains_ends_in_a_stock_adapter_on_its_budget(tmp_path):
     own = "--method_options", "init_r=12", "deltaT=1"
     assert main([*words(tmp_path, method="adalora", save_steps=3, max_eval_samples=4), *own]) == 0
@@ -322,6 +323,7 @@ def test_a_run_killed_after_its_last_checkpoint_takes_no_step_more(tmp_path):
     assert equal(adapter(tmp_path), before)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda m: f"{m[0]}+{m[1]:.2f}s")
 def test_a_killed_run_goes_on_to_the_same_adapter_bit_for_bit(unbroken, launch, tmp_path, moment, record_property):

@@ -184,6 +184,7 @@ def test_a_gain_of_rank_one_is_kept_with_one_rank():
     assert first > 20 * abs(second)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("most", [1, 2, 9])
 def test_a_site_keeps_at_most_so_many_ranks(most, minilm, review_batches):
@@ -197,7 +198,7 @@ def test_a_site_keeps_at_most_so_many_ranks(most, minilm, review_batches):
     assert max(free.ranks.values()) > 2  # the control
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("parameters", "most"), [(0.25, 1), (0.3, 2), (0.5, 2), (0.75, 3), (0.9, 4), (20_000, 1)])
 def test_even_ranks_are_the_budgets_share_of_each_site(parameters, most, minilm, review_batches):
     lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS")

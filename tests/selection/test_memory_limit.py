@@ -95,6 +95,7 @@ def really_alive(model, batch, loss_fn=model_loss):
     return counter.most
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_count_is_what_is_alive_in_a_real_training(checkpointing):
     """The fake step makes what the real one makes, tensor by tensor, and scratch memory is added."""
@@ -142,6 +143,7 @@ def test_the_fast_step_is_counted_as_it_runs(fast):
     assert count - SCRATCH == pytest.approx(really_alive(enable_fast_lora(planned, fast), batch), rel=0.01)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_chosen_sites_are_within_the_limit_and_the_best_single_one_is_not_wasted(checkpointing):
     """Random scores and limits between the least and the most: the count holds, and no further site would fit."""

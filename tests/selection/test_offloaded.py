@@ -83,7 +83,7 @@ def scored(model, rule="first_order", batches=BATCHES, task="SEQ_CLS", **options
 # -- the same plan ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rule", [*(entry.name for entry in RULES), *STUDY.values()])
 def test_every_rule_scores_as_on_the_whole_model(rule, tmp_path):
     model = partly(bert(), tmp_path)
@@ -93,6 +93,7 @@ def test_every_rule_scores_as_on_the_whole_model(rule, tmp_path):
     assert plan == scored(bert(), rule)  # bit for bit, and the order of the sites
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("place", [on_cpu, on_disk, partly])
 @pytest.mark.parametrize("fast", [None, "input"])
 def test_every_place_and_both_steps(place, fast, tmp_path):
@@ -230,6 +231,7 @@ def test_one_module_at_a_time_is_in_memory():
 # -- adapters on an offloaded model ----------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("place", [on_cpu, on_disk, partly])
 def test_attached_adapters_are_trained_and_saved_as_on_the_whole_model(place, tmp_path):
     plan = scored(bert())

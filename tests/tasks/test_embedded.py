@@ -104,6 +104,7 @@ def test_phrases_of_the_thesaurus_are_in_one_split_and_one_category():
     assert roget(train=100, test=2000, seed=1).test != data.test
 
 
+@pytest.mark.slow
 def test_a_phrase_of_several_categories_of_the_thesaurus_is_left_out():
     """ "drill" is a tool, a teaching and a march; a "bass clarinet" is an instrument only."""
     data = roget(train=15_000, test=1000)

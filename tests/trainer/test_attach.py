@@ -289,6 +289,7 @@ def test_accumulation_gives_the_scores_of_one_large_batch(minilm, make_classifie
     assert not torch.allclose(other, whole, rtol=1e-2)  # negative control: four rows are not sixteen
 
 
+@pytest.mark.slow
 def test_accumulation_counts_tokens_as_the_training_does(chat_tokenizer, tmp_path):
     """Answers have one or two digits: a mean of micro-batch means would weigh tokens unequally."""
 
@@ -309,6 +310,7 @@ def test_gradient_checkpointing_changes_nothing(make_classifier):
     assert checkpointed.history == plain.history
 
 
+@pytest.mark.slow
 def test_bf16_keeps_nearly_the_same_sites(make_classifier):
     plain = weightlora.select_for(make_classifier("a"), rule=FirstOrder(head_steps=0), steps=8)
     rounded = weightlora.select_for(make_classifier("b", bf16=True), rule=FirstOrder(head_steps=0), steps=8)
