@@ -14,7 +14,10 @@ from typing import Any
 
 from weightlora.bench.records import read_records
 
-RECORDS = Path(__file__).parent.parent / "docs" / "results" / "paper" / "embedded" / "records.jsonl"
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+RECORDS = [RESULTS / name / "records.jsonl" for name in ("table1", "differences", "paper/embedded")]
+#: With fewer runs of a model nothing is said of it.
+_FEWEST = 10
 KINDS = {
     "embedded/minilm": ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"),
     "embedded/smollm2": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -26,9 +29,12 @@ def main() -> None:
     for model, kinds in KINDS.items():
         runs = [
             record
-            for record in read_records(RECORDS)
+            for path in RECORDS
+            for record in read_records(path)
             if chosen(record) and record["options"]["model_name_or_path"] == model
         ]
+        if len(runs) < _FEWEST:
+            continue
         print(f"\n{model}, {len(runs)} runs\n\n| kind | kept ÷ chance |\n| --- | ---: |")
         for kind in kinds:
             shares = [share(record, kind, kinds) for record in runs]

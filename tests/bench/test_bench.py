@@ -154,6 +154,29 @@ def test_the_choice_of_several_options_is_the_best_of_all(tmp_path):
     assert {point.key for point in short.tested({})} == {point.key for point in grid.tested(by_key(records))}
 
 
+def test_two_metrics_are_shown_and_their_mean_counts(tmp_path):
+    """Of the paper's MRPC: 0.8848/0.9165; with CoLA's 0.6806 the average is ((0.8848 + 0.9165)/2 + 0.6806)/2."""
+    grid = grid_of(tmp_path, methods=["lora", "random"], tasks=["mrpc", "cola"], limits=[{"adapters": 1}], seeds=[0])
+    values = {"accuracy": 0.8848, "f1": 0.9165, "matthews_correlation": 0.6806}
+
+    def of(point, **changed):
+        metrics = {f"{split}_{name}": v for name, v in {**values, **changed}.items() for split in ("test", "held_out")}
+        return record(point, 0.0, 0.0, metrics=metrics)
+
+    mrpc = [row for row in grid.rows if row.task == "mrpc"]
+    assert {row.metric for row in mrpc} == {"accuracy/f1"}
+    low, high = (
+        of(Point(mrpc[0], choice, 0), f1=f1) for choice, f1 in zip(mrpc[0].choices, (0.9165, 0.5), strict=True)
+    )
+    assert grid.chosen(mrpc[0], by_key([low, high])) == mrpc[0].choices[0]  # by the mean of both
+    others = [of(Point(row, row.choices[0], 0)) for row in grid.rows if row.label == "lora" and row.task == "cola"]
+    table = make_table(grid, [low, high, *others])
+    assert table.header[4:7] == ("mrpc accuracy/f1", "cola matthews_correlation", "average")
+    assert [cell.text for cell in table.rows[0][4:7]] == ["88.5/91.6", "68.1", "79.1"]
+    one = grid_of(tmp_path, methods=["lora"], tasks=["mrpc"], metric="f1")
+    assert {row.metric for row in one.rows} == {"f1"}
+
+
 def test_files_tune_option_by_option(tmp_path):
     grid_of(
         tmp_path, methods=["lora"], tune={"learning_rate": [1e-3, 2e-3], "warmup_steps": [0, 20]}, learning_rates=...

@@ -210,6 +210,25 @@ def test_values_of_other_tasks_without_an_average_are_columns_of_their_own():
     assert with_published(table, Published(1, (), {}, (), ())) == table  # a figure
 
 
+def test_the_papers_parameters_stand_behind_ours():
+    table = Table(
+        ("method", "exported", "rte accuracy"),
+        ((Cell("lora"), Cell("442,368"), Cell("70.0")), (Cell("mine"), Cell("9"), Cell("1.0"))),
+    )
+    published = Published(100, ("rte",), {"lora": (0.8,)}, (), (), {"lora": "442K, 0.24%"})
+    found = with_published(table, published)
+    assert found.header[1] == "# Params (paper)"
+    assert [row[1].text for row in found.rows] == ["442,368 (442K, 0.24%)", "9"]
+    other = with_published(table, Published(1, ("squad",), {"lora": (90.1,)}, (), (), {"lora": "0.07%"}))
+    assert other.rows[0][1].text == "442,368 (0.07%)"  # another task, the same method
+
+
+@pytest.mark.parametrize("name", ["table1", "table2", "table3", "table4", "table5", "table6"])
+def test_every_row_of_the_paper_has_its_parameters(name):
+    published = read_study(name, FOLDER).published
+    assert published.parameters.keys() == published.rows.keys()
+
+
 def mean_of(values):
     """Of pairs, such as accuracy and F1, the paper takes the mean first."""
     return statistics.mean(statistics.mean(v) if isinstance(v, list) else v for v in values)

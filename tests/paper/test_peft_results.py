@@ -1,16 +1,20 @@
 """Result files of PEFT's own benchmark as a table, and a plan as one of its experiments."""
 
 import json
+from pathlib import Path
 
 import pytest
 from peft import LoraConfig, PeftConfig
+from transformers import LlamaConfig
 
 from weightlora import emit
 from weightlora.cli import main
+from weightlora.cost.empty_model import make_empty_model
 from weightlora.errors import DataError
-from weightlora.model.sites import Site
+from weightlora.model.sites import Site, adapter_parameters, find_sites
 from weightlora.paper.peft_results import peft_table
 from weightlora.plan.plan import AdapterPlan, PlannedSite
+from weightlora.runs.recipe import read_recipe
 
 #: The parts of a file of method_comparison/MetaMathQA/results that are read.
 RESULT = {
@@ -74,3 +78,37 @@ def test_a_plan_is_an_experiment_folder_that_peft_reads(tmp_path):
         "model_id": "meta-llama/Llama-3.2-3B",
         "optimizer_kwargs": {"lr": 2e-4, "weight_decay": 0.1},
     }
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def rows_of_the_script():
+    body = (RECIPES / "peft-benchmark.sh").read_text().split("<<ROWS\n")[1].split("ROWS\n")[0]
+    return {name: options for name, *options in map(str.split, body.splitlines())}
+
+
+def test_each_row_of_the_script_is_a_recipe():
+    rows = rows_of_the_script()
+    assert [*rows] == ["all-linear", "random", "default", "time", "upper-half"]
+    for options in rows.values():
+        recipe = read_recipe(RECIPES / "peft-benchmark.yaml", ["--use_cpu", "true", *options])
+        assert recipe.model.model_name_or_path == "meta-llama/Llama-3.2-3B"
+
+
+def test_its_rows_have_at_most_the_parameters_of_pefts_lora():
+    """LoRA of rank 32 on q and v of 28 layers has 32·28·((3072 + 3072) + (3072 + 1024)) = 9,175,040."""
+    heads = {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128}
+    sizes = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "vocab_size": 8}
+    model = make_empty_model(LlamaConfig(**sizes, **heads), "CAUSAL_LM")
+    budget = sum(adapter_parameters(find_sites(model, LoraConfig(r=32)).sites, LoraConfig(r=32)).values())
+    few = LoraConfig(r=32, target_modules=["q_proj", "v_proj"])
+    assert sum(adapter_parameters(find_sites(model, few).sites, few).values()) == 9_175_040 < budget
+    for name, options in rows_of_the_script().items():
+        given = dict(zip(options[::2], options[1::2], strict=True))
+        if name == "upper-half":  # 14 of 28 equal blocks
+            lora = LoraConfig(r=int(given["--lora_r"]))
+            whole = sum(adapter_parameters(find_sites(model, lora).sites, lora).values())
+            assert 0.99 * 9_175_040 < whole / 2 <= 9_175_040
+        elif name != "default":
+            assert given["--parameters"] == "9175040"

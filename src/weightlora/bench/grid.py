@@ -43,7 +43,7 @@ class Row:
     options: Mapping[str, Any]
     """Of ``weightlora train``, but for what is tuned and the seed."""
     metric: str
-    """What figures show."""
+    """What figures show; of a task that GLUE measures twice ``"accuracy/f1"``."""
     tuning_metric: str
     """What choices are made by."""
     choices: tuple[Mapping[str, Any], ...]
@@ -60,21 +60,24 @@ class Row:
 
     def held_out(self, record: Record) -> float | None:
         """What a choice is made by; None after a failure or where nothing is held out."""
-        return record["metrics"].get(f"{HELD_OUT}_{self.tuning_metric}") if record["status"] == "ok" else None
+        found = [record.get("metrics", {}).get(f"{HELD_OUT}_{name}") for name in parts_of(self.tuning_metric)]
+        return None if record["status"] != "ok" or None in found else statistics.mean(found)
 
     def tested(self, record: Record, metric: str | None = None) -> float | None:
         """What is reported: the mean of a metric over the task's evaluation splits; None where it was not measured.
 
         Args:
             record: Of a run of this row.
-            metric: One of ``metrics``; None: the first.
+            metric: One of ``metrics``, or a part of one; None: the first. Of two it is their mean, as in the paper.
         """
         if record["status"] != "ok":
             return None
-        metrics: dict[str, float] = record["metrics"]
-        ending = f"_{metric or self.metric}"
-        values = [v for k, v in metrics.items() if k.endswith(ending) and k != HELD_OUT + ending]
-        return statistics.mean(values) if values else None
+        means: list[float] = []
+        for name in parts_of(metric or self.metric):
+            ending = f"_{name}"
+            values = [v for k, v in record["metrics"].items() if k.endswith(ending) and k != HELD_OUT + ending]
+            means += [statistics.mean(values)] if values else []
+        return statistics.mean(means) if len(means) == len(parts_of(metric or self.metric)) else None
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,11 @@ class Grid:
         return max(worth, key=lambda each: each[0])[1] if worth else None
 
 
+def parts_of(metric: str) -> list[str]:
+    """Return the metrics of which one is made, such as ``"accuracy/f1"``."""
+    return metric.split("/")
+
+
 def choice_text(choice: Mapping[str, Any]) -> str:
     """Return a choice as tables have it.
 
@@ -250,11 +258,13 @@ def _rows(given: Mapping[str, Any]) -> Iterator[Row]:
         choices = _limits(label, own, given.get("limits", [{}]))
         for task, limits in ((task, limits) for limits in choices for task in tasks):
             name = label if len(choices) == 1 else f"{label}, {limits_text(limits)}"
-            measured = (*find_task(task).metrics, "loss")
-            metric = given.get("metric", measured[0])
+            known = find_task(task)
+            measured = (*known.metrics, "loss")
+            own_metric = "/".join(known.metrics) if known.kind == "classification" else measured[0]
+            metric = given.get("metric", own_metric)
             tuning_metric = given.get("tuning_metric", metric)
             for entry, value in {"metric": metric, "tuning_metric": tuning_metric}.items():
-                if value not in measured:
+                if value not in measured and value != own_metric:
                     raise OptionError(f"{entry}={value!r} is not measured on {task}; give one of {', '.join(measured)}")
             options = {**base, "task": task, **tasks[task], **own, **limits}
             yield Row(name, task, options, metric, tuning_metric, found)

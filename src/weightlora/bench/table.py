@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from weightlora.bench.grid import Grid, Point, Row, choice_text
+from weightlora.bench.grid import Grid, Point, Row, choice_text, parts_of
 from weightlora.bench.records import Record, by_key, differing, mixed
 from weightlora.errors import OptionError
 from weightlora.methods import entry_of
@@ -63,8 +63,9 @@ class _Line:
 def make_table(grid: Grid, records: Sequence[Record]) -> Table:
     """Return the table of a benchmark, whatever part of it has been run.
 
-    Metrics are those of the runs at the chosen learning rate: shares in per cent, losses as they are. The average over
-    tasks is that of the metric, without what only chooses the rate. Parameters are
+    Metrics are those of the runs at the chosen learning rate: shares in per cent, losses as they are. Where GLUE has
+    two, both are shown and their mean counts. The average over tasks is that of the metric, without what only chooses
+    the rate. Parameters are
     those of the adapters, at their peak, the selection included, and as exported, means over the runs; full
     fine-tuning, whose export holds identities, has its peak in both. Times are
     medians over the runs, relative to ``grid.reference``: the time of a step, interleaved with plain LoRA's, and of
@@ -209,11 +210,12 @@ def _column(lines: Sequence[_Line], metric: str) -> list[Cell]:
 
 
 def _spread(line: _Line, metric: str) -> str:
-    """Mean ± standard error; how many runs it is of, where some are missing."""
+    """Mean ± standard error, of each part of the metric; how many runs it is of, where some are missing."""
     failed, values = len(line.records) - len(line.good), line.values(metric)
     if not values:
         return "failed" if failed else "–"
-    mean = mean_and_error(values, lower=line.row.lower_is_better(metric))
+    lower = line.row.lower_is_better(metric)
+    mean = "/".join(mean_and_error(line.values(part), lower=lower) for part in parts_of(metric))
     return mean if len(values) == line.wanted else f"{mean} ({runs_behind(len(values), line.wanted, failed)})"
 
 

@@ -68,7 +68,10 @@ def notes_of(study: Study, size: str) -> tuple[str, ...]:
     published = study.published
     return (
         f"{study.title}: {study.place} of the paper, {size} size.",
-        *(["In brackets, or in a column of its own: the paper's values, in per cent."] if published.rows else []),
+        *(
+            ["In brackets, or in a column of its own: the paper's values, in per cent, and its parameters."]
+            * bool(published.rows)
+        ),
         *(f"The paper: {statement}." for statement in published.statements),
         f"What differs: {study.setup(size).differs}.",
     )
@@ -78,7 +81,7 @@ _AVERAGE = "average"
 
 
 def with_published(table: Table, published: Published) -> Table:
-    """Return the table with the paper's value behind ours, on the tasks that the paper has too.
+    """Return the table with the paper's value behind ours: the parameters, and the tasks that the paper has too.
 
     Where it has none of them, its average over its own tasks is one more column; without an average, each of them is.
 
@@ -86,6 +89,7 @@ def with_published(table: Table, published: Published) -> Table:
         table: Of a benchmark; its first column has the labels of the rows.
         published: The paper's values.
     """
+    table = _with_parameters(table, published.parameters)
     # A loss is no column of the paper's: it is what the rates are chosen by.
     names = ["" if header.endswith(" loss") else header.split()[0] for header in table.header]
     shared = [name for name in names if name in published.columns and name != _AVERAGE]
@@ -103,6 +107,21 @@ def with_published(table: Table, published: Published) -> Table:
         for row in table.rows
     )
     return replace(table, header=header, rows=rows)
+
+
+def _with_parameters(table: Table, parameters: Mapping[str, str]) -> Table:
+    """The paper's column "# Params": what is exported, and in brackets what the paper has."""
+    if _EXPORTED not in table.header:
+        return table
+    place = table.header.index(_EXPORTED)
+    header = (*table.header[:place], "# Params (paper)" if parameters else "# Params", *table.header[place + 1 :])
+    rows = tuple(
+        (*row[:place], _behind(row[place], parameters.get(row[0].text, "")), *row[place + 1 :]) for row in table.rows
+    )
+    return replace(table, header=header, rows=rows)
+
+
+_EXPORTED = "exported"
 
 
 def _beside(table: Table, published: Published) -> Table:

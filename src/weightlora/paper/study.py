@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ class _PublishedEntries(TypedDict, total=False):
     scale: Number
     columns: list[Text]
     rows: dict[Text, list[Number | list[Number]]]
+    parameters: dict[Text, Text]
     points: list[dict[Text, Any]]
     statements: list[Text]
 
@@ -72,6 +73,8 @@ class Published:
     """Numbers of a figure that its text gives: ``series``, ``x`` and ``y``."""
     statements: tuple[str, ...]
     """What the text says of a figure, with its place."""
+    parameters: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Its column "# Params", by the label of a row."""
 
     def text(self, label: str, column: str) -> str:
         """Return a value as a table shows it, in per cent; empty where the paper has none."""
@@ -193,6 +196,9 @@ def read_study(name: str, folder: Path) -> Study:
     published = given.get("published") or {}
     rows = {label: tuple(values) for label, values in (published.get("rows") or {}).items()}
     columns = tuple(published.get("columns", ()))
+    for label in published.get("parameters") or {}:
+        if label not in rows:
+            raise DataError(f"{path}: published: parameters: {label} is no row")
     for label, values in rows.items():
         if len(values) != len(columns):
             raise DataError(f"{path}: published: {label} has {len(values)} values for {len(columns)} columns")
@@ -209,6 +215,7 @@ def read_study(name: str, folder: Path) -> Study:
             rows,
             tuple(published.get("points", ())),
             tuple(published.get("statements", ())),
+            published.get("parameters") or {},
         ),
     )
 
