@@ -79,7 +79,7 @@ def require_positive(scores: Scores, rule: Rule, budget: Chooser) -> None:
     # A small site without a positive score may fill what a larger one left of the budget: then there is no warning.
     if len(kept) < len(wanted) and positive <= set(kept):
         text = f"only {len(kept)} of the {len(wanted)} wanted sites have a positive score, and no others are kept"
-        warnings.warn(f"{text}{advice}", WeightLoraWarning, stacklevel=_CALLER)
+        warnings.warn(f"{text}{advice}", WeightLoraWarning, stacklevel=_CALLER + 1)  # _scored_ranks() is between
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:

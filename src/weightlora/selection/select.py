@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any
 
 from peft import LoraConfig, PeftModel, PeftType
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from weightlora.cost.knapsack import CostBudget
@@ -43,7 +43,7 @@ from weightlora.selection._trained import Trained, adapter_copies, head_copies, 
 from weightlora.selection.allocate import Costs, allocate, chooser_of, rank_budget
 from weightlora.selection.batches import FirstBatch, Loss, cycled, model_loss, peeked
 from weightlora.selection.begun import begun_by
-from weightlora.selection.rules.base import Rule
+from weightlora.selection.rules.base import Rule, Scores
 from weightlora.selection.scoring import UNIFORM, Scoring
 from weightlora.selection.stage import Stage, head_of, with_plain_lora
 from weightlora.selection.steps import Steps, settled
@@ -226,7 +226,7 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         level = tell_cost(scoring, course.steps, most=len(course.times) > 1)
         if scoring.fast is not None:
             enable_fast_lora(attached, scoring.fast)
-        peaks, peak = None, 0
+        peaks = None
         if scoring.are_measured:
             first, batches = peeked(batches)
             with untouched(model, seed=scoring.seed):  # the scores are as if nothing had been measured
@@ -236,9 +236,8 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         chooser = _chooser(rule, found.sites, costs, scoring)
         if scoring.rule is None and isinstance(chooser, CostBudget) and chooser.holds(range(len(found.sites))):
             # Scores would decide nothing: all sites are within the measured limits.
-            return Trained(
-                _unscored(found.sites, lora, costs, scoring, **record, spent=spent_on(scoring, course, 0)), {}, {}
-            )
+            spent = spent_on(scoring, course, 0)
+            return Trained(_unscored(found.sites, lora, costs, scoring, **record, spent=spent), {}, {})
         with tqdm(total=total, disable=None if scoring.progress else True, leave=False) as bar:
             rows = cycled(batches, total)
             rates = (scoring.learning_rate, scoring.head_learning_rate)
@@ -247,25 +246,11 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
             stage.train_head(course.head_steps)
             scored, scores = settled(rule.score(stage, course.times, chooser), partial(choices, chooser))
         require_gradients(list(stage.layers), scores)
-        if scores.ranks:
-            ranks = allocate(found.sites, scores.ranks, costs, scoring)
-            if not any(ranks):
-                raise SelectionError("no rank has a positive score; raise steps, or give more batches")
-        else:
-            positive = [size if final > 0 else 0.0 for size, final in zip(scores.sizes, scores.final, strict=True)]
-            require_positive(scores, rule, chooser)
-            choose = partial(allocate, found.sites, positive, limits=scoring, ranking=scoring.ranked_by)
-            if peaks is None or costs.memory is None:
-                ranks = choose(costs)
-            else:
-                ranks, peak = within_memory(choose, costs, peaks)
+        ranks, peak = _scored_ranks(found.sites, scores, chooser, costs, peaks, rule, scoring)
         require_agreement(repr((ranks, [site.name for site in found.sites])), "the choice")
-        adapters: dict[str, tuple[Tensor, Tensor]] = {}
-        whole: dict[str, Tensor] = {}
-        if scoring.warm_start:
-            adapters = adapter_copies(stage.layers, scores.gates, kept_numbers(scores, ranks))
-        if scoring.warm_start or run is not None:
-            whole = head_copies(attached, head)
+        warm = scoring.warm_start
+        adapters = adapter_copies(stage.layers, scores.gates, kept_numbers(scores, ranks)) if warm else {}
+        whole = head_copies(attached, head) if warm or run is not None else {}
         begun = None if run is None else begun_by(run, attached, head, scored)
 
     if is_first():
@@ -279,11 +264,7 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         errors=scores.errors,
         history=scores.history,
         rule=rule.name,
-        options={
-            **options_of(scoring, course),
-            **found_by(scored, scores, course),
-            **measured_by(costs, ranks, peak),
-        },
+        options=options_of(scoring, course) | found_by(scored, scores, course) | measured_by(costs, ranks, peak),
         spent=spent_on(scoring, course, scored),
         **record,
     )
@@ -299,6 +280,31 @@ def _chooser(rule: Rule, sites: Sequence[Site], costs: Costs, scoring: Scoring) 
     if rule.scores_ranks:
         return whole_budget(ranked(rank_budget(costs, scoring), scoring.ranked_by, sites))
     return chooser_of(sites, costs, scoring, scoring.ranked_by)
+
+
+def _scored_ranks(
+    sites: Sequence[Site],
+    scores: Scores,
+    chooser: Chooser,
+    costs: Costs,
+    peaks: Peaks | None,
+    rule: Rule,
+    scoring: Scoring,
+) -> tuple[list[int], int]:
+    """The rank of each site by its scores, and the counted peak in bytes; 0 where memory is not limited.
+
+    Raises:
+        SelectionError: No score is positive, or no site with a positive score fits.
+    """
+    if scores.ranks:
+        ranks = allocate(sites, scores.ranks, costs, scoring)
+        if not any(ranks):
+            raise SelectionError("no rank has a positive score; raise steps, or give more batches")
+        return ranks, 0
+    positive = [size if final > 0 else 0.0 for size, final in zip(scores.sizes, scores.final, strict=True)]
+    require_positive(scores, rule, chooser)
+    choose = partial(allocate, sites, positive, limits=scoring, ranking=scoring.ranked_by)
+    return (choose(costs), 0) if peaks is None or costs.memory is None else within_memory(choose, costs, peaks)
 
 
 def _unscored(sites: Sequence[Site], lora: LoraConfig, costs: Costs, scoring: Scoring, **record: Any) -> AdapterPlan:
