@@ -17,6 +17,8 @@ from weightlora.text import natural
 #: Most rows, columns and characters of the table; more blocks share rows, and the rarest projections share a column.
 _ROWS, _COLUMNS, _WIDTH = 12, 8, 80
 _OTHERS = "others"
+#: With 0.34 of the scores a limit on time lost to fewer steps, with 0.57 it won (docs/lab/choice.md).
+_HALF = 0.5
 #: Columns of the screen, and of the names of alternatives in it.
 _SCREEN, _NAMES = 80, 28
 
@@ -142,15 +144,28 @@ def _advice(plan: PlanData) -> Iterator[str]:
     if {*plan.options} & {*LIMITS} == {"adapters"} and len(plan.names) < len(plan.entries):
         share = plan.parameters / plan.lora_parameters
         yield _line("note", f"a lower rank on all sites did better in our study: parameters={share:.2f}")
+    own = alternatives(plan)[0]
+    held = _held(plan)
+    if plan.options.get("time") is not None and held < _HALF:
+        yield _line("note", f"these layers hold {held:.0%} of the scores: below half, LoRA with")
+        yield _line("", f"{own.training_time:.0%} of the steps, which take as long, did better in our study")
     steps, total = plan.spent.get("scoring_steps"), plan.spent.get("total_steps")
     if not steps:
         return
-    own = alternatives(plan)[0]
     spent = steps / total if total else 0.0
     saved = 1 - (own.step_time if plan.options.get("epochs") is None else own.training_time - spent)
     back = f"; pays back in time from step {math.ceil(steps / saved):,} on" if saved > 0.005 else ""
     of = f" ({100 * steps / total:.1f} % of {total:,})" if total else ""
-    yield _line("scoring", f"{steps} steps{of}{back}")
+    yield _line("scoring", f"{steps} {'step' if steps == 1 else 'steps'}{of}{back}")
+
+
+def _held(plan: PlanData) -> float:
+    """The kept layers' share of all scores; 1 where nothing is scored by the default rule."""
+    if plan.rule != "first_order":
+        return 1.0
+    scores = {entry: max(entry.score, 0.0) for entry in plan.entries}
+    kept = sum(score for entry, score in scores.items() if entry.r > 0)
+    return kept / (sum(scores.values()) or 1.0)
 
 
 def _line(name: str, text: str) -> str:
