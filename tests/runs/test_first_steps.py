@@ -91,3 +91,20 @@ def test_a_store_gives_the_adapter_of_a_run_without_dropout_below(base, tmp_path
 def test_options_of_a_store_need_one(base, tmp_path, capsys):
     assert main(words(base, tmp_path / "run", store_limit="1GB")) == 2
     assert "store_limit='1GB' needs store_frozen" in capsys.readouterr().err
+
+
+def test_a_run_killed_while_its_store_is_filled_ends_with_the_same_bytes(base, tmp_path):
+    """After five of the first epoch's eight steps: ten rows are stored, and the last checkpoint is that of step 4."""
+    stored = {**UPPER, "store_dropout": "off below", "save_steps": 4}
+    for name in ("whole", "run"):
+        assert main(words(base, tmp_path / name, *LAYERS, store_frozen=tmp_path / f"{name}-states", **stored)) == 0
+    for name in ("results.json", "adapter", *(f"checkpoint-{step}" for step in range(8, 28, 4))):
+        (tmp_path / "run" / name).rename(tmp_path / f"gone-{name}")
+    assert (tmp_path / "run" / "checkpoint-4").exists()
+    index = tmp_path / "run-states" / "process-0" / "hidden.jsonl"
+    lines = index.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 16
+    index.write_bytes(b"".join(lines[:10]))
+    assert main(words(base, tmp_path / "run", *LAYERS, store_frozen=tmp_path / "run-states", **stored)) == 0
+    assert same(adapter(tmp_path / "run"), adapter(tmp_path / "whole"))
+    assert len(index.read_bytes().splitlines()) == 16

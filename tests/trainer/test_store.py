@@ -277,6 +277,29 @@ def test_a_time_in_which_nothing_pays_back_is_told_in_steps_of_lora(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_base_in_4_bit_keeps_its_weights_with_dropout_off_below(tmp_path):
+    """In evaluation mode bitsandbytes may pack them for good, so that each later pass would be another."""
+    config = transformers.LlamaConfig(**{**LLM, "hidden_size": 64, "intermediate_size": 64}, attention_dropout=0.1)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    four = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=four, device_map={"": "cpu"}
+    )
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=r".*layers\.[23]\..*(q|v)_proj"))
+    packed = [p for p in model.parameters() if "quant_state" in vars(p)]
+    modes = []
+    find_floor(model).blocks[0].self_attn.q_proj.register_forward_pre_hook(lambda m, _: modes.append(m.training))
+    before = [p.detach().clone() for p in packed]
+    trainer = trainer_of(tmp_path / "run", "Llama", model=model)
+    store = store_frozen(trainer, dropout="off below")
+    filling = len(modes)
+    trainer.train()
+    assert (store.hits, store.misses) == (2 * ROWS, ROWS)
+    assert len(packed) == 28
+    assert all(map(torch.equal, packed, before))
+    assert all(modes[filling:])
+
+
 # -- weights that leave the device -------------------------------------------------------------------------------------
 
 

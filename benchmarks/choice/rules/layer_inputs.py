@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from weightlora.model.restore import evaluated
 from weightlora.model.token_mask import TokenRows, counted_tokens
 from weightlora.model.torch_private import Observer
-from weightlora.selection.stage import Stage, evaluated
+from weightlora.selection.stage import Stage
 
 
 @contextmanager

@@ -18,13 +18,14 @@ from torch import Tensor
 from weightlora.errors import SelectionError
 from weightlora.methods.base import PlanningMethod, plan_of, recorded
 from weightlora.model.gates import gated
+from weightlora.model.restore import evaluated
 from weightlora.model.sites import Site, find_sites
 from weightlora.plan.budget import Budget
 from weightlora.plan.limits import Limits
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.allocate import site_budget
 from weightlora.selection.batches import Loss, cycled
-from weightlora.selection.stage import Stage, adapter_weights, evaluated, let_train, probed
+from weightlora.selection.stage import Stage, adapter_weights, let_train, probed
 from weightlora.validation import Count, Positive
 
 if TYPE_CHECKING:

@@ -21,12 +21,13 @@ from weightlora.errors import SelectionError
 from weightlora.methods.base import PlanningMethod, Prepared, plan_of, recorded
 from weightlora.model.distributed import add_up
 from weightlora.model.layers import lora_layers
+from weightlora.model.restore import evaluated
 from weightlora.model.sites import find_sites
 from weightlora.model.token_mask import TokenRows, counted_tokens
 from weightlora.plan.limits import Limits
 from weightlora.selection.allocate import site_budget
 from weightlora.selection.batches import Loss, cycled, in_parts
-from weightlora.selection.stage import Stage, evaluated, probed, train_adapters
+from weightlora.selection.stage import Stage, probed, train_adapters
 from weightlora.validation import Count, Positive
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from weightlora.model._offload import Offload
 from weightlora.model._rows import NOT_READ, assembled, read_tensors, rows_of, tokens_of
 from weightlora.model.hidden_store import HiddenStore
 from weightlora.model.modules import base_of
+from weightlora.model.restore import evaluated
 
 
 @dataclass(frozen=True)
@@ -205,18 +206,13 @@ class FrozenPrefix:
         last = self._originals[-1]
         handle = last.register_forward_hook(self._capture)
         below = self._below if self.dropout_off else []
-        training = [module for part in below for module in part.modules() if module.training]
-        for module in training:
-            module.training = False
         self._depth += 1
         try:
-            with torch.no_grad(), suppress(_ReachedError):
+            with torch.no_grad(), evaluated(*below), suppress(_ReachedError):
                 self._model(**{name: value for name, value in inputs.items() if name not in NOT_READ})
         finally:
             self._depth -= 1
             handle.remove()
-            for module in training:
-                module.training = True
         found, self._captured = self._captured, None
         return found
 

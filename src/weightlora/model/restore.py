@@ -177,3 +177,20 @@ def _random_restorer() -> Callable[[], None]:
             torch.cuda.set_rng_state_all(cuda)
 
     return restore
+
+
+@contextmanager
+def evaluated(*modules: nn.Module) -> Generator[None]:
+    """Switch dropout off for the length of the block; each module then has its former mode again.
+
+    4-bit layers keep their mode. They compute the same in either, but on some CPUs bitsandbytes packs their weights for
+    good in evaluation mode, and rounds the scales.
+    """
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = any("quant_state" in vars(weight) for weight in part.parameters(recurse=False))
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -253,24 +253,6 @@ def switched_off(layers: Collection[LoraLayer]) -> Generator[None]:
             layer.enable_adapters(True)
 
 
-@contextmanager
-def evaluated(model: nn.Module) -> Generator[None]:
-    """Switch dropout off for the length of the block; each module then has its former mode again.
-
-    4-bit layers keep their mode. They compute the same in either, but on some CPUs bitsandbytes packs their weights for
-    good in evaluation mode, and rounds the scales.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    for module in training:
-        module.training = any("quant_state" in vars(weight) for weight in module.parameters(recurse=False))
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def train_adapters(
     stage: Stage, *, steps: int, learning_rate: float, names: Sequence[str] | None = None, scale: float = 1.0
 ) -> None:

@@ -22,9 +22,8 @@ from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.model.distributed import is_first
 from weightlora.model.frozen_prefix import FrozenPrefix, hidden_of
 from weightlora.model.hidden_store import HiddenFile, HiddenStore
-from weightlora.model.restore import seeded
+from weightlora.model.restore import evaluated, seeded
 from weightlora.plan.limits import Limits
-from weightlora.selection.stage import evaluated
 from weightlora.trainer._question import weights_fingerprint
 from weightlora.trainer.loader import (
     is_parted,

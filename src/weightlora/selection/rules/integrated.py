@@ -14,9 +14,10 @@ from torch import Tensor
 
 from weightlora.model.distributed import copy_from_first
 from weightlora.model.gates import gated
+from weightlora.model.restore import evaluated
 from weightlora.plan.budget import whole_budget
 from weightlora.selection.rules.base import Rule, batch_means, require
-from weightlora.selection.stage import evaluated, let_train, train_adapters
+from weightlora.selection.stage import let_train, train_adapters
 
 if TYPE_CHECKING:
     from weightlora.plan.budget import Chooser
