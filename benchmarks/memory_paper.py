@@ -24,6 +24,7 @@ from weightlora.cost.comparison import MemoryLine, compare_memory
 from weightlora.cost.empty_model import make_empty_model, make_loss_of
 from weightlora.cost.memory import Setting
 from weightlora.paper.study import read_study, recipe_of
+from weightlora.runs.recipe import read_recipe
 
 PAPER = Path(__file__).parents[1] / "recipes" / "paper"
 CONFIGS = PAPER / "configs"
@@ -83,9 +84,12 @@ def recipes() -> Iterator[str]:
         rows, length = recipe["per_device_train_batch_size"], recipe["max_seq_length"]
         model, k = HUB[recipe["model_name_or_path"]], recipe["adapters"]
         bits = 8 if recipe.get("load_in_8bit") else None
-        lines = _compare(model, task, _lora(recipe, task), Setting(rows), length, adapters=[k], bits=bits)
+        # TRL's trainer, which Table 4's recipe runs, computes activations again by default.
+        again = read_recipe(recipe, ["--use_cpu", "true"]).training.gradient_checkpointing
+        setting = Setting(rows, gradient_checkpointing=bool(again))
+        lines = _compare(model, task, _lora(recipe, task), setting, length, adapters=[k], bits=bits)
         lora, upper, lower = (next(line for line in lines if line.name == name) for name in NAMES)
-        kind = f"{model}, 8 bit" if bits else model
+        kind = ", ".join([model, *["8 bit"] * bool(bits), *["checkpointing"] * setting.gradient_checkpointing])
         memory = f"{_gb(lora.memory.peak)} | {_gb(upper.memory.peak)} to {_gb(lower.memory.peak)}"
         yield f"| {name} | {kind} | {rows}x{length} | {lora.sites} | {k} | {lora.memory.trained:,} | {memory} |"
 
