@@ -399,6 +399,8 @@ def test_moments_of_other_sites(save, tmp_path):
     saved = save(target_modules=everywhere("v_proj"))
     with pytest.raises(OptionError, match="moments has nothing of"):
         squeeze(saved.folder, tmp_path / "out", parameters=0.5, moments={site(0, "v_proj"): torch.eye(4)})
+    with pytest.raises(OptionError, match=r"shape \(8, 8\): its rank is 4"):
+        squeeze(saved.folder, tmp_path / "out", max_rank=2, moments=dict.fromkeys(everywhere("v_proj"), torch.eye(8)))
 
 
 def test_the_name_at_the_top(save, tmp_path):

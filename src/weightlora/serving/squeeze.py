@@ -7,7 +7,7 @@ that hold most for their price are kept, whatever their site.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -167,6 +167,10 @@ def _require_plain(adapter: Adapter, moments: Mapping[str, Tensor] | None) -> No
     if without:
         kind = "adapters of embeddings have none; leave the data out" if adapter.embeds(without[0]) else "give them all"
         raise OptionError(f"moments has nothing of {without[0]}: {kind}")
+    for own in adapter.sites:
+        shape = (own.r, own.r) if moments is None else tuple(moments[own.site.name].shape)
+        if shape != (own.r, own.r):
+            raise OptionError(f"moments of {own.site.name} has shape {shape}: its rank is {own.r}; give this adapter's")
 
 
 def _matrices(tensors: Any, own: Adapted) -> tuple[Tensor, Tensor]:
@@ -200,12 +204,12 @@ class _Source:
         """The tensors of an adapter with these ranks; other tensors as they are."""
         headers = tensor_headers(self.adapter.folder)
         found: dict[str, Planned] = {}
+        cut = lru_cache(maxsize=1)(self._cut)  # A and B of one site are made together, and those of the next after them
         for own in self.adapter.sites:
             k, site = ranks.get(own.site.name, 0), own.site
-            cut = lru_cache(maxsize=1)(partial(self._cut, own, k, alpha))
             for i, shape in enumerate(((k, site.in_features), (site.out_features, k))) if k else ():
                 name = matrix_name(site.name, "AB"[i], embedding=own.embedding)
-                found[name] = Planned(headers[name][0], shape, partial(_item, cut, i))
+                found[name] = Planned(headers[name][0], shape, partial(_item, cut, own, k, alpha, i))
         for name, shape in self.adapter.others.items():
             if headers[name][0] not in DTYPES:
                 raise ServingError(f"{self.adapter.folder} has {name} of type {headers[name][0]}; save it in another")
@@ -223,8 +227,8 @@ class _Source:
         return a, b if factor == 1 else b.double() * factor
 
 
-def _item(pair: Any, i: int) -> Tensor:
-    return pair()[i]
+def _item(cut: Callable[..., tuple[Tensor, Tensor]], own: Adapted, k: int, alpha: float, i: int) -> Tensor:
+    return cut(own, k, alpha)[i]
 
 
 def _ranks(source: _Source, gains: Sequence[Sequence[float]], limits: Mapping[str, Any]) -> list[int]:
