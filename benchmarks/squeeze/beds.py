@@ -65,12 +65,13 @@ class Bed:
             optimizer.step()
 
 
-def load_bed(name: str, seed: int, *, r: int, alpha: int, rows: int, folder: str) -> Bed:
-    """Return a bed with fresh adapters of rank r on all sites."""
+def load_bed(name: str, seed: int, *, r: int, alpha: int, rows: int, folder: str, held_out: bool = True) -> Bed:
+    """Return a bed with fresh adapters of rank r on all sites; ``held_out`` rows choose the rate."""
     base = read_mapping(CHOICE / f"{name}.yaml")["base"]
     own = {"method": "lora", "lora_r": r, "lora_alpha": alpha, "fast": None, "dtype": "float32", "seed": seed}
     own |= {"max_train_samples": rows, "output_dir": folder, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     own |= {"max_eval_samples": 1000, "head_learning_rate": HEADS[name], "data_seed": seed}
+    own |= {} if held_out else {"held_out_samples": 0, "max_eval_samples": 600}
     run = prepare(read_recipe({**base, **own}))
     model: Any = run.trainer.model
     torch.manual_seed(seed)
