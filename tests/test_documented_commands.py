@@ -151,7 +151,7 @@ def test_a_benchmark_of_the_guide(here, small_model, capsys):
     guide = (ROOT / "docs" / "guides" / "methods.md").read_text()
     (here / "b.yaml").write_text(guide.partition("```yaml\n")[2].partition("```")[0])
     changed = ["--model_name_or_path", str(small_model), *SHORT, "--max_steps", "3", "--held_out_samples", "4"]
-    changed += ["--adapters", "5", "--learning_rate", "1e-3", "--seed", "0"]  # in the place of its lists
+    changed += ["--adapters", "5", "--learning_rate", "1e-3", "--warmup_steps", "0", "--seed", "0"]  # for its lists
     for flag in ("--workers", "--table", "--retry"):
         assert main([*own(only("weightlora bench --config b.yaml", flag)), *changed]) == 0
     records = read_records(here / "runs" / "b" / "records.jsonl")
