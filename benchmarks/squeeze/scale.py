@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weightlora.serving._write import Planned, write_tensors
 from weightlora.serving.adapter import matrix_name
+from weightlora.serving.write import Planned, write_tensors
 
 WIDTH, R = 4096, 64
 SQUEEZE = """

@@ -26,10 +26,10 @@ import weightlora
 from weightlora.cli import main
 from weightlora.errors import DataError, OptionError, PlanError, ServingError
 from weightlora.serving import READERS, reader_of
-from weightlora.serving._write import Planned, write_tensors
 from weightlora.serving.adapter import read_base, read_files
 from weightlora.serving.check import check, find_problems, needed_option
 from weightlora.serving.export import export
+from weightlora.serving.write import Planned, write_tensors
 
 RUNTIMES = [reader.name for reader in READERS if reader.name != "everywhere"]
 

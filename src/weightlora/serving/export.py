@@ -24,7 +24,6 @@ from weightlora.folders import require_replaceable, whole_folder
 from weightlora.model.sites import Site
 from weightlora.plan.make import ADAPTER_FILES
 from weightlora.serving import GGUF_FILE, READERS, Reader, padded_rank, reader_of
-from weightlora.serving._write import Planned, copy_beside, require_apart, stock_config, write_gguf, write_tensors
 from weightlora.serving.adapter import (
     Adapter,
     BaseModel,
@@ -37,6 +36,7 @@ from weightlora.serving.adapter import (
     read_files,
 )
 from weightlora.serving.check import Problem, find_problems, needed_option
+from weightlora.serving.write import Planned, copy_beside, require_apart, stock_config, write_gguf, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,7 +24,10 @@ from weightlora.plan.heatmap import draw_heatmap
 from weightlora.plan.limits import Limits, read_bytes
 from weightlora.plan.make import ADAPTER_FILES, tensor_headers
 from weightlora.plan.plan import AdapterPlan, PlannedSite
-from weightlora.serving._write import (
+from weightlora.serving.adapter import Adapted, Adapter, base_name, matrix_name, read_files
+from weightlora.serving.check import PLAIN_STARTS
+from weightlora.serving.directions import Directions, find_directions, kept_ranks
+from weightlora.serving.write import (
     DTYPES,
     Planned,
     copy_beside,
@@ -33,9 +36,6 @@ from weightlora.serving._write import (
     stock_config,
     write_tensors,
 )
-from weightlora.serving.adapter import Adapted, Adapter, base_name, matrix_name, read_files
-from weightlora.serving.check import PLAIN_STARTS
-from weightlora.serving.directions import Directions, find_directions, kept_ranks
 from weightlora.text import in_markdown
 from weightlora.validation import Count, Share, checked
 
