@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from weightlora.errors import SelectionError
 from weightlora.methods import METHODS, entry_of, options_of
 from weightlora.trainer.attach import method_for
 
@@ -81,11 +82,19 @@ def test_a_useful_site_is_kept_and_an_idle_one_is_not(name, tmp_path):
             assert idle == 0
 
 
+def choice_of(name, tmp_path, seed):
+    """With labels of other rows; the paper's gates may all end below zero."""
+    try:
+        return choice(name, tmp_path, True, seed)
+    except SelectionError:
+        return 0, 0
+
+
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", READING)
 def test_labels_of_other_rows_do_not_lead_to_the_same_choice(name, tmp_path):
-    """Methods that read the loss fail; those that read the inputs alone never saw the labels."""
-    choices = [choice(name, tmp_path, True, seed) for seed in range(6)]
+    """Methods that read the loss fail, or find no site; those that read the inputs alone never saw the labels."""
+    choices = [choice_of(name, tmp_path, seed) for seed in range(6)]
     if entry_of(name).reads == "loss":
         assert not all(useful > idle for useful, idle in choices)
     else:

@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from weightlora.errors import OptionError
 from weightlora.methods.base import ExpandedMethod, Start, uniform_plan
+from weightlora.model.layers import lora_layers
 from weightlora.model.sites import Site, trained_modules
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class Full(ExpandedMethod):
 
     def _put(self, start: Start) -> PeftModel:
         with _tied_copies_allowed():
-            attached = super()._put(start)
+            attached = self._plan.attach(start.model)
+        self._change(lora_layers(attached))
         tie_copies(attached)
         return attached
 
