@@ -138,8 +138,8 @@ def test_layers_of_less_than_half_of_the_scores_have_a_note_under_a_limit_on_tim
         return str(plan_of(ranks, options={**options, **changed}, rule=rule))
 
     spare = text([0, 0, 0, 0, 0, R])
-    assert "these layers hold 33% of the scores: below half, LoRA with\n" in spare
-    assert " 58% of the steps, which take as long, did better in our study" in spare
+    assert "these layers hold 33 % of the scores: below half, LoRA with\n" in spare
+    assert " 58 % of the steps, which take as long, did better in our study" in spare
     assert max(map(len, spare.splitlines())) <= 80
     assert "of the scores" not in text([0, 0, 0, 0, R, R])
     assert "of the scores" not in text([0, 0, 0, 0, 0, R], time=None)

@@ -510,6 +510,10 @@ def by_patterns_of(folder):
     [
         (["--seed", "3"], "--seed is for rows; give --task"),
         (["--task", "text_classification"], "train_file"),
+        (
+            ["--task", "roget", "--train_file", "none.csv", "--file_size", "10"],
+            "file_size='10' is not allowed",
+        ),  # first
         (["--task", "roget", "--batches", "0"], "batches='0' is not allowed"),
         (["--task", "roget", "--paramters", "3"], "paramters"),
         (["--task", "roget", "--max_train_samples", "64"], "does not fit"),  # another number of classes

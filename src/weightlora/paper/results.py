@@ -68,16 +68,14 @@ def notes_of(study: Study, size: str) -> tuple[str, ...]:
     published = study.published
     return (
         f"{study.title}: {study.place} of the paper, {size} size.",
-        *(
-            ["In brackets, or in a column of its own: the paper's values, in per cent, and its parameters."]
-            * bool(published.rows)
-        ),
+        *([_IN_BRACKETS] if published.rows else []),
         *(f"The paper: {statement}." for statement in published.statements),
         f"What differs: {study.setup(size).differs}.",
     )
 
 
 _AVERAGE = "average"
+_IN_BRACKETS = "In brackets, or in a column of its own: the paper's values, in per cent, and its parameters."
 
 
 def with_published(table: Table, published: Published) -> Table:

@@ -147,8 +147,8 @@ def _advice(plan: PlanData) -> Iterator[str]:
     own = alternatives(plan)[0]
     held = _held(plan)
     if plan.options.get("time") is not None and held < _HALF:
-        yield _line("note", f"these layers hold {held:.0%} of the scores: below half, LoRA with")
-        yield _line("", f"{own.training_time:.0%} of the steps, which take as long, did better in our study")
+        yield _line("note", f"these layers hold {100 * held:.0f} % of the scores: below half, LoRA with")
+        yield _line("", f"{100 * own.training_time:.0f} % of the steps, which take as long, did better in our study")
     steps, total = plan.spent.get("scoring_steps"), plan.spent.get("total_steps")
     if not steps:
         return
@@ -163,9 +163,8 @@ def _held(plan: PlanData) -> float:
     """The kept layers' share of all scores; 1 where nothing is scored by the default rule."""
     if plan.rule != "first_order":
         return 1.0
-    scores = {entry: max(entry.score, 0.0) for entry in plan.entries}
-    kept = sum(score for entry, score in scores.items() if entry.r > 0)
-    return kept / (sum(scores.values()) or 1.0)
+    kept = sum(entry.score for entry in plan.entries if entry.r > 0)
+    return kept / (sum(plan.scores.values()) or 1.0)
 
 
 def _line(name: str, text: str) -> str:

@@ -10,7 +10,7 @@ from weightlora.errors import OptionError
 from weightlora.runs._load import make_trainer
 from weightlora.runs._trainable import check_arguments
 from weightlora.serving.moments import adapter_moments
-from weightlora.serving.squeeze import Squeezed, squeeze
+from weightlora.serving.squeeze import Squeezed, require_possible, squeeze
 
 if TYPE_CHECKING:
     from weightlora.runs.recipe import Recipe
@@ -32,6 +32,7 @@ def squeeze_on(
         OptionError: An option does not fit.
         DataError: Rows or model are missing or malformed, or the adapter does not fit the model.
     """
+    require_possible(folder, output_dir, **limits)
     check_arguments(recipe.training)
     if recipe.model.load_in_4bit or recipe.model.load_in_8bit:
         raise OptionError("load_in_4bit, load_in_8bit: squeeze runs the base model as it is; leave them out")

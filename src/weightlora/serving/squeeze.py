@@ -103,11 +103,9 @@ def squeeze(
         >>> squeezed.plan.ranks, 0 < squeezed.error < 0.5
         ({'0': 2}, True)
     """
-    limits = _checked(parameters=parameters, max_rank=max_rank, file_size=file_size, error=error)
-    adapter = read_files(folder)
-    _require_plain(adapter, moments)
-    require_apart(adapter.folder, Path(output_dir))
-    require_replaceable(output_dir, _WRITER)
+    asked = {"parameters": parameters, "max_rank": max_rank, "file_size": file_size, "error": error}
+    limits, adapter = require_possible(folder, output_dir, **asked)
+    _require_moments(adapter, moments)
     with safe_open(adapter.folder / ADAPTER_FILES[1], framework="pt") as tensors:
         source = _Source(
             adapter, tensors, {own.site.name: _found(adapter, tensors, own, moments) for own in adapter.sites}
@@ -145,12 +143,32 @@ def _checked(**asked: Any) -> dict[str, Any]:
     return limits
 
 
-def _require_plain(adapter: Adapter, moments: Mapping[str, Tensor] | None) -> None:
-    """Raise where a site computes something else than base + s·B·A, or has no moments.
+def require_possible(folder: str | Path, output_dir: str | Path, **asked: Any) -> tuple[dict[str, Any], Adapter]:
+    """Return the limits and the adapter, before anything is computed.
+
+    Args:
+        folder: See :func:`squeeze`.
+        output_dir: See there.
+        asked: The limits, as there.
+
+    Raises:
+        OptionError: See there, as the others.
+        PlanError: See there.
+        ServingError: See there.
+        OutputError: See there.
+    """
+    limits, adapter = _checked(**asked), read_files(folder)
+    _require_plain(adapter)
+    require_apart(adapter.folder, Path(output_dir))
+    require_replaceable(output_dir, _WRITER)
+    return limits, adapter
+
+
+def _require_plain(adapter: Adapter) -> None:
+    """Raise where a site computes something else than base + s·B·A.
 
     Raises:
         ServingError: With the setting or the tensor.
-        OptionError: With the site.
     """
     config = adapter.config
     said = next((f"{name}={config[name]!r:.40}" for name in _NOT_PLAIN if config.get(name)), None)
@@ -163,6 +181,14 @@ def _require_plain(adapter: Adapter, moments: Mapping[str, Tensor] | None) -> No
             f"{adapter.folder} has {said}: only plain LoRA of linear layers and embeddings can be squeezed; merge the "
             "adapter into the base model (PeftModel.merge_and_unload), or train plain LoRA"
         )
+
+
+def _require_moments(adapter: Adapter, moments: Mapping[str, Tensor] | None) -> None:
+    """Raise where a site has no moments.
+
+    Raises:
+        OptionError: With the site.
+    """
     without = [own.site.name for own in adapter.sites if moments is not None and own.site.name not in moments]
     if without:
         kind = "adapters of embeddings have none; leave the data out" if adapter.embeds(without[0]) else "give them all"
