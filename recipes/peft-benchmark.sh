@@ -13,6 +13,6 @@ done <<ROWS
 all-linear --parameters 9175040
 random --method random --parameters 9175040
 default
-time --time 0.6 --parameters 9175040
+time --time 0.6 --parameters 9175040 --rule first_order
 upper-half --rule benchmarks.choice.rules.heuristic:LastLayers --adapters 0.5 --lora_r 12 --lora_alpha 24
 ROWS

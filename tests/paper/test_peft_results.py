@@ -1,6 +1,7 @@
 """Result files of PEFT's own benchmark as a table, and a plan as one of its experiments."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,9 @@ def test_a_plan_is_an_experiment_folder_that_peft_reads(tmp_path):
         "model_id": "meta-llama/Llama-3.2-3B",
         "optimizer_kwargs": {"lr": 2e-4, "weight_decay": 0.1},
     }
+    shorter = replace(plan, options={"time": 0.6, "step_share": 0.6})
+    emit(shorter, "peft-benchmark", folder.with_name("shorter"))
+    assert json.loads((folder.with_name("shorter") / "training_params.json").read_text())["max_steps"] == 3000
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"

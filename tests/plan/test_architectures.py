@@ -208,7 +208,7 @@ def unread():
         ("OLMoE", {**ALL, "use_dora": True}, {}, OptionError, "use_dora=True"),
         ("OLMoE", {**ALL, "lora_bias": True}, {}, OptionError, "lora_bias=True"),
         ("OLMoE", ALL, {"memory": "1GB"}, OptionError, "cannot be measured with target_parameters"),
-        ("OLMoE", ALL, {"time": 0.8}, OptionError, "cannot be measured with target_parameters"),
+        ("OLMoE", ALL, {"time": 0.8, "rule": "first_order"}, OptionError, "cannot be measured with target_parameters"),
         ("OLMoE", ALL, {"parameters": 100, "rule": "first_order"}, OptionError, "leaves nothing beside 2,"),
         ("DeepSeek-V3", {"target_modules": ["o_proj", "gate_proj"]}, {}, OptionError, "without also targeting up_proj"),
         ("Mixtral", {"target_modules": ["w1", "w2", "w3"]}, {}, SiteError, "fused experts alone"),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _MEANINGS = {
     "adapters": "limit: at most so many adapters, or this share of them",
     "parameters": "limit: at most so many parameters, or this share of LoRA's",
-    "time": "limit: at most this share of LoRA's step time",
+    "time": "limit: at most this share of LoRA's time",
     "memory": "limit: at most this peak of the device",
     "steps": "batches that score sites",
     "scored": "steps after which the choice was stable, or the most allowed",

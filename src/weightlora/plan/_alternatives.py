@@ -90,7 +90,8 @@ def _rows(plan: PlanData) -> Iterator[Alternative]:
     steps = plan.spent.get("total_steps")
     scoring = plan.spent.get("scoring_steps", 0) / steps if steps else 0.0
     epochs, run = plan.options.get("epochs"), plan.options.get("run_time")  # a measured run includes the scoring
-    whole = float(run) if run is not None else scoring + (time if epochs is None else _stored(below, epochs))
+    whole = scoring + plan.step_share * (time if epochs is None else _stored(below, epochs))
+    whole = whole if run is None else float(run)
     yield Alternative("this plan", plan.parameters, time, whole, time_known, memory, memory_known)
     top = max(entry.lora_r for entry in plan.entries)
     of = plan.lora_parameters
@@ -101,7 +102,7 @@ def _rows(plan: PlanData) -> Iterator[Alternative]:
         r, parameters = lower
         adapters = _BYTES * (of - parameters) if memory_known == "counted" else 0.0
         yield Alternative(f"LoRA, rank {r}", parameters, 1.0, 1.0, "estimated", lora_memory - adapters, memory_known)
-    if min(time, whole) < 0.995:
+    if min(time, whole) < 0.995 and plan.step_share == 1:
         share = round(100 * whole)
         if share < 100:
             yield Alternative(

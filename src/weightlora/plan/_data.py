@@ -84,6 +84,14 @@ class PlanData:
         return 2.0 if not carried and self.parameters < _FEW * self.lora_parameters else 1.0
 
     @property
+    def step_share(self) -> float:
+        """The share of the user's training steps that this plan is made for, in (0, 1]; below 1 with ``time`` alone.
+
+        :func:`weightlora.select_for` sets the trainer's ``max_steps`` by it.
+        """
+        return float(self.options.get("step_share", 1.0))
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The kept sites, sorted."""
         return tuple(entry.site.name for entry in self.entries if entry.r > 0)

@@ -17,8 +17,6 @@ from weightlora.text import natural
 #: Most rows, columns and characters of the table; more blocks share rows, and the rarest projections share a column.
 _ROWS, _COLUMNS, _WIDTH = 12, 8, 80
 _OTHERS = "others"
-#: With 0.34 of the scores a limit on time lost to fewer steps, with 0.57 it won (docs/lab/choice.md).
-_HALF = 0.5
 #: Columns of the screen, and of the names of alternatives in it.
 _SCREEN, _NAMES = 80, 28
 
@@ -98,6 +96,8 @@ def _asked(plan: PlanData) -> Iterator[str]:
 
 
 def _kept(plan: PlanData) -> Iterator[str]:
+    if plan.step_share < 1:
+        yield _line("train", f"{100 * plan.step_share:.3g} % of the steps; to keep fewer layers instead, name a rule")
     if len(plan.names) == len(plan.entries) and all(entry.r == entry.lora_r for entry in plan.entries):
         yield _line("kept", f"nothing to select: all {len(plan.entries)} adapters at LoRA's rank fit")
         return
@@ -145,10 +145,9 @@ def _advice(plan: PlanData) -> Iterator[str]:
         share = plan.parameters / plan.lora_parameters
         yield _line("note", f"a lower rank on all sites did better in our study: parameters={share:.2f}")
     own = alternatives(plan)[0]
-    held = _held(plan)
-    if plan.options.get("time") is not None and held < _HALF:
-        yield _line("note", f"these layers hold {100 * held:.0f} % of the scores: below half, LoRA with")
-        yield _line("", f"{100 * own.training_time:.0f} % of the steps, which take as long, did better in our study")
+    if plan.options.get("time") is not None and plan.step_share == 1 and plan.options.get("epochs") is None:
+        share = f"{100 * own.training_time:.0f} %"
+        yield _line("note", f"LoRA with {share} of the steps takes as long: better on one task of two")
     steps, total = plan.spent.get("scoring_steps"), plan.spent.get("total_steps")
     if not steps:
         return
@@ -157,14 +156,6 @@ def _advice(plan: PlanData) -> Iterator[str]:
     back = f"; pays back in time from step {math.ceil(steps / saved):,} on" if saved > 0.005 else ""
     of = f" ({100 * steps / total:.1f} % of {total:,})" if total else ""
     yield _line("scoring", f"{steps} {'step' if steps == 1 else 'steps'}{of}{back}")
-
-
-def _held(plan: PlanData) -> float:
-    """The kept layers' share of all scores; 1 where nothing is scored by the default rule."""
-    if plan.rule != "first_order":
-        return 1.0
-    kept = sum(entry.score for entry in plan.entries if entry.r > 0)
-    return kept / (sum(plan.scores.values()) or 1.0)
 
 
 def _line(name: str, text: str) -> str:

@@ -19,7 +19,7 @@ _BYTES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gi
 _ALLOWED = {
     "adapters": "a number of adapters such as 18, or a share of them in (0, 1] such as 0.5",
     "parameters": "a number of parameters such as 300000, or a share of LoRA's in (0, 1] such as 0.1",
-    "time": "a share of LoRA's step time in (0, 1], such as 0.6",
+    "time": "a share of LoRA's time in (0, 1], such as 0.6",
     "memory": 'the peak of the device with a unit, such as "8GB" or "7.5GiB"',
 }
 
@@ -32,7 +32,7 @@ class Limits:
         adapters: At most so many whole adapters at the user's rank, the paper's K: ``18``, or a share of the candidates
             such as ``0.5``. ``1`` is one adapter, ``1.0`` all of them.
         parameters: At most so many trained adapter parameters: ``300_000``, or a share of LoRA's such as ``0.1``.
-        time: At most this share of LoRA's step time, in (0, 1].
+        time: At most this share of LoRA's time, in (0, 1].
         memory: At most this peak of the device, such as ``"8GB"``: weights, activations, gradients and optimizer.
 
     Raises:

@@ -117,11 +117,13 @@ class MethodOptions:
     parameters: Text | None = _option(
         None, "at most so many adapter parameters, or this share of LoRA's; ranks are free"
     )
-    time: Text | None = _option(None, "at most this share of LoRA's step time, such as 0.6")
+    time: Text | None = _option(
+        None, "at most this share of LoRA's time, such as 0.6: of its steps, or with a rule of its step time"
+    )
     memory: Text | None = _option(None, "at most this peak of the device, such as 8GB")
     rule: Text | None = _option(
         None,
-        "how sites are scored; default: first_order, or nothing is scored within parameters alone; there are "
+        "how sites are scored; default: first_order, or nothing is scored within parameters and time alone; there are "
         f"{', '.join(entry.name for entry in RULES)}, or package.module:Class of your own",
     )
     ranking: Literal["score", "spread"] | None = _option(

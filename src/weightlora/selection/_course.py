@@ -59,7 +59,8 @@ def course_of(scoring: Scoring, has_head: bool) -> Course:
             return Course(rule, head_steps, times, rounds, measuring)
         warnings.warn(
             f"{scoring.total_steps} steps leave none for scoring within 3 % of them: sites are taken at random, of "
-            "every projection alike; train longer, give steps, or give parameters alone, for which nothing is scored",
+            "every projection alike; train longer, give steps, or give parameters or time alone, for which nothing is "
+            "scored",
             WeightLoraWarning,
             stacklevel=_CALLER,
         )

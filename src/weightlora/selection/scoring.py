@@ -88,9 +88,10 @@ class Scoring(Limits):
 
     @cached_property
     def scored_by(self) -> Rule | None:
-        """The rule as an object; None where ranks are free and no rule is named: then nothing is scored."""
+        """The rule as an object; None where ranks and steps are free and no rule is named: then nothing is scored."""
         if self.rule is None:
-            return None if self.frees_ranks else rule_of(DEFAULT_RULE)
+            free = bool(self.asked) and {*self.asked} <= {"parameters", "time"} and self.epochs is None
+            return None if free else rule_of(DEFAULT_RULE)
         return rule_of(self.rule)
 
     @property

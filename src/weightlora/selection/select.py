@@ -33,6 +33,7 @@ from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, find_sites, output_vectors
 from weightlora.plan.budget import Chooser, whole_budget
 from weightlora.plan.card import base_model_name
+from weightlora.plan.limits import Limits
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.plan.ranking import Ranking, ranked
@@ -76,10 +77,12 @@ def select(
     """Return a plan within the limits; ``model`` stays bit for bit as it was.
 
     Four limits can be combined, and all of them hold: see :func:`weightlora.selection.allocate.allocate`. Without any,
-    half of the adapters are kept, as in the paper. With ``parameters`` alone ranks are free: a lower rank on all sites,
-    for which nothing is scored and no batch is read. Otherwise plain LoRA is put on every candidate (see
-    :func:`weightlora.find_sites`), and the rule scores the sites on the first batches. The paper's algorithm (section
-    2, phase 1) is ``rule="paper"``; docs/lab/choice.md has the measurements behind the defaults.
+    half of the adapters are kept, as in the paper. With ``parameters`` ranks are free: a lower rank on all sites. With
+    ``time`` steps are: fewer of them. For these two nothing is scored and no batch is read.
+
+    Otherwise plain LoRA is put on every candidate (see :func:`weightlora.find_sites`), and the rule scores the sites on
+    the first batches. The paper's algorithm (section 2, phase 1) is ``rule="paper"``; docs/lab/choice.md has the
+    measurements behind the defaults.
 
     Args:
         model: A transformers model, a PEFT model with a LoRA adapter, or any module with linear layers; whole, sharded
@@ -90,9 +93,11 @@ def select(
             passed unchanged into the final config. None takes the PEFT model's own config, else ``LoraConfig()``.
         adapters: At most so many whole adapters at the user's rank, the paper's K: ``18``, or a share such as ``0.5``.
         parameters: At most so many adapter parameters: ``300_000``, or a share of LoRA's such as ``0.1``. Ranks are
-            free; with ``adapters``, ``time`` or ``memory`` they may rise above the user's. A rule of sites that is
-            named keeps whole adapters instead, if there is no other limit.
-        time: At most this share of LoRA's step time, such as ``0.6``, measured on the first batch.
+            free; on sites within ``adapters``, ``time`` or ``memory`` they may rise above the user's. A rule of sites
+            that is named keeps whole adapters instead, if there is no other limit.
+        time: At most this share of LoRA's time, such as ``0.6``. Alone or with ``parameters``: all sites, for this
+            share of the steps (``plan.step_share``); nothing is scored. With a rule that is named, ``adapters`` or
+            ``memory``: the sites whose step takes this share of LoRA's, measured on the first batch.
         memory: The most at the peak of the device, such as ``"8GB"``, with frozen weights, activations, gradients and
             AdamW's state, counted on the first batch.
         rule: How sites are scored: None takes ``"first_order"``, the size of the mean ∂L/∂B at B = 0, which trains
@@ -308,10 +313,13 @@ def _scored_ranks(
 
 
 def _unscored(sites: Sequence[Site], lora: LoraConfig, costs: Costs, scoring: Scoring, **record: Any) -> AdapterPlan:
-    """The plan where scores decide nothing: ranks are free, or all sites are within the measured limits."""
-    ranks = allocate(sites, None, costs, scoring)
+    """The plan where scores decide nothing: ranks or steps are free, or all sites are within the measured limits."""
+    by_steps = scoring.scored_by is None and scoring.time is not None
+    limits = Limits(parameters=scoring.parameters or 1.0) if by_steps else scoring
+    ranks = allocate(sites, None, costs, limits)
     peak = 0 if costs.memory is None else costs.memory.of_all + costs.growth(costs.memory, ranks)
     options = {**scoring.limits.asked, **stored_by(scoring), **measured_by(costs, ranks, peak)}
+    options |= {"step_share": scoring.time} if by_steps else {}
     return _planned(sites, lora, ranks, alpha_by="root", rule=UNIFORM, options=options, **record)
 
 

@@ -88,7 +88,7 @@ def scoring_cost(scoring: int, training: int, *, most: bool = False) -> tuple[in
     where = f"only where a step of the plan takes less than {1 - share:.2f} of LoRA's" if share < 1 else "in no case"
     return logging.WARNING, (
         f"{line}: it pays back in time {where} (0.87 with half of LoRA's adapters on MiniLM); leave steps and rule "
-        "out for at most 3 %, train longer, or give parameters alone, for which nothing is scored"
+        "out for at most 3 %, train longer, or give parameters or time alone, for which nothing is scored"
     )
 
 

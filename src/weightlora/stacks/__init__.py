@@ -137,10 +137,11 @@ def _benchmark(_stack: Stack, fields: Fields) -> Written:
 
 
 def _benchmark_training(plan: AdapterPlan) -> Mapping[str, str]:
-    """What differs from the benchmark's own training parameters: the model, and the rate that suits the plan."""
+    """What differs from the benchmark's own training parameters: the model, the plan's rate and number of steps."""
     rate = {"lr": _BENCHMARK_RATE * plan.learning_rate_factor, "weight_decay": _BENCHMARK_DECAY}
     own: dict[str, Any] = {} if plan.base_model is None else {"model_id": plan.base_model}
     own |= {} if plan.learning_rate_factor == 1 else {"optimizer_kwargs": rate}
+    own |= {} if plan.step_share == 1 else {"max_steps": int(plan.step_share * _BENCHMARK_STEPS)}
     return {"training_params.json": _json(own)} if own else {}
 
 
@@ -148,8 +149,8 @@ def _json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
-#: AdamW's in PEFT's default_training_params.json.
-_BENCHMARK_RATE, _BENCHMARK_DECAY = 1e-4, 0.1
+#: AdamW's, and the steps, in PEFT's default_training_params.json.
+_BENCHMARK_RATE, _BENCHMARK_DECAY, _BENCHMARK_STEPS = 1e-4, 0.1, 5000
 
 
 def _trl(stack: Stack, fields: Fields) -> Written:

@@ -6,6 +6,7 @@ method = weightlora.method_for(trainer, "adalora", init_r=12)  # any other metho
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -59,6 +60,8 @@ from weightlora.trainer.loader import (
     within_memory,
 )
 from weightlora.trainer.store import store_frozen
+
+_LOG = logging.getLogger(__name__)
 
 
 def method_for(
@@ -170,8 +173,9 @@ def select_for(
         adapters: At most so many whole adapters at the user's rank, or this share of them; half of them where no limit
             is given.
         parameters: At most so many adapter parameters, or this share of LoRA's. Ranks are free, and no batch is read.
-        time: At most this share of LoRA's step time; with ``store`` of LoRA's time for the whole run, the selection and
-            the first epoch's forward passes included.
+        time: At most this share of LoRA's time: the trainer takes this share of its steps (``max_steps``). With a
+            ``rule``, ``adapters`` or ``memory``: the sites whose step takes it; with ``store``: the sites for which the
+            whole run does, the selection and the first epoch's forward passes included.
         memory: The most at the peak of the device, such as ``"8GB"``.
         lora: As in :func:`method_for`.
         store: Compute what lies below the lowest adapter once, by :func:`weightlora.store_frozen`; a mapping has its
@@ -283,7 +287,18 @@ def _attach(
     for callback in (*method.callbacks(), PlanSaver(method.plan)):
         trainer.add_callback(callback)
     guard.plan = method.plan
+    _shorten(trainer, method.plan, total_steps)
     return method
+
+
+def _shorten(trainer: Trainer, plan: AdapterPlan, total_steps: int) -> None:
+    """Let the trainer take as many of its steps as the plan is made for."""
+    if plan.step_share < 1:
+        several = planned_epochs(trainer) > 1
+        trainer.args.max_steps = max(int(plan.step_share * total_steps), 1)
+        if is_first():
+            hint = "; over several epochs store=True did better in our study" if several else ""
+            _LOG.warning("the plan trains %d of %d steps (max_steps)%s", trainer.args.max_steps, total_steps, hint)
 
 
 def _defaults(trainer: Trainer, entry: MethodEntry, seed: int, fast: Dropout | None) -> dict[str, Any]:
@@ -302,11 +317,11 @@ def _defaults(trainer: Trainer, entry: MethodEntry, seed: int, fast: Dropout | N
 
 
 def _reads_batches(entry: MethodEntry, options: Mapping[str, Any]) -> bool:
-    """Whether the method's choice reads batches; a selection does not where parameters alone are limited."""
+    """Whether the method's choice reads batches; a selection does not where ranks and steps are free."""
     if not entry.reuses_plan:
         return entry.reads != "nothing"
-    asked = [key for key in (*LIMITS, "rule") if options.get(key) is not None]
-    return asked != ["parameters"]
+    asked = {key for key in (*LIMITS, "rule", "epochs") if options.get(key) is not None}
+    return not asked or not asked <= {"parameters", "time"}
 
 
 def _batches(trainer: Trainer, entry: MethodEntry, seed: int) -> tuple[Any, Iterable[Any]]:
