@@ -175,7 +175,8 @@ def test_differences_that_a_readme_quotes(tmp_path, monkeypatch, capsys):
         changed = ["--output_dir", str(tmp_path), "--against", row]
         assert main([*own(only("weightlora bench", "table7")), *changed]) == 0
     printed = capsys.readouterr().out
-    table = (results / "README.md").read_text().partition("| ---:")[2].partition("\n\n")[0]
+    section = (results / "README.md").read_text().partition("## Table 7")[2]
+    table = section.partition("| ---:")[2].partition("\n\n")[0]
     quoted = re.findall(r"[+-]\d\.\d+ ± \d\.\d+", table.replace("−", "-"))
     assert len(quoted) == 9  # three rows of three differences
     assert not [number for number in quoted if number not in printed]

@@ -255,6 +255,17 @@ def test_select_for_stores_what_its_plan_leaves_frozen(store, tmp_path):
     assert held.floor == "2 of 4 blocks of model.layers" or "3 of 4" in held.floor
 
 
+@pytest.mark.parametrize("bar", [True, False])
+def test_a_script_that_shows_no_log_sees_two_lines_where_it_has_a_bar(bar, tmp_path, capsys):
+    """The first line stands before the training, the second after an epoch."""
+    trainer = bare(tmp_path, num_train_epochs=2.0, per_device_train_batch_size=80, disable_tqdm=not bar)
+    weightlora.select_for(trainer, lora=ABOVE, adapters=3, rule="first_order", steps=2, store=True, progress=False)
+    before = capsys.readouterr().out
+    assert ("are stored in the first epoch, about " in before) == bar
+    trainer.train()
+    assert ("\n240 rows are stored, " in "\n" + capsys.readouterr().out) == bar
+
+
 def test_time_with_a_store_is_that_of_the_whole_run(tmp_path):
     """Its selection included, so that a plan for other epochs is another one."""
     plan = weightlora.select_for(bare(tmp_path / "run"), lora=ABOVE, time=0.9, store=True, progress=False)

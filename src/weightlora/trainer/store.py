@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.errors import OptionError, WeightLoraWarning
@@ -184,8 +185,17 @@ def store_frozen(
     if is_first():
         size = "an unknown size" if expected is None else f"about {expected / 1e9:.3g} GB"
         away = f", and {prefix.offload.bytes / 1e9:.3g} GB of weights leave the device" if prefix.offload else ""
-        _LOG.info("%s are stored in the first epoch, %s; later epochs do not run them%s", prefix.floor.text, size, away)
+        text = f"{prefix.floor.text} are stored in the first epoch, {size}; later epochs do not run them{away}"
+        _tell(trainer.args, text)
     return store
+
+
+def _tell(arguments: TrainingArguments, text: str) -> None:
+    """Log a line; where the log is not shown, as in most scripts, write it beside the trainer's bar."""
+    if _LOG.isEnabledFor(logging.INFO):
+        _LOG.info(text)
+    elif not arguments.disable_tqdm:
+        tqdm.write(text)
 
 
 def _require_possible(trainer: Trainer) -> None:
@@ -287,7 +297,7 @@ class StoreCallback(TrainerCallback):
         before, self._before = self._before, rows
         self._store.note_epoch()
         if not before and is_first():
-            _LOG.info("%d rows are stored, %.3g GB", self._store.rows, self._store.bytes / 1e9)
+            _tell(args, f"{self._store.rows} rows are stored, {self._store.bytes / 1e9:.3g} GB")
         # After an epoch that was whole: a resumed training begins within one.
         if before >= rows and hits < _FEWEST_HITS * rows and not self._store.is_full:
             warnings.warn(
