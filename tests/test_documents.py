@@ -79,7 +79,7 @@ def commands(text):
     """The words of each command in the shell blocks, without comments; continued lines are one command."""
     for block in _SHELL.findall(text):
         lines = block.replace("\\\n", " ").splitlines()
-        yield from filter(None, (shlex.split(line, comments=True) for line in lines))
+        yield from filter(None, (shlex.split(re.sub(r"(^|\s)#.*", "", line)) for line in lines))
 
 
 def documented():

@@ -19,7 +19,7 @@ SOURCE = Path(weightlora.__file__).parent
 ROOT = SOURCE.parents[1]
 #: The rooms in their order: a file imports from rooms that stand before its own, and from its own.
 ROOMS = (
-    *("errors", "files", "folders", "text", "validation"),
+    *("errors", "text", "files", "folders", "validation"),
     *(
         "model",
         "plan",

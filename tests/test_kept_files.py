@@ -50,7 +50,7 @@ class Bed:
         of = {
             "select": recipe,
             "train": recipe,
-            "bench": ["--config", self.folder / "recipes" / "small" / "grid.yaml", "--output_dir", output],
+            "bench": ["--config", self.folder / "recipes" / "small.yaml#grid", "--output_dir", output],
             "demo": [*few, "--output_dir", output],
             "paper": ["small", "--recipes", *small],
             "analyse": ["dot-product", *recipe],
@@ -89,12 +89,11 @@ def bed(tokenizer, tmp_path_factory):
     files = {"model_name_or_path": str(base), "train_file": str(base / "rows.csv")}
     run = {**files, "validation_file": str(base / "rows.csv"), **options, "max_steps": 1}
     grid = {"base": run, "tasks": ["text_classification"], "methods": ["lora"], "learning_rates": [1e-2]}
-    small = folder / "recipes" / "small"
-    small.mkdir(parents=True)
-    (small / "grid.yaml").write_text(yaml.safe_dump({**grid, "seeds": [0], "timing_rounds": 0, "keep_adapters": True}))
+    (folder / "recipes").mkdir()
+    grid |= {"seeds": [0], "timing_rounds": 0, "keep_adapters": True}
     study = {"title": "Small", "place": "Table 7", "kind": "table"}
-    study["embedded"] = {"configs": ["grid.yaml"], "differs": "all is small"}
-    (small / "study.yaml").write_text(yaml.safe_dump(study))
+    study["embedded"] = {"configs": ["small.yaml#grid"], "differs": "all is small"}
+    (folder / "recipes" / "small.yaml").write_text(yaml.safe_dump({"study": study, "grid": grid}))
     return Bed(folder)
 
 

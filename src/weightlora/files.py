@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from weightlora.errors import DataError, OptionError, OutputError, WeightLoraError, WeightLoraWarning
+from weightlora.text import closest
 
 #: How the names begin of files and folders that are being written.
 DRAFT = ".weightlora-draft-"
@@ -221,10 +222,11 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; an empty file is an empty mapping.
+    """Return the mapping in a YAML file, or in its part ``FILE#NAME``; an empty file is an empty mapping.
 
     Raises:
         DataError: The file is missing, not YAML, or holds no mapping.
+        OptionError: The file has no part of this name.
 
     Example:
         >>> write_text(tmp_path / "a.yaml", "keep: 0.5")
@@ -233,6 +235,14 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     """
     import yaml
 
+    file, _, part = str(path).rpartition("#")
+    if file and not Path(path).exists():
+        parts = read_mapping(file)
+        found: Any = parts.get(part)
+        if not isinstance(found, dict):
+            known = [str(name) for name in parts]
+            raise OptionError(f"{file} has no part {part!r:.80}{closest(part, known)}; there are {', '.join(known)}")
+        return found  # pyright: ignore[reportUnknownVariableType]
     try:
         content: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except Exception as error:  # for a malformed date, number or tag, PyYAML raises whatever Python does

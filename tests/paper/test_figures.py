@@ -164,7 +164,7 @@ def computed(tmp_path_factory):
     entry |= {"ranks": [4], "lora_dropout": 0.0, "adapters": [4, 28], "limit_gb": 1}
     entry["methods"] = ["LoRA", "WeightLoRA upper", "WeightLoRA lower", "WeightLoRA+ upper"]
     write_study(folder / "recipes", "small", GRID, kind="lines", axes=AXES, embedded={"memory": [entry]})
-    (folder / "recipes" / "small" / "config.json").write_text(json.dumps(sizes))
+    (folder / "recipes" / "config.json").write_text(json.dumps(sizes))
     words = ["--recipes", str(folder / "recipes"), "--output_dir", str(folder / "out")]
     assert main(["paper", "small", *words]) == 0
     return folder

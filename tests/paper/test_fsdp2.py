@@ -18,7 +18,7 @@ from weightlora.cli import main
 from weightlora.plan.plan import AdapterPlan
 from weightlora.tasks import find_task
 
-FOLDER = Path(__file__).parents[2] / "recipes" / "paper" / "figure3"
+FOLDER = Path(__file__).parents[2] / "recipes" / "paper"
 #: Of Llama-3.1 70B's shape: seven projections a block, grouped queries.
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
 N = 4 * 7
@@ -48,7 +48,7 @@ def run(tmp_path_factory):
         "rule_options": "gate_lr=0.1",
     }
     options |= {"max_steps": 2, "warmup_steps": 0, "learning_rate": 1e-2, "disable_tqdm": True}
-    given = [str(FOLDER / "fsdp2-gsm8k.yaml"), *(f"--{key}={value}" for key, value in options.items())]
+    given = [str(FOLDER / "figure3.yaml#fsdp2-gsm8k"), *(f"--{key}={value}" for key, value in options.items())]
     assert main(["select", "--config", *given, "--load_in_4bit=true", f"--output_dir={folder / 'select'}"]) == 0
 
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / "fsdp2.yaml")]

@@ -30,11 +30,11 @@ NAMES = study_names(FOLDER)
 
 def write_study(folder, name, grid, **study):
     """A study of one grid; ``base`` is that of a run in a fraction of a second."""
-    (folder / name).mkdir(parents=True)
-    (folder / name / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
-    given = {"title": "Small", "place": "Table 7", "kind": "table", "embedded": {"configs": ["grid.yaml"]}, **study}
+    folder.mkdir(parents=True, exist_ok=True)
+    configs = {"configs": [f"{name}.yaml#grid"]}
+    given = {"title": "Small", "place": "Table 7", "kind": "table", "embedded": configs, **study}
     given["embedded"] = {"differs": "all is small", **given["embedded"]}
-    (folder / name / "study.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({"study": given, "grid": grid}, sort_keys=False))
     return folder
 
 
@@ -113,7 +113,7 @@ def test_studies_share_the_runs_that_they_have_in_common(base, tmp_path, capsys)
 def test_the_cost_is_that_of_the_records_or_of_the_study(base, tmp_path, capsys):
     grid = grid_of(base, methods=["lora"], seeds=[0, 1, 2])
     recipes = write_study(
-        tmp_path / "recipes", "small", grid, embedded={"configs": ["grid.yaml"], "seconds_a_run": 600}
+        tmp_path / "recipes", "small", grid, embedded={"configs": ["small.yaml#grid"], "seconds_a_run": 600}
     )
     write_study(tmp_path / "recipes", "unknown", {**grid, "base": {**base, "max_steps": 3}})
     out = ["--recipes", str(recipes), "--output_dir", str(tmp_path / "out")]
@@ -176,7 +176,7 @@ def test_a_mistake_in_a_study_is_named(base, tmp_path, study, named):
     with pytest.raises((DataError, OptionError)) as error:
         read_study("small", tmp_path)
     assert named in str(error.value)
-    assert "study.yaml" in str(error.value)
+    assert "small.yaml#study" in str(error.value)
 
 
 # -- the paper's values ----------------------------------------------------------------------------------------------
@@ -304,20 +304,20 @@ def test_every_run_is_a_recipe_that_can_be_read(name, size, tmp_path):
     assert all(len(row.choices) == 1 or row.options["held_out_samples"] for row in grid.rows)
 
 
-@pytest.mark.parametrize("path", ["figure2/embedded.yaml", "figure2/full.yaml", "figure3/fsdp2-gsm8k.yaml"])
+@pytest.mark.parametrize("path", ["figure2.yaml#embedded", "figure2.yaml#full", "figure3.yaml#fsdp2-gsm8k"])
 def test_every_recipe_of_a_single_run_can_be_read(path):
     recipe = read_recipe(FOLDER / path, ["--use_cpu", "true"])
     assert recipe.method.rule == "paper"
     training = recipe.training
     if path.startswith("figure3"):  # 32 rows a step, as in Table 11
-        launched = yaml.safe_load((FOLDER / "figure3" / "fsdp2.yaml").read_text())
+        launched = yaml.safe_load((FOLDER / "fsdp2.yaml").read_text())
         rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
         assert rows * launched["num_processes"] == 32
         assert (launched["distributed_type"], launched["fsdp_config"]["fsdp_version"]) == ("FSDP", 2)
 
 
 def test_figure_2_comes_through_the_same_command(base, tmp_path, capsys):
-    recipes = write_study(tmp_path / "recipes", "bars", {}, kind="dot_product", embedded={"recipe": "run.yaml"})
+    recipes = tmp_path / "recipes"
     options = {
         "task": "text_classification",
         "adapters": 3,
@@ -325,7 +325,7 @@ def test_figure_2_comes_through_the_same_command(base, tmp_path, capsys):
         "rule": "first_order",
         "rule_options": ["head_steps=0"],
     }
-    (recipes / "bars" / "run.yaml").write_text(yaml.safe_dump({**base, **options}))
+    write_study(recipes, "bars", {**base, **options}, kind="dot_product", embedded={"recipe": "bars.yaml#grid"})
     words = ["--recipes", str(recipes), "--output_dir", str(tmp_path / "out")]
     assert main(["paper", "bars", *words, "--draw"]) == 2
     assert main(["paper", *words]) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -134,23 +134,9 @@ def _stem(path: str | Path) -> str:
     return part if file else Path(path).stem
 
 
-def _part(path: str | Path) -> dict[str, Any]:
-    """The entries of a file; after a ``#`` the name of one of its parts, for files that hold several."""
-    file, _, part = str(path).rpartition("#")
-    if not file or Path(path).exists():
-        return read_mapping(path)
-    parts = read_mapping(file)
-    found: Any = parts.get(part)
-    if not isinstance(found, dict):
-        raise OptionError(
-            f"{file} has no part {part!r:.80}{closest(part, parts)}; there are {', '.join(map(str, parts))}"
-        )
-    return cast(dict[str, Any], found)
-
-
 def _checked(path: str | Path) -> dict[str, Any]:
     """The content of a file, each entry as it may be, whatever the others say."""
-    content = _part(path)
+    content = read_mapping(path)
     try:
         for key in content:
             if key not in _KINDS:

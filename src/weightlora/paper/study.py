@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ from weightlora.text import closest
 from weightlora.validation import Number, Positive, Text, first_fault
 
 SIZES = ("embedded", "full")
-_FILE = "study.yaml"
 _CLOSED = ConfigDict(extra="forbid")
 
 
@@ -170,8 +170,8 @@ _OF_RECIPE = ("weightlora", 8)
 
 
 def study_names(folder: Path) -> list[str]:
-    """Return the studies of a folder, tables first."""
-    found = (path.parent.name for path in folder.glob(f"*/{_FILE}"))
+    """Return the studies of a folder, tables first: its files with a part ``study``."""
+    found = (path.stem for path in folder.glob("*.yaml") if re.search(rb"^study:", path.read_bytes(), re.MULTILINE))
     return sorted(found, key=lambda name: (not name.startswith("table"), name))
 
 
@@ -179,7 +179,7 @@ def read_study(name: str, folder: Path) -> Study:
     """Return a study.
 
     Args:
-        name: Of its folder.
+        name: Of its file, without the ending.
         folder: With all studies.
 
     Raises:
@@ -190,7 +190,7 @@ def read_study(name: str, folder: Path) -> Study:
     if name not in names:
         known = ", ".join(names) or f"none in {folder}"
         raise OptionError(f"no study {name!r:.80}{closest(name, names)}; there are {known}")
-    path = folder / name / _FILE
+    path = folder / f"{name}.yaml#study"
     given = read_mapping(path)
     _check(path, given)
     published = given.get("published") or {}
@@ -207,7 +207,7 @@ def read_study(name: str, folder: Path) -> Study:
         title=given["title"],
         place=given["place"],
         kind=given["kind"],
-        setups={size: _setup(path.parent, given[size]) for size in SIZES if size in given},
+        setups={size: _setup(folder, given[size]) for size in SIZES if size in given},
         axes=given.get("axes") or {},
         published=Published(
             published.get("scale", 1),
