@@ -59,8 +59,8 @@ def find_floor(model: nn.Module) -> Floor:
     below = trained.index(True) if any(trained) else len(blocks)
     if below == 0:
         raise OptionError(
-            f"the lowest block of {name} is trained, so that nothing below it could be stored; plan with time=0.6, or "
-            "give target_modules of upper layers"
+            f"the lowest block of {name} is trained, so that nothing below it could be stored; select with "
+            "time=0.6 and store=True (store_frozen in a recipe), or give target_modules of upper layers"
         )
     return Floor(name, blocks, below)
 
