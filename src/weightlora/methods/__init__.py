@@ -224,19 +224,6 @@ def options_of(name: str) -> set[str]:
     return set(_parameters_of(name))
 
 
-def defaults_of(name: str) -> dict[str, Any]:
-    """Return a method's own settings with their defaults.
-
-    Raises:
-        OptionError: There is no such method.
-
-    Example:
-        >>> defaults_of("random")
-        {'adapters': None, 'parameters': None, 'seed': 0}
-    """
-    return {option: each.default for option, each in _parameters_of(name).items()}
-
-
 def _parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(_build_of(name)).parameters
 
