@@ -38,6 +38,8 @@ def plan_of(**lora):
     lora = LoraConfig(r=2, lora_alpha=4, target_modules=["0", "1", "2"], **lora)
     scored = {"scores": [3.0, 1.0, 2.0], "errors": [0.1, 0.2, 0.3], "history": ((1.0, 2.0, 3.0), (3.0, 1.0, 2.0))}
     options = {"adapters": 2, "steps": 2, "kind": "mlp", "warm_start": False, "agreement": 0.5}
+    options |= {"learning_rate": 1e-3, "step_time": 0.5, "step_share": 0.6, "epochs": 3.0, "run_time": 0.5}
+    options |= {"time": 0.6, "floor_times": [0.9, 0.5], "peak_bytes": 10, "lora_peak_bytes": 20}
     return make_plan(find_sites(net(), lora).sites, lora, ["0", "2"], rule="first_order", options=options, **scored)
 
 
@@ -55,6 +57,7 @@ def assert_sane(plan):
     text = json.dumps(dataclasses.asdict(plan), ensure_ascii=False)
     text.encode()
     assert type(plan.seed) is int
+    assert max(map(len, str(plan).splitlines())) <= 80
     for entry in plan.entries:
         sizes = (entry.site.in_features, entry.site.out_features, entry.lora_r, entry.r + 1)
         assert all(type(size) is int and 1 <= size < 2**31 for size in sizes)

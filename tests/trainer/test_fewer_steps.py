@@ -45,6 +45,13 @@ def test_epochs_become_steps_as_well(make_tiny, plan, caplog):
     assert trainer.state.global_step == 13
 
 
+def test_the_share_is_the_decimal_that_was_written(make_tiny):
+    """0.29 of 100 steps are 29, though 0.29 · 100 is 28.999999999999996 in floating point."""
+    trainer = make_tiny(max_steps=100)
+    weightlora.select_for(trainer, time=0.29, progress=False)
+    assert trainer.args.max_steps == 29 == int(0.29 * 100) + 1
+
+
 def test_a_whole_plan_leaves_the_steps_alone(make_tiny, plan, caplog):
     trainer = make_tiny(max_steps=10)
     adopt(trainer, replace(plan, options={}), seed=0)

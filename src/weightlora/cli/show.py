@@ -38,6 +38,7 @@ _MEANINGS = {
     "expand": "WeightLoRA+: as many ranks (r·n/K), or parameters, as LoRA has",
     "agreement": "rank correlation of the scores of two halves of the batches",
     "step_time": "measured: share of plain LoRA's step time",
+    "step_share": "share of the training's steps",
     "epochs": "of a training that stores what is frozen",
     "run_time": "share of LoRA's time for the whole run, selection and store included",
     "floor_times": "the same with all adapters above 1/6, 1/3, 1/2, 2/3 and 5/6 of the depth",

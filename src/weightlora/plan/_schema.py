@@ -62,6 +62,7 @@ Rank = Annotated[int, Field(ge=1, le=MOST_RANK), _say(f"a whole number from 1 to
 Alpha = Annotated[float, Field(gt=0, le=MOST_ALPHA), _say(f"a positive number up to {MOST_ALPHA:g}")]
 _Size = Annotated[int, Field(ge=1, le=MOST), _say(f"a whole number from 1 to {MOST}")]
 _Finite = Annotated[float, Field(ge=-_MOST, le=_MOST), _say("a finite number")]
+_Positive = Annotated[float, Field(gt=0, le=_MOST), _say("a positive number")]
 _Name = Annotated[str, AfterValidator(_check_name)]
 
 
@@ -91,6 +92,14 @@ class _Options(TypedDict, total=False):
     kind: str
     expand: str
     warm_start: bool
+    learning_rate: _Positive
+    epochs: _Positive
+    step_time: _Positive
+    step_share: Annotated[float, Field(gt=0, le=1), _say("a number in (0, 1]")]
+    run_time: _Positive
+    floor_times: list[_Positive]
+    peak_bytes: _Positive
+    lora_peak_bytes: _Positive
 
 
 class _Plan(TypedDict):
