@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from weightlora.methods import METHODS, options_of
+from weightlora.methods import METHODS, entry_of, options_of
 from weightlora.runs.recipe import read_recipe
 from weightlora.runs.train import train
 
@@ -86,6 +86,7 @@ def resumes(base, folder, method):
         "per_device_train_batch_size": 4,
         "max_steps": 4,
         "max_eval_samples": 2,
+        **(dict.fromkeys(("rule", "rule_options")) if entry_of(method).begins_training else {}),  # the paper's own
     }
 
     def run(output):
