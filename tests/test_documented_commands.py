@@ -178,7 +178,7 @@ def test_differences_that_a_readme_quotes(tmp_path, monkeypatch, capsys):
     section = (results / "README.md").read_text().partition("## Table 7")[2]
     table = section.partition("| ---:")[2].partition("\n\n")[0]
     quoted = re.findall(r"[+-]\d\.\d+ ± \d\.\d+", table.replace("−", "-"))
-    assert len(quoted) == 9  # three rows of three differences
+    assert len(quoted) == 18  # six rows of three differences
     assert not [number for number in quoted if number not in printed]
 
 

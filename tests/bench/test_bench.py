@@ -446,6 +446,7 @@ def test_a_run_that_fails_is_a_record(tmp_path):
 # -- nothing stops it for good ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_a_record_and_the_others_run_once_each(tmp_path):
     jobs = [Job({"seed": seed}, tmp_path, 0, 1) for seed in range(4)]
     records = list(run_here(jobs, 2, die_at_seed_one))

@@ -149,6 +149,7 @@ print(provenance()["dirty"])
 """
 
 
+@pytest.mark.slow
 def test_provenance_tells_a_changed_source_from_a_committed_one(tmp_path):
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(Path(weightlora.__file__).parent, tmp_path / "src" / "weightlora", ignore=ignored)

@@ -74,6 +74,7 @@ def test_a_plan_of_a_run_with_a_store_is_made_for_its_epochs(base, tmp_path):
     assert AdapterPlan.load(tmp_path / "run" / "plan.json").options["epochs"] == 3.0
 
 
+@pytest.mark.slow
 def test_a_store_gives_the_adapter_of_a_run_without_dropout_below(base, tmp_path, capsys):
     assert main(words(base, tmp_path / "run", *LAYERS, store_frozen="memory", **UPPER)) == 2
     assert "dropout='off below'" in capsys.readouterr().err
@@ -93,6 +94,7 @@ def test_options_of_a_store_need_one(base, tmp_path, capsys):
     assert "store_limit='1GB' needs store_frozen" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_its_store_is_filled_ends_with_the_same_bytes(base, tmp_path):
     """After five of the first epoch's eight steps: ten rows are stored, and the last checkpoint is that of step 4."""
     stored = {**UPPER, "store_dropout": "off below", "save_steps": 4}

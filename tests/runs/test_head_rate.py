@@ -97,6 +97,7 @@ def test_the_same_rate_is_the_same_training_and_another_is_another(tmp_path):
     assert not any(torch.equal(plain[name], other[name]) for name in plain if is_head(name))
 
 
+@pytest.mark.slow
 def test_the_scoring_has_it_too(tmp_path):
     run = prepare(
         recipe(

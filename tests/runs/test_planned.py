@@ -42,6 +42,7 @@ def test_the_recipe_of_the_plan_may_stay_and_what_is_left_out_is_the_plans(base,
         assert main(["train", "--config", str(folder / "config.yaml")]) == 0  # the same run, which is done
 
 
+@pytest.mark.slow
 def test_a_plan_of_other_values_is_recorded_with_them(base, plan, tmp_path):
     assert (
         main(["select", *words(base, tmp_path / "s", lora_r=4, lora_alpha=32, use_rslora=True, rule="integrated")[1:]])

@@ -47,6 +47,7 @@ def test_a_checkpoint_asked_for_without_state_is_refused(base, whole, tmp_path, 
     assert re.search(rf"checkpoint-4 is no whole checkpoint of a planned run: it lacks {name}", line)
 
 
+@pytest.mark.slow
 def test_a_run_that_saved_weights_alone_does_not_go_on_as_another_training(base, tmp_path, capsys):
     finished = tmp_path / "finished"
     assert main(words(base, finished, save_only_model=True)) == 0
@@ -71,6 +72,7 @@ def test_a_moved_run_resumes_also_by_a_relative_path(base, whole, tmp_path, monk
     assert main(words(base, run)) == 0  # finished, by its full path
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("after", [4, 6])
 def test_a_moved_run_ends_with_its_best_checkpoint(base, tmp_path, after):

@@ -156,6 +156,7 @@ def test_a_hub_that_does_not_answer_is_known_before_anything_is_read(tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_eval_on_start_measures_the_base_model(tmp_path, tokenizer):
     results = run(tmp_path, eval_on_start=True, seed=3, method="random")
     set_seed(3)

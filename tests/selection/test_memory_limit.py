@@ -143,6 +143,7 @@ def test_the_fast_step_is_counted_as_it_runs(fast):
     assert count - SCRATCH == pytest.approx(really_alive(enable_fast_lora(planned, fast), batch), rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_chosen_sites_are_within_the_limit_and_the_best_single_one_is_not_wasted(checkpointing):

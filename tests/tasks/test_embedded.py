@@ -92,6 +92,7 @@ def test_more_sentences_than_there_are_is_one_line_with_both_numbers():
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_phrases_of_the_thesaurus_are_in_one_split_and_one_category():
     data = roget(train=8500, validation=500, test=2000)
     splits = (data.train, data.validation, data.test)
