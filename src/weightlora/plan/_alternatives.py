@@ -90,8 +90,8 @@ def _rows(plan: PlanData) -> Iterator[Alternative]:
     steps = plan.spent.get("total_steps")
     scoring = plan.spent.get("scoring_steps", 0) / steps if steps else 0.0
     epochs, run = plan.options.get("epochs"), plan.options.get("run_time")  # a measured run includes the scoring
-    whole = scoring + plan.step_share * (time if epochs is None else _stored(below, epochs))
-    whole = whole if run is None else float(run)
+    each = time if epochs is None else _stored(below, epochs)
+    whole = scoring + plan.step_share * each if run is None else float(run)
     yield Alternative("this plan", plan.parameters, time, whole, time_known, memory, memory_known)
     top = max(entry.lora_r for entry in plan.entries)
     of = plan.lora_parameters

@@ -15,6 +15,7 @@ from weightlora.errors import OptionError, PlanError
 from weightlora.model.sites import Site, TargetParameter
 from weightlora.plan._schema import ENTRY_KEYS, PLAN_KEYS, read_plan_file, write_plan_file
 from weightlora.plan.budget import expanded_ranks
+from weightlora.plan.limits import Limits
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -90,6 +91,10 @@ class PlanData:
         :func:`weightlora.select_for` sets the trainer's ``max_steps`` by it.
         """
         return float(self.options.get("step_share", 1.0))
+
+    def steps_of(self, total: int) -> int:
+        """Return how many of a training's steps this plan is made for, at least one."""
+        return max(Limits(time=self.step_share).time_of(total) or 0, 1)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -145,7 +145,8 @@ def _advice(plan: PlanData) -> Iterator[str]:
         share = plan.parameters / plan.lora_parameters
         yield _line("note", f"a lower rank on all sites did better in our study: parameters={share:.2f}")
     own = alternatives(plan)[0]
-    if plan.options.get("time") is not None and plan.step_share == 1 and plan.options.get("epochs") is None:
+    chosen = len(plan.names) < len(plan.entries)
+    if chosen and plan.options.get("time") is not None and plan.options.get("epochs") is None:
         share = f"{100 * own.training_time:.0f} %"
         yield _line("note", f"LoRA with {share} of the steps takes as long: better on one task of two")
     steps, total = plan.spent.get("scoring_steps"), plan.spent.get("total_steps")

@@ -141,7 +141,7 @@ def _benchmark_training(plan: AdapterPlan) -> Mapping[str, str]:
     rate = {"lr": _BENCHMARK_RATE * plan.learning_rate_factor, "weight_decay": _BENCHMARK_DECAY}
     own: dict[str, Any] = {} if plan.base_model is None else {"model_id": plan.base_model}
     own |= {} if plan.learning_rate_factor == 1 else {"optimizer_kwargs": rate}
-    own |= {} if plan.step_share == 1 else {"max_steps": int(plan.step_share * _BENCHMARK_STEPS)}
+    own |= {} if plan.step_share == 1 else {"max_steps": plan.steps_of(_BENCHMARK_STEPS)}
     return {"training_params.json": _json(own)} if own else {}
 
 

@@ -30,7 +30,7 @@ from weightlora.model.distributed import from_first, is_first, process_count
 from weightlora.model.gathering import is_offloaded, partitioned_dtype
 from weightlora.model.layers import take_tuner, without_adapters
 from weightlora.model.restore import seeded
-from weightlora.plan.limits import LIMITS, Limits
+from weightlora.plan.limits import LIMITS
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import peeked
 from weightlora.trainer._begun import require_whole, run_step, write_checkpoint
@@ -295,7 +295,7 @@ def _shorten(trainer: Trainer, plan: AdapterPlan, total_steps: int) -> None:
     """Let the trainer take as many of its steps as the plan is made for."""
     if plan.step_share < 1:
         several = planned_epochs(trainer) > 1
-        trainer.args.max_steps = max(Limits(time=plan.step_share).time_of(total_steps) or 0, 1)
+        trainer.args.max_steps = plan.steps_of(total_steps)
         if is_first():
             hint = "; over several epochs store=True did better in our study" if several else ""
             _LOG.warning("the plan trains %d of %d steps (max_steps)%s", trainer.args.max_steps, total_steps, hint)
