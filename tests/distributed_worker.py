@@ -1,6 +1,6 @@
-"""What each of two processes does for test_distributed.py: torchrun --nproc_per_node 2 distributed_worker.py FOLDER.
+"""What two processes do for test_distributed.py: torchrun --nproc_per_node 2 distributed_worker.py FOLDER PART.
 
-FOLDER holds a small base model and rows; each part leaves a run's folder or ``<part>-<process>.json`` there.
+FOLDER holds a small base model and rows; a part leaves a run's folder or ``<part>-<process>.json`` there.
 """
 
 import json
@@ -242,34 +242,46 @@ def shard_on_cpu():
     AcceleratorState.__init__ = told
 
 
-def main(folder):
+def main(folder, part):
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     dist.init_process_group("gloo")
     fast_layer.LEAST_NUMBERS = fast_layer.LEAST_WITH_INPUT_DROPOUT = 0  # or all calls here were too small for it
-    worker = Worker(folder)
+    PARTS[part](folder, Worker(folder))
+    dist.destroy_process_group()
+
+
+def first_part(folder, worker):
     worker.sharded_selection()
     worker.unaveraged_selection()
     worker.limited_selection()
     worker.token_selection("tokens")
     worker.token_selection("tokens_apart", average_tokens_across_devices=False)
     worker.train("ddp", "--ddp_find_unused_parameters", "False")
-    worker.train("ddp_fast", "--ddp_find_unused_parameters", "False", "--plan", f"{folder}/ddp/plan.json", "--fast")
+    shard_on_cpu()
+    worker.train("fsdp_plan", "--fsdp", "--fsdp_config", json.dumps(LAYERS), "--plan", f"{folder}/ddp/plan.json")
+
+
+def second_part(folder, worker):
+    """Trains the first part's plan, among others."""
+    plan = ("--plan", f"{folder}/ddp/plan.json")
+    worker.train("ddp_fast", "--ddp_find_unused_parameters", "False", *plan, "--fast")
 
     shard_on_cpu()
-    layers = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["BertLayer"]}
-    partly = ("--fsdp", "--fsdp_config", json.dumps({**layers, "cpu_ram_efficient_loading": True}))
-    fsdp, plan = ("--fsdp", "--fsdp_config", json.dumps(layers)), ("--plan", f"{folder}/ddp/plan.json")
+    partly = ("--fsdp", "--fsdp_config", json.dumps({**LAYERS, "cpu_ram_efficient_loading": True}))
+    fsdp = ("--fsdp", "--fsdp_config", json.dumps(LAYERS))
     worker.train("fsdp", *fsdp)
-    worker.train("fsdp_plan", *fsdp, *plan)
     worker.train("fsdp_fast", *fsdp, *plan, "--fast")
     worker.interrupted("fsdp_again", *fsdp, *plan)
     worker.tell_error("measured", OptionError, worker.train, "measured", *fsdp, "--eval_on_start")
     worker.tell_error("partly", OptionError, worker.train, "partly", *partly)
     worker.tell_error("partly_plan", OptionError, worker.train, "partly_plan", *partly, *plan)
-    dist.destroy_process_group()
+
+
+PARTS = {"first": first_part, "second": second_part}
+LAYERS = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["BertLayer"]}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -35,6 +35,7 @@ from weightlora.trainer.attach import select_for
 #: Halves of a batch are summed in another order than the whole. That moves an fp32 sum by some 1e-7 of its terms, which
 #: partly cancel: 4e-6 of the largest number of a matrix was seen, and 3e-7 of a score.
 ROUNDING = 1e-4
+FIRST = ("ddp", "fsdp_plan")  # the runs that `two` trains
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +54,27 @@ def folder(_pristine_minilm, tokenizer, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def two(folder):
+def two_processes(folder, part):
     """The folder with what two processes have left there."""
     worker = str(Path(__file__).parent / "distributed_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=600, check=False
+        [*command, str(folder), part], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    return two_processes(folder, "first")
+
+
+@pytest.fixture(scope="module")
+def more(two):
+    """What takes longer; `make test` does without it."""
+    return two_processes(two, "second")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +83,18 @@ def one(folder):
     train(recipe(folder, "one", ROWS))
     train(recipe(folder, "half", ROWS // 2))
     return folder
+
+
+def runs(*names):
+    """``run`` with each of the names; what ``more`` trains is slow."""
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize("run", [name if name in FIRST else pytest.param(name, marks=slow) for name in names])
+
+
+@pytest.fixture
+def left(request, run):
+    """The folder with what two processes have left in this run."""
+    return request.getfixturevalue("two" if run in FIRST else "more")
 
 
 def told(folder, part):
@@ -99,14 +122,13 @@ def plan_of(folder, run):
 # -- one plan --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("run", ["ddp", "fsdp"])
-def test_two_processes_choose_as_one_on_the_same_rows(one, two, run):
-    assert_same_choice(plan_of(two, run), plan_of(one, "one"))
-    planned = {name: r for name, r in plan_of(two, run).ranks.items() if r}
-    assert [witness["ranks"] for witness in told(two, run)] == [planned, planned]
+@runs("ddp", "fsdp")
+def test_two_processes_choose_as_one_on_the_same_rows(one, left, run):
+    assert_same_choice(plan_of(left, run), plan_of(one, "one"))
+    planned = {name: r for name, r in plan_of(left, run).ranks.items() if r}
+    assert [witness["ranks"] for witness in told(left, run)] == [planned, planned]
     with pytest.raises(AssertionError):  # negative control: half of the rows say something else
-        assert_same_choice(plan_of(two, run), plan_of(one, "half"))
+        assert_same_choice(plan_of(left, run), plan_of(one, "half"))
 
 
 def test_two_processes_weigh_tokens_as_one(two, tmp_path):
@@ -164,10 +186,10 @@ def test_a_process_that_measures_for_itself_is_stopped(two):
 # -- one adapter -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", ["ddp", "ddp_fast", "fsdp", "fsdp_plan", "fsdp_fast"])
-def test_two_processes_train_the_adapter_of_one(one, two, run):
-    assert {witness["fast"] for witness in told(two, run)} == {"input" if run.endswith("fast") else None}
-    assert distance(two, run, "one") < ROUNDING
+@runs("ddp", "ddp_fast", "fsdp", "fsdp_plan", "fsdp_fast")
+def test_two_processes_train_the_adapter_of_one(one, left, run):
+    assert {witness["fast"] for witness in told(left, run)} == {"input" if run.endswith("fast") else None}
+    assert distance(left, run, "one") < ROUNDING
     assert distance(one, "half", "one") > 100 * ROUNDING  # negative control
 
 
@@ -199,8 +221,9 @@ def test_the_adapter_of_shards_is_stock(two):
     }
 
 
-def test_a_killed_sharded_run_goes_on_bit_for_bit(two):
-    for whole, again in zip(told(two, "fsdp_again-whole"), told(two, "fsdp_again"), strict=True):
+@pytest.mark.slow
+def test_a_killed_sharded_run_goes_on_bit_for_bit(more):
+    for whole, again in zip(told(more, "fsdp_again-whole"), told(more, "fsdp_again"), strict=True):
         assert (whole["first_step"], again["first_step"]) == (0, 2)
         assert whole["last_step"] == again["last_step"] == 4
         assert whole["sums"] == again["sums"]
@@ -209,17 +232,19 @@ def test_a_killed_sharded_run_goes_on_bit_for_bit(two):
 # -- what cannot be done, and the way round it -----------------------------------------------------------------------
 
 
-def test_weights_on_the_first_process_alone_are_refused(two):
-    for error in told(two, "partly"):
+@pytest.mark.slow
+def test_weights_on_the_first_process_alone_are_refused(more):
+    for error in told(more, "partly"):
         assert "cpu_ram_efficient_loading" in error
         assert "`weightlora select` in one process first, then `weightlora train --plan plan.json`" in error
-    for error in told(two, "partly_plan"):
+    for error in told(more, "partly_plan"):
         assert "classifier.modules_to_save.default.weight without weights" in error
 
 
-def test_measuring_before_the_shards_is_refused(two):
-    assert all("leave eval_on_start out" in error for error in told(two, "measured"))
-    assert not (two / "measured" / "plan.json").exists()
+@pytest.mark.slow
+def test_measuring_before_the_shards_is_refused(more):
+    assert all("leave eval_on_start out" in error for error in told(more, "measured"))
+    assert not (more / "measured" / "plan.json").exists()
 
 
 def test_the_command_select_is_one_process(monkeypatch, capsys):

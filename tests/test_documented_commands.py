@@ -99,7 +99,7 @@ def test_there_are_commands_to_run():
     assert len(commands()) >= 12
 
 
-@pytest.mark.sampled(14)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("words", commands(), ids=shlex.join)
 def test_commands_run(words, here, small_model):
     if words[0] == "estimate":

@@ -22,6 +22,8 @@ from weightlora.plan.make import read_adapter
 
 #: They write beside what is there; the others replace a folder.
 BESIDE = ("select", "train", "bench", "paper", "analyse")
+#: In a test that runs it; the paper's runs are those of bench.
+RUN = [pytest.param(name, marks=pytest.mark.slow) if name == "paper" else name for name in BESIDE]
 WHOLE = ("export", "emit", "squeeze", "save_adapter")
 #: Each keeps the name, so that ``paper`` can write there: it makes a folder for its size.
 NAME = "embedded"
@@ -134,7 +136,7 @@ def add(folder, *names):
 
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("start", ["new", "written before"])
-@pytest.mark.parametrize("command", BESIDE)
+@pytest.mark.parametrize("command", RUN)
 def test_a_command_writes_beside_files_of_the_user(command, start, bed, made, tmp_path):
     output = tmp_path / NAME
     if start == "written before":
@@ -163,7 +165,7 @@ def test_a_folder_with_a_file_of_the_user_is_not_replaced(command, start, lost, 
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("command", [*BESIDE, *WHOLE])
+@pytest.mark.parametrize("command", [*RUN, *WHOLE])
 def test_the_same_command_replaces_what_it_wrote(command, bed, made, tmp_path):
     output = made(command, tmp_path / NAME)
     before = everything(output)
@@ -212,6 +214,7 @@ def test_a_changed_file_of_a_finished_run_stays(name, bed, made, tmp_path):
     assert everything(output) == before
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("command", "adapter", "results"),
     [("train", "adapter", "results.json"), ("bench", "adapters/*", "records.jsonl")],
@@ -350,7 +353,7 @@ def test_a_name_that_is_too_long_is_one_line(command, long, bed, tmp_path, capsy
 
 
 @pytest.mark.parametrize("record", [True, False], ids=["with its record", "as earlier versions left it"])
-@pytest.mark.parametrize("owner", [*BESIDE, *WHOLE])
+@pytest.mark.parametrize("owner", [*RUN, *WHOLE])
 def test_a_folder_belongs_to_one_command(owner, record, bed, made, tmp_path, capsys):
     output = made(owner, tmp_path / NAME)
     if not record:

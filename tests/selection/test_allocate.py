@@ -137,7 +137,7 @@ def value(sites, scores, costs, limits):
     return fsum(score for score, r in zip(scores, ranks, strict=True) if r)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @in_parts
 def test_sites_are_the_best_of_all_sets_and_more_of_a_limit_is_no_worse(part):
     for seed in seeds(part):

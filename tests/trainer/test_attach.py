@@ -527,7 +527,8 @@ def test_a_plan_alone_starts_afresh_and_says_so(make_classifier):
     assert not any(value.any() for name, value in trained_weights(trainer).items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("options", [{"rule": "first_order"}, WARM], ids=["cold", "warm"])
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("options", [WARM, {"rule": "first_order"}], ids=["warm", "cold"])
 def test_checkpoints_carry_the_plan_and_resume_bit_for_bit(make_classifier, tmp_path, options):
     def final(folder, resume, **arguments):
         trainer = make_classifier(folder, save_strategy="steps", save_steps=2, **{"max_steps": 6, **arguments})

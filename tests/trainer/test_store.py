@@ -158,6 +158,7 @@ def test_loss_and_gradients_are_those_of_the_whole_model(family, tmp_path):
     assert not any(isinstance(m, nn.Module) and type(m).__name__ == "_Stored" for m in model.modules())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", ["BERT", "Llama", "Gemma 3"])
 @pytest.mark.parametrize("where", ["memory", "folder"])
 def test_a_training_ends_with_the_same_adapter(family, where, tmp_path):

@@ -50,6 +50,7 @@ def generating(kind: str, tokenizer, folder, peft_config):
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
 def test_a_generating_trainer_is_refused_untouched_and_the_two_steps_work(kind, chat_tokenizer, tmp_path):
     trainer = generating(kind, chat_tokenizer, tmp_path / "refused", deepcopy(LORA))

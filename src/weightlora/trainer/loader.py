@@ -6,6 +6,7 @@ two settings part it as it is loaded.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -118,7 +119,9 @@ def quiet_copy(trainer: Trainer) -> Trainer:
 
 def optimizer_steps(trainer: Trainer) -> Iterator[tuple[list[Any], Any]]:
     """Yield the training's own batches, grouped by optimizer step, each with its count of items for the mean."""
-    batches = iter(trainer.get_train_dataloader())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'pin_memory'")  # train() says it once more where there is no accelerator
+        batches = iter(trainer.get_train_dataloader())
     while True:
         group, items = trainer.get_batch_samples(batches, trainer.args.gradient_accumulation_steps, trainer.args.device)
         if not group:
