@@ -28,7 +28,7 @@ from weightlora.errors import DataError, OptionError, PlanError, ServingError
 from weightlora.serving import READERS, reader_of
 from weightlora.serving.adapter import read_base, read_files
 from weightlora.serving.check import check, find_problems, needed_option
-from weightlora.serving.export import export
+from weightlora.serving.export import export, next_step
 from weightlora.serving.write import Planned, write_tensors
 
 RUNTIMES = [reader.name for reader in READERS if reader.name != "everywhere"]
@@ -408,7 +408,8 @@ NEXT = {
     "tgi": "text-generation-launcher --model-id {base} --lora-adapters adapter={out}",
     "lorax": "lorax-launcher --model-id {base} --adapter-id {out} --adapter-source local",
     "llama.cpp": "llama-server -m base.gguf --lora {out}/adapter.gguf",
-    "ollama": "write ADAPTER {out}/adapter.gguf into a Modelfile, then: ollama create NAME -f Modelfile",
+    "ollama": "write the lines FROM base.gguf and ADAPTER {out}/adapter.gguf into a Modelfile, then: "
+    "ollama create NAME -f Modelfile",
     "mlx": "mlx_lm.server --model {base} --adapter-path {out}",
     "everywhere": "weightlora check {out} --for all",
 }
@@ -416,15 +417,24 @@ NEXT = {
 
 @pytest.mark.parametrize("runtime", NEXT)
 def test_an_export_ends_with_where_it_is_how_long_it_took_and_the_next_command(
-    runtime, converter, save, tmp_path, capsys
+    runtime, converter, save, tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.chdir(tmp_path)
     saved, out = save(target_modules=everywhere("v_proj"), r=32), tmp_path / "out"
     gguf = ["--converter", str(converter)] if runtime in ("llama.cpp", "ollama", "everywhere") else []
     capsys.readouterr()
-    assert main(["export", str(saved.folder), "--for", runtime, "--output_dir", str(out), *gguf]) == 0
+    assert main(["export", str(saved.folder), "--for", runtime, "--output_dir", "out", *gguf]) == 0
     wrote, then = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"wrote {re.escape(str(out))} for .+ \([0-9.]+ s\)", wrote)
+    assert re.fullmatch(r"wrote out for .+ \([0-9.]+ s\)", wrote)
     assert then == "next: " + NEXT[runtime].format(base=saved.base, out=out)
+
+
+def test_ollama_finds_the_weights_in_a_folder_under_its_own_name(save, tmp_path):
+    out = export(save(target_modules=everywhere("v_proj")).folder, "ollama", tmp_path / "my out")
+    assert [file.name for file in out.glob("model*.safetensors")] == ["model.safetensors"]  # ollama create's pattern
+    assert (out / "model.safetensors").read_bytes() == (out / "adapter_model.safetensors").read_bytes()
+    then = next_step(reader_of("ollama"), out, "", gguf=False)
+    assert then.startswith(f"next: write the lines FROM base.gguf and ADAPTER {out} into")  # a Modelfile knows no '
 
 
 def test_without_a_converter_llama_cpp_has_nothing_to_read(save, tmp_path, capsys):

@@ -83,8 +83,10 @@ class Reader:
     """Whether it reads nothing else."""
     peft_folder: bool = True
     """Whether it reads PEFT's own files; others are exported to a format of their own."""
+    weights_name: str = ""
+    """The name under which it looks for the weights, written beside PEFT's; empty where it is PEFT's."""
     start: str = ""
-    """What comes after an export; ``{adapter}`` is its folder, or the GGUF file in it."""
+    """What comes after an export; ``{adapter}`` is its folder, or the GGUF file in it; ``{path}`` is without quotes."""
 
 
 #: A classifier that vLLM does not list is made of the class with one of these endings, tried in this order.
@@ -198,7 +200,9 @@ READERS = (
         misread=("q_proj", "k_proj"),
         misread_models=_LLAMA_MODELS,
         gguf=True,
-        start="write ADAPTER {adapter} into a Modelfile, then: ollama create NAME -f Modelfile",
+        weights_name="model.safetensors",
+        start="write the lines FROM base.gguf and ADAPTER {path} into a Modelfile, "
+        "then: ollama create NAME -f Modelfile",
     ),
     Reader(
         "mlx",

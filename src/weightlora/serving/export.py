@@ -103,6 +103,8 @@ def export(
             for name in ADAPTER_FILES:
                 shutil.copyfile(adapter.folder / name, draft / name)
         copy_beside(adapter.folder, draft)
+        if target.weights_name:
+            shutil.copyfile(draft / ADAPTER_FILES[1], draft / target.weights_name)
         if target.peft_folder:
             left = _problems(read_files(draft), target, layers)
             assert not left, f"the export itself cannot be read: {left}"
@@ -126,10 +128,13 @@ def next_step(reader: Reader, output_dir: Path, base: str, *, gguf: bool) -> str
             "llama.cpp/convert_lora_to_gguf.py (git clone --depth 1 https://github.com/ggml-org/llama.cpp)"
         )
     option = needed_option(read_files(output_dir), reader) if reader.peft_folder else None
-    adapter = output_dir / GGUF_FILE if gguf else output_dir
+    # Ollama looks for relative paths beside its Modelfile, LoRAX in the hub's cache.
+    folder = output_dir.absolute()
+    adapter = str(folder / GGUF_FILE if gguf else folder)
     return "next: " + reader.start.format(
-        folder=quote(str(output_dir)),
-        adapter=quote(str(adapter)),
+        folder=quote(str(folder)),
+        adapter=quote(adapter),
+        path=adapter,
         base=quote(base or "BASE"),
         option=f" {option}" if option else "",
     )
