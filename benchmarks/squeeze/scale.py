@@ -29,6 +29,7 @@ WIDTH, R = 4096, 64
 SQUEEZE = """
 import sys, threading, time
 from pathlib import Path
+import matplotlib.pyplot, peft
 import torch
 from weightlora.serving.squeeze import squeeze
 

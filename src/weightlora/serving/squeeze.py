@@ -73,9 +73,9 @@ def squeeze(
 ) -> Squeezed:
     """Write the adapter in ``folder`` with fewer ranks to ``output_dir``, as stock PEFT; all limits hold.
 
-    No base weights are needed. In memory are the matrices of one site, and 2·r² numbers of each. All sites get one
-    whole ``lora_alpha``, which every runtime reads. A site that keeps its rank keeps its matrices. Heads and other
-    modules that were trained whole stay.
+    No base weights are needed. In memory are the matrices of one site, whose directions are found twice: to choose, and
+    to write. All sites get one whole ``lora_alpha``, which every runtime reads. A site that keeps its rank keeps its
+    matrices. Heads and other modules that were trained whole stay.
 
     Args:
         folder: A directory that PEFT saved a LoRA adapter into, with any ranks and alphas, also rsLoRA.
@@ -107,10 +107,8 @@ def squeeze(
     limits, adapter = require_possible(folder, output_dir, **asked)
     _require_moments(adapter, moments)
     with safe_open(adapter.folder / ADAPTER_FILES[1], framework="pt") as tensors:
-        source = _Source(
-            adapter, tensors, {own.site.name: _found(adapter, tensors, own, moments) for own in adapter.sites}
-        )
-        gains = [found.gains for found in source.found.values()]
+        source = _Source(adapter, tensors, moments)
+        gains = [source.directions(own).gains for own in adapter.sites]
         ranks = _ranks(source, gains, limits)
         squeezed = Squeezed(Path(output_dir), _plan(adapter, gains, ranks, limits), _errors(adapter, gains, ranks))
         with whole_folder(output_dir, _WRITER) as draft:
@@ -199,32 +197,25 @@ def _require_moments(adapter: Adapter, moments: Mapping[str, Tensor] | None) -> 
             raise OptionError(f"moments of {own.site.name} has shape {shape}: its rank is {own.r}; give this adapter's")
 
 
-def _matrices(tensors: Any, own: Adapted) -> tuple[Tensor, Tensor]:
-    """A and B of a site."""
-    a, b = (tensors.get_tensor(matrix_name(own.site.name, m, embedding=own.embedding)) for m in "AB")
-    return a, b
-
-
-def _found(adapter: Adapter, tensors: Any, own: Adapted, moments: Mapping[str, Tensor] | None) -> Directions:
-    """The directions of a site.
-
-    Raises:
-        PlanError: Its numbers are not finite.
-    """
-    moment = None if moments is None else moments[own.site.name]
-    try:
-        return find_directions(*_matrices(tensors, own), own.scale, moment)
-    except PlanError as error:
-        raise PlanError(f"{adapter.folder} is damaged at {own.site.name}: {error}") from error
-
-
 @dataclass(frozen=True)
 class _Source:
-    """An adapter's open file, and the directions of its sites by name; matrices are read when it is their turn."""
+    """An adapter's open file; the matrices of a site are read when it is its turn."""
 
     adapter: Adapter
     tensors: Any
-    found: Mapping[str, Directions]
+    moments: Mapping[str, Tensor] | None
+
+    def directions(self, own: Adapted) -> Directions:
+        """The directions of a site.
+
+        Raises:
+            PlanError: Its numbers are not finite.
+        """
+        moment = None if self.moments is None else self.moments[own.site.name]
+        try:
+            return find_directions(*self._matrices(own), own.scale, moment)
+        except PlanError as error:
+            raise PlanError(f"{self.adapter.folder} is damaged at {own.site.name}: {error}") from error
 
     def planned(self, ranks: Mapping[str, int], alpha: float) -> dict[str, Planned]:
         """The tensors of an adapter with these ranks; other tensors as they are."""
@@ -246,11 +237,15 @@ class _Source:
         return found
 
     def _cut(self, own: Adapted, k: int, alpha: float) -> tuple[Tensor, Tensor]:
-        a, b = _matrices(self.tensors, own)
+        a, b = self._matrices(own)
         if k < own.r:
-            return self.found[own.site.name].cut(a, b, k, alpha / k)
+            return self.directions(own).cut(a, b, k, alpha / k)
         factor = own.scale * k / alpha
         return a, b if factor == 1 else b.double() * factor
+
+    def _matrices(self, own: Adapted) -> tuple[Tensor, Tensor]:
+        a, b = (self.tensors.get_tensor(matrix_name(own.site.name, m, embedding=own.embedding)) for m in "AB")
+        return a, b
 
 
 def _item(cut: Callable[..., tuple[Tensor, Tensor]], own: Adapted, k: int, alpha: float, i: int) -> Tensor:
