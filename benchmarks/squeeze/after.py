@@ -1,6 +1,6 @@
 """Trained adapters of rank 8 and 64, cut without training: one budget over all sites beside PEFT's ways.
 
-    python benchmarks/squeeze/after.py run      # two beds of MiniLM
+    python benchmarks/squeeze/after.py run      # two beds of MiniLM, three of SmolLM2
     python benchmarks/squeeze/after.py table    # the stored records as Markdown
 
 "one rank": PEFT's convert_to_lora(model, rank). "one threshold": its convert_to_lora(model, share), at the largest
@@ -27,7 +27,15 @@ from weightlora.serving.directions import Directions, find_directions, kept_rank
 from weightlora.serving.moments import adapter_moments
 
 RESULTS = Path(__file__).parent.parent / "results" / "squeeze-after.jsonl"
-BEDS, ROWS, RATE = ("roget", "reviews"), 3200, 1e-3
+#: Rows of the training, and rows whose loss is taken.
+BEDS = {
+    "roget": (3200, 600),
+    "reviews": (3200, 600),
+    "kinship": (512, 100),
+    "sums": (512, 100),
+    "spelling": (1024, 100),
+}
+RATE = 1e-3
 #: Rank → lora_alpha, which grows with the root of the rank.
 ALPHAS = {8: 16, 64: 45}
 PARTS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
@@ -42,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=("run", "table"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="default: 0 1")
-    parser.add_argument("--beds", nargs="+", default=BEDS, choices=BEDS, help="default: both")
+    parser.add_argument("--beds", nargs="+", default=list(BEDS), choices=BEDS, help="default: all")
     parser.add_argument(
         "--ranks", type=int, nargs="+", default=list(ALPHAS), choices=list(ALPHAS), help="default: both"
     )
@@ -56,7 +64,9 @@ def main() -> None:
             asked = {"bed": name, "seed": seed, "r": r}
             if {**asked, **LAST} in [{k: r[k] for k in (*asked, *LAST)} for r in read_records(arguments.results)]:
                 continue
-            bed = load_bed(name, seed, r=r, alpha=ALPHAS[r], rows=ROWS, folder=folder, held_out=False)
+            rows, measured = BEDS[name]
+            more = {"held_out_samples": 0, "max_eval_samples": measured}
+            bed = load_bed(name, seed, r=r, alpha=ALPHAS[r], rows=rows, folder=folder, **more)
             bed.restart(r, ALPHAS[r] / r)
             bed.train(bed.optimizer(), RATE, 0, len(bed.batches))
             for row in cuts(bed, r):

@@ -17,7 +17,7 @@ from weightlora.runs.recipe import read_recipe
 from weightlora.runs.train import prepare
 
 CHOICE = Path(__file__).parent.parent / "choice"
-#: Learning rates of new heads, as docs/lab/choice.md has them.
+#: Learning rates of new heads, as docs/lab/choice.md has them; SmolLM2 has its own head, which stays.
 HEADS = {"roget": 3.6e-2, "reviews": 1.5e-2}
 WARMUP, CLIPPED = 0.06, 1.0
 
@@ -51,12 +51,12 @@ class Bed:
     def train(self, optimizer: torch.optim.AdamW, rate: float, first: int, last: int) -> None:
         """Take the steps from ``first`` to ``last`` of the linear schedule with a warm-up."""
         steps = len(self.batches)
-        warm = WARMUP * steps
+        warm, rates = WARMUP * steps, (rate, HEADS.get(self.name, rate))
         self.model.train()
         for step in range(first, last):
             torch.manual_seed(self.seed * 1_000_003 + step)  # the same dropout in every branch
             share = min((step + 1) / warm, (steps - step) / (steps - warm))
-            for group, own in zip(optimizer.param_groups, (rate, HEADS[self.name]), strict=True):
+            for group, own in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = own * share
             optimizer.zero_grad()
             self.model(**self.batches[step]).loss.backward()
@@ -65,14 +65,14 @@ class Bed:
             optimizer.step()
 
 
-def load_bed(name: str, seed: int, *, r: int, alpha: int, rows: int, folder: str, held_out: bool = True) -> Bed:
-    """Return a bed with fresh adapters of rank r on all sites; ``held_out`` rows choose the rate."""
+def load_bed(name: str, seed: int, *, r: int, alpha: int, rows: int, folder: str, **more: Any) -> Bed:
+    """Return a bed with fresh adapters of rank r on all sites; ``more`` are options of its recipe."""
     base = read_mapping(CHOICE / f"{name}.yaml")["base"]
     own = {"method": "lora", "lora_r": r, "lora_alpha": alpha, "fast": None, "dtype": "float32", "seed": seed}
     own |= {"max_train_samples": rows, "output_dir": folder, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
-    own |= {"max_eval_samples": 1000, "head_learning_rate": HEADS[name], "data_seed": seed}
-    own |= {} if held_out else {"held_out_samples": 0, "max_eval_samples": 600}
-    run = prepare(read_recipe({**base, **own}))
+    own |= {"max_eval_samples": 1000, "data_seed": seed}
+    own |= {"head_learning_rate": HEADS[name]} if name in HEADS else {}
+    run = prepare(read_recipe({**base, **own, **more}))
     model: Any = run.trainer.model
     torch.manual_seed(seed)
     batches = _batches(run.trainer.get_train_dataloader())

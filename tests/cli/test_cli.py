@@ -163,6 +163,7 @@ def test_select_writes_a_plan_that_fits_the_model(reviews, tmp_path, minilm, cap
     assert "5 of 36 adapters" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_plan_without_scores_has_no_knee_plot_not_even_an_old_one(reviews, tmp_path, capsys):
     words = ["select", "--train_file", str(reviews), "--output_dir", str(tmp_path), *QUICK]
     assert main(words) == 0
@@ -194,6 +195,7 @@ def test_config_file_and_command_line_agree_and_the_command_line_wins(reviews, t
     assert len(overridden.names) == 36 // 2
 
 
+@pytest.mark.slow
 def test_fast_changes_no_score(reviews, tmp_path):
     """There is no dropout here, so that both kinds of it are PEFT's numbers."""
     plans = []

@@ -311,6 +311,7 @@ MOMENTS = [("config.yaml", 0.05), ("plan.json", 0.0), ("checkpoint-2", 0.0), ("c
 MOMENTS += [("config.yaml", random.Random(i).uniform(0.0, 2.5)) for i in range(6)]
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_checkpoint_takes_no_step_more(tmp_path):
     options = {"lr_scheduler_type": "constant", "save_total_limit": 1, "seed": 5}  # a step more would be seen
     whole = run(tmp_path, **options)

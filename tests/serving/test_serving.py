@@ -67,7 +67,7 @@ def has_more_columns_than_rows(folder):
     return any(b.shape[0] < b.shape[1] for _, b in pairs(folder).values())
 
 
-@pytest.mark.sampled(30)
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_verdict_is_what_the_runtime_does_and_the_export_is_right(runtime, adapter, tmp_path):
     wanted = by_patterns(adapter.folder)

@@ -139,7 +139,7 @@ def test_the_accuracy_is_the_one_by_hand(base, adapter, tokenizer, tmp_path):
     )
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_a_model_in_memory_is_judged_as_the_saved_one_and_left_as_it_was(base, adapter, tokenizer, tmp_path):
     folder = write_task(tmp_path / "tasks", ROWS)
     model = loaded(base, adapter).train()
@@ -153,7 +153,7 @@ def test_a_model_in_memory_is_judged_as_the_saved_one_and_left_as_it_was(base, a
     assert found == judge(base, adapter, ["local_choice"], include_path=folder)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_a_task_of_the_harness_is_measured_by_it_after_training(base, tokenizer, tmp_path):
     """The same local task judges what SFTTrainer has trained; its rows have their own wording, the user's."""
     folder = write_task(tmp_path / "tasks", ROWS)

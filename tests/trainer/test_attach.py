@@ -500,6 +500,7 @@ def test_a_second_warm_start_begins_with_the_stored_weights(make_classifier, tmp
     assert not (tmp_path / "cold" / "warm_start.safetensors").exists()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("damage", ["missing", "cut off", "another model's"])
 def test_a_stored_warm_start_without_its_weights_is_refused(make_classifier, tmp_path, damage):
     weightlora.select_for(make_classifier(), **WARM)
