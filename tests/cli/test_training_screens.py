@@ -93,6 +93,19 @@ def test_a_rule_that_reads_no_batches_costs_nothing(base, tmp_path, capsys):
     assert "scoring takes" not in screen(capsys, asked)
 
 
+def test_scoring_training_and_measuring_without_a_terminal_say_how_far_they_are(base, tmp_path, capsys, monkeypatch):
+    """Half a minute is no time here, so each step has its line; at half a minute so short a run has none."""
+    quiet = screen(capsys, words(base, tmp_path / "quiet"))
+    assert not re.search(r"scoring: \d|step \d+ of|measuring: ", quiet)
+    monkeypatch.setattr("weightlora.selection.progress.EVERY", 0.0)
+    monkeypatch.setattr("weightlora.cli._progress.ProgressLines.every", 0.0)
+    said = screen(capsys, words(base, tmp_path / "run"))
+    found = re.findall(r"scoring: \d of 2|step \d of 6|measuring: batch \d of \d", said)
+    scoring, training = ["scoring: 1 of 2", "scoring: 2 of 2"], [f"step {i} of 6" for i in range(1, 7)]
+    batches = int(found[-1].rpartition(" ")[2])
+    assert found == [*scoring, *training, *(f"measuring: batch {i + 1} of {batches}" for i in range(batches))]
+
+
 def test_a_training_without_a_terminal_says_a_line_every_half_minute():
     from weightlora.cli._progress import ProgressLines
 

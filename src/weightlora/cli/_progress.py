@@ -1,4 +1,4 @@
-"""How far a training is, where no bar can be shown: a line every half minute."""
+"""How far a training and what is measured around it are, where no bar can be shown: a line every half minute."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from weightlora.cli._screen import duration
 class ProgressLines(TrainerCallback):
     """Says now and then which step a training has reached, its last logged loss, and how long it will take.
 
+    Of a measurement it says which batch it has reached.
+
     Args:
         say: Prints a line.
         now: A clock, in seconds.
@@ -25,6 +27,7 @@ class ProgressLines(TrainerCallback):
     def __init__(self, say: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
         self._say, self._now = say, now
         self._loss: float | None = None
+        self._last, self._measured = now(), 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock; a resumed training does not begin at step 0."""
@@ -44,10 +47,32 @@ class ProgressLines(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Say the line where it is time."""
-        now = self._now()
-        if now - self._last < self.every or not state.is_world_process_zero:
+        if not self._is_time(state):
             return
-        self._last = now
-        left = (now - self._begin) / (state.global_step - self._first) * (state.max_steps - state.global_step)
+        left = (self._last - self._begin) / (state.global_step - self._first) * (state.max_steps - state.global_step)
         loss = "" if self._loss is None else f", loss {self._loss:.4g}"
         self._say(f"step {state.global_step} of {state.max_steps}{loss}, {duration(left)} left")
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        """Say which batch is measured where it is time."""
+        self._measured += 1
+        if self._is_time(state):
+            self._say(f"measuring: batch {self._measured} of {len(eval_dataloader)}")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The next measurement begins at its first batch."""
+        self._measured = 0
+
+    def _is_time(self, state: TrainerState) -> bool:
+        now = self._now()
+        if now - self._last < self.every or not state.is_world_process_zero:
+            return False
+        self._last = now
+        return True

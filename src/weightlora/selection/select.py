@@ -44,6 +44,7 @@ from weightlora.selection._trained import Trained, adapter_copies, head_copies, 
 from weightlora.selection.allocate import Costs, allocate, chooser_of, rank_budget
 from weightlora.selection.batches import FirstBatch, Loss, cycled, model_loss, peeked
 from weightlora.selection.begun import begun_by
+from weightlora.selection.progress import Progress
 from weightlora.selection.rules.base import Rule, Scores
 from weightlora.selection.scoring import UNIFORM, Scoring
 from weightlora.selection.stage import Stage, head_of, with_plain_lora
@@ -247,7 +248,8 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
             rows = cycled(batches, total)
             rates = (scoring.learning_rate, scoring.head_learning_rate)
             run = None if scoring.run is None else scoring.run(attached)
-            stage = Stage(model, found.sites, lora_layers(attached), head, rows, loss_fn, bar, *rates, run)
+            shown = Progress(bar, "scoring")
+            stage = Stage(model, found.sites, lora_layers(attached), head, rows, loss_fn, shown, *rates, run)
             stage.train_head(course.head_steps)
             scored, scores = settled(rule.score(stage, course.times, chooser), partial(choices, chooser))
         require_gradients(list(stage.layers), scores)

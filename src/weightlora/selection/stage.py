@@ -25,6 +25,7 @@ from weightlora.model.layers import lora_layers, require_peft_wrapper, unchecked
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, trained_modules
 from weightlora.selection.batches import Loss, cycled, in_parts, kind_of, model_loss
+from weightlora.selection.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Stage:
     """The parameters that PEFT trains whole: ``modules_to_save`` and the task's head."""
     batches: Iterator[Any]
     loss_fn: Loss
-    progress: tqdm[Any]
+    progress: Progress
     learning_rate: float = 1e-3
     """AdamW's learning rate for whatever the scoring trains, constant."""
     head_learning_rate: float | None = None
@@ -236,7 +237,7 @@ def probed(
             head,
             rows,
             loss_fn or model_loss,
-            bar,
+            Progress(bar, "scoring"),
             head_learning_rate=head_learning_rate,
         )
 

@@ -69,12 +69,18 @@ def _batches(model: Any, lengths: Sequence[int], batch_size: int) -> Generator[l
     """Yield the positions of rows, batch by batch, while the model is in evaluation mode."""
     from tqdm import tqdm
 
+    from weightlora.selection.progress import Progress
+
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # the largest first: out of memory at once or never
     training = model.training
     model.eval()
     try:
-        for start in tqdm(range(0, len(order), batch_size), desc="answers", disable=None):
-            yield order[start : start + batch_size]
+        with tqdm(total=len(order), desc="answers", disable=None) as bar:
+            shown = Progress(bar, "answers")
+            for start in range(0, len(order), batch_size):
+                some = order[start : start + batch_size]
+                yield some
+                shown.update(len(some))
     finally:
         model.train(training)
 
