@@ -1,6 +1,7 @@
 """The curves' numbers; pixels are only looked at."""
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -184,6 +185,11 @@ def test_the_line_names_sites_parameters_and_random_orders():
 )
 def test_a_plan_has_gain_where_positive_scores_differ(scores, has):
     assert has_gain(stack(scores)) is has
+
+
+def test_random_numbers_are_no_gain():
+    """A training that is too short for scoring draws its sites, which the plan records as scores."""
+    assert not has_gain(replace(stack([1.0, 2.0]), rule="stratified"))
 
 
 def test_a_plan_without_a_positive_score_is_refused():

@@ -26,6 +26,8 @@ MARKED = 0.75
 MARKED_GAIN = f"{MARKED:.0%} of the gain".replace("%", " %")
 #: Random orders of the sites that the curve is compared with.
 ORDERS = 200
+#: The rule whose scores are a random order.
+_DRAWN = "stratified"
 #: Points at which the random orders' mean and band over the parameters are computed.
 _POINTS = 101
 #: Rounding of a sum of some thousand floats that must not cost a random order one more site.
@@ -70,7 +72,7 @@ class Knee:
 
 
 def has_gain(plan: AdapterPlan) -> bool:
-    """Return whether the scores tell sites apart: there are two distinct positive ones.
+    """Return whether the scores tell sites apart: there are two distinct positive ones, which are no random numbers.
 
     Example:
         >>> from weightlora.plan.plan import PlannedSite
@@ -79,7 +81,7 @@ def has_gain(plan: AdapterPlan) -> bool:
         >>> has_gain(AdapterPlan(tuple(sites)))
         False
     """
-    return len({entry.score for entry in plan.entries if entry.score > 0}) > 1
+    return plan.rule != _DRAWN and len({entry.score for entry in plan.entries if entry.score > 0}) > 1
 
 
 def make_knee(plan: AdapterPlan, *, seed: int = 0) -> Knee:
