@@ -4,11 +4,12 @@ import json
 import re
 import shlex
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 from small_run import words, write_base
-from transformers import TrainerState
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerState, TrainingArguments
 
 from weightlora.cli import main
 
@@ -104,6 +105,24 @@ def test_scoring_training_and_measuring_without_a_terminal_say_how_far_they_are(
     scoring, training = ["scoring: 1 of 2", "scoring: 2 of 2"], [f"step {i} of 6" for i in range(1, 7)]
     batches = int(found[-1].rpartition(" ")[2])
     assert found == [*scoring, *training, *(f"measuring: batch {i + 1} of {batches}" for i in range(batches))]
+
+
+def test_each_measurement_begins_at_its_first_batch(base, tmp_path):
+    """Some tasks measure by ``evaluate``, some by ``predict``, and each of them more than once."""
+    from weightlora.cli._progress import ProgressLines
+
+    said = []
+    lines = ProgressLines(said.append)
+    lines.every = 0.0
+    rows = [{"input_ids": [1, 2, 3], "labels": i % 2} for i in range(4)]
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    arguments = TrainingArguments(str(tmp_path), per_device_eval_batch_size=2, use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(model, arguments, eval_dataset=rows, callbacks=[lines])
+    for measure in (trainer.evaluate, partial(trainer.predict, rows)):
+        said.clear()
+        for _ in range(2):
+            measure()
+        assert said == ["measuring: batch 1 of 2", "measuring: batch 2 of 2"] * 2
 
 
 def test_a_training_without_a_terminal_says_a_line_every_half_minute():

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightlora.cli._screen import duration
+from weightlora.selection.progress import EVERY
 
 
 class ProgressLines(TrainerCallback):
@@ -21,7 +22,7 @@ class ProgressLines(TrainerCallback):
         now: A clock, in seconds.
     """
 
-    every = 30.0
+    every = EVERY
     """Seconds from line to line."""
 
     def __init__(self, say: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
@@ -68,6 +69,12 @@ class ProgressLines(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The next measurement begins at its first batch."""
+        self._measured = 0
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **_: Any
+    ) -> None:
+        """The same of one by ``predict``."""
         self._measured = 0
 
     def _is_time(self, state: TrainerState) -> bool:
