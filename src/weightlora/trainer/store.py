@@ -222,10 +222,10 @@ def _check(trainer: Trainer, prefix: FrozenPrefix, batch: Any) -> Tensor:
     model: Any = trainer.model
     loss_of = micro_loss(quiet_copy(trainer))
     with torch.no_grad(), _modes(model):
+        model.train()  # as in training, and as `evaluated` asks of 4-bit layers
         with evaluated(model):
             whole = loss_of(model, batch)
         inputs = prefix.inputs
-        model.train()
         trained = prefix.find_below(inputs)
         if trained:
             raise OptionError(
