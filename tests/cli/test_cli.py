@@ -74,6 +74,7 @@ STARTS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize(
     "name", ["weightlora.cli", "argparse", "weightlora.cli.train", "weightlora.runs.recipe", "torch"]
