@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 
 from weightlora.errors import DataError, OptionError, OutputError
 from weightlora.files import (
+    DRAFT,
     only_writer,
     read_json,
     read_mapping,
+    scratch_folder,
     whole_file,
     writable_folder,
     write_json,
@@ -151,6 +153,30 @@ try:
 except OutputError as error:
     print(error)
 """
+
+
+KILLED = """
+import os, pathlib, signal
+from weightlora.folders import whole_folder
+with whole_folder("result", "a test") as draft:
+    (draft / "part").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL, and a rename of an open file")
+def test_the_next_who_writes_removes_what_a_killed_process_left(tmp_path):
+    """A process that is alive, here this one, keeps its own, and what is no draft of ours stays."""
+    (tmp_path / f"{DRAFT}of-the-user").mkdir()
+    with scratch_folder(tmp_path) as mine:
+        (mine / "a").write_text("mine")
+        subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, check=False)
+        assert len(names(tmp_path)) == 3
+        write(tmp_path / "result", "whole")
+        assert len(names(tmp_path)) == 3
+        assert read(tmp_path / "result") == "whole"
+        assert (mine / "a").read_text() == "mine"
+    assert names(tmp_path) == [f"{DRAFT}of-the-user", "result"]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -20,6 +20,8 @@ from weightlora.text import closest
 
 #: How the names begin of files and folders that are being written.
 DRAFT = ".weightlora-draft-"
+#: A file in a scratch folder, locked for as long as its process lives.
+_HELD = "held"
 _DEEPEST, _MOST = 50, 10_000_000
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: How safetensors, and torch where it saves, say that they cannot write; neither raises an OSError.
@@ -104,15 +106,45 @@ def whole_file(path: str | Path) -> Generator[Path]:
 def scratch_folder(parent: Path) -> Generator[Path]:
     """Yield a temporary folder in ``parent`` that is removed when the block ends.
 
+    Those that killed processes left there are removed, too.
+
     Raises:
         OutputError: ``parent`` cannot be written.
     """
     try:
+        _remove_scratch_of_the_dead(parent)
         scratch = tempfile.TemporaryDirectory(dir=parent, prefix=DRAFT, ignore_cleanup_errors=True)
     except OSError as error:
         raise cannot_write(parent, error) from error
-    with scratch as name:
-        yield Path(name)
+    with scratch as name, _held(Path(name)):
+        files = Path(name, "files")
+        files.mkdir()
+        yield files
+
+
+@contextmanager
+def _held(scratch: Path) -> Generator[None]:
+    """Keep a lock in ``scratch`` for the block; it has its name from when it is locked."""
+    file = scratch / "new"
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with suppress(OSError):  # a file system without locks, or Windows, which renames no open file
+            _lock(descriptor)
+            file.rename(scratch / _HELD)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_scratch_of_the_dead(parent: Path) -> None:
+    for file in parent.glob(f"{DRAFT}*/{_HELD}"):
+        with suppress(OSError):  # somebody else's, or removed meanwhile
+            descriptor = os.open(file, os.O_RDWR)
+            try:
+                if _lock(descriptor):
+                    shutil.rmtree(file.parent, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def remove_drafts(folder: Path) -> None:
@@ -148,7 +180,9 @@ def only_writer(folder: Path) -> Generator[None]:
     mine = False
     try:
         # Its holder may have removed the file after it was opened here; a lock on a removed file keeps nobody out.
-        mine = _lock(descriptor, folder) and file.exists() and os.path.samestat(os.fstat(descriptor), file.stat())
+        mine = (
+            _lock_or_warn(descriptor, folder) and file.exists() and os.path.samestat(os.fstat(descriptor), file.stat())
+        )
         if not mine:
             raise OptionError(f"another process works in {folder}; wait for it, or choose another output_dir")
         remove_drafts(folder)
@@ -163,8 +197,25 @@ def only_writer(folder: Path) -> Generator[None]:
                 path.rmdir()
 
 
-def _lock(descriptor: int, folder: Path) -> bool:
-    """Lock an open file, until it is closed or the process ends; False where another process has it."""
+def _lock_or_warn(descriptor: int, folder: Path) -> bool:
+    """Return what :func:`_lock` returns, and True after a warning where the file system has no locks."""
+    try:
+        return _lock(descriptor)
+    except OSError as error:
+        warnings.warn(
+            f"{folder} cannot be locked ({error.strerror}); make sure that no other process writes there",
+            WeightLoraWarning,
+            stacklevel=3,
+        )
+    return True
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file, until it is closed or the process ends; False where another process has it.
+
+    Raises:
+        OSError: The file system has no locks.
+    """
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -177,11 +228,7 @@ def _lock(descriptor: int, folder: Path) -> bool:
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
             return False
-        warnings.warn(
-            f"{folder} cannot be locked ({error.strerror}); make sure that no other process writes there",
-            WeightLoraWarning,
-            stacklevel=3,
-        )
+        raise
     return True
 
 

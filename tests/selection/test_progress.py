@@ -5,11 +5,9 @@ import logging
 from types import SimpleNamespace
 
 import pytest
-from torch import nn
 from tqdm import tqdm
 
 from weightlora.selection.progress import Progress
-from weightlora.tasks._answers import _batches
 
 
 @pytest.mark.parametrize("shown", [True, False])
@@ -26,10 +24,3 @@ def test_a_line_every_half_minute_where_there_is_no_bar(shown, caplog):
     lines = [] if shown else ["head: 4 of 20", "scoring: 8 of 20", "scoring: 12 of 20", "scoring: 16 of 20"]
     assert caplog.messages == lines
     assert ("16/20" in output.getvalue()) == shown
-
-
-def test_answers_are_counted_in_rows(caplog, monkeypatch):
-    monkeypatch.setattr("weightlora.selection.progress.EVERY", 0.0)
-    caplog.set_level(logging.INFO, "weightlora")
-    assert list(_batches(nn.Identity(), [3, 1, 2], 2)) == [[0, 2], [1]]
-    assert caplog.messages == ["answers: 2 of 3", "answers: 3 of 3"]

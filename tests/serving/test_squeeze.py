@@ -439,6 +439,8 @@ def test_a_killed_squeeze_leaves_no_folder(save, tmp_path):
         if (tmp_path / "out").exists():  # it was finished: then it is whole
             assert read_files(tmp_path / "out").sites
             shutil.rmtree(tmp_path / "out")
+    squeeze(saved.folder, tmp_path / "out", parameters=0.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # -- rows on the command line ------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Prompt → completion: the harness's text, the loss on the answer alone, a measure that tells right from wrong."""
 
+import logging
 import math
 from copy import deepcopy
 from dataclasses import replace
@@ -13,11 +14,12 @@ import yaml
 from datasets import Dataset, DatasetDict
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from weightlora.errors import DataError, OptionError, WeightLoraWarning
 from weightlora.tasks import load_model
-from weightlora.tasks._answers import find_tasks, generate
+from weightlora.tasks._answers import _batches, find_tasks, generate
 from weightlora.tasks._prompts import reasoning_rows, solves, template_options, to_prompts
 from weightlora.tasks.base import RowOptions, Task
 from weightlora.tasks.completion import TASKS, arguments_class, prepare
@@ -523,3 +525,10 @@ def test_an_adapter_on_the_output_head_is_refused_in_one_line(tokenizer, tiny, a
     model = get_peft_model(tiny, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
     with pytest.raises(OptionError, match="lm_head"):  # TRL's own refusal: its loss reads that layer's weight
         prepare(task_of("completion"), splits(OWN), tokenizer, RowOptions()).make_trainer(model, arguments(), [])
+
+
+def test_answers_are_counted_in_rows(caplog, monkeypatch):
+    monkeypatch.setattr("weightlora.selection.progress.EVERY", 0.0)
+    caplog.set_level(logging.INFO, "weightlora")
+    assert list(_batches(nn.Identity(), [3, 1, 2], 2)) == [[0, 2], [1]]
+    assert caplog.messages == ["answers: 2 of 3", "answers: 3 of 3"]
