@@ -22,12 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from weightlora.bench.records import append_record
+from weightlora.bench.records import append_record, read_records
 from weightlora.runs.recipe import read_recipe
 from weightlora.runs.train import fit, plan, prepare
 from weightlora.trainer.store import store_frozen
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "equal_time.jsonl"
 BEDS: dict[str, dict[str, Any]] = {
     "roget": {"task": "roget", "max_seq_length": 16, "head_learning_rate": 3.6e-2},
     "reviews": {"task": "rotten_tomatoes", "head_learning_rate": 1.5e-2},
@@ -75,22 +75,16 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS], help="rows of the table (default: all)")
     parser.add_argument("--table", action="store_true", help="print the table of what is known")
     asked = parser.parse_args()
-    path = RESULTS / f"equal_time-{asked.bed}.jsonl"
-    done = {key_of(record): record for record in read(path)}
+    done = {key_of(record): record for record in read_records(RESULTS) if record["bed"] == asked.bed}
     tuning = [] if asked.table else [(name, rate, TUNED) for rate in RATES[asked.bed] for name in asked.rows]
     seeds = () if asked.table else SEEDS[: asked.seeds]
     for name, rate, seed in (*tuning, *((name, None, seed) for seed in seeds for name in asked.rows)):
         key = name, rate or tuned(name, done), seed
         if key not in done:
-            done[key] = {"row": name, "rate": key[1], "seed": seed, **trained(BEDS[asked.bed], *key)}
-            append_record(path, done[key])
+            done[key] = {"bed": asked.bed, "row": name, "rate": key[1], "seed": seed, **trained(BEDS[asked.bed], *key)}
+            append_record(RESULTS, done[key])
             print(json.dumps(done[key]), flush=True)
     print(table(done))
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def key_of(record: dict[str, Any]) -> tuple[str, float, int]:

@@ -4,7 +4,7 @@
     python benchmarks/selection.py smollm2    # which sites an LLM's plans keep, and how alike they are
     python benchmarks/selection.py table      # the tables of docs/selection.md from the stored records
 
-Both studies append JSON lines to ``benchmarks/results/`` and go on where they were stopped.
+Both studies append JSON lines to ``benchmarks/results/selection.jsonl`` and go on where they were stopped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.rules.first_order import FirstOrder
 from weightlora.selection.rules.paper import StoIHT
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "selection.jsonl"
 LEARNING_RATES = (6e-4, 1.5e-3, 4e-3)
 TUNING_SEEDS = (100,)  # none that is reported on
 SEEDS = (0, 1, 2, 3, 4)
@@ -87,15 +87,19 @@ def main() -> None:
         print_tables()
 
 
+def known(study: str) -> list[dict[str, Any]]:
+    """The records of one of the two studies; only MiniLM is trained, and so has a split."""
+    return [record for record in read_records(RESULTS) if ("split" in record) == (study == "minilm")]
+
+
 # --- MiniLM on film reviews --------------------------------------------------------------------------------------
 
 
 def run_minilm(workers: int) -> None:
     """Tune each method's learning rate on the validation split, then measure it with five seeds on the test split."""
-    path = RESULTS / "selection-minilm.jsonl"
     everything = [(Variant("lora", "lora"), 36), *((v, k) for k in KEEPS for v in CHOICES)]
-    run_points(path, tuning_points(everything), workers)
-    run_points(path, test_points(read_records(path), everything), workers)
+    run_points(tuning_points(everything), workers)
+    run_points(test_points(known("minilm"), everything), workers)
 
 
 @dataclass(frozen=True)
@@ -126,14 +130,14 @@ def test_points(records: list[dict[str, Any]], methods: Iterable[tuple[Variant, 
     return [Point(v, k, best_rate(records, v.label, k), seed, "test") for seed in SEEDS for v, k in methods]
 
 
-def run_points(path: Path, points: list[Point], workers: int) -> None:
+def run_points(points: list[Point], workers: int) -> None:
     """Run what has no record yet, each worker with one thread: two threads a step would wait for each other."""
-    known = [{k: record[k] for k in points[0].key} for record in read_records(path)]
-    missing = [point for point in points if point.key not in known]
+    done = [{k: record[k] for k in points[0].key} for record in known("minilm")]
+    missing = [point for point in points if point.key not in done]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         runs = [pool.submit(run_point, point) for point in missing]
-        for done in tqdm(as_completed(runs), desc="runs", total=len(runs)):
-            append_record(path, done.result())
+        for ended in tqdm(as_completed(runs), desc="runs", total=len(runs)):
+            append_record(RESULTS, ended.result())
 
 
 def run_point(point: Point) -> dict[str, Any]:
@@ -274,7 +278,7 @@ def run_smollm2() -> None:
     from weightlora.selection.select import select
     from weightlora.tasks.embedded import smollm2
 
-    path, file = RESULTS / "selection-smollm2.jsonl", smollm2()
+    file = smollm2()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     lora = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")
@@ -284,7 +288,7 @@ def run_smollm2() -> None:
         "stoiht, once at T": StoIHT(order="joint", threshold_every=LLM_STEPS),
     }
     for seed, (label, rule) in itertools.product(SEEDS, rules.items()):
-        if any((r["method"], r["seed"]) == (label, seed) for r in read_records(path)):
+        if any((r["method"], r["seed"]) == (label, seed) for r in known("smollm2")):
             continue
         batches = list(itertools.islice(sum_batches(tokenizer, seed), LLM_STEPS))
         plan = select(
@@ -298,7 +302,7 @@ def run_smollm2() -> None:
             rule=rule,
             ranking="score",
         )
-        append_record(path, {"method": label, "keep": 105, "seed": seed, "steps": LLM_STEPS, "kept": plan.names})
+        append_record(RESULTS, {"method": label, "keep": 105, "seed": seed, "steps": LLM_STEPS, "kept": plan.names})
 
 
 def sum_batches(tokenizer: Any, seed: int, batch_size: int = 8) -> Iterator[dict[str, Any]]:
@@ -330,7 +334,7 @@ def sum_batches(tokenizer: Any, seed: int, batch_size: int = 8) -> Iterator[dict
 
 def print_tables() -> None:
     """Print both studies as Markdown."""
-    records = read_records(RESULTS / "selection-minilm.jsonl")
+    records = known("minilm")
     rates = {key: best_rate(records, key[1], key[0]) for key in {(r["keep"], r["method"]) for r in records}}
     tested = [r for r in records if r["split"] == "test" and r["lr"] == rates[r["keep"], r["method"]]]
     print("| K | method | lr | adapter parameters | accuracy, mean ± s.e. | runs | mean Jaccard |")
@@ -353,7 +357,7 @@ def print_tables() -> None:
     print()
     for keep, label in dict.fromkeys((r["keep"], r["method"]) for r in tested):
         print_places(f"{label}, K={keep}", [r for r in tested if (r["keep"], r["method"]) == (keep, label)])
-    plans = read_records(RESULTS / "selection-smollm2.jsonl")
+    plans = known("smollm2")
     for label in dict.fromkeys(r["method"] for r in plans):
         group = [r for r in plans if r["method"] == label]
         print(f"\nSmolLM2, {label}: mean Jaccard {likeness(group)} over {len(group)} seeds")

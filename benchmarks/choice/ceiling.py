@@ -1,8 +1,8 @@
 r"""What any choice can gain: the spread of random sets, and a fit of the held-out loss to which sites they keep.
 
-    weightlora bench --config benchmarks/choice/roget.yaml benchmarks/choice/stages.yaml#ceiling
+    weightlora bench --config benchmarks/choice/beds.yaml#roget benchmarks/choice/stages.yaml#ceiling
     python benchmarks/choice/ceiling.py roget        # the table, the fit, and the best and worst set that it predicts
-    weightlora bench --config benchmarks/choice/roget.yaml benchmarks/choice/stages.yaml#ceiling \
+    weightlora bench --config benchmarks/choice/beds.yaml#roget benchmarks/choice/stages.yaml#ceiling \
         benchmarks/results/choice/roget/predicted.yaml
 
 The last command trains the predicted sets; the second one then shows them, too. Options of the benchmark, such as
@@ -26,7 +26,7 @@ from weightlora.bench.engine import recorded
 from weightlora.bench.grid import Grid, read_grid
 from weightlora.bench.records import Record, by_key
 from weightlora.bench.table import by_seed
-from weightlora.files import write_text
+from weightlora.files import read_mapping, write_text
 from weightlora.model.sites import find_sites
 from weightlora.plan.limits import Limits, read_limits
 from weightlora.plan.make import make_plan
@@ -41,10 +41,9 @@ PENALTIES = np.logspace(-2, 3, 26)
 def main() -> None:
     """Print the table of a bed, fit the random sets, and write the predicted ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    beds = [path.stem for path in sorted(HERE.glob("*.yaml")) if "model_name_or_path:" in path.read_text("utf-8")]
-    parser.add_argument("bed", choices=beds)
+    parser.add_argument("bed", choices=sorted(read_mapping(HERE / "beds.yaml")))
     asked, words = parser.parse_known_args()
-    files = [HERE / f"{asked.bed}.yaml", HERE / "stages.yaml#ceiling"]
+    files = [HERE / f"beds.yaml#{asked.bed}", HERE / "stages.yaml#ceiling"]
     grid = read_grid(files, words=words)
     predicted = grid.output_dir / "predicted.yaml"
     records = recorded(grid)

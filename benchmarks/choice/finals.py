@@ -86,7 +86,7 @@ def main() -> None:
 def stage(final: Final) -> Iterator[tuple[str, ...]]:
     """Return the lines of one stage from the records of its bed."""
     bed, *stages = final.stages.split()
-    grid = read_grid([HERE / f"{bed}.yaml", *(HERE / f"stages.yaml#{name}" for name in stages)], words=final.words)
+    grid = read_grid([HERE / f"beds.yaml#{bed}", *(HERE / f"stages.yaml#{name}" for name in stages)], words=final.words)
     return lines(grid, recorded(grid), final.lora, final.lower)
 
 

@@ -1,13 +1,14 @@
 """What whole sites save: held-out loss against the time of a training and the bytes saved for the backward pass.
 
-    weightlora bench --config benchmarks/choice/roget.yaml benchmarks/choice/stages.yaml#pareto
-    python benchmarks/choice/pareto.py benchmarks/choice/roget.yaml benchmarks/choice/stages.yaml#pareto \
+    weightlora bench --config benchmarks/choice/beds.yaml#roget benchmarks/choice/stages.yaml#pareto
+    python benchmarks/choice/pareto.py benchmarks/choice/beds.yaml#roget benchmarks/choice/stages.yaml#pareto \
         --picture pareto.png
 
 Times of the training are step time, interleaved with that of plain LoRA of the same rank, times the number of steps.
 How much longer a step of plain LoRA takes at another rank is not in the table; --ranks measures it:
 
-    python benchmarks/choice/pareto.py benchmarks/choice/roget.yaml benchmarks/choice/stages.yaml#pareto --ranks 2 10
+    python benchmarks/choice/pareto.py benchmarks/choice/beds.yaml#roget benchmarks/choice/stages.yaml#pareto \
+        --ranks 2 10
 """
 
 from __future__ import annotations

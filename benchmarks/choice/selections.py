@@ -7,7 +7,7 @@
 
 Seconds of two machines or precisions have no common table, so the last command keeps its own records. Plans are left in
 ``plans`` beside the records, by default those of the bed, each with a control, whose ranks are dealt at random to sites
-of the same shape. Those that stage ``transfer`` trains on another bed are in ``results/choice/plans`` under their hash.
+of the same shape. Those that stage ``transfer`` trains on another bed are packed: plans.py.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from weightlora.bench.grid import Row, read_grid
 from weightlora.bench.records import append_record, provenance, read_records
+from weightlora.files import read_mapping
 from weightlora.plan.plan import AdapterPlan
 from weightlora.runs.recipe import option_words, read_recipe
 from weightlora.runs.train import fit, plan, prepare
@@ -45,8 +46,7 @@ TIMED, TRAINING = 20, 1000
 def main() -> None:
     """Select with each rule and seed that has no record yet, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    beds = [path.stem for path in sorted(HERE.glob("*.yaml")) if "model_name_or_path:" in path.read_text("utf-8")]
-    parser.add_argument("bed", choices=beds)
+    parser.add_argument("bed", choices=sorted(read_mapping(HERE / "beds.yaml")))
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default: 5)")
     parser.add_argument(
         "--rules", nargs="*", help="rows of the stage screening (default: lora and all that have a rule)"
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, help="folder of records and plans (default: the bed's)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     asked, words = parser.parse_known_args()
-    grid = read_grid([HERE / f"{asked.bed}.yaml", HERE / "stages.yaml#screening"], asked.output_dir, words)
+    grid = read_grid([HERE / f"beds.yaml#{asked.bed}", HERE / "stages.yaml#screening"], asked.output_dir, words)
     rows = {row.label: row for row in grid.rows if "rule" in row.options or row.label == "lora"}
     path = grid.output_dir / "selections.jsonl"
     if asked.table:

@@ -1,7 +1,7 @@
 """How alike the choices of a rule are over seeds, and what they are worth: from the records of finished runs.
 
-    python benchmarks/choice/stability.py benchmarks/choice/roget.yaml benchmarks/choice/stages.yaml#spread
-    python benchmarks/choice/stability.py benchmarks/choice/reviews.yaml benchmarks/choice/stages.yaml#screening \
+    python benchmarks/choice/stability.py benchmarks/choice/beds.yaml#roget benchmarks/choice/stages.yaml#spread
+    python benchmarks/choice/stability.py benchmarks/choice/beds.yaml#reviews benchmarks/choice/stages.yaml#screening \
         --head_learning_rate 1.5e-2 --against random0 random1 random2
 
 Files and options are those that the benchmark was run with.

@@ -26,7 +26,7 @@ from weightlora.bench.records import append_record, provenance, read_records
 from weightlora.serving.directions import Directions, find_directions, kept_ranks
 from weightlora.serving.moments import adapter_moments
 
-RESULTS = Path(__file__).parent.parent / "results" / "squeeze-after.jsonl"
+RESULTS = Path(__file__).parent.parent / "results" / "squeeze.jsonl"
 #: Rows of the training, and rows whose loss is taken.
 BEDS = {
     "roget": (3200, 600),
@@ -57,12 +57,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the records are")
     arguments = parser.parse_args()
     if arguments.study == "table":
-        print_table(read_records(arguments.results))
+        print_table(known(arguments.results))
         return
     with quiet() as folder:
         for seed, r, name in itertools.product(arguments.seeds, arguments.ranks, arguments.beds):
             asked = {"bed": name, "seed": seed, "r": r}
-            if {**asked, **LAST} in [{k: r[k] for k in (*asked, *LAST)} for r in read_records(arguments.results)]:
+            if {**asked, **LAST} in [{k: r[k] for k in (*asked, *LAST)} for r in known(arguments.results)]:
                 continue
             rows, measured = BEDS[name]
             more = {"held_out_samples": 0, "max_eval_samples": measured}
@@ -71,6 +71,11 @@ def main() -> None:
             bed.train(bed.optimizer(), RATE, 0, len(bed.batches))
             for row in cuts(bed, r):
                 append_record(arguments.results, {**asked, **row, "provenance": provenance()})
+
+
+def known(path: Path) -> list[dict[str, Any]]:
+    """The records of cuts; those of training.py are in the same file."""
+    return [record for record in read_records(path) if "way" in record]
 
 
 def factors_of(bed: Bed) -> dict[str, tuple[Tensor, Tensor, float]]:

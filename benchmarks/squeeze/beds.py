@@ -67,7 +67,7 @@ class Bed:
 
 def load_bed(name: str, seed: int, *, r: int, alpha: int, rows: int, folder: str, **more: Any) -> Bed:
     """Return a bed with fresh adapters of rank r on all sites; ``more`` are options of its recipe."""
-    base = read_mapping(CHOICE / f"{name}.yaml")["base"]
+    base = read_mapping(CHOICE / f"beds.yaml#{name}")["base"]
     own = {"method": "lora", "lora_r": r, "lora_alpha": alpha, "fast": None, "dtype": "float32", "seed": seed}
     own |= {"max_train_samples": rows, "output_dir": folder, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     own |= {"max_eval_samples": 1000, "data_seed": seed}

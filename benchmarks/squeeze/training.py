@@ -25,7 +25,7 @@ from beds import Bed, load_bed, quiet, resume_cut, snapshot, weights
 from weightlora.bench.records import append_record, provenance, read_records
 from weightlora.serving.directions import find_directions, kept_ranks
 
-RESULTS = Path(__file__).parent.parent / "results" / "squeeze-training.jsonl"
+RESULTS = Path(__file__).parent.parent / "results" / "squeeze.jsonl"
 BEDS = {"roget": 3200, "reviews": 3200}
 RATES, SEEDS = (2e-3, 1e-3, 4e-3), (0, 1)
 R, ALPHA = 8, 16
@@ -45,18 +45,23 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the records are")
     arguments = parser.parse_args()
     if arguments.study == "table":
-        print_table(read_records(arguments.results))
+        print_table(known(arguments.results))
         return
     with quiet() as folder:
         given = (arguments.ranks, arguments.rates, arguments.seeds, arguments.beds)
         for r, rate, seed, bed in itertools.product(*given):
             rows = BEDS[bed]
             asked = {"bed": bed, "seed": seed, "rate": rate, "rows": rows, "r": r}
-            if asked in [{k: known[k] for k in asked} for known in read_records(arguments.results)]:
+            if asked in [{k: record[k] for k in asked} for record in known(arguments.results)]:
                 continue
             found = list(run(load_bed(bed, seed, r=R, alpha=ALPHA, rows=rows, folder=folder), rate, r))
             for row in found:
                 append_record(arguments.results, {**asked, **row, "provenance": provenance()})
+
+
+def known(path: Path) -> list[dict[str, Any]]:
+    """The records of trainings; those of after.py are in the same file."""
+    return [record for record in read_records(path) if "rate" in record]
 
 
 def run(bed: Bed, rate: float, r: int) -> Iterator[dict[str, Any]]:

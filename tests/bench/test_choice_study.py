@@ -1,6 +1,8 @@
 """The arithmetic of benchmarks/choice: a fit on sets of sites, labels of other rows, and loss over time."""
 
+import hashlib
 import os
+import re
 import runpy
 import subprocess
 from pathlib import Path
@@ -15,6 +17,7 @@ from test_bench import grid_of, record
 from weightlora import select
 from weightlora.bench.grid import Point, read_grid
 from weightlora.files import read_mapping
+from weightlora.plan.plan import AdapterPlan
 
 CHOICE = Path(__file__).parents[2] / "benchmarks" / "choice"
 
@@ -80,9 +83,23 @@ def test_the_study_runs_every_stage_and_each_can_be_read(tmp_path):
         if program == "weightlora":
             assert read_grid(files).rows
         used.update(files)
-    beds = {file for file in CHOICE.glob("*.yaml") if file.name != "stages.yaml"}
-    assert used >= beds | set(CHOICE.glob("*.py"))
-    assert used >= {CHOICE / f"stages.yaml#{name}" for name in read_mapping(CHOICE / "stages.yaml")}
+    assert used >= set(CHOICE.glob("*.py"))
+    for file in CHOICE.glob("*.yaml"):
+        assert used >= {CHOICE / f"{file.name}#{name}" for name in read_mapping(file)}
+
+
+def test_plans_are_unpacked_under_their_hash_as_they_were_packed(tmp_path):
+    """Each plan that a stage or predicted.yaml names is among those of the study."""
+    script = runpy.run_path(str(CHOICE / "plans.py"))
+    script["pack"](tmp_path / "one", ['{"a":1}\n'])
+    script["pack"](tmp_path / "one", ['{"b":"é"}\n', '{"a":1}\n'])
+    paths = script["unpack"](tmp_path / "one", tmp_path / "plans")
+    assert [path.read_bytes() for path in paths] == [b'{"a":1}\n', '{"b":"é"}\n'.encode()]
+    assert [path.stem for path in paths] == [hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths]
+    files = [CHOICE / "stages.yaml", *script["RESULTS"].glob("*/predicted.yaml")]
+    named = {name for file in files for name in re.findall(r"plan: \S+/(\w+)\.json", file.read_text("utf-8"))}
+    assert named == {path.stem for path in script["unpack"](script["PACKED"], tmp_path / "all")} != set()
+    assert all(AdapterPlan.load(path).ranks for path in (tmp_path / "all").iterdir())
 
 
 def test_shuffled_labels_are_those_of_other_rows():
