@@ -2,15 +2,15 @@
 
 _HERE = "benchmarks.choice.rules"
 BY_GRADIENT = {
-    "fisher": f"{_HERE}.fisher:Fisher",
-    "relative_gradient": f"{_HERE}.relative_gradient:RelativeGradient",
-    "aletheia": f"{_HERE}.aletheia:Aletheia",
-    "gora": f"{_HERE}.gora:GoRA",
-    "cross_fitted": f"{_HERE}.cross_fitted:CrossFitted",
+    "fisher": f"{_HERE}.adapter_gradients:Fisher",
+    "relative_gradient": f"{_HERE}.full_weights:RelativeGradient",
+    "aletheia": f"{_HERE}.full_weights:Aletheia",
+    "gora": f"{_HERE}.full_weights:GoRA",
+    "cross_fitted": f"{_HERE}.adapter_gradients:CrossFitted",
 }
 BY_INPUTS = {
-    "plop": f"{_HERE}.plop:PLoP",
-    "explained_variance": f"{_HERE}.explained_variance:ExplainedVariance",
+    "plop": f"{_HERE}.layer_inputs:PLoP",
+    "explained_variance": f"{_HERE}.layer_inputs:ExplainedVariance",
 }
 OF_THUMB = {
     "last_layers": f"{_HERE}.heuristic:LastLayers",

@@ -10,9 +10,8 @@ from peft import LoraConfig
 from study_rules import BY_INPUTS, OF_THUMB, STUDY
 from torch import nn
 
-from benchmarks.choice.rules.explained_variance import ExplainedVariance, nystrom_eigenvalues
 from benchmarks.choice.rules.heuristic import spread_order
-from benchmarks.choice.rules.plop import PLoP
+from benchmarks.choice.rules.layer_inputs import ExplainedVariance, PLoP, nystrom_eigenvalues
 from weightlora import select
 from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
 

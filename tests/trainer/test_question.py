@@ -60,7 +60,7 @@ CHANGES = {
     "rule": ({"rule": "kappa_tune"}, "rule='paper' there, 'kappa_tune' now"),
     "a rule of one's own": (
         {"rule": STUDY["fisher"]},
-        "rule='paper' there, 'benchmarks.choice.rules.fisher:Fisher' now",
+        "rule='paper' there, 'benchmarks.choice.rules.adapter_gradients:Fisher' now",
     ),
     "a rule's setting": ({"rule": StoIHT(head_steps=0, gate_lr=2.0)}, "gate_lr=5.0 there, 2.0 now"),
     "steps": ({"steps": 3}, "steps=2 there, 3 now"),

@@ -1,25 +1,104 @@
-"""The rule ``gora``: how strongly the loss depends on the entries of a site's full weight."""
+"""Rules that score by the gradient of a site's full weight: ``Aletheia``, ``RelativeGradient`` and ``GoRA``."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from weightlora.selection.rules.base import GROUPS, Estimate, Rule, Scores, jackknife
+from weightlora.errors import SelectionError
+from weightlora.selection.rules.base import GROUPS, Estimate, Rule, Scores, batch_means, jackknife
 from weightlora.selection.rules.kappa_tune import full_weight
 from weightlora.selection.stage import let_train
 
-from .weight_gradients import weight_gradients
+from .weight_gradients import gradient_norms, weight_gradients
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
     from weightlora.plan.budget import Chooser
     from weightlora.selection.stage import Stage
+
+
+@dataclass(frozen=True)
+class Aletheia(Rule):
+    """Give each site the score of its block: the mean over T batches of Σ ‖∂L/∂W‖_F over the block's sites.
+
+    Aletheia (arXiv:2604.15351) keeps the best half of the blocks. All sites of a block have the same score, so a budget
+    is spent on whole blocks as far as it goes. A site outside all blocks is a block of its own.
+
+    Its code (aletheia-lora 0.1.2) differs: it reads five single rows, adds the norms of a block's biases and
+    normalisations, and takes the loss over all tokens.
+
+    A step needs memory for the gradients of all adapted weights, in fp32.
+
+    Args:
+        head_steps: Steps in which a new head is trained alone first; None: 20 where there is a head, else 0.
+
+    Raises:
+        OptionError: A value is out of its range.
+
+    Example:
+        >>> Aletheia()
+        Aletheia(head_steps=None)
+    """
+
+    def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
+        """Yield the scores; only B requires gradients, so that the backward pass reaches every site."""
+        blocks = [site.block or site.name for site in stage.sites]
+        places = {block: place for place, block in enumerate(dict.fromkeys(blocks))}
+        own = torch.tensor([places[block] for block in blocks])
+        for step, norms in gradient_norms(stage, steps):
+            sums = norms.new_zeros(len(norms), len(places)).index_add(1, own, norms)
+            # Of a block that has a gradient, a site may have none.
+            yield step, replace(batch_means(sums[:, own]), has_gradient=tuple((norms != 0).any(0).tolist()))
+
+
+@dataclass(frozen=True)
+class RelativeGradient(Rule):
+    """Score a site by the mean over T batches of ‖∂L/∂W‖_F ÷ ‖W‖_F, where W is its frozen weight.
+
+    This is the relative gradient norm, RGN, of auto-RGN (Lee et al. 2023, arXiv:2210.11466), for one weight instead of
+    a layer. The adapter plays no part: neither A nor the rank changes the score.
+
+    A step needs memory for the gradients of all adapted weights, in fp32.
+
+    Args:
+        head_steps: Steps in which a new head is trained alone first; None: 20 where there is a head, else 0.
+
+    Raises:
+        OptionError: A value is out of its range.
+
+    Example:
+        >>> RelativeGradient()
+        RelativeGradient(head_steps=None)
+    """
+
+    def score(self, stage: Stage, steps: Sequence[int], budget: Chooser) -> Generator[tuple[int, Scores]]:  # noqa: ARG002 - nothing is dropped
+        """Yield the scores; only B requires gradients, so that the backward pass reaches every site.
+
+        Raises:
+            SelectionError: A site's weight is zero.
+        """
+        sizes = _sizes(stage)
+        for step, norms in gradient_norms(stage, steps):
+            yield step, batch_means(norms / sizes)
+
+
+def _sizes(stage: Stage) -> Tensor:
+    """‖W‖_F of each site."""
+    sizes = torch.stack([full_weight(layer).norm().cpu().double() for layer in stage.layers.values()])
+    zero = [name for name, size in zip(stage.layers, sizes.tolist(), strict=True) if size == 0]
+    if zero:
+        raise SelectionError(
+            f"the weight of {zero[0]} is zero, so no gradient is relative to it; leave the site out of target_modules, "
+            "or use another rule"
+        )
+    return sizes
+
 
 #: Entries of each weight, at most, whose gradients are kept by group of batches. Groups of whole weights would take
 #: eight times the memory, and the mean of so many entries hardly differs from that of all.
