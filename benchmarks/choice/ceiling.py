@@ -3,7 +3,7 @@ r"""What any choice can gain: the spread of random sets, and a fit of the held-o
     weightlora bench --config benchmarks/choice/beds.yaml#roget benchmarks/choice/stages.yaml#ceiling
     python benchmarks/choice/ceiling.py roget        # the table, the fit, and the best and worst set that it predicts
     weightlora bench --config benchmarks/choice/beds.yaml#roget benchmarks/choice/stages.yaml#ceiling \
-        benchmarks/results/choice/roget/predicted.yaml
+        benchmarks/results/choice/predicted.yaml#roget
 
 The last command trains the predicted sets; the second one then shows them, too. Options of the benchmark, such as
 --head_learning_rate 1.5e-2, go to all three.
@@ -45,12 +45,13 @@ def main() -> None:
     asked, words = parser.parse_known_args()
     files = [HERE / f"beds.yaml#{asked.bed}", HERE / "stages.yaml#ceiling"]
     grid = read_grid(files, words=words)
-    predicted = grid.output_dir / "predicted.yaml"
+    predicted = asked.bed in known_predictions(grid)
     records = recorded(grid)
     losses, kept = _known(grid, records)
     draws = {label: loss for label, loss in losses.items() if label.startswith("draw")}
-    if predicted.exists():
-        losses |= _known(read_grid([*files, predicted], words=words), records)[0]
+    if predicted:
+        part = f"{predictions(grid)}#{asked.bed}"
+        losses |= _known(read_grid([*files, part], words=words), records)[0]
     _print_table(losses, list(draws.values()))
     sets = distinct(draws, kept)
     sites = sorted(frozenset().union(*sets))
@@ -62,8 +63,18 @@ def main() -> None:
     wanted = sum(row.label.startswith("draw") for row in grid.rows)
     if len(draws) < wanted:
         print(f"{wanted - len(draws)} random sets are still to be trained; then the predicted sets are written.")
-    elif not predicted.exists():
-        _write_predicted(grid, dict(zip(sites, worth, strict=True)))
+    elif not predicted:
+        _write_predicted(grid, asked.bed, dict(zip(sites, worth, strict=True)))
+
+
+def predictions(grid: Grid) -> Path:
+    """Return the file of the predicted sets, a part for each bed."""
+    return grid.output_dir.parent / "predicted.yaml"
+
+
+def known_predictions(grid: Grid) -> dict[str, Any]:
+    """Return the parts of the file that have been written."""
+    return read_mapping(predictions(grid)) if predictions(grid).exists() else {}
 
 
 def distinct(losses: Mapping[str, float], kept: Mapping[str, Collection[str]]) -> dict[frozenset[str], float]:
@@ -119,7 +130,7 @@ def _print_table(losses: dict[str, float], draws: list[float]) -> None:
     print(f"| random, mean of {len(draws)} | {mean:.4f} | ± {spread:.4f} | {min(draws):.4f} to {max(draws):.4f} |")
 
 
-def _write_predicted(grid: Grid, worth: dict[str, float]) -> None:
+def _write_predicted(grid: Grid, bed: str, worth: dict[str, float]) -> None:
     """Write plans of the best and the worst set, and the benchmark that trains them."""
     row = next(row for row in grid.rows if row.label.startswith("draw"))
     with TemporaryDirectory() as scratch:
@@ -144,7 +155,7 @@ def _write_predicted(grid: Grid, worth: dict[str, float]) -> None:
         "learning_rates": [choice["learning_rate"] for choice in row.choices],
         "seeds": list(grid.seeds),
     }
-    write_text(grid.output_dir / "predicted.yaml", yaml.safe_dump(content, sort_keys=False))
+    write_text(predictions(grid), yaml.safe_dump({**known_predictions(grid), bed: content}, sort_keys=False))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,25 @@ KIND = "converter and inference ran whole, on the CPU"
 #: Of the log-probabilities; the base model alone differs by 0.001, since llama.cpp keeps the cache in half precision.
 LIMIT = 0.05
 _scripts: list[Path] = []
+#: The greedy answer as JSON, in a process of its own: it aborts where an adapter does not fit.
+_COMPLETE = """
+import json, sys
+import xllamacpp
+
+model, adapter, prompt, count, words = sys.argv[1:]
+parameters = xllamacpp.CommonParams()
+parameters.model.path = model
+parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = 256, 1, 0
+parameters.warmup = parameters.fit_params = False
+parameters.cpuparams.n_threads = 1
+if adapter != "-":
+    lora = xllamacpp.CommonAdapterLoraInfo()
+    lora.path, lora.scale = adapter, 1.0
+    parameters.lora_adapters = [lora]
+asked = {"n_predict": int(count), "temperature": 0, "logprobs": int(words), "cache_prompt": False}
+answer = xllamacpp.Server(parameters).handle_completions({"prompt": json.loads(prompt), **asked})
+print(json.dumps(json.loads(answer) if isinstance(answer, str) else answer))
+"""
 
 
 def prepare(converter: Path) -> None:
@@ -129,8 +148,8 @@ def complete(model: Path, adapter: Path | None, prompt: list[int], count: int, w
     Raises:
         RuntimeError: Model or adapter cannot be loaded, or llama.cpp aborts.
     """
-    script = Path(__file__).with_name("complete.py")
-    command = [sys.executable, str(script), str(model), str(adapter or "-"), json.dumps(prompt), str(count), str(words)]
+    asked = [str(model), str(adapter or "-"), json.dumps(prompt), str(count), str(words)]
+    command = [sys.executable, "-c", _COMPLETE, *asked]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "ASSERT" in line or "Error" in line or " E " in line]

@@ -96,7 +96,7 @@ def test_plans_are_unpacked_under_their_hash_as_they_were_packed(tmp_path):
     paths = script["unpack"](tmp_path / "one", tmp_path / "plans")
     assert [path.read_bytes() for path in paths] == [b'{"a":1}\n', '{"b":"é"}\n'.encode()]
     assert [path.stem for path in paths] == [hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths]
-    files = [CHOICE / "stages.yaml", *script["RESULTS"].glob("*/predicted.yaml")]
+    files = [CHOICE / "stages.yaml", script["RESULTS"] / "predicted.yaml"]
     named = {name for file in files for name in re.findall(r"plan: \S+/(\w+)\.json", file.read_text("utf-8"))}
     assert named == {path.stem for path in script["unpack"](script["PACKED"], tmp_path / "all")} != set()
     assert all(AdapterPlan.load(path).ranks for path in (tmp_path / "all").iterdir())
@@ -213,31 +213,31 @@ def test_stability_counts_shared_sites_and_pairs_losses_by_seed(tmp_path):
         for sets, losses in [own[row.label]]
         for seed, kept in enumerate(sets)
     ]
-    script = runpy.run_path(str(CHOICE / "stability.py"))
+    script = runpy.run_path(str(CHOICE / "tables.py"))
     rows = script["choices"](grid, records)
-    assert script["table"](rows, ["draw"]).splitlines()[2:] == [
+    assert script["stability"](rows, ["draw"]).splitlines()[2:] == [
         "| same | 2 | 1.00 | 0.14 | -0.150 ± 0.050 |",
         "| half | 2 | 0.33 | 0.14 | -0.050 ± 0.150 |",
         "| draw | 2 | 0.00 | 0.14 |  |",
     ]
     # A third rule makes the ranks 3, 2, 1 by Jaccard and 2, 1, 3 by loss: 1 - 6 (1 + 1 + 4) / (3 * 8).
     third = script["Choices"]("third", (frozenset("abc"), frozenset("abd")), 8, {0: 0.8, 1: 0.9})
-    assert script["table"]([*rows, third], ["draw"]).endswith("Jaccard and loss over 3 rules: -0.50")
+    assert script["stability"]([*rows, third], ["draw"]).endswith("Jaccard and loss over 3 rules: -0.50")
 
 
 def test_stability_of_one_seed_has_no_line(tmp_path):
     grid = grid_of(tmp_path, methods={"draw": {"method": "random", "adapters": 1}}, learning_rates=[1e-3], seeds=[0, 1])
     runs = [record(Point(grid.rows[0], {"learning_rate": 1e-3}, 0), 0.5, 0.5, kept=["a"], adapters=1, sites=2)]
-    assert runpy.run_path(str(CHOICE / "stability.py"))["choices"](grid, runs) == []
+    assert runpy.run_path(str(CHOICE / "tables.py"))["choices"](grid, runs) == []
 
 
 def test_stability_against_rows_without_two_seeds_is_one_line(tmp_path, monkeypatch, capsys):
     """None has run yet; the results are where the command runs."""
     monkeypatch.chdir(tmp_path)
     grid_of(tmp_path, methods={"draw": {"method": "random", "adapters": 1}}, learning_rates=[1e-3], output_dir="out")
-    monkeypatch.setattr("sys.argv", ["stability.py", "b.yaml", "--against", "draw"])
+    monkeypatch.setattr("sys.argv", ["tables.py", "stability", "b.yaml", "--against", "draw"])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(CHOICE / "stability.py"), run_name="__main__")
+        runpy.run_path(str(CHOICE / "tables.py"), run_name="__main__")
     assert stop.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == "stability.py: error: --against draw: no two seeds in out that keep some of the sites"
+    assert said == "tables.py: error: --against draw: no two seeds in out that keep some of the sites"
