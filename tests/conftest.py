@@ -1,4 +1,4 @@
-"""A real encoder and real sentences, small and quick enough for every test."""
+"""A real encoder with real sentences and a trainer on a tiny Llama, small and quick enough for every test."""
 
 import gc
 import os
@@ -8,8 +8,10 @@ import bitsandbytes
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
+from small_models import tiny_llama, tiny_rows
 from torch import nn
-from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments
 
 from weightlora.tasks.classification import encode, load_classifier, shuffled_batches
 from weightlora.tasks.embedded import minilm as minilm_folder
@@ -21,6 +23,9 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+pytest.register_assert_rewrite("conformance")
+
+QUIET = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no", "use_cpu": True}
 
 
 def pytest_addoption(parser):
@@ -94,3 +99,21 @@ def quantised_net(request) -> nn.Module:
     net = nn.Sequential(linear(), nn.Tanh(), linear()).to("cpu")  # .to() is what quantises
     setattr(net, f"is_loaded_in_{request.param}bit", True)
     return net
+
+
+@pytest.fixture
+def make_tiny(tmp_path):
+    """Makes the same trainer on a tiny Llama each time: rank 4 on q and v of two layers, four candidates."""
+
+    def make(folder="run", *, lora=None, model=None, rows=None, wrapped=True, kind=Trainer, **arguments):
+        fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+        base = tiny_llama() if model is None else model
+        torch.manual_seed(1)
+        given = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "seed": 3, **arguments}
+        return kind(
+            get_peft_model(base, LoraConfig(**{**fields, **(lora or {})})) if wrapped else base,
+            TrainingArguments(str(tmp_path / folder), **{**QUIET, **given}),
+            train_dataset=tiny_rows() if rows is None else rows,
+        )
+
+    return make

@@ -1,9 +1,14 @@
-"""What two processes do for test_distributed.py: torchrun --nproc_per_node 2 distributed_worker.py FOLDER PART.
+"""What two processes do for test_distributed.py, test_fsdp2.py and test_store.py, by the first word.
+
+torchrun --nproc_per_node 2 distributed_worker.py first FOLDER      # or second
+accelerate launch --config_file fsdp2.yaml --num_processes 2 distributed_worker.py recipe RECIPE [--option=value ...]
+torchrun --nproc_per_node 2 distributed_worker.py llama OUTPUT store    # or the name of a method; also one process
 
 FOLDER holds a small base model and rows; a part leaves a run's folder or ``<part>-<process>.json`` there.
 """
 
 import json
+import os
 import shutil
 import sys
 from copy import deepcopy
@@ -15,6 +20,7 @@ import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
@@ -40,6 +46,8 @@ from weightlora.selection import stage
 from weightlora.selection.rules.first_order import FirstOrder
 from weightlora.selection.rules.paper import StoIHT
 from weightlora.selection.rules.pursuit import Pursuit
+from weightlora.trainer.attach import method_for
+from weightlora.trainer.store import store_frozen
 
 ROWS = 8  # of a step, on all processes together
 LIMITS = {"memory": "240kB", "time": 0.9}  # in bytes half of the rows pay for seven sites, all of them for three
@@ -242,7 +250,7 @@ def shard_on_cpu():
     AcceleratorState.__init__ = told
 
 
-def main(folder, part):
+def run_part(folder, part):
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -283,5 +291,73 @@ PARTS = {"first": first_part, "second": second_part}
 LAYERS = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["BertLayer"]}
 
 
+# -- a recipe under FSDP2 --------------------------------------------------------------------------------------------
+
+
+class Held(TrainerCallback):
+    """Counts, at the end of the training, the numbers that this process holds, and those of the whole model."""
+
+    def on_train_end(self, args, state, control, model, **_):  # noqa: ARG002
+        weights = list(model.parameters())
+        held = sum(w.to_local().numel() if isinstance(w, DTensor) else w.numel() for w in weights)
+        self.seen = {"held": held, "whole": sum(w.numel() for w in weights), "processes": dist.get_world_size()}
+
+
+def train_recipe(path, *words):
+    """Train, and tell which of the weights are shards."""
+    shard_on_cpu()
+    recipe, witness = read_recipe(path, words), Held()
+    train(recipe, callbacks=[witness])
+    (recipe.output_dir / f"seen-{dist.get_rank()}.json").write_text(json.dumps(witness.seen))
+    dist.destroy_process_group()
+
+
+# -- a tiny Llama in one process, or one of several ------------------------------------------------------------------
+
+
+def train_llama(output, what):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 4}
+    torch.set_num_threads(1)
+    targets = r".*layers\.[23]\..*q_proj" if what == "store" else "all-linear"
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets))
+    tokens = [[3 + (7 * i + j * j) % 29 for j in range(6)] for i in range(16)]
+    arguments = TrainingArguments(
+        str(output / "run"),
+        num_train_epochs=3,
+        per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", "1")),
+        train_sampling_strategy="sequential",
+        learning_rate=1e-2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        save_strategy="no",
+    )
+    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in tokens])
+    if what == "store":
+        store = store_frozen(trainer, folder=output / "states")
+        trainer.train()
+        assert store.hits == 2 * store.misses > 0
+    else:
+        method_for(trainer, what, steps=3)
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 12
+    if trainer.is_world_process_zero():
+        trained = {
+            n.removeprefix("module."): p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad
+        }
+        save_file(trained, output / "trained.safetensors")
+
+
+def main(what, *words):
+    if what in PARTS:
+        run_part(Path(words[0]), what)
+    elif what == "recipe":
+        train_recipe(*words)
+    else:
+        train_llama(Path(words[0]), words[1])
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(*sys.argv[1:])

@@ -60,7 +60,7 @@ def two_processes(folder, part):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(folder), part], env=environment, capture_output=True, text=True, timeout=600, check=False
+        [*command, part, str(folder)], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-5000:]
     return folder

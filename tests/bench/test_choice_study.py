@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
-from study_rules import STUDY
+from selecting import STUDY
 from test_bench import grid_of, record
 
 from weightlora import select

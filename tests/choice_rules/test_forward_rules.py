@@ -5,9 +5,8 @@ import math
 
 import pytest
 import torch
-from fingerprint import fingerprint
 from peft import LoraConfig
-from study_rules import BY_INPUTS, OF_THUMB, STUDY
+from selecting import BY_INPUTS, OF_THUMB, STUDY, fingerprint
 from torch import nn
 
 from benchmarks.choice.rules.heuristic import spread_order

@@ -5,10 +5,9 @@ With W = W0 + s·B·A, ∂L/∂B = s·∂L/∂W·Aᵀ. So one reference, autogra
 
 import pytest
 import torch
-from fingerprint import fingerprint
 from peft import LoraConfig, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
-from study_rules import BY_GRADIENT, STUDY
+from selecting import BY_GRADIENT, STUDY, fingerprint
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from user_texts import assert_plain, plan_with, texts
+from fuzz import assert_plain, plan_with, texts
 
 from weightlora.bench.table import Cell, Table, to_terminal
 from weightlora.cli import main

@@ -8,10 +8,9 @@ from math import fsum
 
 import pytest
 import torch
-from fingerprint import fingerprint
+from fuzz import random_cost
 from peft import LoraConfig, get_peft_model
-from random_costs import random_cost
-from ruled import ruled
+from selecting import fingerprint, ruled
 
 from weightlora import enable_fast_lora, select
 from weightlora.cli import main

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_llama import tiny_llama, tiny_rows
+from small_models import tiny_llama, tiny_rows
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import weightlora

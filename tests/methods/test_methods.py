@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from ruled import ruled
+from selecting import ruled
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import weightlora

@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fingerprint import fingerprint
 from peft import LoraConfig, get_peft_model
-from ruled import ruled
+from selecting import fingerprint, ruled
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from byte_tokenizer import of_bytes
 from datasets import Dataset, DatasetDict
-from judges import JUDGED, write_judge
 from peft import PeftModel
+from small_models import JUDGED, of_bytes, write_judge
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weightlora.cli import main
@@ -52,7 +51,7 @@ def run(tmp_path_factory):
     assert main(["select", "--config", *given, "--load_in_4bit=true", f"--output_dir={folder / 'select'}"]) == 0
 
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / "fsdp2.yaml")]
-    worker = [str(Path(__file__).parent / "fsdp2_worker.py"), *given]
+    worker = [str(Path(__file__).parents[1] / "distributed_worker.py"), "recipe", *given]
     done = subprocess.run(
         [
             *launch,

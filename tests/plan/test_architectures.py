@@ -25,8 +25,8 @@ from architectures import (
     selected,
     trained_and_loaded,
 )
-from fingerprint import fingerprint
 from peft import LoraConfig, get_peft_model
+from selecting import fingerprint
 from transformers import Trainer, TrainingArguments
 
 import weightlora

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from fingerprint import fingerprint
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
+from selecting import fingerprint
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -4,9 +4,9 @@ import re
 import sys
 
 import pytest
+from fuzz import assert_plain, plan_with, texts
 from huggingface_hub import ModelCard
 from torch import nn
-from user_texts import assert_plain, plan_with, texts
 
 from weightlora.plan.card import write_card
 

@@ -7,8 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from fuzz import cases, generator, tell
-from mutations import assert_one_line, mutated
+from fuzz import assert_one_line, cases, generator, mutated, tell
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import save_file
 from torch import nn

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from fingerprint import fingerprint
 from peft import LoraConfig
+from selecting import fingerprint
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from user_texts import texts
+from fuzz import texts
 
 from weightlora.cli import main
 from weightlora.errors import DataError, PlanError

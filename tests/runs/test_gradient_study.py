@@ -7,8 +7,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from fingerprint import fingerprint
 from peft import LoraConfig
+from selecting import fingerprint
 from transformers import BertConfig, BertForSequenceClassification
 
 from weightlora.cli import main

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from byte_tokenizer import of_bytes
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
+from small_models import of_bytes
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import weightlora

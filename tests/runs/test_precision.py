@@ -7,8 +7,8 @@ from itertools import count
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from ruled import ruled
 from scipy.stats import hypergeom
+from selecting import ruled
 from transformers import (
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,

@@ -7,11 +7,10 @@ import pytest
 import torch
 import transformers
 import yaml
-from byte_tokenizer import of_bytes
 from datasets import ClassLabel, Dataset, DatasetDict, Value
-from judges import JUDGED, write_judge
 from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from safetensors import safe_open
+from small_models import JUDGED, of_bytes, write_judge
 from transformers import BitsAndBytesConfig, TrainerCallback
 
 from weightlora.cli import main

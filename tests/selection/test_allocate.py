@@ -8,8 +8,8 @@ from math import floor, fsum
 
 import numpy as np
 import pytest
+from fuzz import random_cost
 from peft import LoraConfig
-from random_costs import random_cost
 
 from weightlora.cost.knapsack import ANY, Cost, Item, make_cost
 from weightlora.errors import OptionError

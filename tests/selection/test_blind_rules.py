@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from fingerprint import fingerprint
 from peft import LoraConfig
 from peft.utils.integrations import dequantize_module_weight
+from selecting import fingerprint
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from fingerprint import fingerprint
 from peft import LoraConfig
+from selecting import fingerprint
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

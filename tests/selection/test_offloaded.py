@@ -11,10 +11,9 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
-from fingerprint import fingerprint
 from peft import LoraConfig, PeftModel
 from peft.utils.integrations import dequantize_module_weight
-from study_rules import STUDY
+from selecting import STUDY, fingerprint
 from transformers import (
     BertConfig,
     BertForSequenceClassification,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
-from study_rules import BY_GRADIENT, BY_INPUTS
+from selecting import BY_GRADIENT, BY_INPUTS
 
 from weightlora.errors import WeightLoraWarning
 from weightlora.selection.rules import rule_of

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from ruled import ruled
+from selecting import ruled
 from torch import nn
 
 from weightlora import select

@@ -11,9 +11,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fingerprint import fingerprint
 from peft import IA3Config, LoraConfig, get_peft_model
-from ruled import ruled
+from selecting import fingerprint, ruled
 from torch import nn
 from torch.nn.parameter import is_lazy
 from transformers import (

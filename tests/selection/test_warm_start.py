@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from study_rules import STUDY
+from selecting import STUDY
 from test_scoring import LORA, SCALE, Net, batches, squared
 
 from weightlora import select

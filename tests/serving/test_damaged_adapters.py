@@ -7,8 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from fuzz import cases, generator, tell
-from mutations import assert_one_line, mutated
+from fuzz import assert_one_line, cases, generator, mutated, tell
 from safetensors.torch import load_file, save_file
 from small_adapters import HOLES, everywhere, site
 

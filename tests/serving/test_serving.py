@@ -10,9 +10,8 @@ import weakref
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from readers import COMPUTE, FailsError, by_patterns, pairs
 from safetensors.torch import load_file, save_file
-from small_adapters import ALL, LAYERS, everywhere, logits, site
+from small_adapters import ALL, COMPUTE, LAYERS, FailsError, by_patterns, everywhere, logits, pairs, site
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,

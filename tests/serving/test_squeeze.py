@@ -14,9 +14,21 @@ from contextlib import suppress
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from readers import COMPUTE, by_patterns, pairs
 from safetensors.torch import load_file, save_file
-from small_adapters import ALL, HOLES, LAYERS, SHAPES, TOKENS, base_model, everywhere, logits, site
+from small_adapters import (
+    ALL,
+    COMPUTE,
+    HOLES,
+    LAYERS,
+    SHAPES,
+    TOKENS,
+    base_model,
+    by_patterns,
+    everywhere,
+    logits,
+    pairs,
+    site,
+)
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 import weightlora

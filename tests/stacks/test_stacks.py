@@ -8,11 +8,24 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from plans_and_readers import (
+    HALF,
+    MLP,
+    PLANS,
+    READ,
+    adapters,
+    encoder_plan,
+    llama,
+    make_plan,
+    named,
+    planned,
+    random_plan,
+    read_trl,
+    read_types,
+)
+from plans_and_readers import ranks_of as ranks
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from stack_plans import HALF, PLANS, adapters, encoder_plan, llama, make_plan, named, planned, random_plan
-from stack_plans import ranks_of as ranks
-from stack_readers import MLP, READ, read_trl, read_types
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from byte_tokenizer import of_bytes
 from datasets import Dataset, DatasetDict
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, PeftModel, get_peft_model
+from small_models import of_bytes
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from weightlora.errors import DataError

@@ -7,8 +7,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from ruled import ruled
 from safetensors.torch import load_file, save_file
+from selecting import ruled
 from torch.utils.data import IterableDataset
 from transformers import (
     AutoTokenizer,

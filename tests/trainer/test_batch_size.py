@@ -7,8 +7,8 @@ from copy import deepcopy
 import pytest
 import torch
 import yaml
-from fingerprint import fingerprint
 from peft import LoraConfig
+from selecting import fingerprint
 from transformers import Trainer, TrainingArguments
 
 from weightlora.cli import main

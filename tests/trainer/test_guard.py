@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_llama import tiny_llama
+from small_models import tiny_llama
 from transformers import Trainer, TrainingArguments
 
 import weightlora

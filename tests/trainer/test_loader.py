@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import IterableDataset as Streamed
-from tiny_llama import tiny_rows
+from small_models import tiny_rows
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune

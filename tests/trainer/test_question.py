@@ -6,8 +6,8 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, get_peft_model
-from study_rules import STUDY
-from tiny_llama import tiny_llama, tiny_rows
+from selecting import STUDY
+from small_models import tiny_llama, tiny_rows
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,

@@ -220,10 +220,10 @@ def test_trl_trains_the_same_adapter(kind, tmp_path, tokenizer):
 @pytest.mark.parametrize("what", ["store", "weightlora", "weightlora_plus"])
 def test_two_processes_train_what_one_does(what, tmp_path):
     """With a store, and with the methods whose first steps are taken before the trainer wraps the model."""
-    worker = Path(__file__).parents[1] / "ddp_worker.py"
+    worker = Path(__file__).parents[1] / "distributed_worker.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, words in (("one", [sys.executable]), ("two", launch)):
-        command = [*words, str(worker), str(tmp_path / name), what]
+        command = [*words, str(worker), "llama", str(tmp_path / name), what]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_file(tmp_path / name / "trained.safetensors") for name in ("one", "two"))

@@ -1,10 +1,37 @@
-"""The benchmarks of Table 4 as lm-evaluation-harness reads them, with a row of ours instead of the hub's."""
+"""Made in no time: a tiny random Llama and rows for it, a tokenizer of bytes, benchmarks of one row."""
 
 from pathlib import Path
 
-import lm_eval.tasks
+import torch
 import yaml
 from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def tiny_rows(count=24, length=8):
+    tokens = torch.randint(32, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+def of_bytes(chat: str | None) -> PreTrainedTokenizerFast:
+    """Like Llama's, without a token for padding; with a chat template, like Qwen's."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    found = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)} | {"<end>": len(letters)}, []))
+    found.pre_tokenizer, found.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=found, eos_token="<end>")
+    made.chat_template = chat
+    return made
+
+
+# -- the benchmarks of Table 4, as lm-evaluation-harness reads them --------------------------------------------------
 
 CHOICES = {"text": ["wood", "iron"], "label": ["A", "B"]}
 #: A row of each benchmark of Table 4, and the file of lm-evaluation-harness that reads it.
@@ -22,6 +49,8 @@ JUDGES |= {"boolq": "super_glue/boolq/default.yaml", "arc_challenge": "arc/arc_e
 
 def write_judge(task, folder: Path) -> str:
     """The harness's own task file, reading our row instead of the hub's."""
+    import lm_eval.tasks  # loads much, which only these tests need
+
     folder.mkdir()
     Dataset.from_list([JUDGED[task.name]]).to_json(folder / "row.json")
     files = dict.fromkeys(("train", "validation", "test"), str(folder / "row.json"))
