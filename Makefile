@@ -25,7 +25,7 @@ demo: setup    ## limits in time and parameters beside LoRA on the embedded mode
 
 # Tests of the source text and of the documents: make check and make docs run them, make test does not.
 SOURCE_RULES := tests/test_imports.py tests/test_packaging.py
-TRUE_DOCS := tests/test_documents.py tests/test_docstrings.py
+TRUE_DOCS := tests/test_documents.py
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: setup    ## every kind of thing once, about eight minutes on two cores; `make check` and `make docs` have tests of their own

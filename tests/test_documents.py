@@ -1,6 +1,8 @@
 """The documents are true: python blocks run, shell commands exist, public names are described, links lead somewhere."""
 
+import doctest
 import inspect
+import pkgutil
 import re
 import runpy
 import shlex
@@ -49,9 +51,9 @@ RUN_BY = {
     "weightlora check": ("tests/serving/test_serving.py", '"check"'),
     "weightlora export": ("tests/serving/test_serving.py", '"export"'),
     "weightlora squeeze": ("tests/serving/test_squeeze.py", '"squeeze"'),
-    "weightlora doctor": ("tests/cli/test_doctor.py", '"doctor"'),
+    "weightlora doctor": ("tests/cli/test_cli.py", '"doctor"'),
     "weightlora report": ("tests/report/test_page.py", '"report"'),
-    "weightlora bench merge": ("tests/bench/test_merge.py", '"bench", "merge"'),
+    "weightlora bench merge": ("tests/bench/test_records.py", '"bench", "merge"'),
     "weightlora bench": ("tests/bench/test_bench.py", '"bench"'),
     "weightlora paper": ("tests/paper/test_paper.py", '"paper"'),
     "weightlora analyse": ("tests/runs/test_gradient_study.py", '"analyse"'),
@@ -247,3 +249,59 @@ def test_links_lead_to_files(document):
 
 def test_the_demo_named_in_the_readme_is_the_module_of_the_command():
     assert "run" in runpy.run_module("weightlora.cli.demo")
+
+
+# -- every example in a docstring is run, and says the truth ---------------------------------------------------------
+
+MODULES = sorted(
+    info.name for info in pkgutil.walk_packages(weightlora.__path__, "weightlora.") if "__main__" not in info.name
+)
+#: Files whose functions are called by users: each shows how.
+SHOWN = (
+    *(
+        "model.sites",
+        "model.gates",
+        "model.restore",
+        "plan.budget",
+        "plan.limits",
+        "plan.plan",
+        "plan._screen",
+        "fast.dropout",
+        "fast.enable",
+    ),
+    *(
+        "plan._alternatives",
+        "selection.allocate",
+        "selection.scoring",
+        "selection.select",
+        "selection.rules",
+        "selection.rules.paper",
+        "selection.rules.first_order",
+    ),
+    *("selection.rules.pursuit", "selection.rules.integrated"),
+    *("trainer.attach", "methods", "text"),
+)
+
+
+def examples(module: str) -> list[doctest.DocTest]:
+    return [found for found in doctest.DocTestFinder().find(import_module(module)) if found.examples]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_are_true(module, tmp_path):
+    for example in examples(module):
+        example.globs["tmp_path"] = tmp_path
+        report: list[str] = []
+        failed, tried = doctest.DocTestRunner().run(example, out=report.append)
+        assert tried > 0
+        assert failed == 0, "".join(report)
+
+
+@pytest.mark.parametrize("room", SHOWN)
+def test_what_users_call_has_an_example(room):
+    assert examples(f"weightlora.{room}")
+
+
+def test_a_wrong_example_would_be_seen():
+    wrong = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, None)
+    assert doctest.DocTestRunner().run(wrong, out=lambda _: None).failed == 1

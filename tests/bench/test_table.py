@@ -1,4 +1,4 @@
-"""Tables hold what users named and what runs measured: no name becomes markup, no NaN wins or breaks."""
+"""Tables hold what users named and what runs measured: no name becomes markup, no NaN wins; differences by seed."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from test_bench import grid_of, record
 
 from weightlora.bench.engine import adapter_folder, recorded, run_grid
 from weightlora.bench.grid import Point, read_grid
@@ -23,6 +24,7 @@ from weightlora.bench.table import (
     to_markdown,
 )
 from weightlora.cli import main
+from weightlora.errors import OptionError
 
 NAN, INF = float("nan"), float("inf")
 NAMES = [
@@ -33,7 +35,7 @@ NAMES = [
 BASE = {"max_train_samples": 16, "held_out_samples": 8, "max_eval_samples": 8, "max_seq_length": 12, "max_steps": 2}
 
 
-def grid_of(folder, **changed):
+def grid_at(folder, **changed):
     content = {"base": {**BASE, "use_cpu": True}, "methods": ["lora", "random"], "limits": [{"parameters": 0.5}]}
     content |= {"learning_rates": [1e-3], "timing_rounds": 0}
     (folder / "b.yaml").write_text(yaml.safe_dump({**content, **changed}, sort_keys=False))
@@ -102,7 +104,7 @@ def test_latex_compiles(tmp_path):
 
 def test_names_of_rows_in_the_files_of_the_command(tmp_path, capsys):
     names = ["a|b", "<script>alert(1)</script>", r"\input{/etc/passwd}", "two\nlines"]
-    grid_of(tmp_path, methods={name: {"method": "lora", "lora_r": r + 1} for r, name in enumerate(names)})
+    grid_at(tmp_path, methods={name: {"method": "lora", "lora_r": r + 1} for r, name in enumerate(names)})
     words = ["bench", "--table", "--config", str(tmp_path / "b.yaml"), "--output_dir", str(tmp_path / "out")]
     assert main(words) == 0
     capsys.readouterr()
@@ -154,7 +156,7 @@ def found(point, loss, accuracy=0.5):
 
 def test_runs_whose_loss_is_nan_end_in_a_table(tmp_path, capsys):
     """Two seeds of LoRA are NaN, one of random; both are read back, and the same call shows them again."""
-    grid = grid_of(tmp_path, metric="loss", seeds=[0, 1], learning_rates=[1e-3], methods=["lora", "random", "eva"])
+    grid = grid_at(tmp_path, metric="loss", seeds=[0, 1], learning_rates=[1e-3], methods=["lora", "random", "eva"])
     losses = {"lora": (NAN, NAN), "random": (0.5, INF), "eva": (0.6, 0.8)}
     for row in grid.rows:
         for seed, loss in enumerate(losses[row.label]):
@@ -172,7 +174,7 @@ def test_runs_whose_loss_is_nan_end_in_a_table(tmp_path, capsys):
 
 def test_a_rate_whose_loss_is_nan_is_not_chosen(tmp_path):
     rates = [1e-4, 1e-3, 1e-2]
-    grid = grid_of(tmp_path, methods=["lora"], learning_rates=rates, tuning_metric="loss", seeds=[0])
+    grid = grid_at(tmp_path, methods=["lora"], learning_rates=rates, tuning_metric="loss", seeds=[0])
     points = [Point(grid.rows[0], {"learning_rate": rate}, 0) for rate in rates]
 
     def chosen(*losses):
@@ -189,7 +191,7 @@ def test_a_rate_whose_loss_is_nan_is_not_chosen(tmp_path):
 
 
 def test_an_average_with_nan_is_nan(tmp_path):
-    grid = grid_of(tmp_path, tasks=["rotten_tomatoes", "rte"], learning_rates=[1e-3], metric="loss")
+    grid = grid_at(tmp_path, tasks=["rotten_tomatoes", "rte"], learning_rates=[1e-3], metric="loss")
     values = {
         ("lora", "rotten_tomatoes"): NAN,
         ("lora", "rte"): 0.1,
@@ -201,7 +203,7 @@ def test_an_average_with_nan_is_nan(tmp_path):
 
 
 def test_a_record_without_the_metric_is_a_dash(tmp_path):
-    grid = grid_of(tmp_path, methods=["lora"], learning_rates=[1e-3])
+    grid = grid_at(tmp_path, methods=["lora"], learning_rates=[1e-3])
     record = {**found(Point(grid.rows[0], {"learning_rate": 1e-3}, 0), 0.5), "metrics": {}}
     assert make_table(grid, [record]).rows[0][4].text == "–"
 
@@ -228,7 +230,7 @@ ROWS = (
 
 
 def test_the_folder_of_an_adapter_is_its_runs_alone(tmp_path):
-    grid = grid_of(
+    grid = grid_at(
         tmp_path,
         methods={name: {"method": "lora", "lora_r": r + 1} for r, name in enumerate(ROWS)},
         tasks=["rotten_tomatoes", "rte"],
@@ -250,7 +252,7 @@ def test_the_folder_of_an_adapter_is_its_runs_alone(tmp_path):
 @pytest.mark.slow
 def test_an_adapter_of_a_row_named_like_a_folder_above_is_kept_with_its_record(tmp_path):
     """One real run: its adapter is below ``adapters``, its record is there, and nothing is anywhere else."""
-    grid = grid_of(tmp_path, methods={"..": {"method": "lora"}}, learning_rates=[1e-3], keep_adapters=True)
+    grid = grid_at(tmp_path, methods={"..": {"method": "lora"}}, learning_rates=[1e-3], keep_adapters=True)
     records = run_grid(grid, report=lambda _: None)
     assert [record["status"] for record in records] == ["ok"]
     assert records == recorded(grid)
@@ -259,3 +261,87 @@ def test_an_adapter_of_a_row_named_like_a_folder_above_is_kept_with_its_record(t
     assert {path.name for path in grid.output_dir.glob("[!.]*")} == {"adapters", "records.jsonl"}
     assert {path.name for path in tmp_path.iterdir()} == {"b.yaml", "out"}
     assert json.loads((kept / "adapter_config.json").read_text())["r"] == 8
+
+
+# -- differences between rows, paired by seed: closed forms on records that are written here -------------------------
+
+METHODS = {"lora": None, "a": {"method": "random", "adapters": 1}, "b": {"method": "random", "adapters": 2}}
+
+
+def losses(grid, values):
+    """A record for each row and seed, with these losses."""
+    points = {(row.label, seed): Point(row, {"learning_rate": 1e-3}, seed) for row in grid.rows for seed in grid.seeds}
+    made = [record(points[place], 0.5, 0.5) for place in values]
+    return [{**r, "metrics": {"validation_loss": v}} for r, v in zip(made, values.values(), strict=True)]
+
+
+@pytest.fixture
+def grid(tmp_path):
+    return grid_of(tmp_path, methods=METHODS, learning_rates=[1e-3], metric="loss")
+
+
+def cells(table):
+    return {row[0].text: row[1].text for row in table.rows}
+
+
+def test_a_difference_is_paired_by_seed(grid):
+    # Seeds differ by 1.0, rows by 0.1 and 0.3: unpaired, the error would be 0.5.
+    values = {("lora", 0): 1.0, ("lora", 1): 2.0, ("a", 0): 1.1, ("a", 1): 2.3}
+    found = cells(make_differences(grid, losses(grid, values), ["lora"]))
+    assert found == {"lora": "+0.000 ± 0.000", "a": "+0.200 ± 0.100", "b": "–"}
+
+
+def test_the_metric_that_chooses_rates_has_differences_too(tmp_path):
+    grid = grid_of(tmp_path, methods=METHODS, learning_rates=[1e-3], seeds=[0], tuning_metric="loss")
+    metrics = {"lora": (0.5, 0.7), "a": (0.75, 0.6)}  # accuracy, loss
+    made = [
+        (record(Point(row, {"learning_rate": 1e-3}, 0), 0, 0), metrics[row.label])
+        for row in grid.rows
+        if row.label in metrics
+    ]
+    found = [{**r, "metrics": {"validation_accuracy": one, "validation_loss": two}} for r, (one, two) in made]
+    table = make_differences(grid, found, ["lora"])
+    assert table.header == ("minus lora", "rotten_tomatoes accuracy", "rotten_tomatoes loss")
+    assert [cell.text for cell in table.rows[1]] == ["a", "+25.0", "-0.100"]
+
+
+def test_of_several_rows_the_mean_is_taken_seed_by_seed(grid):
+    values = {("lora", 0): 1.0, ("a", 0): 1.1, ("b", 0): 1.3, ("lora", 1): 2.0, ("a", 1): 2.0}
+    found = cells(make_differences(grid, losses(grid, values), ["a", "b"]))
+    assert found == {"lora": "-0.200 (1 of 2 seeds)", "a": "-0.100 (1 of 2 seeds)", "b": "+0.100 (1 of 2 seeds)"}
+
+
+def test_a_row_that_is_not_there_is_named(grid):
+    with pytest.raises(OptionError, match="against='c' is no row; there are lora, a, b"):
+        make_differences(grid, [], ["c"])
+
+
+@pytest.mark.usefixtures("grid")
+def test_a_wrong_row_on_the_command_line_is_found_before_anything_runs(tmp_path, capsys):
+    words = ["bench", "--config", str(tmp_path / "b.yaml"), "--output_dir", str(tmp_path / "out"), "--against", "c"]
+    assert main(words) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_losses_the_smallest_is_the_best_and_chooses_the_rate(tmp_path):
+    rates = [1e-3, 1e-2]
+    grid = grid_of(tmp_path, methods=METHODS, learning_rates=rates, metric="loss", seeds=[0])
+    found = []
+    for row, rate, held_out in (
+        (row, rate, rate * (10 if row.label == "a" else -10)) for row in grid.rows for rate in rates
+    ):
+        made = record(Point(row, {"learning_rate": rate}, 0), 0.5, 0.5)
+        found.append({**made, "metrics": {"held_out_loss": held_out, "validation_loss": rate}})
+    table = make_table(grid, found)
+    column = table.header.index("rotten_tomatoes loss")
+    assert {row[0].text: (row[column].text, row[column].place) for row in table.rows} == {
+        "lora": ("0.010", 2),
+        "a": ("0.001", 1),
+        "b": ("0.010", 2),
+    }
+
+
+def test_a_metric_that_is_not_measured_is_named(tmp_path):
+    with pytest.raises(OptionError, match="metric='f1' is not measured on rotten_tomatoes; give one of accuracy, loss"):
+        grid_of(tmp_path, metric="f1")

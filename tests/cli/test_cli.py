@@ -1,4 +1,4 @@
-"""The command line: light to start, one clear line for a mistake, nothing half-written."""
+"""The command line: light to start, one clear line for a mistake, nothing half-written; what ``doctor`` finds."""
 
 import json
 import re
@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from packaging.requirements import Requirement
 
-from weightlora.cli import main
+from weightlora.cli import doctor, main
 from weightlora.plan.plan import AdapterPlan
 from weightlora.tasks.embedded import minilm as minilm_folder
 
@@ -359,3 +360,38 @@ def test_an_ordinary_training_prints_nothing_but_its_own_lines_to_standard_error
     assert [line for line in lines if not line.startswith("weightlora: ")] == []
     assert "config file" not in done.stderr
     assert "pin_memory" not in done.stderr
+
+
+# -- ``weightlora doctor`` -------------------------------------------------------------------------------------------
+
+
+def test_a_whole_installation_is_ready(capsys):
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    states = re.findall(r"  (ready|.*run: .*)\s*$", said, re.MULTILINE)
+    assert states == ["ready"] * 9  # tests are run with every extra and the embedded wheels
+    for package in ("torch", "transformers", "peft"):
+        assert package in said
+
+
+@pytest.mark.parametrize(
+    ("needed", "fault"),
+    [
+        ("no-such-package>=1", "no-such-package is missing"),
+        ("rich>=999", "rich .* is not >=999"),
+        ("rich>=1", ""),
+    ],
+)
+def test_what_is_missing_or_too_old_is_named(needed, fault, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_required", lambda extra: [] if extra else [Requirement(needed)])
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["doctor"]) == bool(fault)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "Python functions" in line)
+    assert re.search(f"{fault}; run: pip install" if fault else "ready", line)
+
+
+def test_every_extra_has_a_use():
+    from importlib.metadata import metadata
+
+    extras = set(metadata("weightlora").get_all("Provides-Extra") or [])
+    assert {extra for extra in doctor._USES if extra} == extras - {"all", "dev", "docs"}

@@ -1,15 +1,23 @@
 """A recipe: the file under the command line, every word checked, and what is written down runs again."""
 
+import dataclasses
 import re
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from transformers import Seq2SeqTrainingArguments, TrainerState
+from architectures import model_of
+from peft import LoraConfig, get_peft_model
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainerState
 from trl import SFTConfig
 
 from weightlora.errors import DataError, OptionError
+from weightlora.model.layers import adapter_ranks
 from weightlora.plan.limits import LIMITS
-from weightlora.runs.recipe import read_recipe
+from weightlora.runs._load import _with_lora
+from weightlora.runs._parsers import Parser, training_names
+from weightlora.runs.recipe import MethodOptions, ModelOptions, TaskOptions, read_recipe
+from weightlora.tasks import TASKS, kind_of
 
 
 @pytest.fixture
@@ -170,3 +178,61 @@ def test_losses_are_logged_at_least_ten_times(task, steps, written):
     assert read_recipe(written(recipe.settings)).training.logging_steps == recipe.training.logging_steps
     given = read_recipe(words=[*words, "--logging_steps=500"])
     assert read_recipe(written(given.settings)).training.logging_steps == 500
+
+
+# -- what is read without transformers is what transformers reads ----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["classification", "question_answering", "summarisation", "completion"])
+def test_names_read_from_the_source_are_those_of_the_class(kind):
+    task = next(task for task in TASKS if task.kind == kind)
+    made = kind_of(task).arguments_class()
+    assert training_names(kind) == {field.name for field in dataclasses.fields(made) if field.init}
+
+
+def test_our_parser_reads_what_transformers_reads():
+    """Every option of ours in several spellings, and values of all types."""
+    parts = (ModelOptions, TaskOptions, MethodOptions)
+    for words in (
+        [],
+        ["--lora-r=4", "--adapters", "3", "--use_rslora", "--load_in_4bit", "yes", "--grow_batch", "0", "--fast"],
+        [
+            "--columns",
+            "text=a",
+            "label=b",
+            "--max_train_samples=7",
+            "--dtype=float16",
+            "--fast=rank",
+            "x",
+            "--seed",
+            "3",
+        ],
+        [
+            "--head_learning_rate",
+            "1e-3",
+            "--ranking=spread",
+            "--lora_dropout",
+            "0.1",
+            "--validation_file=a",
+            "--train_file=b",
+        ],
+    ):
+        theirs = HfArgumentParser(parts, allow_abbrev=False, add_help=False)
+        *wanted, rest = theirs.parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
+        )
+        assert Parser(*parts).read(words) == (wanted, rest)
+
+
+# -- ``all-linear`` puts the adapters on a mixture of experts that PEFT would put there ------------------------------
+
+ALL = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def test_a_recipe_adapts_what_peft_adapts():
+    options = MethodOptions(lora_r=2, lora_alpha=4, lora_dropout=0.0, lora_target_modules=["all-linear"])
+    unquantised = SimpleNamespace(load_in_8bit=False, load_in_4bit=False)
+    model = _with_lora(model_of("OLMoE"), SimpleNamespace(method=options, model=unquantised), "CAUSAL_LM")
+    plain = adapter_ranks(get_peft_model(model_of("OLMoE"), LoraConfig(**ALL)))
+    assert adapter_ranks(model) == plain
+    assert sum("experts" in name for name in plain) == 4  # two layers, two parameters each

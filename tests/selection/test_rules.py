@@ -1,16 +1,24 @@
 """Rules by their name, as an object, and by an import path: the same plan, and one line for whatever is wrong."""
 
+import random
 import subprocess
 import sys
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig
+from scipy.stats import spearmanr
+from selecting import BY_GRADIENT, BY_INPUTS
 from test_scoring import Net, batches, squared
 
 from weightlora import select
-from weightlora.errors import OptionError
+from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.runs.recipe import read_recipe
+from weightlora.selection._kept import agreement_of, rank_correlation
 from weightlora.selection.rules import RULES, rule_of, settings_of
+from weightlora.selection.rules.base import jackknife
 
 MINE = '''
 from dataclasses import dataclass
@@ -127,3 +135,80 @@ def test_the_command_line_finds_a_rule_in_the_current_directory(tmp_path):
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Lats is no rule of my_rules (closest: 'Last')" in done.stderr
+
+
+# -- standard errors and agreement of scores: closed forms, scipy, and random rankings as the control ----------------
+
+
+def test_of_a_mean_the_error_is_the_usual_one():
+    torch.manual_seed(0)
+    batches = torch.randn(8, 5, dtype=torch.float64)
+    found = jackknife(lambda chosen: batches[list(chosen)].mean(0), 8)
+    assert found.scores == pytest.approx(batches.mean(0).tolist())
+    assert found.errors == pytest.approx((batches.std(0) / 8**0.5).tolist())
+    assert found.halves[0] == pytest.approx(batches[::2].mean(0).tolist())
+    assert found.halves[1] == pytest.approx(batches[1::2].mean(0).tolist())
+
+
+def test_of_the_size_of_a_mean_it_is_the_spread_over_new_batches():
+    """|mean of 8 numbers around 3|: the standard error of a mean of 8 with a standard deviation of 1 is 0.354."""
+    torch.manual_seed(0)
+    batches = 3 + torch.randn(8, 4000, dtype=torch.float64)
+    errors = torch.tensor(jackknife(lambda chosen: batches[list(chosen)].mean(0).abs(), 8).errors)
+    assert errors.square().mean().sqrt().item() == pytest.approx(8**-0.5, rel=0.02)
+
+
+@given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=2, max_size=12))
+def test_the_rank_correlation_is_scipys(pairs):
+    a, b = zip(*pairs, strict=True)
+    constant = len(set(a)) == 1 or len(set(b)) == 1
+    expected = 0.0 if constant else spearmanr(a, b).statistic
+    assert rank_correlation(a, b) == pytest.approx(expected, abs=1e-9)
+
+
+def test_scores_that_two_halves_rank_alike_are_trusted_and_random_ones_are_not():
+    scores, shuffled = list(range(30)), list(range(30))
+    noisy = [score + 6 * (-1) ** score for score in scores]
+    assert agreement_of((scores, noisy)) > 0.8
+    random.Random(1).shuffle(shuffled)  # a correlation of −0.2
+    with pytest.warns(WeightLoraWarning, match="these scores cannot tell the sites apart.*a random choice"):
+        assert agreement_of((scores, shuffled)) == pytest.approx(spearmanr(scores, shuffled).statistic)
+    assert agreement_of((scores[:9], scores[:9][::-1])) == pytest.approx(-1)  # too few sites to say anything
+
+
+# -- a block whose query, key and value compute what nothing reads: every rule by the loss sees it -------------------
+
+OUTPUT = "bert.encoder.layer.4.attention.output.dense"
+DEAD = {f"bert.encoder.layer.4.attention.self.{name}" for name in ("query", "key", "value")}
+BY_LOSS = (
+    "first_order",
+    "pursuit",
+    "integrated",
+    "integrated_ranks",
+    *(path for name, path in BY_GRADIENT.items() if name != "aletheia"),  # which keeps whole blocks
+)
+BLIND = ("kappa_tune", "stratified", *BY_INPUTS.values())
+
+
+def plan_of(rule, model, batches, parameters):
+    with torch.no_grad():
+        model.get_submodule(OUTPUT).weight.zero_()
+    lora = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS", exclude_modules=[OUTPUT])
+    asked = {"lora": lora, "parameters": parameters, "steps": 4, "progress": False}
+    return select(model, batches, rule=rule_of(rule, head_steps=0) if rule in BY_LOSS else rule, **asked)
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("rule", BY_LOSS)
+def test_dead_layers_score_nothing_and_are_not_kept(rule, minilm, review_batches):
+    with pytest.warns(WeightLoraWarning, match="3 of 35 sites had no gradient in the scoring"):
+        plan = plan_of(rule, minilm, review_batches * 2, parameters=0.1)
+    assert {name for name, score in plan.scores.items() if score == 0} == DEAD
+    assert not DEAD & {*plan.names}
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("rule", BLIND)
+def test_rules_that_do_not_read_the_loss_miss_it(rule, minilm, review_batches):
+    """The control: dead layers can be kept."""
+    assert DEAD & {*plan_of(rule, minilm, review_batches * 2, parameters=0.9).names}

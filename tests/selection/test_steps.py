@@ -1,15 +1,19 @@
-"""``steps="auto"``: when the scores are looked at, when they are settled, and what a selection takes."""
+"""``steps="auto"``: when the scores are looked at, when they are settled, what a selection takes, how it is told."""
 
+import io
 import itertools
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from tqdm import tqdm
 
 from weightlora.errors import OptionError
+from weightlora.selection.progress import Progress
 from weightlora.selection.rules import RULES, rule_of
 from weightlora.selection.rules.base import Scores
 from weightlora.selection.rules.integrated import Integrated
@@ -18,6 +22,7 @@ from weightlora.selection.select import select
 from weightlora.selection.steps import (
     SETTLED,
     check_steps,
+    default_times,
     likeness,
     reading_times,
     scoring_steps,
@@ -238,3 +243,38 @@ def test_a_selection_logs_its_cost_before_and_its_seconds_after(caplog):
         assert f"5 steps, {share} of the {total} steps" in line
         assert re.fullmatch(r"selection took \d+\.\d s", seconds)
         caplog.clear()
+
+
+# -- how many steps the default spends of a training of known length -------------------------------------------------
+
+
+@pytest.mark.parametrize("has_head", [False, True])
+@pytest.mark.parametrize("spent", [0, 1, 7])
+def test_the_default_spends_at_most_three_per_cent_and_never_scores_on_one_batch(has_head, spent):
+    for total in range(3000):
+        head, times = default_times(total, has_head=has_head, spent=spent)
+        if times:
+            assert 100 * (head + times[-1] + spent) <= 3 * total
+            assert times[-1] >= 2
+            assert (head > 0) == has_head
+        else:  # not even two steps, and one of a new head
+            assert 100 * (2 + has_head + spent) > 3 * total
+
+
+# -- where no bar is shown, the log has a line every half minute; where one is, it has none --------------------------
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_line_every_half_minute_where_there_is_no_bar(shown, caplog):
+    caplog.set_level(logging.INFO, "weightlora")
+    clock, output = SimpleNamespace(seconds=0.0), io.StringIO()
+    with tqdm(total=20, file=output, disable=not shown) as bar:
+        progress = Progress(bar, "head", now=lambda: clock.seconds)
+        for step in range(1, 17):  # of 8 seconds each
+            clock.seconds += 8
+            if step == 5:
+                progress.set_description("scoring")
+            progress.update()
+    lines = [] if shown else ["head: 4 of 20", "scoring: 8 of 20", "scoring: 12 of 20", "scoring: 16 of 20"]
+    assert caplog.messages == lines
+    assert ("16/20" in output.getvalue()) == shown

@@ -1,14 +1,25 @@
-"""A trainer and its plan stay together: nothing is lost, another adapter is not trained, a mistake can be corrected."""
+"""A trainer and its plan stay together; the plan's screen is printed once, and trackers get the plan once."""
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from small_models import tiny_llama
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import weightlora
 from weightlora.errors import OptionError, OutputError, SelectionError
 from weightlora.model.layers import lora_layers
+from weightlora.plan.plan import AdapterPlan
+from weightlora.trainer.guard import plan_numbers
+
+# -- nothing is lost, another adapter is not trained, a mistake can be corrected -------------------------------------
 
 ASKED = {"adapters": 2, "rule": "first_order", "steps": 2}
 OTHER = LoraConfig(r=2, target_modules=["k_proj"])
@@ -107,3 +118,141 @@ def test_a_model_that_train_makes_anew_is_refused_before_anything_is_scored(tmp_
         weightlora.select_for(trainer, lora=LoraConfig(r=2, target_modules=["q_proj"]), adapters=1)
     assert "\n" not in str(caught.value)
     assert drawn == []
+
+
+# -- ``select_for`` prints the plan's screen once, unless it is told not to ------------------------------------------
+
+ROWS = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 400
+
+
+class Unread:
+    """Rows that must not be read."""
+
+    def __len__(self):
+        return 400
+
+    def __getitem__(self, place):
+        raise AssertionError("a row was read")
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    def make(rows=ROWS, **arguments):
+        config = LlamaConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2
+        )
+        quiet = {"report_to": "none", "use_cpu": True, "max_steps": 100, "per_device_train_batch_size": 2}
+        arguments = TrainingArguments(str(tmp_path / str(len([*tmp_path.iterdir()]))), **quiet, **arguments)
+        return Trainer(LlamaForCausalLM(config), arguments, train_dataset=rows)
+
+    return make
+
+
+LORA = LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
+
+
+def test_the_screen_is_printed_once_and_says_what_scoring_took(make_trainer, capsys):
+    plan = weightlora.select_for(make_trainer(disable_tqdm=False), lora=LORA, adapters=2)
+    printed = capsys.readouterr().out
+    assert printed.count(str(plan)) == 1
+    assert plan.spent == {"scoring_steps": 3, "total_steps": 100}  # 3 % of them
+    assert "scoring   3 steps (3.0 % of 100)" in printed
+
+
+@pytest.mark.parametrize(("quiet", "disable_tqdm"), [({"progress": False}, False), ({}, True)])
+def test_it_is_silent_where_asked(make_trainer, capsys, quiet, disable_tqdm):
+    weightlora.select_for(make_trainer(disable_tqdm=disable_tqdm), lora=LORA, parameters=0.5, **quiet)
+    assert "asked" not in capsys.readouterr().out
+
+
+def test_with_parameters_alone_nothing_is_scored_and_nothing_spent(make_trainer, capsys):
+    trainer = make_trainer(rows=Unread(), disable_tqdm=False)
+    plan = weightlora.select_for(trainer, lora=LORA, parameters=0.5)
+    assert plan.spent == {}
+    assert "none: nothing is scored" in capsys.readouterr().out
+    assert {layer.r["default"] for name, layer in trainer.model.named_modules() if name.endswith("q_proj")} == {4}
+
+
+# -- trackers, through the trainer's own ``report_to`` ---------------------------------------------------------------
+
+
+def train(folder, report_to, steps=4, resume=None):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+        base = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
+    rows = [{"input_ids": [i, i + 1, i + 2], "labels": i % 2} for i in range(16)]
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        save_steps=2,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        report_to=report_to,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS"))
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    plan = weightlora.select_for(trainer, adapters=2, steps=2)
+    trainer.train(resume_from_checkpoint=resume)
+    return plan, trainer
+
+
+def tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = []
+    for file in sorted(folder.rglob("events.out.tfevents.*")):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        found.append(events)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::weightlora.errors.WeightLoraWarning")
+def test_tensorboard_shows_numbers_and_sites_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    plan, _ = train(tmp_path / "run", "tensorboard")
+    (events,) = tensorboard(tmp_path / "logs")
+    for name, value in plan_numbers(plan).items():
+        (event,) = events.Scalars(f"train/{name}")
+        assert (event.step, event.value) == (0, pytest.approx(value))
+    (text,) = events.Tensors("plan/text_summary")
+    shown = text.tensor_proto.string_val[0].decode()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in shown.splitlines()[2:]] == [
+        entry.site.name for entry in plan.entries
+    ]
+    # A resumed run goes on with its curves; the plan is known.
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "again"))
+    train(tmp_path / "run", "tensorboard", steps=6, resume=True)
+    (again,) = tensorboard(tmp_path / "again")
+    assert not [tag for tag in again.Tags()["scalars"] if "plan" in tag]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::weightlora.errors.WeightLoraWarning")
+def test_wandb_keeps_the_plan_as_an_artefact(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    plan, _ = train(tmp_path / "run", "wandb")
+    wandb.finish()
+    kept = [file for file in tmp_path.rglob("*") if is_plan(file, tmp_path / "run")]
+    assert kept
+    assert AdapterPlan.load(kept[0]).ranks == plan.ranks
+
+
+def is_plan(file, run):
+    """A copy of the plan that W&B made outside of the run's folder."""
+    return file.is_file() and run not in file.parents and file.read_bytes() == (run / "plan.json").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::weightlora.errors.WeightLoraWarning")
+def test_without_trackers_nothing_is_logged(tmp_path):
+    _, trainer = train(tmp_path / "run", "none")
+    assert not [entry for entry in trainer.state.log_history if any("plan" in key for key in entry)]
