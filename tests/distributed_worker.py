@@ -36,7 +36,7 @@ from transformers import (
 
 import weightlora
 from weightlora.errors import OptionError, SelectionError
-from weightlora.fast import _layer as fast_layer
+from weightlora.fast import enable as fast_layer
 from weightlora.fast.enable import fast_dropout
 from weightlora.model.layers import lora_layers
 from weightlora.runs.recipe import read_recipe

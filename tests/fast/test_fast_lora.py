@@ -13,10 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import weightlora
 from weightlora.errors import OptionError, SiteError, WeightLoraWarning
-from weightlora.fast import _layer as fast_layer
-from weightlora.fast._layer import FastLora
-from weightlora.fast.dropout import drop, unpack, zeroed
-from weightlora.fast.enable import disable_fast_lora, enable_fast_lora, fast_coverage
+from weightlora.fast import enable as fast_layer
+from weightlora.fast.enable import FastLora, disable_fast_lora, enable_fast_lora, fast_coverage
+from weightlora.fast.step import drop, unpack, zeroed
 from weightlora.model.gates import gated
 from weightlora.model.layers import lora_layers
 

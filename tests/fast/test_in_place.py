@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import Llama4ForCausalLM, Llama4TextConfig, OlmoConfig, OlmoForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from weightlora.fast import _layer as fast_layer
+from weightlora.fast import enable as fast_layer
 from weightlora.fast.enable import enable_fast_lora
 from weightlora.model.gates import gated
 from weightlora.model.layers import lora_layers

@@ -113,9 +113,7 @@ def test_the_walk_sees_private_names(source, name):
 
 
 def test_the_walk_lets_the_files_own_names_pass():
-    own = (
-        "from weightlora.fast._step import Fused\nclass A:\n    def f(self): return self._x + __name__\n_y = '_stderr'"
-    )
+    own = "from weightlora.fast.step import Fused\nclass A:\n    def f(self): return self._x + __name__\n_y = '_stderr'"
     assert private_names(own) == set()
 
 

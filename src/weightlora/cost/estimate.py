@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from weightlora.cost.saved_bytes import ADAMW_COPIES, parameter_cost, saved_cost
 from weightlora.cost.step_time import step_seconds
-from weightlora.fast.dropout import Dropout
 from weightlora.fast.enable import enable_fast_lora
+from weightlora.fast.step import Dropout
 from weightlora.model.restore import untouched
 from weightlora.plan.plan import AdapterPlan
 

@@ -2,12 +2,12 @@
 
     y = W0·x + s·B·A·drop(x)        A (r, in), B (out, r), x (tokens, in)
 
-Stock PEFT lets autograd differentiate each operation of this. Here one autograd function (``_step.py``) computes base
+Stock PEFT lets autograd differentiate each operation of this. Here one autograd function (``step.py``) computes base
 layer and adapter: it adds to the base output, and in the backward pass to the base gradient, in place. It saves x, r
 numbers per token and two bytes for each dropped value.
 
 PEFT computes the layers that this does not cover; :func:`fast_coverage` lists them with the reason. PEFT also computes
-small calls, such as generating token by token (``LEAST_NUMBERS`` in ``_layer.py``).
+small calls, such as generating token by token (``LEAST_NUMBERS``).
 """
 
 from __future__ import annotations
@@ -15,17 +15,34 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
+import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from weightlora.errors import OptionError, SiteError, WeightLoraWarning
-from weightlora.fast._layer import FastLora, why_stock
-from weightlora.fast.dropout import Dropout
+from weightlora.fast.step import Dropout, Fused, Step, without_autocast
+from weightlora.model.gates import Gate
+from weightlora.model.torch_private import (
+    has_global_hooks,
+    hooks_of,
+    is_hooked,
+    is_intercepted,
+    is_view,
+    keeps_input,
+    own_parameter,
+)
 
 _Model = TypeVar("_Model", bound=nn.Module)
+#: With fewer numbers in x, PEFT's arithmetic is faster, for example when generating token by token: there an autograd
+#: function in Python costs more than it saves. It saves more where dropout acts on x.
+LEAST_NUMBERS, LEAST_WITH_INPUT_DROPOUT = 2**16, 2**14
+#: By name, so that bitsandbytes need not be installed.
+_QUANTISED = {"peft.tuners.lora.bnb.Linear8bitLt", "peft.tuners.lora.bnb.Linear4bit"}
 
 
 @dataclass(frozen=True)
@@ -123,3 +140,157 @@ def _not_covered(stock: Mapping[str, str], count: int) -> str:
     shown = "; ".join(f"{name}: {reason}" for name, reason in list(stock.items())[:5])
     more = f"; and {len(stock) - 5} more" if len(stock) > 5 else ""
     return f"the fast step does not cover {len(stock)} of {count} LoRA layers; PEFT computes them ({shown}{more})"
+
+
+# -- one layer ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FastLora(LoraVariant):
+    """PEFT calls this instead of its own LoRA arithmetic."""
+
+    dropout: Dropout
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **_kwargs: Any) -> None:
+        """Do nothing: the layer keeps PEFT's parameters."""
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Return W0 + ΔW, rounded as PEFT does for plain LoRA."""
+        return _added(orig_weight, module, module.get_delta_weight(active_adapter))
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        """Change W0 to W0 + ΔW in place."""
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Return W0, given W0 + ΔW."""
+        return _added(orig_weight.data, module, -module.get_delta_weight(active_adapter))
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_kwargs: Any
+    ) -> Tensor:
+        """Return the base layer's output ``result`` plus the adapter's output."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if self._is_stock_call(module, active_adapter, x, autocast=autocast):
+            return self._stock(module, active_adapter, x, result, autocast=autocast)
+        return self._fused(module, active_adapter, x, result, autocast=autocast)
+
+    def _fused(self, module: Any, adapter: str, x: Tensor, result: Tensor, *, autocast: bool) -> Tensor:
+        """The base layer's output plus the adapter's, as one autograd function."""
+        weight = _frozen_weight(module, x)
+        a, b = module.lora_A[adapter], module.lora_B[adapter]
+        gate = _gate(a)
+        closed = gate is not None and gate.omega == 0
+        p = _probability(module.lora_dropout[adapter])
+        omega = 1.0 if gate is None or closed else gate.omega
+        step = Step(
+            scale=module.scaling[adapter] * omega / (1 - p),
+            p=p,
+            dropout=self.dropout,
+            dtype=torch.get_autocast_dtype(x.device.type) if autocast else cast(torch.dtype, a.weight.dtype),
+            in_place=_is_ours(module, result, weight),
+            narrow=_is_narrow(module, result),
+        )
+        base = result if weight is None else result.detach()  # its own graph is not needed
+        leaf = gate.leaf if gate is not None and closed else None
+        with without_autocast(x):
+            return Fused.apply(base, x, weight, a.weight, b.weight, leaf, step)  # pyright: ignore[reportReturnType]
+
+    def _is_stock_call(self, module: LoraLayer, adapter: str, x: Tensor, *, autocast: bool) -> bool:
+        """Whether this call keeps PEFT's arithmetic: x is too small, or the fast step does not cover the call."""
+        p = _probability(module.lora_dropout[adapter])
+        return (
+            torch.compiler.is_compiling()  # which fuses PEFT's arithmetic itself
+            or _is_small(x, drops=p > 0 and self.dropout == "input")
+            or [name for name in module.active_adapters if name in module.lora_A] != [adapter]
+            or p == 1
+            or has_global_hooks()
+            or not (autocast or x.dtype == module.lora_A[adapter].weight.dtype)
+            or why_stock(module, adapter) is not None
+        )
+
+    def _stock(self, module: LoraLayer, adapter: str, x: Tensor, result: Tensor, *, autocast: bool) -> Tensor:
+        """PEFT's arithmetic, through the modules and their hooks."""
+        a, b, drop = module.lora_A[adapter], module.lora_B[adapter], module.lora_dropout[adapter]
+        output = b(a(drop(x)) if self.dropout == "input" else drop(a(x))) * module.scaling[adapter]
+        if not autocast and _is_quantised(module):  # as PEFT rounds it there
+            output = output.to(result.dtype)
+        return result + output
+
+
+def _added(weight: Tensor, module: object, delta: Tensor) -> Tensor:
+    """The weight plus ``delta``, in the type of the weight, or of ``delta`` where the weight was dequantised."""
+    if _is_quantised(module):
+        return weight.to(delta.dtype).to(delta.device) + delta
+    return weight + delta.to(weight.dtype)
+
+
+def why_stock(layer: LoraLayer, adapter: str) -> str | None:
+    """Why PEFT computes this adapter, or None where the fast step does."""
+    if type(layer) is not Linear and not _is_quantised(layer):
+        return f"layer type {type(layer).__name__}"
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None and not isinstance(variant, FastLora):
+        return f"{type(variant).__name__} instead of plain LoRA"
+    a, b, drop = (part[adapter] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+    if type(a) is not nn.Linear or type(b) is not nn.Linear:
+        return "lora_A or lora_B is not an nn.Linear"
+    if own_parameter(b, "bias") is not None:
+        return "lora_bias"
+    if not isinstance(drop, (nn.Dropout, nn.Identity)):
+        return f"its dropout is a {type(drop).__name__}"
+    if is_hooked(b) or is_hooked(drop) or (is_hooked(a) and _gate(a) is None):
+        return "hooks on lora_A, lora_B or lora_dropout"
+    return None
+
+
+def _is_small(x: Tensor, *, drops: bool) -> bool:
+    """Whether PEFT's arithmetic is faster; ``drops`` says whether dropout acts on x."""
+    return x.numel() < (LEAST_WITH_INPUT_DROPOUT if drops else LEAST_NUMBERS)
+
+
+def _frozen_weight(layer: LoraLayer, x: Tensor) -> Tensor | None:
+    """The weight (out, in) of a frozen base layer that computes just W0·x + bias; None for any other layer."""
+    base: Any = layer.base_layer
+    if type(base) not in (nn.Linear, Conv1D) or type(base.weight) not in (Tensor, nn.Parameter):
+        return None
+    if is_intercepted(base) or base.weight.device != x.device:
+        return None
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return None
+    return base.weight.t() if type(base) is Conv1D else base.weight
+
+
+def _is_ours(layer: LoraLayer, result: Tensor, weight: Tensor | None) -> bool:
+    """Whether only this call holds ``result``, so that it may be changed in place."""
+    if weight is not None:
+        return result.is_contiguous()
+    dequantised = _is_quantised(layer) and not is_intercepted(layer.base_layer)
+    return dequantised and result.is_contiguous() and not is_view(result)
+
+
+def _is_narrow(layer: LoraLayer, result: Tensor) -> bool:
+    """Whether the base layer's input had the dtype of its output, before PEFT cast it to the adapter's."""
+    base: Any = layer.base_layer
+    if _is_quantised(layer):
+        return True
+    plain = type(base) in (nn.Linear, Conv1D) and "forward" not in vars(base)
+    return plain and base.weight.dtype == result.dtype and keeps_input(base)
+
+
+def _probability(drop: nn.Module) -> float:
+    return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+
+
+def _gate(a: nn.Module) -> Gate | None:
+    """The gate on ``lora_A`` if it is the only hook there."""
+    hooks = hooks_of(a) if is_hooked(a) else []
+    return hooks[0] if len(hooks) == 1 and isinstance(hooks[0], Gate) else None
+
+
+def _is_quantised(layer: object) -> bool:
+    return f"{type(layer).__module__}.{type(layer).__qualname__}" in _QUANTISED

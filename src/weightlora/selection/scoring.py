@@ -18,7 +18,7 @@ from weightlora.validation import Natural, Positive, check_fields
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from weightlora.fast.dropout import Dropout
+    from weightlora.fast.step import Dropout
     from weightlora.selection.batches import Loss
     from weightlora.selection.rules.base import Rule
     from weightlora.selection.stage import MakeStep

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from weightlora.cost.knapsack import CostBudget
 from weightlora.cost.peak import Peaks
 from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
-from weightlora.fast.dropout import Dropout
 from weightlora.fast.enable import enable_fast_lora
+from weightlora.fast.step import Dropout
 from weightlora.model.distributed import is_first, require_agreement
 from weightlora.model.gathering import why_not_attachable
 from weightlora.model.layers import lora_layers

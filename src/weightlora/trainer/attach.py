@@ -18,8 +18,8 @@ from peft import LoraConfig, PeftModel
 from transformers import Trainer
 
 from weightlora.errors import OptionError, WeightLoraWarning
-from weightlora.fast.dropout import Dropout
 from weightlora.fast.enable import enable_fast_lora, fast_dropout
+from weightlora.fast.step import Dropout
 from weightlora.files import writable_folder
 from weightlora.methods import Method, MethodEntry, entry_of, make_method, options_of
 from weightlora.methods.base import planned_method, with_question

@@ -21,8 +21,8 @@ from transformers import Trainer
 from weightlora.cost.estimate import plain_lora
 from weightlora.cost.saved_bytes import ADAMW_COPIES, parameter_cost, saved_cost
 from weightlora.errors import OptionError, WeightLoraWarning
-from weightlora.fast.dropout import Dropout
 from weightlora.fast.enable import enable_fast_lora
+from weightlora.fast.step import Dropout
 from weightlora.model.distributed import from_first
 from weightlora.model.gathering import is_offloaded
 from weightlora.model.restore import seeded, untouched

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from weightlora.errors import OptionError
-from weightlora.fast.dropout import Dropout
+from weightlora.fast.step import Dropout
 from weightlora.methods.base import PlanningMethod, Prepared
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import Loss
