@@ -13,8 +13,7 @@ from weightlora.cost.knapsack import ANY, Item, make_cost
 from weightlora.cost.stored_run import measured_run, stored_run
 from weightlora.errors import OptionError
 from weightlora.model.sites import Site
-from weightlora.plan.limits import Limits
-from weightlora.plan.run_time import floors_of, run_time
+from weightlora.plan.limits import Limits, floors_of, run_time
 from weightlora.selection.allocate import Costs, allocate
 
 

@@ -13,7 +13,7 @@ from weightlora.cli import main
 from weightlora.cost.empty_model import make_empty_model
 from weightlora.errors import DataError
 from weightlora.model.sites import Site, adapter_parameters, find_sites
-from weightlora.paper.peft_results import peft_table
+from weightlora.paper.tables import peft_table
 from weightlora.plan.plan import AdapterPlan, PlannedSite
 from weightlora.runs.recipe import read_recipe
 

@@ -98,7 +98,7 @@ def _print_peft_results(words: list[str], console: Console) -> None:
     """Print result files of PEFT's own benchmark as a table."""
     from weightlora.bench.table import to_terminal
     from weightlora.errors import OptionError
-    from weightlora.paper.peft_results import peft_table
+    from weightlora.paper.tables import peft_table
 
     if not words or any(word.startswith("--") for word in words):
         raise OptionError("weightlora paper peft takes result files of PEFT's method_comparison/MetaMathQA alone")

@@ -17,8 +17,8 @@ from weightlora.model.frozen_prefix import find_blocks
 from weightlora.model.layers import unchecked_patterns
 from weightlora.model.modules import is_linear, output_head, shape_of
 from weightlora.model.sites import find_sites
+from weightlora.plan.limits import FLOORS, floors_of, run_time
 from weightlora.plan.make import make_plan
-from weightlora.plan.run_time import FLOORS, floors_of, run_time
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def compare_floors(
     tokens: int,
     epochs: float,
 ) -> list[FloorLine]:
-    """Return a line for LoRA on all sites, and one for each of :data:`weightlora.plan.run_time.FLOORS`.
+    """Return a line for LoRA on all sites, and one for each of :data:`weightlora.plan.limits.FLOORS`.
 
     Args:
         make_model: Makes the base model on the meta device.

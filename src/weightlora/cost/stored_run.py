@@ -18,7 +18,7 @@ from weightlora.cost.knapsack import ANY, Cost, Item, make_cost
 from weightlora.cost.saved_bytes import now
 from weightlora.model.frozen_prefix import find_blocks
 from weightlora.model.layers import lora_layers
-from weightlora.plan.run_time import floors_of
+from weightlora.plan.limits import floors_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class StoredRun:
     """Of the training, where they are known."""
 
     def of_floors(self) -> tuple[int, ...]:
-        """Return the time with all sites above each of :data:`weightlora.plan.run_time.FLOORS`."""
+        """Return the time with all sites above each of :data:`weightlora.plan.limits.FLOORS`."""
         under = [self.below[floor - 1] if floor else 0 for floor in floors_of(len(self.below))]
         return tuple(self.cost.of(i for i in range(self.cost.n) if not sites >> i & 1) for sites in under)
 
@@ -41,7 +41,7 @@ class StoredRun:
 def stored_run(
     step: Cost, forwards: Sequence[float], below: Sequence[int], epochs: float, *, steps: int | None, selecting: float
 ) -> StoredRun:
-    """Return the cost of a run with a store; its time is that of :func:`weightlora.plan.run_time.run_time`.
+    """Return the cost of a run with a store; its time is that of :func:`weightlora.plan.limits.run_time`.
 
     Args:
         step: Nanoseconds of a training step without a store.

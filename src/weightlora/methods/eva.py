@@ -27,8 +27,7 @@ from weightlora.model.gathering import device_of, gathered
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, find_sites, rank_and_alpha
-from weightlora.model.token_mask import TokenRows, counted_tokens
-from weightlora.selection.batches import Loss, in_parts, model_loss, to_device
+from weightlora.selection.batches import Loss, TokenRows, counted_tokens, in_parts, model_loss, to_device
 from weightlora.selection.stage import attach_plain_lora
 from weightlora.validation import Count
 

@@ -23,10 +23,9 @@ from weightlora.model.distributed import add_up
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import evaluated
 from weightlora.model.sites import find_sites
-from weightlora.model.token_mask import TokenRows, counted_tokens
 from weightlora.plan.limits import Limits
 from weightlora.selection.allocate import site_budget
-from weightlora.selection.batches import Loss, cycled, in_parts
+from weightlora.selection.batches import Loss, TokenRows, counted_tokens, cycled, in_parts
 from weightlora.selection.stage import Stage, probed, train_adapters
 from weightlora.validation import Count, Positive
 

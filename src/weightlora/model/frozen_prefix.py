@@ -19,8 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from weightlora.errors import OptionError
 from weightlora.model._offload import Offload
-from weightlora.model._rows import NOT_READ, assembled, read_tensors, rows_of, tokens_of
-from weightlora.model.hidden_store import HiddenStore
+from weightlora.model.hidden_store import NOT_READ, HiddenStore, assembled, read_tensors, rows_of, tokens_of
 from weightlora.model.modules import base_of
 from weightlora.model.restore import evaluated
 

@@ -58,7 +58,7 @@ def results_of(study: Study, size: str, grid: Grid, records: Sequence[Record]) -
 
 def computed_results(study: Study, size: str) -> Results:
     """Return the table and figure of a study that is computed and trains nothing."""
-    from weightlora.paper._memory import computed_memory  # loads transformers' models
+    from weightlora.paper.tables import computed_memory  # loads transformers' models
 
     return Results(*computed_memory(study, size), notes_of(study, size))
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlora.plan._alternatives import Alternative, alternatives
 from weightlora.plan._data import PlanData, PlannedSite, library_versions, sites_fingerprint
-from weightlora.plan._screen import headline, rows_html, summary
+from weightlora.plan._screen import Alternative, alternatives, headline, rows_html, summary
 from weightlora.plan.attach import attach_plan, lora_config_of, require_adapters, require_sites
 from weightlora.plan.card import write_adapter
 

@@ -13,9 +13,8 @@ from weightlora.cost.knapsack import Cost, CostBudget, additive_cost
 from weightlora.cost.stored_run import StoredRun
 from weightlora.errors import OptionError
 from weightlora.model.sites import Site, output_vectors, rank_and_alpha
-from weightlora.plan.budget import Budget, Chooser, chosen_ranks
+from weightlora.plan.budget import Budget, Chooser, Ranking, chosen_ranks, ranked
 from weightlora.plan.limits import Limits
-from weightlora.plan.ranking import Ranking, ranked
 from weightlora.text import natural
 
 if TYPE_CHECKING:

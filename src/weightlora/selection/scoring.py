@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from weightlora.errors import OptionError
+from weightlora.plan.budget import Ranking
 from weightlora.plan.limits import Limits
-from weightlora.plan.ranking import Ranking
 from weightlora.selection.rules import require_training_rule, rule_of
 from weightlora.selection.steps import Steps, check_steps
 from weightlora.validation import Natural, Positive, check_fields

@@ -31,12 +31,11 @@ from weightlora.model.gathering import why_not_attachable
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, find_sites, output_vectors
-from weightlora.plan.budget import Chooser, whole_budget
+from weightlora.plan.budget import Chooser, Ranking, ranked, whole_budget
 from weightlora.plan.card import base_model_name
 from weightlora.plan.limits import Limits
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
-from weightlora.plan.ranking import Ranking, ranked
 from weightlora.selection._course import course_of, found_by, measured_by, options_of, spent_on, stored_by, tell_cost
 from weightlora.selection._kept import choices, kept_numbers, require_gradients, require_positive
 from weightlora.selection._measured import measured, require_measurable, within_memory

@@ -13,8 +13,7 @@ from weightlora.errors import SelectionError
 from weightlora.model.gathering import device_of
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import evaluated
-from weightlora.model.token_mask import counted_tokens
-from weightlora.selection.batches import to_device
+from weightlora.selection.batches import counted_tokens, to_device
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -14,8 +14,7 @@ from weightlora.errors import OptionError
 from weightlora.selection.rules import RULES
 
 if TYPE_CHECKING:
-    from weightlora.plan.budget import Chooser
-    from weightlora.plan.ranking import Ranking
+    from weightlora.plan.budget import Chooser, Ranking
     from weightlora.selection.stage import Stage
 
 #: Groups of batches, at most; each costs as much memory as the gradients that a rule sums.

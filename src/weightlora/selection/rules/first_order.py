@@ -13,8 +13,7 @@ from weightlora.selection.rules.base import GROUPS, Estimate, Rule, Scores, jack
 from weightlora.selection.stage import let_train
 
 if TYPE_CHECKING:
-    from weightlora.plan.budget import Chooser
-    from weightlora.plan.ranking import Ranking
+    from weightlora.plan.budget import Chooser, Ranking
     from weightlora.selection.stage import Stage
 
 

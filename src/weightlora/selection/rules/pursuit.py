@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from weightlora.errors import OptionError
-from weightlora.plan.ranking import Spread
+from weightlora.plan.budget import Spread
 from weightlora.selection.rules.base import Rule, Scores
 from weightlora.selection.rules.first_order import GradientSizes
 from weightlora.selection.stage import let_train, switched_off, train_adapters

@@ -1,9 +1,15 @@
-"""Memory over the number of adapters at the paper's own sizes, computed from a model's config: Figures 6 and 7."""
+"""Tables of what was not trained here: memory computed from a model's config, and the results of PEFT's own benchmark.
+
+Memory is over the number of adapters at the paper's own sizes: Figures 6 and 7. PEFT's benchmark is
+``method_comparison/MetaMathQA``.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
@@ -13,10 +19,13 @@ from weightlora.bench.table import Cell, Table
 from weightlora.cost.comparison import MemoryLine, compare_memory
 from weightlora.cost.empty_model import make_empty_model, make_loss_of
 from weightlora.cost.memory import Setting
+from weightlora.errors import DataError
+from weightlora.files import read_json
 from weightlora.paper.picture import Curve, Lines, Picture
 from weightlora.paper.study import Study
 
 _PEAK = "peak of a training step, GB"
+_PEFT_HEADER = ("experiment", "# params", "accuracy", "loss", "forgetting", "minutes", "peak GB", "device")
 
 
 def computed_memory(study: Study, size: str) -> tuple[Table, Picture]:
@@ -72,3 +81,45 @@ def _compare(entry: Mapping[str, Any], lora: LoraConfig, setting: Setting, k: in
     make_model = partial(make_empty_model, config, entry["task_type"], bits=entry.get("bits"))
     make_loss = make_loss_of(entry["task_type"], entry["length"], "meta")
     return compare_memory(make_model, make_loss, lora, setting, adapters=[k])
+
+
+# -- PEFT's own benchmark ----------------------------------------------------------------------------------------------
+
+
+def peft_table(paths: Sequence[Path]) -> Table:
+    """Return the finished experiments of PEFT's benchmark, the most accurate first.
+
+    Args:
+        paths: Its result files.
+
+    Raises:
+        DataError: A file is none of them, or of a run that failed.
+    """
+    rows = sorted((_peft_row(path) for path in paths), key=lambda row: -float(row[2]))
+    return Table(_PEFT_HEADER, tuple(tuple(map(Cell, row)) for row in rows), "GSM8K, test accuracy in per cent")
+
+
+def _peft_row(path: Path) -> tuple[str, ...]:
+    found: Any = read_json(path)
+    try:
+        info, run = found["train_info"], found["run_info"]
+        if info["status"] != "success":
+            raise DataError(f"{path} is of a run that ended with status {info['status']!r:.40}; give finished runs")
+        last: Mapping[str, Any] = info["metrics"][-1]
+        numbers = (
+            f"{int(info['num_trainable_params']):,}",
+            _number(100 * last["test accuracy"], 1),
+            _number(last["train loss"], 3),
+            _number(last.get("forgetting", math.nan), 3),
+            _number(info["train_time"] / 60, 1),
+            _number(info["accelerator_memory_max"] / 1e9, 1),
+        )
+        return str(run["experiment_name"]), *numbers, str(found["meta_info"]["system_info"]["accelerator"])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{path} is no result file of PEFT's method_comparison/MetaMathQA ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{float(value):.{digits}f}"
