@@ -25,10 +25,9 @@ from torch import nn
 
 from weightlora import enable_fast_lora
 from weightlora.bench.records import append_record, read_records
-from weightlora.bench.step_cost import saved_bytes
 from weightlora.cost.knapsack import CostBudget
 from weightlora.cost.saved_bytes import saved_cost
-from weightlora.cost.step_time import interleaved, median_ratio, time_cost
+from weightlora.cost.step_time import interleaved, median_ratio, saved_bytes, time_cost
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
 from weightlora.plan.make import make_plan

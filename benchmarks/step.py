@@ -38,8 +38,7 @@ from warmup import gated_bytes
 
 import weightlora
 from weightlora.bench.records import append_record, read_records
-from weightlora.bench.step_cost import saved_bytes
-from weightlora.cost.step_time import interleaved, median_ratio
+from weightlora.cost.step_time import interleaved, median_ratio, saved_bytes
 from weightlora.model.gates import gated
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites

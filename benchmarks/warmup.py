@@ -22,8 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from weightlora.bench.records import append_record
-from weightlora.bench.step_cost import saved_bytes
-from weightlora.cost.step_time import interleaved, median_ratio
+from weightlora.cost.step_time import interleaved, median_ratio, saved_bytes
 from weightlora.model.gates import gated
 from weightlora.model.layers import lora_layers
 

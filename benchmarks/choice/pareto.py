@@ -24,8 +24,8 @@ from typing import Any
 from weightlora.bench.engine import recorded
 from weightlora.bench.grid import Grid, Point, read_grid
 from weightlora.bench.records import Record, by_key
-from weightlora.bench.step_cost import step_ratios
 from weightlora.bench.table import differences, mean_and_error
+from weightlora.cost.step_time import step_ratios
 from weightlora.paper.picture import Curve, Lines, Picture, draw
 from weightlora.runs.recipe import option_words, read_recipe
 from weightlora.runs.train import prepare

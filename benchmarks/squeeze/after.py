@@ -23,8 +23,7 @@ from peft.tuners.lora.conversion import convert_to_lora
 from torch import Tensor
 
 from weightlora.bench.records import append_record, provenance, read_records
-from weightlora.serving.directions import Directions, find_directions, kept_ranks
-from weightlora.serving.moments import adapter_moments
+from weightlora.serving.moments import Directions, adapter_moments, find_directions, kept_ranks
 
 RESULTS = Path(__file__).parent.parent / "results" / "squeeze.jsonl"
 #: Rows of the training, and rows whose loss is taken.

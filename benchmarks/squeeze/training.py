@@ -23,7 +23,7 @@ from typing import Any
 from beds import Bed, load_bed, quiet, resume_cut, snapshot, weights
 
 from weightlora.bench.records import append_record, provenance, read_records
-from weightlora.serving.directions import find_directions, kept_ranks
+from weightlora.serving.moments import find_directions, kept_ranks
 
 RESULTS = Path(__file__).parent.parent / "results" / "squeeze.jsonl"
 BEDS = {"roget": 3200, "reviews": 3200}

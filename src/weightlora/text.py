@@ -1,4 +1,4 @@
-"""Hints for error messages, texts of users made safe to show, and names in the order of their numbers."""
+"""Hints for error messages, texts of users made safe to show, names in the order of their numbers, and times."""
 
 from __future__ import annotations
 
@@ -132,3 +132,17 @@ def natural(text: str) -> list[Any]:
     """
     parts = re.split(r"0*(\d+)", text)
     return [(len(part), part) if i % 2 else (-1, part) for i, part in enumerate(parts)]  # a longer number is larger
+
+
+def duration(seconds: float) -> str:
+    """Return ``seconds`` in the unit that fits.
+
+    Example:
+        >>> duration(8.4), duration(600), duration(9000), duration(200_000)
+        ('8 s', '10 min', '2.5 h', '55.6 h')
+    """
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if seconds < 99.5 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -26,9 +26,9 @@ from weightlora.bench._workers import Job, run_here, run_job
 from weightlora.bench.engine import Where, _keep_log, log_file, recorded, run_grid
 from weightlora.bench.grid import Point, read_grid
 from weightlora.bench.records import append_record, by_key, key_of
-from weightlora.bench.step_cost import Peak, StepCost
 from weightlora.bench.table import make_table, to_latex, to_markdown
 from weightlora.cli import main
+from weightlora.cost.step_time import Peak, StepCost
 from weightlora.errors import DataError, OptionError
 from weightlora.files import only_writer
 from weightlora.plan.limits import LIMITS

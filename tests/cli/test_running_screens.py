@@ -105,7 +105,7 @@ def test_scoring_training_and_measuring_without_a_terminal_say_how_far_they_are(
     quiet = screen(capsys, words(base, tmp_path / "quiet"))
     assert not re.search(r"scoring: \d|step \d+ of|measuring: ", quiet)
     monkeypatch.setattr("weightlora.selection.progress.EVERY", 0.0)
-    monkeypatch.setattr("weightlora.cli._progress.ProgressLines.every", 0.0)
+    monkeypatch.setattr("weightlora.selection.progress.ProgressLines.every", 0.0)
     said = screen(capsys, words(base, tmp_path / "run"))
     found = re.findall(r"scoring: \d of 2|step \d of 6|measuring: batch \d of \d", said)
     scoring, training = ["scoring: 1 of 2", "scoring: 2 of 2"], [f"step {i} of 6" for i in range(1, 7)]
@@ -115,7 +115,7 @@ def test_scoring_training_and_measuring_without_a_terminal_say_how_far_they_are(
 
 def test_each_measurement_begins_at_its_first_batch(base, tmp_path):
     """Some tasks measure by ``evaluate``, some by ``predict``, and each of them more than once."""
-    from weightlora.cli._progress import ProgressLines
+    from weightlora.selection.progress import ProgressLines
 
     said = []
     lines = ProgressLines(said.append)
@@ -132,7 +132,7 @@ def test_each_measurement_begins_at_its_first_batch(base, tmp_path):
 
 
 def test_a_training_without_a_terminal_says_a_line_every_half_minute():
-    from weightlora.cli._progress import ProgressLines
+    from weightlora.selection.progress import ProgressLines
 
     clock, said = SimpleNamespace(seconds=0.0), []
     lines = ProgressLines(said.append, now=lambda: clock.seconds)

@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from weightlora.bench.step_cost import Peak
+from weightlora.cost.step_time import Peak
 from weightlora.methods import METHODS, entry_of, options_of
 from weightlora.methods.common.moving import take_up
 from weightlora.selection.rules.first_order import FirstOrder

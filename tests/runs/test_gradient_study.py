@@ -18,8 +18,7 @@ from weightlora.model.restore import seeded, untouched
 from weightlora.model.sites import Site, find_sites
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
-from weightlora.report.bars import draw_bars, overlap_text
-from weightlora.runs.gradient_study import DotProducts, Overlap
+from weightlora.runs.gradient_study import DotProducts, Overlap, draw_bars, overlap_text
 from weightlora.runs.recipe import read_recipe
 from weightlora.runs.train import make_trainer
 from weightlora.selection.stage import attach_plain_lora

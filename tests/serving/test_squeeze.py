@@ -37,8 +37,7 @@ from weightlora.errors import OptionError, OutputError, PlanError, SelectionErro
 from weightlora.serving import reader_of
 from weightlora.serving.adapter import read_files
 from weightlora.serving.check import check, find_problems
-from weightlora.serving.directions import find_directions, kept_ranks
-from weightlora.serving.moments import adapter_moments
+from weightlora.serving.moments import adapter_moments, find_directions, kept_ranks
 from weightlora.serving.squeeze import squeeze
 from weightlora.tasks.embedded import minilm
 

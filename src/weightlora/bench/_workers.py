@@ -200,7 +200,7 @@ def _die_with_parent() -> None:
 
 
 def _results(job: Job) -> dict[str, Any]:
-    from weightlora.bench.step_cost import Peak, StepCost
+    from weightlora.cost.step_time import Peak, StepCost
     from weightlora.runs.files import ADAPTER, RESULTS_FILE
     from weightlora.runs.recipe import option_words, read_recipe
     from weightlora.runs.train import train

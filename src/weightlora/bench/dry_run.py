@@ -20,8 +20,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from weightlora.bench._workers import COST_FILE, Job, guarded
 from weightlora.bench.engine import HERE, Where, final, makespan, recorded, row_key
 from weightlora.bench.grid import Grid, Point
-from weightlora.bench.step_cost import Peak, StepCost
 from weightlora.cost.saved_bytes import now
+from weightlora.cost.step_time import Peak, StepCost
 from weightlora.methods import entry_of
 from weightlora.runs.recipe import option_words, read_recipe
 from weightlora.runs.train import Run, export, fit, plan, prepare

@@ -47,9 +47,8 @@ def look(recipe: Recipe, formats: Sequence[str]) -> None:
     from weightlora.cli._streams import quiet_libraries
     from weightlora.files import only_writer, write_json, written
     from weightlora.folders import own_files
-    from weightlora.report.bars import draw_bars, overlap_text, terminal_bars
     from weightlora.runs.files import ANALYSE, require_output
-    from weightlora.runs.gradient_study import dot_product_study
+    from weightlora.runs.gradient_study import dot_product_study, draw_bars, overlap_text, terminal_bars
 
     output = recipe.output_dir
     names = [f"dot_product.{ending}" for ending in ("json", *formats)]

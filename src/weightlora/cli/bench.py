@@ -201,7 +201,7 @@ def progress_table(progress: Progress, passed: float) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    from weightlora.cli._screen import duration
+    from weightlora.text import duration
 
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for name in ("done", "running", "failed", "waiting", "time left"):
@@ -234,7 +234,7 @@ def cost_table(found: DryRun) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from weightlora.cli._screen import duration
+    from weightlora.text import duration
 
     several = len({kind.task for kind in found.kinds}) > 1
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), show_footer=True)
@@ -254,7 +254,7 @@ def cost_table(found: DryRun) -> Table:
 
 def cost_text(found: DryRun, *, on_ray: bool) -> str:
     """Return what the table leaves out: records, time with all workers, memory at once and what failed."""
-    from weightlora.cli._screen import duration
+    from weightlora.text import duration
 
     total = found.recorded + found.runs
     lines = [f"{found.recorded} of {total} runs have records."]

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     grid = read_grid(DEMO, arguments.output_dir, arguments.rest)  # a mistake is told before torch is imported
 
     from weightlora.bench.engine import adapter_folder
-    from weightlora.cli._screen import PlainConsole, duration
+    from weightlora.cli._screen import PlainConsole
     from weightlora.cli._streams import quiet_libraries
     from weightlora.cli.bench import TABLES, print_table, run_with_progress
     from weightlora.folders import own_files
@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.plan.plan import AdapterPlan
     from weightlora.runs.files import DEMO as WRITER
     from weightlora.runs.files import HEATMAP_FILE, require_output
+    from weightlora.text import duration
     from weightlora.trainer.guard import PLAN_FILE
 
     start, console = time.perf_counter(), PlainConsole()

@@ -289,7 +289,7 @@ def _lines(study: Study, output_dir: Path) -> Iterator[tuple[str, ...]]:
 
 def _grid_cells(study: Study, size: str, output_dir: Path) -> tuple[str, str, str]:
     from weightlora.bench.engine import seconds_left
-    from weightlora.cli._screen import duration
+    from weightlora.text import duration
 
     grid = study.grid(size, output_dir / size, checked=False)
     state = _state_of(grid)
@@ -299,6 +299,6 @@ def _grid_cells(study: Study, size: str, output_dir: Path) -> tuple[str, str, st
 
 
 def _cost(runs: int, seconds: float | None) -> str:
-    from weightlora.cli._screen import duration
+    from weightlora.text import duration
 
     return "not known" if seconds is None else duration(runs * seconds)

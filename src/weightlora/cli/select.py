@@ -36,13 +36,14 @@ def run(arguments: argparse.Namespace) -> None:
     # A mistake is told before torch is imported.
     recipe = read_recipe(arguments.config, arguments.rest, output_dir="runs/select")
 
-    from weightlora.cli._screen import PlainConsole, draws_pictures, duration, shown_log
+    from weightlora.cli._screen import PlainConsole, draws_pictures, shown_log
     from weightlora.cli._streams import quiet_libraries
     from weightlora.folders import own_files, remove_own_file
     from weightlora.plan.heatmap import draw_heatmap
     from weightlora.report.knee import draw_knee, has_gain, make_knee
     from weightlora.runs.files import HEATMAP_FILE, KNEE_FILE, SELECT
     from weightlora.runs.train import select_plan
+    from weightlora.text import duration
     from weightlora.trainer.guard import PLAN_FILE
 
     console = PlainConsole()

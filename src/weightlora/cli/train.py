@@ -40,7 +40,6 @@ def run(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     recipe = read_recipe(arguments.config, arguments.rest)  # a mistake is told before torch is imported
 
-    from weightlora.cli._progress import ProgressLines
     from weightlora.cli._screen import PlainConsole, draws_pictures, shown_log
     from weightlora.cli._streams import quiet_libraries
     from weightlora.folders import own_files
@@ -49,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     from weightlora.plan.plan import AdapterPlan
     from weightlora.runs.files import TRAIN
     from weightlora.runs.train import train
+    from weightlora.selection.progress import ProgressLines
     from weightlora.trainer.guard import PLAN_FILE
 
     console = PlainConsole()
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _ending(output: Path, results: Mapping[str, Any], seconds: float | None) -> list[str]:
     """The lines at the end of a run: its metrics, what it cost, where its adapter is, and the next commands."""
-    from weightlora.cli._screen import duration
+    from weightlora.text import duration
 
     share = results["adapter_parameters"] / results["lora_parameters"]
     rows = {name: f"{value:.4f}" for name, value in results["metrics"].items()}

@@ -1,8 +1,8 @@
 """The peak of the device in a training step of a real model, for any set of its adapters.
 
-A step is counted for one set (``_real_step.py``). For all sets there is a :class:`Cost`, made of a few counts: what the
-adapters and the backward pass down to the lowest one take, and a constant. It is exact for the set of all sites. For
-others it may be lower than their count, by what a step makes for a moment; :func:`raised` corrects it then.
+A step is counted for one set (:func:`record_real_step`). For all sets there is a :class:`Cost`, made of a few counts:
+what the adapters and the backward pass down to the lowest one take, and a constant. It is exact for the set of all
+sites. For others it may be lower than their count, by what a step makes for a moment; :func:`raised` corrects it then.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ import torch
 from torch import nn
 
 from weightlora.cost._allocations import Device
-from weightlora.cost._real_step import Losses, record_real_step
 from weightlora.cost.knapsack import ANY, Cost, Item, make_cost
 from weightlora.cost.memory import StepBytes, byte_grain, optimizer_bytes, weight_bytes
-from weightlora.cost.saved_bytes import is_checkpointed, marked, parameter_cost, saved_cost
+from weightlora.cost.saved_bytes import Losses, is_checkpointed, marked, parameter_cost, record_real_step, saved_cost
 from weightlora.model.gathering import device_of
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from weightlora.cost._real_step import Losses
 from weightlora.cost.knapsack import ANY, Cost, Item, make_cost
-from weightlora.cost.saved_bytes import now
+from weightlora.cost.saved_bytes import Losses, now
 from weightlora.model.frozen_prefix import find_blocks
 from weightlora.model.layers import lora_layers
 from weightlora.plan.limits import floors_of

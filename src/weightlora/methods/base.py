@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerCallback
 
-    from weightlora.selection.begun import Begun
+    from weightlora.selection.trained import Begun
 
 
 class Method(Protocol):

@@ -43,8 +43,7 @@ from weightlora.runs._folder import (
     write_config,
     write_metrics,
 )
-from weightlora.runs._load import make_trainer
-from weightlora.runs._planned import require_candidates, with_plan
+from weightlora.runs._load import make_trainer, require_candidates, with_plan
 from weightlora.runs._trainable import (
     check_arguments,
     loss_fault,

@@ -36,18 +36,28 @@ from weightlora.plan.card import base_model_name
 from weightlora.plan.limits import Limits
 from weightlora.plan.make import make_plan
 from weightlora.plan.plan import AdapterPlan
-from weightlora.selection._course import course_of, found_by, measured_by, options_of, spent_on, stored_by, tell_cost
-from weightlora.selection._kept import choices, kept_numbers, require_gradients, require_positive
+from weightlora.selection._course import (
+    choices,
+    course_of,
+    found_by,
+    kept_numbers,
+    measured_by,
+    options_of,
+    require_gradients,
+    require_positive,
+    spent_on,
+    stored_by,
+    tell_cost,
+)
 from weightlora.selection._measured import measured, require_measurable, within_memory
-from weightlora.selection._trained import Trained, adapter_copies, head_copies, require_plain
 from weightlora.selection.allocate import Costs, allocate, chooser_of, rank_budget
 from weightlora.selection.batches import FirstBatch, Loss, cycled, model_loss, peeked
-from weightlora.selection.begun import begun_by
 from weightlora.selection.progress import Progress
 from weightlora.selection.rules.base import Rule, Scores
 from weightlora.selection.scoring import UNIFORM, Scoring
 from weightlora.selection.stage import Stage, head_of, with_plain_lora
 from weightlora.selection.steps import Steps, settled
+from weightlora.selection.trained import Trained, adapter_copies, begun_by, head_copies, require_plain
 
 _LOG = logging.getLogger(__name__)
 #: From a function that ``selected`` calls, warnings name the line that called ``select()``: so many frames above.

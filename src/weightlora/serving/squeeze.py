@@ -26,7 +26,7 @@ from weightlora.plan.make import ADAPTER_FILES, tensor_headers
 from weightlora.plan.plan import AdapterPlan, PlannedSite
 from weightlora.serving.adapter import Adapted, Adapter, base_name, matrix_name, read_files
 from weightlora.serving.check import PLAIN_STARTS
-from weightlora.serving.directions import Directions, find_directions, kept_ranks
+from weightlora.serving.moments import Directions, find_directions, kept_ranks
 from weightlora.serving.write import (
     DTYPES,
     Planned,

@@ -13,8 +13,8 @@ from transformers.trainer_callback import ExportableState
 
 from weightlora.errors import OptionError
 from weightlora.plan.plan import AdapterPlan
-from weightlora.selection.begun import Begun
 from weightlora.selection.stage import MakeStep, OptimizerStep
+from weightlora.selection.trained import Begun
 from weightlora.trainer.guard import PlanSaver
 from weightlora.trainer.loader import is_parted, planned_steps
 

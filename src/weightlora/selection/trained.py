@@ -2,11 +2,14 @@
 
 trained = select_trained(model, batches, rule="integrated", lora=lora, adapters=0.5)
 model = trained.attach(model)  # the adapters as they were at the end of the scoring; stock PEFT from here on
+
+Where the scoring took the first steps of the training, :class:`Begun` is what the training goes on with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +19,12 @@ from torch import Tensor, nn
 from weightlora.errors import OptionError
 from weightlora.model.layers import lora_layers
 from weightlora.plan.plan import AdapterPlan
-from weightlora.selection.begun import Begun
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from peft.tuners.lora import LoraLayer
+
+    from weightlora.selection.stage import OptimizerStep
 
 #: Values with which the final adapters compute what the scoring's did: ΔW = s·B·A on the unchanged base weights.
 _PLAIN = {"init_lora_weights": (True, False, "gaussian"), "use_dora": (False,), "layer_replication": (None,)}
@@ -106,3 +110,30 @@ def require_plain(lora: LoraConfig) -> None:
                 f"warm_start=True: the scoring trains plain LoRA, and {name}={found!r} makes other adapters of its "
                 f"weights; give {' or '.join(map(repr, allowed))}, or leave warm_start out"
             )
+
+
+# -- the first steps of the training -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Where a training stands after its first steps."""
+
+    steps: int
+    """Optimizer steps taken."""
+    optimizer: Mapping[str, Mapping[str, Any]]
+    """The optimizer's state of each parameter that goes on, by the parameter's name; tensors are copies on the CPU."""
+    scheduler: Mapping[str, Any]
+    """The schedule's state; empty where it has none."""
+
+
+def begun_by(run: OptimizerStep, attached: nn.Module, kept: Sequence[nn.Parameter], steps: int) -> Begun:
+    """Return where the training stands; of the parameters of ``attached`` it goes on with ``kept``."""
+    state, scheduler = run.optimizer.state, {} if run.scheduler is None else run.scheduler.state_dict()
+    wanted = {id(p) for p in kept if p in state}
+    own = {name: state[p] for name, p in attached.named_parameters() if id(p) in wanted}
+    copies = {
+        name: {key: value.detach().cpu().clone() if isinstance(value, Tensor) else value for key, value in of.items()}
+        for name, of in own.items()
+    }
+    return Begun(steps, copies, deepcopy(scheduler))
