@@ -30,7 +30,7 @@ from weightlora.cost.saved_bytes import saved_cost
 from weightlora.cost.step_time import interleaved, median_ratio, saved_bytes, time_cost
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
-from weightlora.plan.make import make_plan
+from weightlora.plan.plan import make_plan
 
 RESULTS = Path(__file__).parent / "results" / "budget.jsonl"
 PLANS = 10

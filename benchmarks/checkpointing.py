@@ -26,7 +26,7 @@ from weightlora.bench.records import append_record
 from weightlora.cost.step_time import interleaved, median_ratio
 from weightlora.model.checkpointing import shorten_backward
 from weightlora.model.sites import find_sites
-from weightlora.plan.make import make_plan
+from weightlora.plan.plan import make_plan
 from weightlora.tasks.embedded import embedded_model
 from weightlora.tasks.pretrained import load_pretrained
 

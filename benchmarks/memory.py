@@ -27,7 +27,7 @@ from weightlora.cost.empty_model import quantise
 from weightlora.cost.memory import Setting, count_step
 from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.sites import find_sites
-from weightlora.plan.make import make_plan
+from weightlora.plan.plan import make_plan
 
 _SIZES = {"vocab_size": 8000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
 _SIZES |= {"num_attention_heads": 8}

@@ -20,8 +20,8 @@ import torch
 import transformers
 from peft import LoraConfig
 
-from weightlora.cost.comparison import MemoryLine, compare_memory
 from weightlora.cost.empty_model import make_empty_model, make_loss_of
+from weightlora.cost.estimate import MemoryLine, compare_memory
 from weightlora.cost.memory import Setting
 from weightlora.paper.study import read_study, recipe_of
 from weightlora.runs.recipe import read_recipe

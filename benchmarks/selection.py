@@ -30,8 +30,7 @@ from weightlora.methods import make_method
 from weightlora.methods.base import ChoosingMethod, Method
 from weightlora.model.sites import find_sites
 from weightlora.plan.budget import Budget
-from weightlora.plan.make import make_plan
-from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.plan import AdapterPlan, make_plan
 from weightlora.selection.rules.first_order import FirstOrder
 from weightlora.selection.rules.paper import StoIHT
 

@@ -18,7 +18,7 @@ from weightlora.cli import main
 from weightlora.errors import OutputError
 from weightlora.files import DRAFT
 from weightlora.folders import whole_folder
-from weightlora.plan.make import read_adapter
+from weightlora.plan.plan import read_adapter
 
 #: They write beside what is there; the others replace a folder.
 BESIDE = ("select", "train", "bench", "paper", "analyse")

@@ -29,7 +29,7 @@ from weightlora.bench.table import by_seed
 from weightlora.files import read_mapping, write_text
 from weightlora.model.sites import find_sites
 from weightlora.plan.limits import Limits, read_limits
-from weightlora.plan.make import make_plan
+from weightlora.plan.plan import make_plan
 from weightlora.runs.recipe import option_words, read_recipe
 from weightlora.runs.train import prepare
 from weightlora.selection.allocate import site_budget

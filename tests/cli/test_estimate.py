@@ -7,7 +7,7 @@ import pytest
 from weightlora.cli import main
 from weightlora.cli._screen import PlainConsole
 from weightlora.cli.estimate import _memory_table
-from weightlora.cost.comparison import MemoryLine
+from weightlora.cost.estimate import MemoryLine
 from weightlora.cost.memory import Memory
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4}

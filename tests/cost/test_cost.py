@@ -20,8 +20,7 @@ from weightlora.cost.saved_bytes import parameter_cost, saved_cost
 from weightlora.cost.step_time import time_cost
 from weightlora.errors import OptionError, SelectionError
 from weightlora.model.sites import find_sites
-from weightlora.plan.make import make_plan
-from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.plan import AdapterPlan, make_plan
 
 
 @pytest.mark.parametrize("both", [False, True])

@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from weightlora.errors import WeightLoraWarning
 from weightlora.model.checkpointing import remove_input_hooks, shorten_backward
 from weightlora.model.sites import find_sites
-from weightlora.plan.make import make_plan
+from weightlora.plan.plan import make_plan
 from weightlora.tasks.embedded import minilm as minilm_folder
 from weightlora.trainer.attach import adopt
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import weightlora
 from weightlora.errors import PlanMismatchError, SiteError, WeightLoraWarning
 from weightlora.model.sites import Candidates, find_sites
-from weightlora.plan.make import make_plan
+from weightlora.plan.plan import make_plan
 
 KINDS = [
     *[lambda: nn.Linear(4, 4)] * 6,

@@ -34,8 +34,7 @@ from weightlora.errors import OptionError, PlanError, PlanMismatchError, SiteErr
 from weightlora.methods import make_method
 from weightlora.model.layers import adapter_ranks
 from weightlora.model.sites import find_sites
-from weightlora.plan.make import make_plan
-from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.plan import AdapterPlan, make_plan
 
 ALL = {"r": 2, "target_modules": "all-linear"}
 EXPERTS = [name for name in FAMILIES["mixture of experts"] if fused(model_of(name))]

@@ -16,8 +16,7 @@ import weightlora
 from weightlora.errors import OptionError, PlanMismatchError
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
-from weightlora.plan.make import make_plan
-from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.plan import AdapterPlan, make_plan
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 KINDS = {

@@ -18,8 +18,7 @@ from weightlora.model.layers import adapter_layers
 from weightlora.model.sites import find_sites
 from weightlora.plan._schema import _LORA
 from weightlora.plan.attach import _PEFT_FIELDS, _PLANNED_FIELDS
-from weightlora.plan.make import make_plan
-from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.plan import AdapterPlan, make_plan
 from weightlora.validation import first_fault
 
 #: Files of each kind; each takes some 5 ms.
@@ -133,7 +132,7 @@ def test_mutated_plans(tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_adapter_directories(tmp_path, capsys):
     rng, counts, folder = generator(1), Counter(), tmp_path / "adapter"
-    from weightlora.plan.make import read_adapter
+    from weightlora.plan.plan import read_adapter
 
     get_peft_model(net(), LoraConfig(r=2, target_modules=["0", "2"])).save_pretrained(folder)
     config, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"

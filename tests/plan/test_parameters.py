@@ -17,7 +17,7 @@ from weightlora.methods import make_method
 from weightlora.model.sites import adapter_parameters, find_sites
 from weightlora.plan.budget import Budget, chosen_ranks
 from weightlora.plan.limits import Limits
-from weightlora.plan.make import make_plan, read_adapter
+from weightlora.plan.plan import make_plan, read_adapter
 from weightlora.selection.allocate import site_budget
 
 KINDS = [{}, {"lora_bias": True}, {"use_dora": True}]  # PEFT refuses both at once

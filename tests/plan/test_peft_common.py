@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from weightlora.model.sites import find_sites
-from weightlora.plan.make import make_plan
+from weightlora.plan.plan import make_plan
 
 TESTS = os.environ.get("PEFT_TESTS", "")
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}

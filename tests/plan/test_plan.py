@@ -21,8 +21,7 @@ from weightlora.cli import main
 from weightlora.errors import OptionError, OutputError, PlanError, PlanMismatchError
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import Site, find_sites
-from weightlora.plan.make import make_plan
-from weightlora.plan.plan import AdapterPlan, PlannedSite
+from weightlora.plan.plan import AdapterPlan, PlannedSite, make_plan
 
 Q0, V0, V1 = (f"model.layers.{name}_proj" for name in ("0.self_attn.q", "0.self_attn.v", "1.self_attn.v"))
 UP1 = "model.layers.1.mlp.up_proj"
@@ -155,7 +154,7 @@ def test_a_plan_reads_back_as_it_was_and_keeps_the_users_fields(tmp_path, fields
 SAME_BYTES = """
 import sys
 from peft import LoraConfig
-from weightlora.plan.make import make_plan
+from weightlora.plan.plan import make_plan
 from weightlora.model.sites import Site
 names = ["layers." + str(i) + ".x" for i in range(9)]
 for folder, excluded in {"few": ["only one"], "many": list("abcdefghij")}.items():
@@ -564,7 +563,7 @@ import os, resource, signal
 from torch import nn
 from peft import LoraConfig
 from weightlora.errors import OutputError
-from weightlora.plan.make import make_plan
+from weightlora.plan.plan import make_plan
 from weightlora.model.sites import find_sites
 model, lora = nn.Sequential(nn.Linear(500, 500)), LoraConfig(r=32)
 plan = make_plan(find_sites(model, lora).sites, lora, ["0"])

@@ -16,8 +16,7 @@ from weightlora.methods.dot_product import dot_products
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import seeded, untouched
 from weightlora.model.sites import Site, find_sites
-from weightlora.plan.make import make_plan
-from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.plan import AdapterPlan, make_plan
 from weightlora.runs.gradient_study import DotProducts, Overlap, draw_bars, overlap_text
 from weightlora.runs.recipe import read_recipe
 from weightlora.runs.train import make_trainer

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 import weightlora
 from weightlora.cli import main
 from weightlora.model.sites import find_sites
-from weightlora.plan.make import make_plan
+from weightlora.plan.plan import make_plan
 from weightlora.tasks.embedded import minilm as minilm_folder
 
 NAMES = ["games", "net", "science", "sound"]

@@ -20,7 +20,7 @@ from weightlora.errors import OptionError
 from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.layers import lora_layers
 from weightlora.plan.limits import Limits
-from weightlora.plan.make import make_plan
+from weightlora.plan.plan import make_plan
 from weightlora.selection._measured import within_memory
 from weightlora.selection.allocate import Costs, allocate
 from weightlora.selection.batches import FirstBatch, model_loss

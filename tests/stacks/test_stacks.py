@@ -33,7 +33,7 @@ import weightlora
 from weightlora.cli import main
 from weightlora.errors import OptionError, OutputError, PlanError, StackError
 from weightlora.model.layers import lora_layers
-from weightlora.plan.make import read_adapter
+from weightlora.plan.plan import read_adapter
 from weightlora.serving.adapter import read_files
 from weightlora.stacks import STACKS, stack_of
 from weightlora.stacks.emit import emit

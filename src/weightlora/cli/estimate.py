@@ -9,7 +9,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightlora.cli._floors import in_gigabytes
 from weightlora.cli._help import add_command
 from weightlora.errors import DataError, OptionError
 from weightlora.model.sites import LOADERS
@@ -18,8 +17,7 @@ from weightlora.validation import Count, Share, checked
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from weightlora.cost.comparison import MemoryLine
-    from weightlora.cost.estimate import EstimateLine
+    from weightlora.cost.estimate import EstimateLine, FloorLine, MemoryLine
     from weightlora.plan.plan import AdapterPlan
 
 _BYTES = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
@@ -147,18 +145,24 @@ spread       lowest and highest ratio of a round"""
 
 
 def _table(lines: Sequence[EstimateLine], title: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(no_wrap=True)
-    for header in ("sites", "trained", "AdamW\nMB", "saved\nMB", "total\nMB", "step\n÷ LoRA", "spread"):
-        table.add_column(header, justify="right", vertical="bottom", no_wrap=True)
+    headers = ("sites", "trained", "AdamW\nMB", "saved\nMB", "total\nMB", "step\n÷ LoRA", "spread")
+    table = _empty_table(title, "", *headers, padding=(0, 1, 0, 0))
     for line in lines:
         in_mb = [_mb(n) for n in (line.optimizer_bytes, line.saved_bytes, line.memory_bytes)]
         low, high = line.step_range
         spread = "" if line.name == "LoRA" else f"{low:.2f}–{high:.2f}"
         table.add_row(line.name, str(line.sites), f"{line.parameters:,}", *in_mb, f"{line.step_ratio:.2f}", spread)
+    return table
+
+
+def _empty_table(title: str, *headers: str, padding: tuple[int, int, int, int] | int = 0) -> Table:
+    """Columns of numbers; the one without a header has names."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=padding)
+    for header in headers:
+        table.add_column(header, justify="right" if header else "left", vertical="bottom", no_wrap=True)
     return table
 
 
@@ -204,12 +208,10 @@ def _print_memory(arguments: argparse.Namespace, rows: int, length: int) -> None
 
     from peft import LoraConfig
 
-    from weightlora.cli._floors import FLOOR_LEGEND, floor_table
     from weightlora.cli._screen import PlainConsole
     from weightlora.cli._streams import quiet_casts, quiet_libraries
-    from weightlora.cost.comparison import compare_memory
     from weightlora.cost.empty_model import make_loss_of, require_length
-    from weightlora.cost.floors import compare_floors
+    from weightlora.cost.estimate import compare_floors, compare_memory
     from weightlora.cost.memory import Setting
     from weightlora.plan.limits import read_limit
 
@@ -237,8 +239,8 @@ def _print_memory(arguments: argparse.Namespace, rows: int, length: int) -> None
     console = PlainConsole()
     if stored:
         words.append(f"{stored[0]:,} rows, {stored[1]} epochs")
-        console.print(floor_table(floors, f"computed GB on one device: {', '.join(words)}"))
-        console.print(FLOOR_LEGEND, highlight=False)
+        console.print(_floor_table(floors, f"computed GB on one device: {', '.join(words)}"))
+        console.print(_FLOOR_LEGEND, highlight=False)
         return
     console.print(_memory_table(lines, f"computed GB on one device: {', '.join(words)}", arguments.memory))
     console.print(_MEMORY_LEGEND, highlight=False)
@@ -310,17 +312,12 @@ rows         the largest batch that fits --memory"""
 
 
 def _memory_table(lines: Sequence[MemoryLine], title: str, memory: str | None) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
-    table.add_column(no_wrap=True)
     rows = () if memory is None else ("rows",)
-    for header in ("sites", "trained", "weights", "grads", "optim", "saved", "logits", "peak", *rows):
-        table.add_column(header, justify="right", no_wrap=True)
+    headers = ("sites", "trained", "weights", "grads", "optim", "saved", "logits", "peak", *rows)
+    table = _empty_table(title, "", *headers)
     for line in lines:
         m = line.memory
-        in_gb = [in_gigabytes(n) for n in (m.weights, m.gradients, m.optimizer, m.saved, m.logits, m.peak)]
+        in_gb = [_gb(n) for n in (m.weights, m.gradients, m.optimizer, m.saved, m.logits, m.peak)]
         rows = () if line.largest_batch is None else (f"{line.largest_batch:,}",)
         table.add_row(line.name, str(line.sites or ""), _millions(m.trained), *in_gb, *rows)
     return table
@@ -328,3 +325,33 @@ def _memory_table(lines: Sequence[MemoryLine], title: str, memory: str | None) -
 
 def _millions(count: int) -> str:
     return f"{count / 1e9:,.2f}B" if count >= 1e9 else f"{count / 1e6:,.2f}M"
+
+
+#: What the rows and columns are.
+_FLOOR_LEGEND = """\
+below    share of the blocks that lie below the lowest adapter; LoRA is on all
+         sites above them
+time     of the whole training ÷ LoRA's on all sites; products with weights
+         alone are counted, so that a large output head is in it
+away     weights below, which leave the device after the first epoch (offload)
+weights  all others
+saved    what the forward pass keeps for the backward pass
+peak     the most at one moment of a later epoch
+store    hidden states of all rows, in memory or on disk"""
+
+
+def _floor_table(lines: Sequence[FloorLine], title: str) -> Table:
+    """What each floor takes in a training that stores what is frozen."""
+    headers = ("below", "sites", "time", "away", "weights", "grads", "optim", "saved", "logits", "peak", "store")
+    table = _empty_table(title, *headers)
+    for line in lines:
+        m = line.memory
+        parts = (m.weights, m.gradients, m.optimizer, m.saved, m.logits, m.peak, line.store)
+        in_gb = map(_gb, (line.offloaded, *parts))
+        table.add_row(line.name, str(line.sites), f"{line.time:.2f}", *in_gb)
+    return table
+
+
+def _gb(count: int) -> str:
+    gb = count / 1e9
+    return f"{gb:,.2f}" if gb < 99.995 else f"{gb:,.1f}" if gb < 999.95 else f"{gb:,.0f}"

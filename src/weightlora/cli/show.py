@@ -70,8 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print what the plan keeps, where, and how it was found."""
     from weightlora.cli._screen import PlainConsole
     from weightlora.plan.heatmap import draw_heatmap
-    from weightlora.plan.make import read_adapter
-    from weightlora.plan.plan import AdapterPlan
+    from weightlora.plan.plan import AdapterPlan, read_adapter
     from weightlora.report.knee import draw_knee, knee_text, make_knee
 
     path: Path = arguments.path

@@ -128,7 +128,7 @@ def _table(squeezed: Squeezed) -> Table:
 
 
 def _lines(squeezed: Squeezed) -> tuple[str, ...]:
-    from weightlora.plan.make import ADAPTER_FILES
+    from weightlora.plan.plan import ADAPTER_FILES
 
     plan, size = squeezed.plan, (squeezed.folder / ADAPTER_FILES[1]).stat().st_size
     ranks = [rank for rank in plan.ranks.values() if rank]

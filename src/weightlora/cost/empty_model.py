@@ -14,7 +14,7 @@ from weightlora.errors import DataError, OptionError, require_extra
 from weightlora.model.sites import LOADERS, TASK_HEADS
 
 if TYPE_CHECKING:
-    from weightlora.cost.estimate import MakeLoss
+    from weightlora.cost.memory import MakeLoss
 
 
 def make_empty_model(

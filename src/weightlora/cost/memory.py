@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 
 from weightlora.cost._allocations import PARTS, Allocations, Device, Known, Part, checkpoint, record_step
 from weightlora.cost.empty_model import quantisation_tensors
-from weightlora.cost.estimate import MakeLoss
 from weightlora.errors import OptionError, SelectionError
 from weightlora.model.modules import base_of
 from weightlora.model.sites import block_of
 from weightlora.model.torch_private import storage_id
 from weightlora.text import closest
 
+MakeLoss = Callable[[nn.Module, int], Tensor]
+"""``make_loss(model, rows)`` makes a batch of so many rows and returns its loss."""
 #: CUDA's allocator gives multiples of this.
 _GRAIN = {"cpu": 1, "cuda": 512}
 #: The largest batch that is looked for.

@@ -16,8 +16,7 @@ from weightlora.methods.common.export import Factors, become_stock, factors_plan
 from weightlora.model.layers import adapter_layers, lora_layers, without_adapters
 from weightlora.model.sites import Candidates, Site, find_sites, require_uniform
 from weightlora.plan.card import base_model_name
-from weightlora.plan.make import make_plan
-from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.plan import AdapterPlan, make_plan
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -17,7 +17,7 @@ from weightlora.methods.base import Start, recorded
 from weightlora.methods.common.moving import Attached, MovingMethod
 from weightlora.model.distributed import copy_from_first
 from weightlora.plan.card import base_model_name
-from weightlora.plan.make import make_plan
+from weightlora.plan.plan import make_plan
 from weightlora.validation import Positive
 
 if TYPE_CHECKING:

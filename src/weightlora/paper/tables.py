@@ -16,8 +16,8 @@ from peft import LoraConfig
 from transformers import AutoConfig
 
 from weightlora.bench.table import Cell, Table
-from weightlora.cost.comparison import MemoryLine, compare_memory
 from weightlora.cost.empty_model import make_empty_model, make_loss_of
+from weightlora.cost.estimate import MemoryLine, compare_memory
 from weightlora.cost.memory import Setting
 from weightlora.errors import DataError
 from weightlora.files import read_json

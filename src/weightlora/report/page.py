@@ -15,8 +15,7 @@ from weightlora import __version__
 from weightlora.errors import DataError, PlanError, require_extra
 from weightlora.files import is_deep, read_json, read_mapping, write_text
 from weightlora.plan.heatmap import Shade, make_heatmap, short_blocks
-from weightlora.plan.make import read_adapter
-from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.plan import AdapterPlan, read_adapter
 from weightlora.report.knee import MARKED_GAIN, ORDERS, has_gain, knee_text, make_knee
 from weightlora.runs.files import CONFIG_FILE, RESULTS_FILE, checkpoints
 from weightlora.text import natural, one_line, printable, rounded

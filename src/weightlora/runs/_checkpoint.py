@@ -28,8 +28,7 @@ from weightlora.errors import DataError, PlanError, WeightLoraError, WeightLoraW
 from weightlora.files import read_json
 from weightlora.methods import Method
 from weightlora.methods.common.moving import STATE_FILE, MoverCallback, take_up
-from weightlora.plan.make import ADAPTER_FILES, tensor_shapes
-from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.plan import ADAPTER_FILES, AdapterPlan, tensor_shapes
 from weightlora.runs.files import checkpoints, step_of
 from weightlora.trainer.guard import PLAN_FILE
 

@@ -12,8 +12,7 @@ from weightlora.files import read_json, read_mapping, remove_drafts
 from weightlora.folders import RECORD_FILE, own_files, remove_own_file, whole_folder
 from weightlora.model.distributed import is_first
 from weightlora.plan.card import CARD_FILE, write_base_model_name, write_card
-from weightlora.plan.make import ADAPTER_FILES, tensor_shapes
-from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.plan import ADAPTER_FILES, AdapterPlan, tensor_shapes
 from weightlora.runs.files import (
     ADAPTER,
     BATCH_FILE,

@@ -17,8 +17,7 @@ from weightlora.methods import METHODS
 from weightlora.model.layers import unchecked_patterns
 from weightlora.model.sites import TASK_HEADS, find_sites
 from weightlora.plan.limits import LIMITS, read_limits
-from weightlora.plan.make import make_plan
-from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.plan import AdapterPlan, make_plan
 from weightlora.runs.recipe import MethodOptions, Recipe, TaskOptions
 from weightlora.selection.rules import RULES, rule_of, settings_of
 from weightlora.selection.steps import check_steps

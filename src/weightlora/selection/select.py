@@ -34,8 +34,7 @@ from weightlora.model.sites import Site, find_sites, output_vectors
 from weightlora.plan.budget import Chooser, Ranking, ranked, whole_budget
 from weightlora.plan.card import base_model_name
 from weightlora.plan.limits import Limits
-from weightlora.plan.make import make_plan
-from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.plan import AdapterPlan, make_plan
 from weightlora.selection._course import (
     choices,
     course_of,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import DataError, PlanError, WeightLoraWarning
 from weightlora.model.sites import LOADERS, Site, block_of, find_sites
-from weightlora.plan.make import adapter_config, require_lora, tensor_headers
+from weightlora.plan.plan import adapter_config, require_lora, tensor_headers
 from weightlora.tasks.embedded import base_files
 
 if TYPE_CHECKING:

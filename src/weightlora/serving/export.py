@@ -22,7 +22,7 @@ from weightlora.errors import OptionError, ServingError
 from weightlora.files import write_json
 from weightlora.folders import require_replaceable, whole_folder
 from weightlora.model.sites import Site
-from weightlora.plan.make import ADAPTER_FILES
+from weightlora.plan.plan import ADAPTER_FILES
 from weightlora.serving import GGUF_FILE, READERS, Reader, padded_rank, reader_of
 from weightlora.serving.adapter import (
     Adapter,

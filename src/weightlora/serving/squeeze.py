@@ -22,8 +22,7 @@ from weightlora.folders import require_replaceable, whole_folder
 from weightlora.plan.card import CARD_FILE, PICTURE_FILE
 from weightlora.plan.heatmap import draw_heatmap
 from weightlora.plan.limits import Limits, read_bytes
-from weightlora.plan.make import ADAPTER_FILES, tensor_headers
-from weightlora.plan.plan import AdapterPlan, PlannedSite
+from weightlora.plan.plan import ADAPTER_FILES, AdapterPlan, PlannedSite, tensor_headers
 from weightlora.serving.adapter import Adapted, Adapter, base_name, matrix_name, read_files
 from weightlora.serving.check import PLAIN_STARTS
 from weightlora.serving.moments import Directions, find_directions, kept_ranks

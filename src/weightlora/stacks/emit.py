@@ -15,7 +15,7 @@ from weightlora.errors import OptionError, StackError
 from weightlora.files import write_json, write_text
 from weightlora.folders import whole_folder
 from weightlora.model.sites import TASK_HEADS
-from weightlora.plan.make import ADAPTER_FILES
+from weightlora.plan.plan import ADAPTER_FILES
 from weightlora.serving.adapter import matrix_name
 from weightlora.stacks import Fields, stack_of
 

@@ -33,7 +33,6 @@ from weightlora.model.restore import seeded
 from weightlora.plan.limits import LIMITS
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import peeked
-from weightlora.trainer._begun import require_whole, run_step, write_checkpoint
 from weightlora.trainer._question import START_FILE, keep_plan, question_of, read_start, stored_plan, write_start
 from weightlora.trainer.guard import (
     PLAN_FILE,
@@ -42,6 +41,9 @@ from weightlora.trainer.guard import (
     guarded,
     lora_of,
     require_fresh,
+    require_whole,
+    run_step,
+    write_checkpoint,
 )
 from weightlora.trainer.loader import (
     is_parted,
