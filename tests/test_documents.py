@@ -266,11 +266,10 @@ SHOWN = (
         "plan.limits",
         "plan.plan",
         "plan._screen",
-        "fast.dropout",
         "fast.enable",
+        "fast.step",
     ),
     *(
-        "plan._alternatives",
         "selection.allocate",
         "selection.scoring",
         "selection.select",

@@ -13,9 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig
 
-from weightlora.cost.comparison import compare_memory
 from weightlora.cost.empty_model import make_empty_model, make_loss_of, quantisation_tensors, quantise
-from weightlora.cost.floors import compare_floors
+from weightlora.cost.estimate import compare_floors, compare_memory
 from weightlora.cost.memory import Setting, count_step, optimizer_bytes
 from weightlora.errors import OptionError, SelectionError
 

@@ -19,7 +19,7 @@ from weightlora.methods import METHODS, make_method, options_of
 from weightlora.methods.common.export import Factors, become_stock, factors_plan
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
-from weightlora.plan.make import make_plan
+from weightlora.plan.plan import make_plan
 from weightlora.selection.rules.first_order import FirstOrder
 
 NAMES = [entry.name for entry in METHODS]

@@ -10,10 +10,9 @@ from peft import LoraConfig
 from weightlora.cost.knapsack import CostBudget, additive_cost
 from weightlora.errors import OptionError
 from weightlora.model.sites import Site
-from weightlora.plan.budget import Budget, chosen_ranks
+from weightlora.plan.budget import Budget, Spread, chosen_ranks, ranked
 from weightlora.plan.limits import Limits
-from weightlora.plan.make import make_plan
-from weightlora.plan.ranking import Spread, ranked
+from weightlora.plan.plan import make_plan
 from weightlora.selection.allocate import Costs, allocate
 
 # -- rank by rank: closed forms, and properties of every budget and score --------------------------------------------

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from weightlora.model.sites import Site
-from weightlora.plan._alternatives import alternatives, floor_share, floor_times
+from weightlora.plan._screen import alternatives, floor_share, floor_times
 from weightlora.plan.card import write_card
 from weightlora.plan.heatmap import draw_heatmap, make_heatmap
 from weightlora.plan.plan import AdapterPlan, PlannedSite

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from weightlora import select
 from weightlora.cost.knapsack import additive_cost
 from weightlora.errors import OptionError
-from weightlora.plan.make import make_plan
+from weightlora.plan.plan import make_plan
 from weightlora.selection._course import measured_by
 from weightlora.selection.allocate import Costs
 from weightlora.selection.rules import rule_of

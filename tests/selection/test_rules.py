@@ -16,7 +16,7 @@ from test_scoring import Net, batches, squared
 from weightlora import select
 from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.runs.recipe import read_recipe
-from weightlora.selection._kept import agreement_of, rank_correlation
+from weightlora.selection._course import agreement_of, rank_correlation
 from weightlora.selection.rules import RULES, rule_of, settings_of
 from weightlora.selection.rules.base import jackknife
 

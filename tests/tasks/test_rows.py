@@ -15,7 +15,7 @@ from weightlora.errors import DataError, MissingPackageError, OptionError, requi
 from weightlora.folders import RECORD_FILE
 from weightlora.model.sites import find_sites
 from weightlora.plan.card import base_model_name
-from weightlora.plan.make import make_plan
+from weightlora.plan.plan import make_plan
 from weightlora.tasks import TASKS, find_task, kind_of
 from weightlora.tasks.base import HELD_OUT, RowOptions
 from weightlora.tasks.classification import accuracy, encode, label_names, load_classifier, prepare, shuffled_batches

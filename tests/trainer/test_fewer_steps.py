@@ -19,8 +19,7 @@ from weightlora.cli import main
 from weightlora.cost.estimate import plain_lora
 from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.model.sites import find_sites
-from weightlora.plan.make import make_plan
-from weightlora.plan.plan import AdapterPlan
+from weightlora.plan.plan import AdapterPlan, make_plan
 from weightlora.runs.recipe import read_recipe
 from weightlora.runs.train import train
 from weightlora.tasks.embedded import minilm as minilm_folder

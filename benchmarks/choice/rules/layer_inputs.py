@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from weightlora.model.distributed import add_up
 from weightlora.model.gathering import loaded
 from weightlora.model.restore import evaluated
-from weightlora.model.token_mask import TokenRows, counted_tokens
 from weightlora.model.torch_private import Observer
+from weightlora.selection.batches import TokenRows, counted_tokens
 from weightlora.selection.rules.base import Rule, Scores, jackknife, jackknife_of_rows, require
 
 if TYPE_CHECKING:
