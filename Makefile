@@ -28,10 +28,10 @@ SOURCE_RULES := tests/test_imports.py tests/test_packaging.py
 TRUE_DOCS := tests/test_documents.py
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: setup    ## every kind of thing once, about eight minutes on two cores; `make check` and `make docs` have tests of their own
+test: setup    ## every kind of thing once, about six minutes on two cores; `make check` and `make docs` have tests of their own
 	$(PYTEST) --short $(addprefix --ignore=,$(SOURCE_RULES) $(TRUE_DOCS))
 
-test-all: setup  ## all tests, half an hour on two cores, with the examples and DeepSpeed in two processes
+test-all: setup  ## all tests, about an hour on two cores, with the examples and DeepSpeed in two processes
 	$(PYTEST) --ignore=tests/test_examples.py
 	PYTHON=$(PYTHON) .ci/examples
 	.ci/zero3
