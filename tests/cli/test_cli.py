@@ -65,6 +65,7 @@ import os, signal, sys
 class CtrlC:
     def find_spec(self, name, path=None, target=None):
         if name == {name!r}:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, CtrlC())
 sys.argv = ["weightlora", "select", "--task=rotten_tomatoes", "--output_dir=run"]
