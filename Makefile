@@ -31,7 +31,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscop
 test: setup    ## every kind of thing once, about six minutes on two cores; `make check` and `make docs` have tests of their own
 	$(PYTEST) --short $(addprefix --ignore=,$(SOURCE_RULES) $(TRUE_DOCS))
 
-test-all: setup  ## all tests, about an hour on two cores, with the examples and DeepSpeed in two processes
+test-all: setup  ## all tests, some forty minutes on two cores, with the examples and DeepSpeed in two processes
 	$(PYTEST) --ignore=tests/test_examples.py
 	PYTHON=$(PYTHON) .ci/examples
 	.ci/zero3

@@ -66,6 +66,13 @@ def test_a_run_that_saved_weights_alone_does_not_go_on_as_another_training(base,
     assert same(adapter(trained), adapter(finished))
 
 
+def test_a_run_that_was_killed_after_its_last_step_needs_no_optimizer(base, whole, tmp_path):
+    run = interrupted(whole, tmp_path / "run", after=6)
+    (run / "checkpoint-6" / "optimizer.pt").unlink()
+    assert main(words(base, run)) == 0
+    assert same(adapter(run), adapter(whole))
+
+
 # -- wherever its folder is ------------------------------------------------------------------------------------------
 
 
