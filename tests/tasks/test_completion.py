@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from weightlora.errors import DataError, OptionError, WeightLoraWarning
 from weightlora.tasks import load_model
-from weightlora.tasks._answers import _batches, find_tasks, generate
+from weightlora.tasks._answers import _after_end, _batches, find_tasks, generate
 from weightlora.tasks._prompts import reasoning_rows, solves, template_options, to_prompts
 from weightlora.tasks.base import RowOptions, Task
 from weightlora.tasks.completion import TASKS, arguments_class, prepare
@@ -426,6 +426,13 @@ def test_teacher_forced_numbers_are_those_of_greedy_answers_and_of_a_loss_row_by
         assert found["validation_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-3)  # padding reorders sums
         shares.append(found["validation_exact_match"])
     assert len(set(shares)) > 1  # so that equal numbers say something
+
+
+def test_the_end_token_is_judged_and_what_follows_is_not():
+    """9 ends; the first of the second row belongs to its prompt."""
+    tokens = torch.tensor([[5, 9, 7, 9], [9, 5, 5, 9]])
+    answer = torch.tensor([[True] * 4, [False, True, True, True]])
+    assert _after_end(tokens, answer, [9]).tolist() == [[False, False, True, True], [False] * 4]
 
 
 def test_teacher_forced_needs_to_know_which_tokens_are_the_answer(plain, tiny, arguments):
