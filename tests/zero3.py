@@ -73,7 +73,7 @@ def rules(folder):
     generator = torch.Generator().manual_seed(3)
     rows = [{"input_ids": torch.randint(5, 900, (8,), generator=generator), "labels": i % 2} for i in range(48)]
     for rule, checkpointed in [(rule, False) for rule in RULES] + [("first_order", True)]:
-        name = f"{rule.partition(':')[0]}-{checkpointed}.json"
+        name = f"{rule.replace(':', '.')}-{checkpointed}.json"
         arguments = TrainingArguments(
             str(folder / f"rules-{name}"),  # made first: from_pretrained then partitions the weights
             use_cpu=True,
