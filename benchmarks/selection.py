@@ -2,7 +2,7 @@
 
     python benchmarks/selection.py minilm     # accuracy, K = 5 and n/2, five seeds, learning rate tuned per method
     python benchmarks/selection.py smollm2    # which sites an LLM's plans keep, and how alike they are
-    python benchmarks/selection.py table      # the tables of docs/selection.md from the stored records
+    python benchmarks/selection.py table      # the tables of docs/lab/selection.md from the stored records
 
 Both studies append JSON lines to ``benchmarks/results/selection.jsonl`` and go on where they were stopped.
 """

@@ -179,6 +179,20 @@ def test_the_next_who_writes_removes_what_a_killed_process_left(tmp_path):
     assert names(tmp_path) == [f"{DRAFT}of-the-user", "result"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the longest path of Linux and macOS")
+def test_a_scratch_folder_that_has_no_room_for_files_is_told(tmp_path):
+    """Of a parent this deep the scratch folder has a path that can be named, and what is in it has none."""
+    longest = os.pathconf(tmp_path, "PC_PATH_MAX") - 1
+    deep, depth = tmp_path, longest - len(f"/{DRAFT}12345678")
+    while len(str(deep)) < depth:
+        left = depth - len(str(deep)) - 1
+        deep /= "d" * (left if left <= 100 else 99)
+    deep.mkdir(parents=True)
+    with pytest.raises(OutputError, match="cannot write"), scratch_folder(deep):
+        pass
+    assert names(deep) == []
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_full_disk_keeps_the_old_content_and_leaves_no_draft(tmp_path, kind):
     def run(limit):

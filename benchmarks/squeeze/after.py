@@ -179,6 +179,24 @@ def print_table(records: list[dict[str, Any]]) -> None:
                 minus = [record["loss"] - whole[record["seed"]] for record in rows]
                 cells.append(f"{sum(minus) / len(minus):+.3f}" if minus else "–")
             print(f"| {way} | {' | '.join(cells)} |")
+    for way in ("one budget", "weighted"):
+        print_gaps(records, way)
+
+
+def print_gaps(records: list[dict[str, Any]], way: str) -> None:
+    """Print the mean loss of ``way`` minus that of one rank, where there is one, and on how many beds it is ahead."""
+    losses = {(*(each[key] for key in ("r", "part", "bed", "way")), each["seed"]): each["loss"] for each in records}
+    seeds = {each["seed"] for each in records}
+    print(f"\n| {way} minus one rank | {' | '.join(BEDS)} | ahead |\n| --- |" + " ---: |" * (len(BEDS) + 1))
+    for r, part in itertools.product(ALPHAS, PARTS):
+        gaps: list[float] = []
+        for bed in BEDS:
+            pairs = [(losses.get((r, part, bed, own, seed)) for own in (way, "one rank")) for seed in seeds]
+            both = [own - other for own, other in pairs if own is not None and other is not None]
+            gaps += [sum(both) / len(both)] if both else []
+        if len(gaps) == len(BEDS):
+            cells = " | ".join(f"{gap:+.3f}" for gap in gaps)
+            print(f"| {r}, 1/{round(1 / part)} | {cells} | {sum(gap < 0 for gap in gaps)} |")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,29 +111,27 @@ def scratch_folder(parent: Path) -> Generator[Path]:
     Raises:
         OutputError: ``parent`` cannot be written.
     """
-    try:
-        _remove_scratch_of_the_dead(parent)
-        scratch = tempfile.TemporaryDirectory(dir=parent, prefix=DRAFT, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise cannot_write(parent, error) from error
-    with scratch as name, _held(Path(name)):
-        files = Path(name, "files")
-        files.mkdir()
+    with ExitStack() as stack:
+        try:
+            _remove_scratch_of_the_dead(parent)
+            scratch = tempfile.TemporaryDirectory(dir=parent, prefix=DRAFT, ignore_cleanup_errors=True)
+            stack.enter_context(scratch)
+            stack.callback(os.close, _held(Path(scratch.name)))
+            files = Path(scratch.name, "files")
+            files.mkdir()
+        except OSError as error:
+            raise cannot_write(parent, error) from error
         yield files
 
 
-@contextmanager
-def _held(scratch: Path) -> Generator[None]:
-    """Keep a lock in ``scratch`` for the block; it has its name from when it is locked."""
+def _held(scratch: Path) -> int:
+    """Return an open file in ``scratch`` that is locked until it is closed; it has its name from when it is locked."""
     file = scratch / "new"
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        with suppress(OSError):  # a file system without locks, or Windows, which renames no open file
-            _lock(descriptor)
-            file.rename(scratch / _HELD)
-        yield
-    finally:
-        os.close(descriptor)
+    with suppress(OSError):  # a file system without locks, or Windows, which renames no open file
+        _lock(descriptor)
+        file.rename(scratch / _HELD)
+    return descriptor
 
 
 def _remove_scratch_of_the_dead(parent: Path) -> None:
