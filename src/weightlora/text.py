@@ -1,4 +1,4 @@
-"""Hints for error messages, texts of users made safe to show, names in the order of their numbers, and times."""
+"""Hints for error messages, texts of users made safe to show, names in the order of their numbers, sizes and times."""
 
 from __future__ import annotations
 
@@ -58,6 +58,17 @@ def rounded(value: float) -> str:
     """
     short = value if value in range(-_MANY, _MANY) else float(f"{value:.4g}")
     return f"{short:,.0f}" if 1000 <= abs(short) < _MANY else f"{short:.4g}"
+
+
+def gigabytes(count: int) -> str:
+    """Return a number of bytes in GB, in at most five characters below 10,000.
+
+    Example:
+        >>> gigabytes(1_500_000_000), gigabytes(140_000_000_000), gigabytes(1_400_000_000_000)
+        ('1.50', '140.0', '1,400')
+    """
+    gb = count / 1e9
+    return f"{gb:,.2f}" if gb < 99.995 else f"{gb:,.1f}" if gb < 999.95 else f"{gb:,.0f}"
 
 
 def one_line(text: str) -> str:

@@ -26,7 +26,7 @@ from weightlora.plan.limits import Limits
 from weightlora.runs.recipe import MethodOptions, ModelOptions, TaskOptions, read_recipe
 from weightlora.selection.rules import RULES, rule_of, settings_of
 from weightlora.tasks.embedded import minilm as minilm_folder
-from weightlora.text import natural
+from weightlora.text import gigabytes, natural, rounded
 
 CASES = cases(80, 1_000)
 WORDS = ["0", "-1", "1", "2", "1.5", "nan", "inf", "1e400", "x", "", "true", "[1", "[]", "{a: 1}", "null", "2020-01-01"]
@@ -266,3 +266,19 @@ def test_numbers_of_any_length_sort_as_numbers():
     names = ["a.2", "a.10", "a.010x", "a.²", "a." + "9" * 5000, "a." + "1" + "0" * 5000]
     expected = ["a.2", "a.10", "a.010x", "a." + "9" * 5000, "a.1" + "0" * 5000, "a.²"]
     assert sorted(names, key=natural) == expected
+
+
+@pytest.mark.parametrize(("edge", "digits"), [(100, 1), (1_000, 0)])
+def test_gigabytes_lose_a_digit_where_the_number_gains_one(edge, digits):
+    for step in range(-1_000, 1_001):
+        count = edge * 10**9 + step * 10**6
+        text = gigabytes(count)
+        lost = digits if step >= -500 * 10.0 ** -(digits + 1) else digits + 1  # from there on it rounds to the edge
+        assert len(text) == 5
+        assert abs(float(text.replace(",", "")) - count / 1e9) <= 0.5001 * 10.0**-lost
+
+
+@pytest.mark.parametrize("whole", [0, 7, 999, 1_000, 1_001, 9_999, 10_000, 999_999])
+def test_whole_numbers_are_shown_with_all_digits(whole):
+    assert rounded(whole) == f"{whole:,}"
+    assert rounded(-whole) == f"{-whole:,}"

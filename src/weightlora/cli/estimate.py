@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weightlora.cli._help import add_command
 from weightlora.errors import DataError, OptionError
 from weightlora.model.sites import LOADERS
+from weightlora.text import gigabytes
 from weightlora.validation import Count, Share, checked
 
 if TYPE_CHECKING:
@@ -317,7 +318,7 @@ def _memory_table(lines: Sequence[MemoryLine], title: str, memory: str | None) -
     table = _empty_table(title, "", *headers)
     for line in lines:
         m = line.memory
-        in_gb = [_gb(n) for n in (m.weights, m.gradients, m.optimizer, m.saved, m.logits, m.peak)]
+        in_gb = [gigabytes(n) for n in (m.weights, m.gradients, m.optimizer, m.saved, m.logits, m.peak)]
         rows = () if line.largest_batch is None else (f"{line.largest_batch:,}",)
         table.add_row(line.name, str(line.sites or ""), _millions(m.trained), *in_gb, *rows)
     return table
@@ -347,11 +348,6 @@ def _floor_table(lines: Sequence[FloorLine], title: str) -> Table:
     for line in lines:
         m = line.memory
         parts = (m.weights, m.gradients, m.optimizer, m.saved, m.logits, m.peak, line.store)
-        in_gb = map(_gb, (line.offloaded, *parts))
+        in_gb = map(gigabytes, (line.offloaded, *parts))
         table.add_row(line.name, str(line.sites), f"{line.time:.2f}", *in_gb)
     return table
-
-
-def _gb(count: int) -> str:
-    gb = count / 1e9
-    return f"{gb:,.2f}" if gb < 99.995 else f"{gb:,.1f}" if gb < 999.95 else f"{gb:,.0f}"
