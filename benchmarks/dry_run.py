@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from weightlora.bench.dry_run import dry_run
-from weightlora.bench.engine import Progress, Where, run_grid
+from weightlora.bench.engine import BenchProgress, Where, run_grid
 from weightlora.bench.grid import Grid, Point, read_grid
 
 STUDY = {
@@ -76,7 +76,7 @@ def tell_timed(point: Point, done: int, wanted: int) -> None:
     print(f"timed {done}/{wanted}: {point.row.label}", flush=True)
 
 
-def tell_done(progress: Progress) -> None:
+def tell_done(progress: BenchProgress) -> None:
     """Print what is left."""
     left = "?" if progress.seconds_left is None else f"{progress.seconds_left:.0f}"
     print(f"{progress.done}/{progress.wanted} done, {left} s left", flush=True)

@@ -23,7 +23,7 @@ from weightlora.files import (
     write_json,
     written,
 )
-from weightlora.folders import whole_folder
+from weightlora.folders import own_files, whole_folder
 
 
 def write(path, text, *, fail_with=None):
@@ -104,6 +104,14 @@ def test_a_link_stays_and_the_folder_that_it_points_to_is_replaced(tmp_path):
         assert (tmp_path / name).is_symlink()
     assert read(tmp_path / "elsewhere") == read(tmp_path / "nowhere") == "new"
     assert names(tmp_path) == ["dangling", "elsewhere", "link", "nowhere"]
+
+
+def test_a_link_of_the_user_that_points_nowhere_is_not_replaced(tmp_path):
+    (tmp_path / "plan.json").symlink_to(tmp_path / "unplugged" / "plan.json")
+    with pytest.raises(OutputError, match="plan.json was not written by a test"), own_files(tmp_path, "a test") as own:
+        (own / "plan.json").write_text("new")
+    assert (tmp_path / "plan.json").is_symlink()
+    assert names(tmp_path) == ["plan.json"]
 
 
 def test_a_folder_does_not_replace_a_file(tmp_path):

@@ -15,7 +15,7 @@ from small_run import words, write_base
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerState, TrainingArguments
 
 from weightlora.bench.dry_run import DryRun, Kind
-from weightlora.bench.engine import Progress
+from weightlora.bench.engine import BenchProgress
 from weightlora.cli import main
 from weightlora.cli.bench import cost_table, cost_text, progress_table, shown_progress
 
@@ -160,13 +160,13 @@ def test_a_training_without_a_terminal_says_a_line_every_half_minute():
 def test_the_live_table_counts_and_names_what_is_running():
     running = tuple({"task": "rte", "method": "lora", "learning_rate": 1e-3, "seed": seed} for seed in range(10))
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(progress_table(Progress(None, 12, 40, 1, running, 1000.0), passed=100.0))
+    console.print(progress_table(BenchProgress(None, 12, 40, 1, running, 1000.0), passed=100.0))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
     assert ["12", "10", "1", "18", "15", "min"] in [line.split() for line in lines]
     assert sum("rte, lora" in line for line in lines) == 8
     assert "  and 2 more" in lines
-    console.print(progress_table(Progress(None, 0, 40, 0, running[:1], None), passed=100.0))
+    console.print(progress_table(BenchProgress(None, 0, 40, 0, running[:1], None), passed=100.0))
     assert ["0", "1", "0", "39", "–"] in [line.split() for line in console.export_text().splitlines()]
 
 
@@ -176,9 +176,9 @@ def test_a_terminal_shows_the_live_table_and_a_file_lines_alone(terminal):
     done = {"options": options, "status": "ok", "metrics": {"loss": 1.0}, "selection_seconds": 1, "training_seconds": 2}
     console = Console(width=80, force_terminal=terminal, file=io.StringIO())
     with shown_progress(console, lambda _: Path("log.txt")) as report:
-        report(Progress(None, 0, 2, 0, (options,), None))
-        report(Progress(done, 1, 2, 0, (options,), 60.0))
-        report(Progress({**done, "status": "failed", "error": "E"}, 2, 2, 1, (), 0.0))
+        report(BenchProgress(None, 0, 2, 0, (options,), None))
+        report(BenchProgress(done, 1, 2, 0, (options,), 60.0))
+        report(BenchProgress({**done, "status": "failed", "error": "E"}, 2, 2, 1, (), 0.0))
     said = console.file.getvalue()
     assert "1/2 rte, lora, rate 0.001, seed 0: loss 1.0000, 3 s\n" in said
     assert "2/2 rte, lora, rate 0.001, seed 0: failed: E; log: log.txt\n" in said

@@ -17,7 +17,7 @@ from weightlora.cli import main
 from weightlora.errors import DataError, PlanError
 from weightlora.model.sites import Site
 from weightlora.plan.plan import AdapterPlan, PlannedSite
-from weightlora.report.page import StoredRun, make_page, read_run, write_page
+from weightlora.report.page import SavedRun, make_page, read_run, write_page
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on the PATH")
@@ -163,7 +163,7 @@ def test_the_map_has_a_scale_of_its_colours(runs):
 
 def run_of(plan, score):
     entries = tuple(replace(entry, score=score) for entry in plan.entries)
-    return StoredRun("flat", replace(plan, entries=entries), {}, (), {})
+    return SavedRun("flat", replace(plan, entries=entries), {}, (), {})
 
 
 def figures(page):
@@ -173,14 +173,14 @@ def figures(page):
 @pytest.mark.parametrize(("count", "mode"), [(1, "markers"), (2, "markers"), (3, "lines+markers"), (200, "lines")])
 def test_no_line_is_drawn_through_two_points(count, mode):
     losses = tuple((float(step), 1.23456789 / (step + 1)) for step in range(count))
-    [curve] = figures(make_page([StoredRun("a", plan_of(), {}, losses, {})]))["curves"]["data"]
+    [curve] = figures(make_page([SavedRun("a", plan_of(), {}, losses, {})]))["curves"]["data"]
     assert curve["mode"] == mode
     assert curve["y"][:2] == [1.235, 0.6173][:count]  # four digits
 
 
 def test_rows_of_the_history_have_short_names():
     plan = plan_of()
-    history = figures(make_page([StoredRun("a", plan, {}, (), {})]))["history-0"]
+    history = figures(make_page([SavedRun("a", plan, {}, (), {})]))["history-0"]
     axis = history["layout"]["yaxis"]
     best = max(plan.entries, key=lambda entry: entry.score)
     assert axis["tickvals"] == history["data"][0]["y"]
@@ -188,7 +188,7 @@ def test_rows_of_the_history_have_short_names():
     layer, projection = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", best.site.name).groups()
     assert axis["ticktext"][-1] == f"{layer} {projection}"
     many = plan_of(layers=30)  # 150 sites, of which every fourth is named, the best too
-    axis = figures(make_page([StoredRun("a", many, {}, (), {})]))["history-0"]["layout"]["yaxis"]
+    axis = figures(make_page([SavedRun("a", many, {}, (), {})]))["history-0"]["layout"]["yaxis"]
     assert len(axis["ticktext"]) == len(axis["tickvals"]) == 38
     assert axis["tickvals"][-1] == max(many.entries, key=lambda entry: entry.score).site.name
 
@@ -231,7 +231,7 @@ def test_no_name_of_a_user_becomes_markup(text):
 
 
 def read_run_of(plan, name):
-    return StoredRun(name, plan, {"model": name}, ((1.0, 2.0),), {})
+    return SavedRun(name, plan, {"model": name}, ((1.0, 2.0),), {})
 
 
 @pytest.mark.sampled(5)

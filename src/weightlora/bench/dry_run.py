@@ -25,7 +25,7 @@ from weightlora.cost.step_time import Peak, StepCost
 from weightlora.methods import entry_of
 from weightlora.runs.recipe import option_words, read_recipe
 from weightlora.runs.train import Run, export, fit, plan, prepare
-from weightlora.tasks.base import Prepared
+from weightlora.tasks.base import PreparedTask
 
 #: Batches of each split that are measured.
 _BATCHES = 4
@@ -221,7 +221,7 @@ def _times_more(run: Run) -> float:
 class _Measure:
     """A task's measure that is timed."""
 
-    def __init__(self, task: Prepared) -> None:
+    def __init__(self, task: PreparedTask) -> None:
         self._task = task
         self.spent = 0.0
         """Seconds of all calls of the task's measure."""

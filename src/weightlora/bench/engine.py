@@ -88,7 +88,7 @@ HERE = Where()
 
 
 @dataclass(frozen=True)
-class Progress:
+class BenchProgress:
     """How far a benchmark is: before the first run, and after each."""
 
     record: Record | None
@@ -104,7 +104,7 @@ class Progress:
     """Of all runs without a record; None before any run has finished."""
 
 
-Report = Callable[[Progress], None]
+Report = Callable[[BenchProgress], None]
 
 
 def run_grid(
@@ -185,7 +185,7 @@ def _run_missing(grid: Grid, wanted: Sequence[Point], where: Where, retry: bool,
         running = tuple(point.options for point in list(left.values())[:slots])  # they are begun in this order
         others = [known for known in recorded(grid) if key_of(known["options"]) not in left]  # those may be repeated
         seconds = seconds_left(grid, others, slots)
-        report(Progress(record, len(points) - len(left), len(points), failed, running, seconds))
+        report(BenchProgress(record, len(points) - len(left), len(points), failed, running, seconds))
 
     with own_files(grid.output_dir, writer):
         pass  # the folder is the writer's from now on

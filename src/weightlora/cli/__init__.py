@@ -51,7 +51,7 @@ _COMMANDS = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
+class _CommandParser(argparse.ArgumentParser):
     """Says what is wrong in one line, and leaves the exit to :func:`main`."""
 
     def error(self, message: str) -> NoReturn:
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: After ``--help``, or where the reader of the output has closed the pipe.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    parser = _Parser(
+    parser = _CommandParser(
         prog="weightlora", description="LoRA that spends its budget where it counts.", epilog="example: weightlora demo"
     )
     parser.set_defaults(takes_recipe=False)

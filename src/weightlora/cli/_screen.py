@@ -36,7 +36,7 @@ def draws_pictures(console: Console) -> bool:
 @contextmanager
 def shown_log(console: Console) -> Generator[None]:
     """Print what the package logs, for the block: the learning rate, and what scoring costs."""
-    log, handler = logging.getLogger("weightlora"), _Lines(console)
+    log, handler = logging.getLogger("weightlora"), _LogLines(console)
     level, propagate = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -49,7 +49,7 @@ def shown_log(console: Console) -> Generator[None]:
         log.propagate = propagate
 
 
-class _Lines(logging.Handler):
+class _LogLines(logging.Handler):
     """Prints each record as a line."""
 
     def __init__(self, console: Console) -> None:

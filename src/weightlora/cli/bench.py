@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from weightlora.bench.dry_run import DryRun
-    from weightlora.bench.engine import Progress
+    from weightlora.bench.engine import BenchProgress
     from weightlora.bench.grid import Grid, Point
     from weightlora.bench.records import Record
 
@@ -153,7 +153,7 @@ def print_table(grid: Grid, records: list[Record], console: Console, writer: str
 
 
 @contextmanager
-def shown_progress(console: Console, log_of: Callable[[Record], Path]) -> Generator[Callable[[Progress], None]]:
+def shown_progress(console: Console, log_of: Callable[[Record], Path]) -> Generator[Callable[[BenchProgress], None]]:
     """Yield a report for :func:`weightlora.bench.engine.run_grid`.
 
     Args:
@@ -162,12 +162,12 @@ def shown_progress(console: Console, log_of: Callable[[Record], Path]) -> Genera
     """
     from rich.live import Live
 
-    last: list[tuple[Progress, float]] = []
+    last: list[tuple[BenchProgress, float]] = []
 
     def shown() -> Group | str:
         return progress_table(last[-1][0], time.monotonic() - last[-1][1]) if last else ""
 
-    def report(progress: Progress) -> None:
+    def report(progress: BenchProgress) -> None:
         last[:] = [(progress, time.monotonic())]
         if progress.record is not None:
             line = f"{progress.done}/{progress.wanted} {_line(progress.record, log_of)}"
@@ -189,7 +189,7 @@ def describe(options: Mapping[str, Any]) -> str:
     return f"{options['task']}, {options['method']}{limits}, {rate}, seed {options['seed']}"
 
 
-def progress_table(progress: Progress, passed: float) -> Group:
+def progress_table(progress: BenchProgress, passed: float) -> Group:
     """Return the table: done, running, failed, left, time left, and what is running.
 
     Args:

@@ -165,7 +165,7 @@ class Peaks:
 
 
 @dataclass(frozen=True)
-class _Floor:
+class _SitesFrom:
     """All sites from a block on."""
 
     kind: str
@@ -173,14 +173,14 @@ class _Floor:
     sites: tuple[int, ...]
 
 
-def _floors(order: Sequence[int], names: Sequence[str]) -> list[_Floor]:
+def _floors(order: Sequence[int], names: Sequence[str]) -> list[_SitesFrom]:
     """The last site alone, then all sites from each block on, the last block first."""
-    floors = [_Floor("", (order[-1],))]
+    floors = [_SitesFrom("", (order[-1],))]
     blocks = [(block, tuple(sites)) for block, sites in groupby(order, key=lambda i: block_of(names[i]))]
     kept: tuple[int, ...] = ()
     for block, sites in reversed(blocks):
         kept = (*sites, *kept)
-        floors.append(_Floor(block.rpartition(".")[0] or "no number", kept))
+        floors.append(_SitesFrom(block.rpartition(".")[0] or "no number", kept))
     return floors
 
 

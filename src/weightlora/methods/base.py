@@ -71,7 +71,7 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedPlan:
     """A plan whose adapters do not start as plain LoRA's do."""
 
     plan: AdapterPlan
@@ -81,7 +81,7 @@ class Prepared:
     """The steps of the training that were taken already."""
 
 
-Choose = Callable[["nn.Module", "LoraConfig", Iterable[Any], int], AdapterPlan | Prepared]
+Choose = Callable[["nn.Module", "LoraConfig", Iterable[Any], int], AdapterPlan | PreparedPlan]
 """``choose(model, lora, batches, total_steps)``: makes the plan of a choosing method."""
 
 
@@ -134,18 +134,18 @@ class PlanningMethod(MethodBase):
 
     def choose(
         self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int, /
-    ) -> AdapterPlan | Prepared:
+    ) -> AdapterPlan | PreparedPlan:
         """Make the plan; the model is left as it was."""
         raise NotImplementedError
 
     def attach(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> PeftModel:
         """Choose, then put stock adapters on the planned sites."""
         made = self.choose(model, lora, batches, total_steps)
-        self._plan = made.plan if isinstance(made, Prepared) else made
-        self.begun = made.begun if isinstance(made, Prepared) else None
+        self._plan = made.plan if isinstance(made, PreparedPlan) else made
+        self.begun = made.begun if isinstance(made, PreparedPlan) else None
         self._plan.check_sites(model)  # before its adapters are taken off
         attached = self._plan.attach(without_adapters(model))
-        if isinstance(made, Prepared):
+        if isinstance(made, PreparedPlan):
             made.prepare(attached)
         return attached
 
@@ -167,7 +167,7 @@ class ChoosingMethod(PlanningMethod):
 
     def choose(
         self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int, /
-    ) -> AdapterPlan | Prepared:
+    ) -> AdapterPlan | PreparedPlan:
         """Call the function."""
         return self._choose(model, lora, batches, total_steps)
 
@@ -265,9 +265,11 @@ def uniform_plan(start: Start, *, r: int, alpha: float, **record: Any) -> Adapte
 def with_question(method: PlanningMethod, question: Mapping[str, Any]) -> Method:
     """Return the method whose plan records what was asked; see :attr:`AdapterPlan.question`."""
 
-    def choose(model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int) -> AdapterPlan | Prepared:
+    def choose(
+        model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int
+    ) -> AdapterPlan | PreparedPlan:
         made = method.choose(model, lora, batches, total_steps)
-        if isinstance(made, Prepared):
+        if isinstance(made, PreparedPlan):
             return replace(made, plan=replace(made.plan, question=question))
         return replace(made, question=question)
 
@@ -279,11 +281,11 @@ def planned_method(plan: AdapterPlan, prepare: Callable[[PeftModel], None] | Non
 
     Args:
         plan: Where adapters go.
-        prepare: As in :class:`Prepared`; None leaves the adapters as they are initialised.
+        prepare: As in :class:`PreparedPlan`; None leaves the adapters as they are initialised.
     """
-    made = plan if prepare is None else Prepared(plan, prepare)
+    made = plan if prepare is None else PreparedPlan(plan, prepare)
 
-    def choose(*_: object) -> AdapterPlan | Prepared:
+    def choose(*_: object) -> AdapterPlan | PreparedPlan:
         return made
 
     return ChoosingMethod(choose)

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from weightlora.errors import OptionError, SelectionError
-from weightlora.methods.base import PlanningMethod, Prepared, plan_of
+from weightlora.methods.base import PlanningMethod, PreparedPlan, plan_of
 from weightlora.model.gathering import device_of, gathered
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import untouched
@@ -71,7 +71,7 @@ class Eva(PlanningMethod):
         if self.most <= self.steps:
             raise OptionError(f"most={self.most} is not allowed: give more than steps={self.steps}")
 
-    def choose(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], _total_steps: int, /) -> Prepared:
+    def choose(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], _total_steps: int, /) -> PreparedPlan:
         """Give each site the rank that its directions explain, and start A with them."""
         lora = replace(lora, init_lora_weights=True, eva_config=None)
         found = find_sites(model, lora)
@@ -86,7 +86,7 @@ class Eva(PlanningMethod):
             replace(e, r=r, alpha=e.lora_alpha * r / e.lora_r if grows and r else e.lora_alpha)
             for e, r in zip(plan.entries, ranks, strict=True)
         )
-        return Prepared(replace(plan, entries=entries), partial(_start_from, directions))
+        return PreparedPlan(replace(plan, entries=entries), partial(_start_from, directions))
 
     def _directions(
         self, model: nn.Module, lora: LoraConfig, sites: Sequence[Site], batches: Iterable[Any]

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from weightlora.errors import SelectionError
-from weightlora.methods.base import PlanningMethod, Prepared, plan_of, recorded
+from weightlora.methods.base import PlanningMethod, PreparedPlan, plan_of, recorded
 from weightlora.model.distributed import add_up
 from weightlora.model.layers import lora_layers
 from weightlora.model.restore import evaluated
@@ -61,7 +61,7 @@ class LoraDrop(PlanningMethod):
     seed: int = 0
     loss_fn: Loss | None = None
 
-    def choose(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int, /) -> Prepared:
+    def choose(self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int, /) -> PreparedPlan:
         """Keep the sites with the strongest outputs; with ``share`` the others share their adapters."""
         found = find_sites(model, lora)
         sites, names = found.sites, [site.name for site in found.sites]
@@ -84,7 +84,7 @@ class LoraDrop(PlanningMethod):
         record = {"rule": "lora_drop", "options": recorded(self, steps=steps), "seed": self.seed}
         plan = plan_of(model, lora, found, names if self.share else kept, shares, **record)
         shared = [name for name in names if name not in kept] if self.share else []
-        return Prepared(plan, partial(tie_by_shape, names=shared))
+        return PreparedPlan(plan, partial(tie_by_shape, names=shared))
 
 
 build = LoraDrop

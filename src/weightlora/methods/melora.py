@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from weightlora.errors import OptionError
-from weightlora.methods.base import ChoosingMethod, Method, Prepared, plan_of
+from weightlora.methods.base import ChoosingMethod, Method, PreparedPlan, plan_of
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import Site, find_sites, rank_and_alpha
 from weightlora.validation import Count
@@ -31,12 +31,12 @@ def build(*, n_mini: Count = 4) -> Method:
         n_mini: N, mini adapters of a site, each of rank r/N. 4 of rank 2 are Table 1's 110K; 1 is plain LoRA.
     """
 
-    def choose(model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int) -> Prepared:
+    def choose(model: nn.Module, lora: LoraConfig, _batches: Iterable[Any], _total_steps: int) -> PreparedPlan:
         found = find_sites(model, lora)
         _require_blocks(found.sites, lora, n_mini)
         options = {"n_mini": n_mini}
         plan = plan_of(model, lora, found, rule="melora", options=options, target_parameters=None)
-        return Prepared(plan, partial(_split, n_mini))
+        return PreparedPlan(plan, partial(_split, n_mini))
 
     return ChoosingMethod(choose)
 

@@ -168,7 +168,7 @@ def gathered(model: nn.Module) -> Generator[None]:
     def end() -> None:
         running.pop()[1].close()
 
-    def pack(tensor: Tensor) -> Tensor | _Place:
+    def pack(tensor: Tensor) -> Tensor | _View:
         return next(_places(running[-1][0], tensor), tensor) if running else tensor
 
     with ExitStack() as hooks:
@@ -241,7 +241,7 @@ def _is_packed(weight: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _View:
     """Where a weight is that autograd asked to keep: a view of a parameter."""
 
     module: nn.Module
@@ -257,16 +257,16 @@ class _Place:
             return weight.as_strided(self.size, self.stride, weight.storage_offset() + self.offset)
 
 
-def _places(module: nn.Module, tensor: Tensor) -> Iterator[_Place]:
+def _places(module: nn.Module, tensor: Tensor) -> Iterator[_View]:
     """The place of ``tensor`` where it is a view of a parameter of ``module`` itself."""
     for name, p in module.named_parameters(recurse=False):
         offset = tensor.data_ptr() - p.data_ptr()
         if tensor.device == p.device and tensor.dtype == p.dtype and 0 <= offset < p.nbytes:
-            yield _Place(module, name, tensor.size(), tensor.stride(), offset // p.element_size())
+            yield _View(module, name, tensor.size(), tensor.stride(), offset // p.element_size())
 
 
-def _unpack(kept: Tensor | _Place) -> Tensor:
-    return kept.load() if isinstance(kept, _Place) else kept
+def _unpack(kept: Tensor | _View) -> Tensor:
+    return kept.load() if isinstance(kept, _View) else kept
 
 
 @contextmanager

@@ -82,7 +82,7 @@ class HiddenStore:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Stored:
     offset: int
     shape: tuple[int, ...]
     checksum: int
@@ -160,7 +160,7 @@ class HiddenFile(HiddenStore):
 
     def get(self, key: bytes) -> Tensor | None:
         """Return the tensor of a key; None where there is none, or a damaged one."""
-        place: _Place | None = self._kept.get(key)
+        place: _Stored | None = self._kept.get(key)
         if place is None:
             return None
         content = os.pread(self._states.fileno(), self._size(place.shape), place.offset)
@@ -180,7 +180,7 @@ class HiddenFile(HiddenStore):
         try:
             offset = self._states.seek(0, os.SEEK_END)
             _write(self._states, content)
-            place = _Place(offset, tuple(value.shape), zlib.crc32(content))
+            place = _Stored(offset, tuple(value.shape), zlib.crc32(content))
             line = {"key": key.hex(), "offset": offset, "shape": place.shape, "crc32": place.checksum}
             _write(self._index, (json.dumps(line) + "\n").encode())
         except OSError as error:  # a full disk: what is there stays of use
@@ -207,11 +207,11 @@ def _write(file: FileIO, content: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _place(line: bytes) -> tuple[bytes, _Place] | None:
+def _place(line: bytes) -> tuple[bytes, _Stored] | None:
     try:
         found: Any = json.loads(line)
         shape = tuple(int(size) for size in found["shape"])
-        place = _Place(int(found["offset"]), shape, int(found["crc32"]))
+        place = _Stored(int(found["offset"]), shape, int(found["crc32"]))
         return (bytes.fromhex(found["key"]), place) if place.offset >= 0 and min(shape, default=1) >= 0 else None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -221,7 +221,7 @@ def _place(line: bytes) -> tuple[bytes, _Place] | None:
 
 
 @dataclass(frozen=True)
-class Row:
+class BatchRow:
     """A row of a batch without its padding, or one of several that are packed into a row."""
 
     key: bytes
@@ -240,7 +240,7 @@ def _is_read(name: str) -> bool:
     return name not in NOT_READ and not name.startswith("decoder_") and not name.endswith("_labels")
 
 
-def rows_of(inputs: Mapping[str, Tensor], *, split: bool = False) -> list[Row]:
+def rows_of(inputs: Mapping[str, Tensor], *, split: bool = False) -> list[BatchRow]:
     """Return the rows of a batch: a key of what a row is without its padding, and where it is.
 
     Args:
@@ -265,7 +265,7 @@ def rows_of(inputs: Mapping[str, Tensor], *, split: bool = False) -> list[Row]:
         raise OptionError(f"attention_mask has {mask.dim()} dimensions; a store needs the one of tokens, with two")
     real = None if mask is None else mask.cpu() != 0
     columns = {name: value.detach().cpu() for name, value in inputs.items() if value.dim() and len(value) == count}
-    rows: list[Row] = []
+    rows: list[BatchRow] = []
     for i in range(count):
         for place in _places(None if real is None else real[i], columns.get("position_ids"), i, split=split):
             digest = hashlib.blake2b(str(0 if real is None else place.start or 0).encode(), digest_size=16)
@@ -276,7 +276,7 @@ def rows_of(inputs: Mapping[str, Tensor], *, split: bool = False) -> list[Row]:
                 value = value.bool() if name == "attention_mask" else value
                 digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
                 digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-            rows.append(Row(digest.digest(), i, place))
+            rows.append(BatchRow(digest.digest(), i, place))
     return rows
 
 
@@ -297,7 +297,7 @@ def tokens_of(inputs: Mapping[str, Tensor]) -> int | None:
     return next((int(value.shape[1]) for value in known if value is not None), None)
 
 
-def assembled(values: Sequence[Tensor], rows: Sequence[Row], inputs: Mapping[str, Tensor]) -> Tensor:
+def assembled(values: Sequence[Tensor], rows: Sequence[BatchRow], inputs: Mapping[str, Tensor]) -> Tensor:
     """The rows as one batch; where there is padding it is 0."""
     if all(row.place == slice(None) for row in rows):
         return torch.stack([*values])

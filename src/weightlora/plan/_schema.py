@@ -66,7 +66,7 @@ _Positive = Annotated[float, Field(gt=0, le=_MOST), _say("a positive number")]
 _Name = Annotated[str, AfterValidator(_check_name)]
 
 
-class _Site(TypedDict):
+class _StoredSite(TypedDict):
     name: _Name
     in_features: _Size
     out_features: _Size
@@ -110,7 +110,7 @@ class _Plan(TypedDict):
     versions: Annotated[dict[str, str], _say("a text for each library")]
     lora: dict[str, Any]
     fingerprint: str
-    sites: list[_Site]
+    sites: list[_StoredSite]
     history: list[list[_Finite]]
     target_parameters: NotRequired[list[_Parameter]]
     question: NotRequired[dict[str, Any]]

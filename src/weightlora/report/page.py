@@ -33,7 +33,7 @@ _NUMBER, _MOMENTS = 4, 8
 
 
 @dataclass(frozen=True)
-class StoredRun:
+class SavedRun:
     """What a run left on disk."""
 
     name: str
@@ -49,7 +49,7 @@ class StoredRun:
     """When its results were written, in UTC."""
 
 
-def read_run(path: str | Path) -> StoredRun:
+def read_run(path: str | Path) -> SavedRun:
     """Return what is stored of a run: a folder of ``weightlora train`` or ``select``, an adapter, or a plan's file.
 
     Raises:
@@ -58,7 +58,7 @@ def read_run(path: str | Path) -> StoredRun:
     """
     path = Path(path)
     if path.is_file():
-        return StoredRun(path.stem, AdapterPlan.load(path), {}, (), {})
+        return SavedRun(path.stem, AdapterPlan.load(path), {}, (), {})
     if not path.is_dir():
         raise PlanError(f"{path} does not exist; give a run's folder, an adapter or a plan.json")
     config = read_mapping(path / CONFIG_FILE) if (path / CONFIG_FILE).is_file() else {}
@@ -70,7 +70,7 @@ def read_run(path: str | Path) -> StoredRun:
         losses = _points(results.get("losses") or [])
         metrics = {str(name): float(value) for name, value in dict(results.get("metrics") or {}).items()}
         numbers = {name: float(results[name]) for name in _NUMBERS if results.get(name) is not None}
-    return StoredRun(
+    return SavedRun(
         name=path.resolve().name,
         plan=read_adapter(path),
         config=config,
@@ -81,7 +81,7 @@ def read_run(path: str | Path) -> StoredRun:
     )
 
 
-def make_page(runs: Sequence[StoredRun]) -> str:
+def make_page(runs: Sequence[SavedRun]) -> str:
     """Return the page as text: heat maps, curves, costs, what differs, and how to repeat each run.
 
     Args:
@@ -160,13 +160,13 @@ def _named(file: Path) -> Generator[None]:
         raise DataError(f"{file} is damaged: {one_line(str(error))}; {_REPAIR}") from error
 
 
-def _numbered(runs: Sequence[StoredRun]) -> Iterator[tuple[str, StoredRun]]:
+def _numbered(runs: Sequence[SavedRun]) -> Iterator[tuple[str, SavedRun]]:
     names = [printable(run.name) for run in runs]
     for i, (name, run) in enumerate(zip(names, runs, strict=True)):
         yield (name if names.count(name) == 1 else f"{name} ({i + 1})"), run
 
 
-def _section(i: int, name: str, run: StoredRun, plots: dict[str, Figure]) -> dict[str, Any]:
+def _section(i: int, name: str, run: SavedRun, plots: dict[str, Figure]) -> dict[str, Any]:
     """What the page says of one run; its plots are added to ``plots``."""
     import yaml
 
@@ -194,7 +194,7 @@ def _section(i: int, name: str, run: StoredRun, plots: dict[str, Figure]) -> dic
     }
 
 
-def _lines(named: Mapping[str, StoredRun]) -> Iterator[tuple[str, list[str]]]:
+def _lines(named: Mapping[str, SavedRun]) -> Iterator[tuple[str, list[str]]]:
     """What the runs are compared by: its name, and the text of each run."""
     runs = list(named.values())
     yield "method", [printable(f"{run.config.get('method') or run.plan.rule!s:.40}") for run in runs]
@@ -249,7 +249,7 @@ def _costs(plan: AdapterPlan) -> Iterator[tuple[str, int, int, float, float]]:
         yield name, sites, parameters, parameters * _MOMENTS / 1e6, parameters * _NUMBER / 1e6
 
 
-def _differences(named: Mapping[str, StoredRun]) -> Iterator[dict[str, Any]]:
+def _differences(named: Mapping[str, SavedRun]) -> Iterator[dict[str, Any]]:
     """What each further plan does otherwise than the first; plans for other models cannot be compared."""
     (first_name, first), *others = named.items()
     for name, run in others:

@@ -22,7 +22,7 @@ from weightlora.runs.recipe import MethodOptions, Recipe, TaskOptions
 from weightlora.selection.rules import RULES, rule_of, settings_of
 from weightlora.selection.steps import check_steps
 from weightlora.tasks import find_task, kind_of, load_model
-from weightlora.tasks.base import Prepared, RowOptions, Task
+from weightlora.tasks.base import PreparedTask, RowOptions, Task
 from weightlora.tasks.embedded import embedded_model
 from weightlora.tasks.pretrained import load_tokenizer
 from weightlora.tasks.rows import Source, load_rows, with_columns
@@ -48,7 +48,7 @@ def make_trainer(
     measured: bool = True,
     few: int | None = None,
     adapter: Path | None = None,
-) -> tuple[Prepared, Trainer, Mapping[str, int]]:
+) -> tuple[PreparedTask, Trainer, Mapping[str, int]]:
     """Return what measures a recipe, its trainer on the base model with adapters, and its rows.
 
     Args:

@@ -65,7 +65,7 @@ from weightlora.runs.files import (
 )
 from weightlora.runs.recipe import ADAPTER_RATE, Recipe
 from weightlora.tasks import find_task
-from weightlora.tasks.base import Prepared
+from weightlora.tasks.base import PreparedTask
 from weightlora.trainer.attach import adopt, method_for
 from weightlora.trainer.batch_size import Batch, grown_batch, require_growable, use_batch
 from weightlora.trainer.guard import PLAN_FILE
@@ -83,7 +83,7 @@ class Run:
     """A recipe with its trainer, before the plan is made."""
 
     recipe: Recipe
-    task: Prepared
+    task: PreparedTask
     trainer: Trainer
     rows: Mapping[str, int]
     """How many each split has."""

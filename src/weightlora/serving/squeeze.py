@@ -106,7 +106,7 @@ def squeeze(
     limits, adapter = require_possible(folder, output_dir, **asked)
     _require_moments(adapter, moments)
     with safe_open(adapter.folder / ADAPTER_FILES[1], framework="pt") as tensors:
-        source = _Source(adapter, tensors, moments)
+        source = _OpenAdapter(adapter, tensors, moments)
         gains = [source.directions(own).gains for own in adapter.sites]
         ranks = _ranks(source, gains, limits)
         squeezed = Squeezed(Path(output_dir), _plan(adapter, gains, ranks, limits), _errors(adapter, gains, ranks))
@@ -197,7 +197,7 @@ def _require_moments(adapter: Adapter, moments: Mapping[str, Tensor] | None) -> 
 
 
 @dataclass(frozen=True)
-class _Source:
+class _OpenAdapter:
     """An adapter's open file; the matrices of a site are read when it is its turn."""
 
     adapter: Adapter
@@ -251,7 +251,7 @@ def _item(cut: Callable[..., tuple[Tensor, Tensor]], own: Adapted, k: int, alpha
     return cut(own, k, alpha)[i]
 
 
-def _ranks(source: _Source, gains: Sequence[Sequence[float]], limits: Mapping[str, Any]) -> list[int]:
+def _ranks(source: _OpenAdapter, gains: Sequence[Sequence[float]], limits: Mapping[str, Any]) -> list[int]:
     """The rank of each site within the limits.
 
     Raises:
@@ -279,7 +279,7 @@ def _ranks(source: _Source, gains: Sequence[Sequence[float]], limits: Mapping[st
     return ranks
 
 
-def _most(source: _Source, limits: Mapping[str, Any]) -> int | None:
+def _most(source: _OpenAdapter, limits: Mapping[str, Any]) -> int | None:
     """The most parameters in A and B; None where they are not limited."""
     whole = sum(own.site.parameters(own.r) for own in source.adapter.sites)
     most = Limits(parameters=limits.get("parameters")).parameters_of(whole)
@@ -319,7 +319,7 @@ def _errors(adapter: Adapter, gains: Sequence[Sequence[float]], ranks: Sequence[
     }
 
 
-def _write(draft: Path, source: _Source, plan: AdapterPlan) -> None:
+def _write(draft: Path, source: _OpenAdapter, plan: AdapterPlan) -> None:
     """Write configuration and weights."""
     kept = {entry.site.name: entry.r for entry in plan.entries if entry.r}
     alpha = plan.entries[0].alpha

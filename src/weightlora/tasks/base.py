@@ -74,7 +74,7 @@ class RowOptions:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedTask:
     """A task with its rows tokenised: what a run needs of it."""
 
     make_trainer: Callable[[Any, TrainingArguments, Sequence[TrainerCallback]], Trainer]
@@ -114,7 +114,7 @@ class TaskKind(Protocol):
 
     def prepare(
         self, task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions
-    ) -> Prepared:
+    ) -> PreparedTask:
         """Return the task with its rows tokenised, ready for a trainer.
 
         Args:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import require_extra
 from weightlora.tasks._values import check_texts, given_names, read_labels
-from weightlora.tasks.base import Place, Prepared, RowOptions, Task
+from weightlora.tasks.base import Place, PreparedTask, RowOptions, Task
 from weightlora.tasks.pretrained import load_pretrained
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def head(task: Task, rows: DatasetDict) -> dict[str, Any]:
     }
 
 
-def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> Prepared:
+def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> PreparedTask:
     """Return the task with its texts cut off at ``options.max_length`` tokens and its labels numbered.
 
     Raises:
@@ -84,7 +84,7 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
         )
         for split, part in rows.items()
     }
-    return Prepared(
+    return PreparedTask(
         make_trainer=partial(_make_trainer, task, tokenizer, encoded),
         measure=lambda trainer: _measure(task, trainer, encoded),
     )

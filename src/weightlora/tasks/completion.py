@@ -12,7 +12,7 @@ from weightlora.errors import DataError, OptionError, WeightLoraWarning, require
 from weightlora.tasks._answers import answered, end_tokens, generate, judge_model
 from weightlora.tasks._prompts import check_prompts, check_whole_texts, solves, to_prompts, to_texts
 from weightlora.tasks._values import check_texts
-from weightlora.tasks.base import HELD_OUT, Prepared, RowOptions, Task
+from weightlora.tasks.base import HELD_OUT, PreparedTask, RowOptions, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -83,7 +83,7 @@ def check_rows(task: Task, rows: Dataset, place: Place) -> None:
     check_texts(task, rows, place, [role for role in own if rows.features[task.columns[role]].dtype == "string"])
 
 
-def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> Prepared:
+def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> PreparedTask:
     """Return the task with its rows as TRL takes them: prompts with completions, conversations, or plain texts.
 
     Prompts and completions become conversations where the tokenizer has a chat template.
@@ -116,7 +116,7 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
         measure = partial(_measure_teacher_forced, tokenizer, list(measured))
     elif "harness" in task.options:
         measure = partial(_measure_by_harness, task, tokenizer, list(measured))
-    return Prepared(partial(_make_trainer, tokenizer, options, examples), measure)
+    return PreparedTask(partial(_make_trainer, tokenizer, options, examples), measure)
 
 
 def _make_trainer(

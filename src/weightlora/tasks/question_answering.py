@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weightlora.errors import DataError, OptionError
 from weightlora.tasks._squad_metric import Span, Window, best_span, null_score, squad_scores, squad_v2_scores
 from weightlora.tasks._values import check_texts
-from weightlora.tasks.base import Place, Prepared, RowOptions, Task
+from weightlora.tasks.base import Place, PreparedTask, RowOptions, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -67,7 +67,7 @@ def _check_answers(task: Task, rows: Dataset, place: Place) -> None:
         )
 
 
-def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> Prepared:
+def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> PreparedTask:
     """Return the task with every context cut into overlapping windows of ``options.max_length`` tokens.
 
     Args:
@@ -90,7 +90,7 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
     measured = {str(split): rows[split] for split in rows if split != "train"}
     windows = {split: _windows(task, some, tokenizer, options, extra=True) for split, some in measured.items()}
     seen = {split: some.remove_columns(list(_EXTRA_COLUMNS)) for split, some in windows.items()}
-    return Prepared(
+    return PreparedTask(
         make_trainer=partial(_make_trainer, tokenizer, train, seen),
         measure=partial(_measure, task, measured, windows, seen),
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import require_extra
 from weightlora.tasks._values import check_texts
-from weightlora.tasks.base import Prepared, RowOptions, Task
+from weightlora.tasks.base import PreparedTask, RowOptions, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -45,7 +45,7 @@ def check_rows(task: Task, rows: Dataset, place: Place) -> None:
     check_texts(task, rows, place, ("document", "summary"))
 
 
-def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> Prepared:
+def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, options: RowOptions) -> PreparedTask:
     """Return the task with its documents and summaries as tokens, each cut off at its own length.
 
     Args:
@@ -61,7 +61,7 @@ def prepare(task: Task, rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, o
     tokens = {str(split): _encode(task, rows[split], tokenizer, options) for split in rows}
     seen = {split: some for split, some in tokens.items() if split != "train"}
     references = {split: list(rows[split][task.columns["summary"]]) for split in seen}
-    return Prepared(
+    return PreparedTask(
         make_trainer=partial(_make_trainer, tokenizer, tokens["train"], seen),
         measure=partial(_measure, tokenizer, options, seen, references),
     )

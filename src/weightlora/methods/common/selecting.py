@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from weightlora.errors import OptionError
 from weightlora.fast.step import Dropout
-from weightlora.methods.base import PlanningMethod, Prepared
+from weightlora.methods.base import PlanningMethod, PreparedPlan
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import Loss
 from weightlora.selection.rules.paper import StoIHT
@@ -35,10 +35,10 @@ class SelectingMethod(PlanningMethod):
 
     def choose(
         self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int, /
-    ) -> AdapterPlan | Prepared:
+    ) -> AdapterPlan | PreparedPlan:
         """Select; with ``warm_start`` the adapters start from the scoring's weights."""
         trained = selected(model, batches, replace(self.scoring, lora=lora, total_steps=total_steps))
-        return Prepared(trained.plan, trained.copy_into) if self.scoring.warm_start else trained.plan
+        return PreparedPlan(trained.plan, trained.copy_into) if self.scoring.warm_start else trained.plan
 
 
 @dataclass(kw_only=True, eq=False)
@@ -85,7 +85,7 @@ class GatedMethod(SelectingMethod):
 
     def choose(
         self, model: nn.Module, lora: LoraConfig, batches: Iterable[Any], total_steps: int, /
-    ) -> AdapterPlan | Prepared:
+    ) -> AdapterPlan | PreparedPlan:
         """Take the first T steps with a gate on each adapter, and keep the K largest."""
         steps = scoring_steps(total_steps, StoIHT.least_steps) if self.steps is None else self.steps
         if self.run is not None and steps >= total_steps:
@@ -95,7 +95,7 @@ class GatedMethod(SelectingMethod):
             )
         trained = selected(model, batches, replace(self.scoring, lora=lora, total_steps=total_steps))
         trained = replace(trained, plan=self.grown(trained.plan))
-        return trained.plan if trained.begun is None else Prepared(trained.plan, trained.copy_into, trained.begun)
+        return trained.plan if trained.begun is None else PreparedPlan(trained.plan, trained.copy_into, trained.begun)
 
     def grown(self, plan: AdapterPlan) -> AdapterPlan:
         """Return the plan at the ranks that are trained."""
