@@ -82,7 +82,7 @@ class HiddenStore:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _Extent:
     offset: int
     shape: tuple[int, ...]
     checksum: int
@@ -160,7 +160,7 @@ class HiddenFile(HiddenStore):
 
     def get(self, key: bytes) -> Tensor | None:
         """Return the tensor of a key; None where there is none, or a damaged one."""
-        place: _Stored | None = self._kept.get(key)
+        place: _Extent | None = self._kept.get(key)
         if place is None:
             return None
         content = os.pread(self._states.fileno(), self._size(place.shape), place.offset)
@@ -180,7 +180,7 @@ class HiddenFile(HiddenStore):
         try:
             offset = self._states.seek(0, os.SEEK_END)
             _write(self._states, content)
-            place = _Stored(offset, tuple(value.shape), zlib.crc32(content))
+            place = _Extent(offset, tuple(value.shape), zlib.crc32(content))
             line = {"key": key.hex(), "offset": offset, "shape": place.shape, "crc32": place.checksum}
             _write(self._index, (json.dumps(line) + "\n").encode())
         except OSError as error:  # a full disk: what is there stays of use
@@ -207,11 +207,11 @@ def _write(file: FileIO, content: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _place(line: bytes) -> tuple[bytes, _Stored] | None:
+def _place(line: bytes) -> tuple[bytes, _Extent] | None:
     try:
         found: Any = json.loads(line)
         shape = tuple(int(size) for size in found["shape"])
-        place = _Stored(int(found["offset"]), shape, int(found["crc32"]))
+        place = _Extent(int(found["offset"]), shape, int(found["crc32"]))
         return (bytes.fromhex(found["key"]), place) if place.offset >= 0 and min(shape, default=1) >= 0 else None
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
