@@ -108,7 +108,10 @@ def test_a_link_stays_and_the_folder_that_it_points_to_is_replaced(tmp_path):
 
 def test_a_link_of_the_user_that_points_nowhere_is_not_replaced(tmp_path):
     (tmp_path / "plan.json").symlink_to(tmp_path / "unplugged" / "plan.json")
-    with pytest.raises(OutputError, match="plan.json was not written by a test"), own_files(tmp_path, "a test") as own:
+    with (
+        pytest.raises(OutputError, match=r"plan\.json was not written by a test"),
+        own_files(tmp_path, "a test") as own,
+    ):
         (own / "plan.json").write_text("new")
     assert (tmp_path / "plan.json").is_symlink()
     assert names(tmp_path) == ["plan.json"]
