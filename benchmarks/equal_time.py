@@ -2,7 +2,7 @@
 
     nice -n 10 python benchmarks/equal_time.py roget      # what is missing is trained, then the table is printed
     nice -n 10 python benchmarks/equal_time.py reviews --table
-    nice -n 10 python benchmarks/equal_time.py sums --seeds 2      # SmolLM2; both above are MiniLM
+    nice -n 10 python benchmarks/equal_time.py sums --seeds 1      # SmolLM2; both above are MiniLM
 
 One process and one thread, in which runs follow one another; a record is written after each, so that a killed study
 goes on. Time is the processor's, of plan, filling and training. The rate of each row is the one with the lowest loss on
@@ -46,7 +46,7 @@ MINILM = {
     "max_eval_samples": 500,
     "per_device_train_batch_size": 32,
 }
-#: The rows and the tokens of the study's bed of this name (benchmarks/choice/beds.yaml), without its weights in bf16.
+#: The task of the study's bed of this name (benchmarks/choice/beds.yaml): fewer rows, weights in float32.
 SUMS = {
     "model_name_or_path": "embedded/smollm2",
     "task": "reasoning",

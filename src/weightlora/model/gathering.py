@@ -169,7 +169,7 @@ def gathered(model: nn.Module) -> Generator[None]:
         running.pop()[1].close()
 
     def pack(tensor: Tensor) -> Tensor | _View:
-        return next(_places(running[-1][0], tensor), tensor) if running else tensor
+        return next(_views(running[-1][0], tensor), tensor) if running else tensor
 
     with ExitStack() as hooks:
         for module in parts:
@@ -257,7 +257,7 @@ class _View:
             return weight.as_strided(self.size, self.stride, weight.storage_offset() + self.offset)
 
 
-def _places(module: nn.Module, tensor: Tensor) -> Iterator[_View]:
+def _views(module: nn.Module, tensor: Tensor) -> Iterator[_View]:
     """The place of ``tensor`` where it is a view of a parameter of ``module`` itself."""
     for name, p in module.named_parameters(recurse=False):
         offset = tensor.data_ptr() - p.data_ptr()

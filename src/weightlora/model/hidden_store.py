@@ -136,7 +136,7 @@ class HiddenFile(HiddenStore):
         whole, faults = 0, 0
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         for line in lines:
-            place = _place(line)
+            place = _extent(line)
             if place is None or place[1].offset + self._size(place[1].shape) > end:
                 faults += 1
                 continue
@@ -207,7 +207,7 @@ def _write(file: FileIO, content: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _place(line: bytes) -> tuple[bytes, _Extent] | None:
+def _extent(line: bytes) -> tuple[bytes, _Extent] | None:
     try:
         found: Any = json.loads(line)
         shape = tuple(int(size) for size in found["shape"])
