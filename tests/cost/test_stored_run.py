@@ -10,7 +10,7 @@ from transformers import ElectraConfig, ElectraForSequenceClassification, LlamaC
 
 from weightlora.cost import stored_run as timing
 from weightlora.cost.knapsack import ANY, Item, make_cost
-from weightlora.cost.stored_run import measured_run, stored_run
+from weightlora.cost.stored_run import RunBudget, measured_run, stored_run
 from weightlora.errors import OptionError
 from weightlora.model.sites import Site
 from weightlora.plan.limits import Limits, floors_of, run_time
@@ -95,6 +95,72 @@ def test_the_solver_takes_the_best_set_of_all_floors(seed):
     ranks = allocate([Site(f"l.{i}", 5, 5) for i in range(n)], scores, costs, limit)
     found = sum(score for score, r in zip(scores, ranks, strict=True) if r)
     assert found == pytest.approx(max(sum(scores[i] for i in kept) for kept in fitting), rel=1e-5)
+
+
+def random_run(draw):
+    """A run of random blocks, epochs and selection, with what it is made of."""
+    forward, items, below, head, n = random_step(draw, draw.randint(1, 5))
+    step = make_cost(n, items, range(n))
+    shares = [own / (sum(forward) + head) for own in forward]
+    run = stored_run(step, shares, below, draw.choice([0.5, 1, 2.5, 8]), steps=200, selecting=draw.randint(0, 9))
+    return run, step, forward, below
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_share_of_the_steps_takes_the_time_of_its_rows_one_by_one(seed):
+    """And the share that fits into a time takes this time."""
+    draw = random.Random(seed)
+    run, step, forward, below = random_run(draw)
+    rows = 40
+    for floor in range(len(below)):
+        kept = run.above(floor)
+        assert kept == [i for i in range(step.n) if not floor or not below[floor - 1] >> i & 1]
+        every = step.of(kept) - sum(forward[:floor])
+        for share in (0.1, 0.35, 0.8, 1.0):
+            seen = round(share * run.epochs * rows)
+            time = simulated(floor, rows, seen, forward, [0] * len(forward), 0.0) - seen * sum(forward[floor:]) / rows
+            whole = run.selecting + (time + seen * every / rows) / run.epochs
+            assert run.time(kept, seen / rows / run.epochs) == pytest.approx(whole, abs=1 + len(forward))
+        for limit in (run.selecting + 1, run.cost.of(kept) // 2, run.cost.of(kept)):
+            found = run.step_share(kept, limit)
+            assert found == 0 or run.time(kept, found) == pytest.approx(limit, rel=1e-9)
+        assert run.step_share(kept, run.cost.of(kept) + 5) == 1.0
+        assert run.step_share(kept, run.selecting) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_floor_of_the_largest_fall_is_taken_and_more_time_is_never_worse(seed):
+    draw = random.Random(seed)
+    run, step, _, below = random_run(draw)
+    sizes, least = [draw.random() for _ in range(step.n)], 0.0
+    for percent in range(10, 101, 10):
+        limit = max(step.of_all * percent // 100, run.selecting + 1)
+        budget = RunBudget(run, limit)
+        kept = budget.choose(sizes)
+        every = [run.above(floor) for floor in range(len(below))]
+        assert kept in every
+        falls = [run.step_share(each, limit) * sum(sizes[i] for i in each) for each in every]
+        assert budget.gain(kept, sizes) == max(falls) >= least
+        assert budget.gain(kept, sizes) >= falls[0]  # fewer steps of all layers
+        assert run.time(kept, run.step_share(kept, limit)) <= limit * (1 + 1e-9)
+        assert budget.gains(sizes)[0] == falls[0] / sum(sizes)
+        least = max(falls)
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 8])
+@pytest.mark.parametrize("percent", [20, 40, 60, 80, 100])
+def test_equal_scores_take_fewer_steps(epochs, percent):
+    """The control: where no layer matters more than another, leaving some out never pays, whatever is stored."""
+    forward = [100] * 6
+    items = [Item(100, ((ANY, (2 << k) - 1),)) for k in range(6)]
+    step = make_cost(6, [*items, Item(600, ((ANY, 1 << 6),))], range(6))
+    run = stored_run(
+        step, [own / 600 for own in forward], [(2 << k) - 1 for k in range(6)], epochs, steps=99, selecting=1
+    )
+    budget = RunBudget(run, step.of_all * percent // 100)
+    assert budget.choose([1.0] * 6) == [*range(6)]
+    one = [0.0] * 5 + [1.0]
+    assert budget.gain(budget.choose(one), one) == run.step_share([5], budget.limit)  # and where one does, it pays
 
 
 def test_floors_are_sixths_of_the_depth():

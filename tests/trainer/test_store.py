@@ -4,6 +4,7 @@ import errno
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from weightlora.errors import DataError, OptionError, WeightLoraWarning
 from weightlora.model import frozen_prefix as prefixes
 from weightlora.model.frozen_prefix import FrozenPrefix, find_floor
 from weightlora.model.hidden_store import HiddenFile, HiddenStore
+from weightlora.selection.rules.base import Rule, Scores
 from weightlora.trainer.store import StoreCallback, store_frozen
 
 ROWS, LONG = 12, 9
@@ -282,11 +284,75 @@ def test_time_with_a_store_is_that_of_the_whole_run(tmp_path):
             weightlora.select_for(trainer, lora=ABOVE, time=0.9, store=others["store"], progress=False)
 
 
-def test_a_time_in_which_nothing_pays_back_is_told_in_steps_of_lora(tmp_path):
+def test_a_time_in_which_no_layer_fits_is_told_in_steps_of_lora(tmp_path):
+    """A rule that is named keeps layers for all of the steps."""
     with pytest.raises(OptionError, match=r"train LoRA on all sites for 7 steps, which take as long$") as error:
-        weightlora.select_for(bare(tmp_path), lora=ABOVE, time=0.02, store=True, progress=False)
+        weightlora.select_for(
+            bare(tmp_path), lora=ABOVE, time=0.02, rule="first_order", steps=2, store=True, progress=False
+        )
     assert "takes 0." in str(error.value)
     assert "\n" not in str(error.value)
+
+
+ALL = LoraConfig(r=2, target_modules=r".*layers\..*_proj")
+
+
+def test_a_time_too_short_to_select_a_floor_is_fewer_steps_without_a_store(tmp_path, capsys):
+    """0.02 of 360 steps are 7; four steps of selection would be more than a sixth of them."""
+    trainer = bare(tmp_path, disable_tqdm=False)
+    plan = weightlora.select_for(trainer, lora=ALL, time=0.02, store=True, progress=False)
+    assert (plan.rule, plan.spent, plan.step_share, len(plan.names)) == ("uniform", {}, 0.02, 28)
+    assert trainer.args.max_steps == 7
+    assert "nothing is stored: fewer steps of all layers" in capsys.readouterr().out
+    assert not [each for each in trainer.callback_handler.callbacks if isinstance(each, StoreCallback)]
+
+
+def test_layers_that_all_lie_above_are_stored_whatever_the_steps(tmp_path):
+    """The user's own target_modules leave blocks 0 and 1 frozen."""
+    trainer = bare(tmp_path)
+    weightlora.select_for(trainer, lora=ABOVE, time=0.02, store=True, progress=False)
+    [held] = [each._store for each in trainer.callback_handler.callbacks if isinstance(each, StoreCallback)]
+    assert (held.floor, trainer.args.max_steps) == ("2 of 4 blocks of model.layers", 7)
+
+
+@dataclass(frozen=True)
+class Growing(Rule):
+    """Scores that grow with the depth by a factor."""
+
+    factor: float = 1.0
+
+    def score(self, stage, steps, budget):  # noqa: ARG002 - as any rule
+        final = tuple(self.factor ** int(site.block.rsplit(".", 1)[1]) for site in stage.sites)
+        list(stage.take(steps[-1]))
+        yield steps[-1], Scores((final,), (True,) * len(final), final)
+
+
+@pytest.mark.parametrize(("factor", "lowest"), [(1, 0), (1e6, 3)])
+def test_the_expected_fall_of_the_loss_decides_between_a_floor_and_fewer_steps(factor, lowest, tmp_path, monkeypatch):
+    """Equal layers: a floor never pays. With almost all of it in the uppermost block, what lies below does not."""
+    monkeypatch.setattr("weightlora.selection.scoring.DEFAULT_RULE", Growing(factor=factor))
+    trainer = bare(tmp_path)
+    plan = weightlora.select_for(trainer, lora=ALL, time=0.6, store=True, progress=False)
+    blocks = {int(name.split(".")[2]) for name in plan.names}
+    assert blocks == {*range(lowest, 4)}
+    assert len(plan.names) == 7 * len(blocks)  # of a block all layers
+    assert {plan.ranks[name] for name in plan.names} == {2}
+    assert plan.options["run_time"] == pytest.approx(0.6, abs=2e-3) or plan.step_share == 1
+    assert plan.options["run_time"] <= 0.6
+    assert trainer.args.max_steps == (int(plan.step_share * 360 + 1e-9) if plan.step_share < 1 else -1)
+    assert len(plan.options["floor_gains"]) == 6
+    stored = [each for each in trainer.callback_handler.callbacks if isinstance(each, StoreCallback)]
+    assert len(stored) == (lowest > 0)
+    assert "within the time" in str(plan)
+    assert "gains     expected: all 0." in str(plan)
+    assert max(map(len, str(plan).splitlines())) <= 80
+
+
+def test_parameters_hold_above_the_floor_as_well(tmp_path, monkeypatch):
+    monkeypatch.setattr("weightlora.selection.scoring.DEFAULT_RULE", Growing(factor=1e6))
+    plan = weightlora.select_for(bare(tmp_path), lora=ALL, time=0.6, parameters=0.125, store=True, progress=False)
+    assert {plan.ranks[name] for name in plan.names} == {1}  # half of the rank on a quarter of the layers
+    assert plan.parameters <= 0.125 * plan.lora_parameters
 
 
 def test_a_base_in_4_bit_keeps_its_weights_with_dropout_off_below(tmp_path):

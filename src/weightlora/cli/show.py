@@ -42,6 +42,7 @@ _MEANINGS = {
     "epochs": "of a training that stores what is frozen",
     "run_time": "share of LoRA's time for the whole run, selection and store included",
     "floor_times": "the same with all adapters above 1/6, 1/3, 1/2, 2/3 and 5/6 of the depth",
+    "floor_gains": "expected fall of the loss above 0, 1/6, ... in this time, of LoRA's in all of its time",
     "peak_bytes": "counted: peak of the device in bytes",
     "lora_peak_bytes": "that of plain LoRA",
 }

@@ -2,6 +2,7 @@
 
 Below the lowest adapter a block runs in the first epoch alone, and only forward. So in all other epochs its forward
 pass has the causes of its backward pass, and the solver that knows steps finds the best set of a run, floor included.
+Where fewer steps are allowed, too, :class:`RunBudget` weighs each floor against them.
 """
 
 from __future__ import annotations
@@ -28,13 +29,86 @@ class StoredRun:
     """Nanoseconds of a mean step; its part of the selection is in every set."""
     below: tuple[int, ...]
     """The sites in or below each block, the lowest first; a set is a whole number, as in a :class:`Cost`."""
+    forwards: tuple[int, ...]
+    """Nanoseconds of the forward pass of each block."""
+    epochs: float
+    """Of the training."""
+    selecting: int = 0
+    """Nanoseconds of a mean step that the selection takes."""
     steps: int | None = None
     """Of the training, where they are known."""
 
+    def above(self, floor: int) -> list[int]:
+        """Return all sites above so many blocks."""
+        under = self.below[floor - 1] if floor else 0
+        return [i for i in range(self.cost.n) if not under >> i & 1]
+
     def of_floors(self) -> tuple[int, ...]:
         """Return the time with all sites above each of :data:`weightlora.plan.limits.FLOORS`."""
-        under = [self.below[floor - 1] if floor else 0 for floor in floors_of(len(self.below))]
-        return tuple(self.cost.of(i for i in range(self.cost.n) if not sites >> i & 1) for sites in under)
+        return tuple(self.cost.of(self.above(floor)) for floor in floors_of(len(self.below)))
+
+    def time(self, kept: Sequence[int], share: float) -> float:
+        """Return the time of these sites in a run of this share of the steps, in nanoseconds of a step of all."""
+        each, once = self._parts(kept)
+        return self.selecting + share * each + min(share, 1 / max(self.epochs, 1.0)) * once
+
+    def step_share(self, kept: Sequence[int], limit: int) -> float:
+        """Return the largest share of the steps for which the time of these sites is within a limit; 0 is none.
+
+        Example:
+            >>> step = make_cost(2, [Item(8, ((ANY, 4),)), Item(3, ((ANY, 1),)), Item(3, ((ANY, 3),))], [0, 1])
+            >>> run = stored_run(step, [0.5, 0.5], [1, 3], 4, steps=100, selecting=0)
+            >>> run.step_share([0, 1], 7), run.step_share([1], 7), run.step_share([1], 8)
+            (0.5, 0.8571428571428571, 1.0)
+        """
+        each, once = self._parts(kept)
+        left, first = limit - self.selecting, 1 / max(self.epochs, 1.0)
+        within_first = left / (each + once)
+        share = within_first if within_first <= first else (left - first * once) / each
+        return min(max(share, 0.0), 1.0)
+
+    def _parts(self, kept: Sequence[int]) -> tuple[float, int]:
+        """What each step takes whatever is stored, and the forward pass below the floor."""
+        sites = sum(1 << i for i in kept)
+        once = sum(own for own, under in zip(self.forwards, self.below, strict=True) if not sites & under)
+        return self.cost.of(kept) - self.selecting - once / max(self.epochs, 1.0), once
+
+
+@dataclass(frozen=True)
+class RunBudget:
+    """A share of LoRA's time for a whole run with a store, which fewer steps compete for with a higher floor.
+
+    To first order a step of Adam lowers the loss by the sum of the trained sites' scores, and a run by that times its
+    steps. Of all floors, each with all sites above it and as many steps as the time allows, the one with the largest
+    product is taken. LoRA with fewer steps is the lowest floor.
+
+    Example:
+        >>> step = make_cost(2, [Item(8, ((ANY, 4),)), Item(3, ((ANY, 1),)), Item(3, ((ANY, 3),))], [0, 1])
+        >>> budget = RunBudget(stored_run(step, [0.5, 0.5], [1, 3], 4, steps=100, selecting=0), 7)
+        >>> budget.choose([1.0, 3.0]), budget.choose([1.0, 1.0])
+        ([1], [0, 1])
+    """
+
+    run: StoredRun
+    limit: int
+    """Nanoseconds of a mean step."""
+
+    def choose(self, sizes: Sequence[float]) -> list[int]:
+        """Return the sites above the best floor; of equal ones the lowest."""
+        floors = [self.run.above(floor) for floor in range(len(self.run.below))]
+        return max(floors, key=lambda kept: self.gain(kept, sizes))
+
+    def gain(self, kept: Sequence[int], sizes: Sequence[float]) -> float:
+        """Return the expected fall of the loss, in that of one step."""
+        return self.run.step_share(kept, self.limit) * sum(sizes[i] for i in kept)
+
+    def gains(self, sizes: Sequence[float]) -> list[float]:
+        """Return the gain of all sites, and of those above each of :data:`weightlora.plan.limits.FLOORS`.
+
+        They are relative to LoRA's in all of its time.
+        """
+        floors = (0, *floors_of(len(self.run.below)))
+        return [self.gain(self.run.above(floor), sizes) / (sum(sizes) or 1.0) for floor in floors]
 
 
 def stored_run(
@@ -57,11 +131,13 @@ def stored_run(
         ([14, 11], [14, 8])
     """
     saved = 1 - 1 / max(epochs, 1.0)
-    moved = [round(share * step.of([]) * saved) for share in forwards]
+    nanoseconds = [round(share * step.of([])) for share in forwards]
+    moved = [round(own * saved) for own in nanoseconds]
     own = round(selecting * step.of_all / steps) if steps else 0
     items = [Item(amount, ((ANY, sites),)) for amount, sites in zip(moved, below, strict=True) if sites]
     always = Item(own - sum(moved), ((ANY, 1 << step.n),))
-    return StoredRun(make_cost(step.n, [*step.items, *items, always], step.order), tuple(below), steps)
+    cost = make_cost(step.n, [*step.items, *items, always], step.order)
+    return StoredRun(cost, tuple(below), tuple(nanoseconds), epochs, own, steps)
 
 
 def measured_run(
@@ -81,7 +157,7 @@ def measured_run(
         losses: Runs the forward passes of a step.
         step: As of :func:`stored_run`.
         epochs: As of :func:`stored_run`.
-        rounds: Timed steps, after one that is not.
+        rounds: Timed steps, after one that is not; 0 is one step alone.
         steps: As of :func:`stored_run`.
         selecting: As of :func:`stored_run`.
 
@@ -100,7 +176,8 @@ def measured_run(
         below.append(under)
     for layer in layers.values():
         layer.enable_adapters(False)
-    shares = [_shares(model, blocks, losses) for _ in range(rounds + 1)][1:]
+    shares = [_shares(model, blocks, losses) for _ in range(rounds + 1)]
+    shares = shares[1:] or shares
     for layer in layers.values():
         layer.enable_adapters(True)
     return stored_run(

@@ -98,6 +98,7 @@ class _Options(TypedDict, total=False):
     step_share: Annotated[float, Field(gt=0, le=1), _say("a number in (0, 1]")]
     run_time: _Positive
     floor_times: list[_Positive]
+    floor_gains: list[_Finite]
     peak_bytes: _Positive
     lora_peak_bytes: _Positive
 

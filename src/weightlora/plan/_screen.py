@@ -103,7 +103,8 @@ def _asked(plan: PlanData) -> Iterator[str]:
 
 def _kept(plan: PlanData) -> Iterator[str]:
     if plan.step_share < 1:
-        yield _line("train", f"{100 * plan.step_share:.3g} % of the steps; to keep fewer layers instead, name a rule")
+        instead = "" if plan.options.get("floor_gains") else "; to keep fewer layers instead, name a rule"
+        yield _line("train", f"{100 * plan.step_share:.3g} % of the steps{instead}")
     if len(plan.names) == len(plan.entries) and all(entry.r == entry.lora_r for entry in plan.entries):
         yield _line("kept", f"nothing to select: all {len(plan.entries)} adapters at LoRA's rank fit")
         return
@@ -131,6 +132,10 @@ def _costs(plan: PlanData) -> Iterator[str]:
     times = " ".join(f"{floor} {time:.2f}" for floor, time in zip(FLOORS, floor_times(plan), strict=False))
     if times:
         yield _line("floors", f"{plan.options['epochs']:g} epochs with a store: {times}")
+    gains = plan.options.get("floor_gains") or []
+    if gains:
+        own = " ".join(f"{floor} {gain:.2f}" for floor, gain in zip(("all", *FLOORS), gains, strict=False))
+        yield _line("gains", f"expected: {own}")
 
 
 def _memory(row: Alternative) -> str:
@@ -158,11 +163,15 @@ def _advice(plan: PlanData) -> Iterator[str]:
     steps, total = plan.spent.get("scoring_steps"), plan.spent.get("total_steps")
     if not steps:
         return
+    of = f" ({100 * steps / total:.1f} % of {total:,})" if total else ""
+    took = f"{steps} {'step' if steps == 1 else 'steps'}{of}"
+    if plan.options.get("floor_gains"):  # the time that was asked for includes them
+        yield _line("scoring", f"{took}, within the time")
+        return
     spent = steps / total if total else 0.0
     saved = 1 - (own.step_time if plan.options.get("epochs") is None else own.training_time - spent)
     back = f"; pays back in time from step {math.ceil(steps / saved):,} on" if saved > 0.005 else ""
-    of = f" ({100 * steps / total:.1f} % of {total:,})" if total else ""
-    yield _line("scoring", f"{steps} {'step' if steps == 1 else 'steps'}{of}{back}")
+    yield _line("scoring", f"{took}{back}")
 
 
 def _line(name: str, text: str) -> str:
@@ -300,7 +309,7 @@ def _rows(plan: PlanData) -> Iterator[Alternative]:
         r, parameters = lower
         adapters = _BYTES * (of - parameters) if memory_known == "counted" else 0.0
         yield Alternative(f"LoRA, rank {r}", parameters, 1.0, 1.0, "estimated", lora_memory - adapters, memory_known)
-    if min(time, whole) < 0.995 and plan.step_share == 1:
+    if min(time, whole) < 0.995 and (below or plan.step_share == 1):
         share = round(100 * whole)
         if share < 100:
             yield Alternative(

@@ -70,7 +70,7 @@ from weightlora.trainer.attach import adopt, method_for
 from weightlora.trainer.batch_size import Batch, grown_batch, require_growable, use_batch
 from weightlora.trainer.guard import PLAN_FILE
 from weightlora.trainer.loader import planned_epochs, require_measurable
-from weightlora.trainer.store import store_frozen
+from weightlora.trainer.store import store_planned
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -126,7 +126,7 @@ def _train(recipe: Recipe, callbacks: Sequence[TrainerCallback]) -> dict[str, An
     if options.store_frozen is not None:
         folder = None if options.store_frozen == "memory" else options.store_frozen
         chosen = {"limit": options.store_limit, "dropout": options.store_dropout, "offload": options.store_offload}
-        store_frozen(run.trainer, folder=folder, **chosen)  # pyright: ignore[reportArgumentType]
+        store_planned(run.trainer, method.plan, folder=folder, **chosen)
     from_first(lambda: write_config(recipe.output_dir, recipe.settings))  # a mistake leaves nothing behind
     before = _measured_before(run, method)
     begin = time.perf_counter()

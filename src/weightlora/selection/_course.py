@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from weightlora.cost.stored_run import RunBudget
 from weightlora.errors import OptionError, SelectionError, WeightLoraWarning
 from weightlora.model.distributed import is_first
 from weightlora.plan.budget import Chooser, chosen_ranks
@@ -62,6 +64,8 @@ def course_of(scoring: Scoring, has_head: bool) -> Course:
         head_steps, times = default_times(scoring.total_steps, has_head=has_head, spent=measuring)
         if times:
             return Course(rule, head_steps, times, rounds, measuring)
+        if scoring.frees_steps:
+            return Course(rule, 0, (2,), rounds, measuring)
         warnings.warn(
             f"{scoring.total_steps} steps leave none for scoring within 3 % of them: sites are taken at random, of "
             "every projection alike; train longer, give steps, or give parameters or time alone, for which nothing is "
@@ -76,8 +80,8 @@ def course_of(scoring: Scoring, has_head: bool) -> Course:
 
 def tell_cost(scoring: Scoring, steps: int, *, most: bool) -> int:
     """Log what scoring will cost, where the training's steps are known and are not these; return the level."""
-    if not (steps and scoring.total_steps) or scoring.run is not None:
-        return logging.INFO
+    if not (steps and scoring.total_steps) or scoring.run is not None or scoring.frees_steps:
+        return logging.INFO  # also where the time that was asked for includes the selection
     level, line = scoring_cost(steps, scoring.total_steps, most=most)
     if is_first():
         _LOG.log(level, line)
@@ -112,19 +116,36 @@ def found_by(scored: int, scores: Scores, course: Course) -> dict[str, Any]:
     return found | ({} if scores.halves is None else {"agreement": agreement_of(scores.halves)})
 
 
-def measured_by(costs: Costs, ranks: Sequence[int], peak: int) -> dict[str, Any]:
-    """Return what a plan records of its step time and its peak, and of LoRA's peak, where they were measured."""
+def measured_by(costs: Costs, ranks: Sequence[int], peak: int, share: float = 1.0) -> dict[str, Any]:
+    """Return what a plan records of its step time and its peak, and of LoRA's peak, where they were measured.
+
+    Args:
+        costs: Time and memory, where they are limited.
+        ranks: Of the sites.
+        peak: Counted for them, in bytes.
+        share: Of the training's steps.
+    """
     kept = [i for i, r in enumerate(ranks) if r]
     found: dict[str, Any] = {}
     if costs.time is not None:
         found["step_time"] = (costs.time.of(kept) + costs.growth(costs.time, ranks)) / costs.time.of_all
     if costs.time is not None and costs.run is not None:
         run, lora = costs.run, costs.time.of_all
-        found["run_time"] = (run.cost.of(kept) + costs.growth(run.cost, ranks)) / lora
+        found["run_time"] = (run.time(kept, share) + costs.growth(run.cost, ranks)) / lora
         found["floor_times"] = [round(time / lora, 3) for time in run.of_floors()]
     if costs.memory is not None:
         found |= {"peak_bytes": peak, "lora_peak_bytes": costs.memory.of_all}
     return found
+
+
+def steps_by(chooser: Chooser, scores: Scores, ranks: Sequence[int]) -> tuple[float, dict[str, Any]]:
+    """Return the share of the training's steps, and what a plan records of it, where steps compete with floors."""
+    if not isinstance(chooser, RunBudget):
+        return 1.0, {}
+    share = math.floor(1000 * chooser.run.step_share([i for i, r in enumerate(ranks) if r], chooser.limit)) / 1000
+    share = max(share, 0.001)
+    gains = {"floor_gains": [round(gain, 3) for gain in chooser.gains(scores.sizes)]}
+    return share, gains | ({} if share == 1 else {"step_share": share})
 
 
 def spent_on(scoring: Scoring, course: Course, scored: int) -> dict[str, int]:

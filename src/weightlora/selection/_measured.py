@@ -57,7 +57,9 @@ def measuring_steps(scoring: Scoring) -> tuple[int, int]:
         return _ROUNDS, round((_ROUNDS + 1) * each)
     most = SHARE * scoring.total_steps
     rounds = min(_ROUNDS, int(most / 2 / each) - 1)
-    return (rounds, round((rounds + 1) * each)) if rounds > 0 else (0, max(int(most / 3), 1))
+    if rounds > 0:
+        return rounds, round((rounds + 1) * each)
+    return 0, max(int(most / 3), 1) + (scoring.epochs is not None)
 
 
 def require_measurable(limits: Limits, model: nn.Module, lora: LoraConfig, costs: Costs) -> None:
@@ -107,14 +109,20 @@ def measured(costs: Costs, scoring: Scoring, course: Course, peaks: Peaks, first
             raise OptionError(f"{scoring.text}: {text}")
         costs = replace(costs, memory=memory)
     if scoring.time is not None:
-        seconds = time_cost(peaks.model, first, rounds=course.rounds, profiled=course.measuring)
+        profiled = course.measuring - (scoring.epochs is not None)  # the other one times the blocks, below
+        seconds = time_cost(peaks.model, first, rounds=course.rounds, profiled=profiled)
         costs = replace(costs, time=from_first(lambda: seconds))
         if scoring.epochs is not None:
-            rounds, steps = max(course.rounds, 1), scoring.total_steps
             run = measured_run(
-                peaks.model, first, seconds, scoring.epochs, rounds=rounds, steps=steps, selecting=course.steps
+                peaks.model,
+                first,
+                seconds,
+                scoring.epochs,
+                rounds=course.rounds,
+                steps=scoring.total_steps,
+                selecting=course.steps,
             )
-            costs = replace(costs, run=from_first(lambda: run))
+            costs = replace(costs, run=from_first(lambda: run), frees_steps=scoring.frees_steps)
     return costs
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from weightlora.cost.knapsack import Cost, CostBudget, additive_cost
-from weightlora.cost.stored_run import StoredRun
+from weightlora.cost.stored_run import RunBudget, StoredRun
 from weightlora.errors import OptionError
 from weightlora.model.sites import Site, output_vectors, rank_and_alpha
 from weightlora.plan.budget import Budget, Chooser, Ranking, chosen_ranks, ranked
@@ -46,6 +46,8 @@ class Costs:
     """Bytes at the peak for each set of sites at the user's ranks, where memory is limited."""
     run: StoredRun | None = None
     """The same as ``time`` in a run with a store, whose limit is a share of LoRA's run."""
+    frees_steps: bool = False
+    """Whether this run may also take fewer steps; then floors compete with them."""
     besides: int = 0
     """Parameters of adapters that are not chosen, such as those of ``target_parameters``."""
 
@@ -103,6 +105,8 @@ def allocate(
     4. Where ranks are scored one by one, ``parameters`` go to the ranks of the best score for their parameters instead.
     5. Scores of sites with ``parameters`` alone keep whole adapters: who names such a rule asks for this. The best
        score comes first, and an adapter that no longer fits is passed over.
+    6. Where ``time`` is that of a run that may take fewer steps, the sites are all those above a floor: see
+       :class:`weightlora.cost.stored_run.RunBudget`. No rank is then above the user's.
 
     With ``parameters`` alone no rank is above the user's. A rank above it, which 2 may give next to another limit,
     never breaks a limit on time or memory: what an adapter itself takes is counted as if all of it grew with its rank.
@@ -152,6 +156,8 @@ def chooser_of(sites: Sequence[Site], costs: Costs, limits: Limits, ranking: Ran
     """
     limits, n = limits.limits, len(sites)
     k = limits.k_of(n)
+    if costs.frees_steps:
+        return run_budget(costs, limits)
     if limits.are_measured:
         bounds = [*_measured(costs, limits), *([(additive_cost((1,) * n), k)] if k is not None else [])]
         budget = CostBudget(tuple(cost for cost, _ in bounds), tuple(limit for _, limit in bounds))
@@ -169,6 +175,20 @@ def chooser_of(sites: Sequence[Site], costs: Costs, limits: Limits, ranking: Ran
     else:
         budget = Budget.of_count(k, n=n)
     return ranked(budget, ranking, sites)
+
+
+def run_budget(costs: Costs, limits: Limits) -> RunBudget:
+    """Return the budget of a run with a store that may take fewer steps.
+
+    Raises:
+        OptionError: The selection alone takes the whole time.
+    """
+    limit = None if costs.time is None else limits.time_of(costs.time.of_all)
+    assert costs.run is not None, "a run is measured"
+    assert limit is not None, "its time is limited"
+    if limit <= costs.run.selecting:
+        raise OptionError(f"{limits.text}: the selection alone takes as long; lower steps, raise time, or train longer")
+    return RunBudget(costs.run, limit)
 
 
 def site_budget(sites: Sequence[Site], lora: LoraConfig, limits: Limits) -> Budget:
@@ -277,7 +297,7 @@ def _filled(order: Sequence[int], costs: Costs, limits: Limits) -> list[int]:
 
 def _growth(kept: Sequence[int], costs: Costs, limits: Limits) -> Fraction | None:
     """How many times the user's rank these sites may have; None where only parameters limit it."""
-    if limits.frees_ranks:
+    if limits.frees_ranks or costs.frees_steps:
         return Fraction(1)
     own = [(limit - cost.of(kept), cost.in_adapters(kept)) for cost, limit in _measured(costs, limits)]
     return min((1 + Fraction(left, taken) for left, taken in own if taken), default=None)

@@ -28,6 +28,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_RULE = "first_order"
 #: What a plan calls its rule where nothing is scored.
 UNIFORM = "uniform"
+#: Selecting a floor takes four steps at least, and at most this share of the time that is left to the run.
+_FLOOR_STEPS, _FLOOR_SHARE = 4, 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +91,22 @@ class Scoring(Limits):
     @cached_property
     def scored_by(self) -> Rule | None:
         """The rule as an object; None where ranks and steps are free and no rule is named: then nothing is scored."""
-        if self.rule is None:
-            free = bool(self.asked) and {*self.asked} <= {"parameters", "time"} and self.epochs is None
-            return None if free else rule_of(DEFAULT_RULE)
-        return rule_of(self.rule)
+        if self.rule is not None:
+            return rule_of(self.rule)
+        free = bool(self.asked) and {*self.asked} <= {"parameters", "time"}
+        return None if free and not (self.frees_steps and self._is_long_enough) else rule_of(DEFAULT_RULE)
+
+    @property
+    def frees_steps(self) -> bool:
+        """Whether a run with a store may take fewer steps, so that they compete with a higher floor."""
+        alone = self.rule is None and self.time is not None and {*self.asked} <= {"parameters", "time"}
+        return alone and self.epochs is not None
+
+    @property
+    def _is_long_enough(self) -> bool:
+        """Whether the time of a run leaves any for the selection of a floor."""
+        total = self.total_steps if self.steps is None else None
+        return total is None or self.time is None or _FLOOR_SHARE * self.time * total >= _FLOOR_STEPS
 
     @property
     def ranked_by(self) -> Ranking:

@@ -45,6 +45,7 @@ from weightlora.selection._course import (
     require_gradients,
     require_positive,
     spent_on,
+    steps_by,
     stored_by,
     tell_cost,
 )
@@ -106,7 +107,8 @@ def select(
             that is named keeps whole adapters instead, if there is no other limit.
         time: At most this share of LoRA's time, such as ``0.6``. Alone or with ``parameters``: all sites, for this
             share of the steps (``plan.step_share``); nothing is scored. With a rule that is named, ``adapters`` or
-            ``memory``: the sites whose step takes this share of LoRA's, measured on the first batch.
+            ``memory``: the sites whose step takes this share of LoRA's, measured on the first batch. For
+            ``select_for(..., store=True)`` see there.
         memory: The most at the peak of the device, such as ``"8GB"``, with frozen weights, activations, gradients and
             AdamW's state, counted on the first batch.
         rule: How sites are scored: None takes ``"first_order"``, the size of the mean ∂L/∂B at B = 0, which trains
@@ -262,6 +264,7 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
             scored, scores = settled(rule.score(stage, course.times, chooser), partial(choices, chooser))
         require_gradients(list(stage.layers), scores)
         ranks, peak = _scored_ranks(found.sites, scores, chooser, costs, peaks, rule, scoring)
+        share, steps = steps_by(chooser, scores, ranks)
         require_agreement(repr((ranks, [site.name for site in found.sites])), "the choice")
         warm = scoring.warm_start
         adapters = adapter_copies(stage.layers, scores.gates, kept_numbers(scores, ranks)) if warm else {}
@@ -279,7 +282,10 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         errors=scores.errors,
         history=scores.history,
         rule=rule.name,
-        options=options_of(scoring, course) | found_by(scored, scores, course) | measured_by(costs, ranks, peak),
+        options=options_of(scoring, course)
+        | found_by(scored, scores, course)
+        | measured_by(costs, ranks, peak, share)
+        | steps,
         spent=spent_on(scoring, course, scored),
         **record,
     )

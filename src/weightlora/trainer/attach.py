@@ -61,7 +61,7 @@ from weightlora.trainer.loader import (
     require_weights,
     within_memory,
 )
-from weightlora.trainer.store import store_frozen
+from weightlora.trainer.store import store_planned
 
 _LOG = logging.getLogger(__name__)
 
@@ -176,8 +176,10 @@ def select_for(
             is given.
         parameters: At most so many adapter parameters, or this share of LoRA's. Ranks are free, and no batch is read.
         time: At most this share of LoRA's time: the trainer takes this share of its steps (``max_steps``). With a
-            ``rule``, ``adapters`` or ``memory``: the sites whose step takes it; with ``store``: the sites for which the
-            whole run does, the selection and the first epoch's forward passes included.
+            ``rule``, ``adapters`` or ``memory``: the sites whose step takes it. With ``store`` the time is that of the
+            whole run, the selection and the first epoch's forward passes included: all sites above a floor, for as many
+            steps as the time allows, where the loss is expected to fall furthest (``RunBudget``). The lowest floor is
+            fewer steps of all layers; then nothing is stored.
         memory: The most at the peak of the device, such as ``"8GB"``.
         lora: As in :func:`method_for`.
         store: Compute what lies below the lowest adapter once, by :func:`weightlora.store_frozen`; a mapping has its
@@ -206,7 +208,7 @@ def select_for(
     if options.get("progress", not trainer.args.disable_tqdm) and is_first():
         print(plan)  # noqa: T201 - the screen is for whoever runs the script
     if store:
-        store_frozen(trainer, **(store if isinstance(store, Mapping) else {}))
+        store_planned(trainer, plan, **(store if isinstance(store, Mapping) else {}))
     return plan
 
 
@@ -296,7 +298,7 @@ def _attach(
 def _shorten(trainer: Trainer, plan: AdapterPlan, total_steps: int) -> None:
     """Let the trainer take as many of its steps as the plan is made for."""
     if plan.step_share < 1:
-        several = planned_epochs(trainer) > 1
+        several = planned_epochs(trainer) > 1 and "epochs" not in plan.options
         trainer.args.max_steps = plan.steps_of(total_steps)
         if is_first():
             hint = "; over several epochs store=True did better in our study" if several else ""

@@ -21,10 +21,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.model.distributed import is_first
-from weightlora.model.frozen_prefix import FrozenPrefix, hidden_of
+from weightlora.model.frozen_prefix import FrozenPrefix, find_blocks, hidden_of
 from weightlora.model.hidden_store import HiddenFile, HiddenStore
 from weightlora.model.restore import evaluated, seeded
 from weightlora.plan.limits import Limits
+from weightlora.plan.plan import AdapterPlan
 from weightlora.trainer._question import weights_fingerprint
 from weightlora.trainer.loader import (
     is_parted,
@@ -188,6 +189,28 @@ def store_frozen(
         text = f"{prefix.floor.text} are stored in the first epoch, {size}; later epochs do not run them{away}"
         _tell(trainer.args, text)
     return store
+
+
+def store_planned(trainer: Trainer, plan: AdapterPlan, **options: Any) -> FrozenStore | None:
+    """Return :func:`store_frozen`'s store, or None where the plan for a run with a store is fewer steps of all layers.
+
+    Args:
+        trainer: On the plan's model.
+        plan: What the trainer trains.
+        options: As of :func:`store_frozen`.
+
+    Raises:
+        OptionError: As :func:`store_frozen`.
+        DataError: As :func:`store_frozen`.
+        OutputError: As :func:`store_frozen`.
+    """
+    model: Any = trainer.model
+    fewer_steps = plan.step_share < 1 and "epochs" in plan.options
+    if fewer_steps and any(p.requires_grad for p in find_blocks(model)[1][0].parameters()):
+        if is_first():
+            _tell(trainer.args, "nothing is stored: fewer steps of all layers are expected to do better than a floor")
+        return None
+    return store_frozen(trainer, **options)
 
 
 def _tell(arguments: TrainingArguments, text: str) -> None:
