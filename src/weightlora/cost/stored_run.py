@@ -47,10 +47,15 @@ class StoredRun:
         """Return the time with all sites above each of :data:`weightlora.plan.limits.FLOORS`."""
         return tuple(self.cost.of(self.above(floor)) for floor in floors_of(len(self.below)))
 
+    @property
+    def first(self) -> float:
+        """The share of the steps in which rows are seen for the first time, and stored."""
+        return 1 / max(self.epochs, 1.0)
+
     def time(self, kept: Sequence[int], share: float) -> float:
-        """Return the time of these sites in a run of this share of the steps, in nanoseconds of a step of all."""
+        """Return the time of these sites in a run of this share of the steps, as nanoseconds of a mean step of all."""
         each, once = self._parts(kept)
-        return self.selecting + share * each + min(share, 1 / max(self.epochs, 1.0)) * once
+        return self.selecting + share * each + min(share, self.first) * once
 
     def step_share(self, kept: Sequence[int], limit: int) -> float:
         """Return the largest share of the steps for which the time of these sites is within a limit; 0 is none.
@@ -62,16 +67,16 @@ class StoredRun:
             (0.5, 0.8571428571428571, 1.0)
         """
         each, once = self._parts(kept)
-        left, first = limit - self.selecting, 1 / max(self.epochs, 1.0)
+        left = limit - self.selecting
         within_first = left / (each + once)
-        share = within_first if within_first <= first else (left - first * once) / each
+        share = within_first if within_first <= self.first else (left - self.first * once) / each
         return min(max(share, 0.0), 1.0)
 
     def _parts(self, kept: Sequence[int]) -> tuple[float, int]:
         """What each step takes whatever is stored, and the forward pass below the floor."""
         sites = sum(1 << i for i in kept)
         once = sum(own for own, under in zip(self.forwards, self.below, strict=True) if not sites & under)
-        return self.cost.of(kept) - self.selecting - once / max(self.epochs, 1.0), once
+        return self.cost.of(kept) - self.selecting - self.first * once, once
 
 
 @dataclass(frozen=True)

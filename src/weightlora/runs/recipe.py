@@ -118,7 +118,9 @@ class MethodOptions:
         None, "at most so many adapter parameters, or this share of LoRA's; ranks are free"
     )
     time: Text | None = _option(
-        None, "at most this share of LoRA's time, such as 0.6: of its steps, or with a rule of its step time"
+        None,
+        "at most this share of LoRA's time, such as 0.6: of its steps, with a rule of its step time, "
+        "with a store of the whole run",
     )
     memory: Text | None = _option(None, "at most this peak of the device, such as 8GB")
     rule: Text | None = _option(
