@@ -32,6 +32,7 @@ from weightlora.trainer.loader import (
     micro_batches,
     micro_loss,
     placed,
+    planned_epochs,
     quiet_copy,
     require_readable_twice,
     require_usable_batches,
@@ -115,8 +116,9 @@ def store_frozen(
     """Store what enters the lowest block with an adapter, row by row; blocks below are not run again for these rows.
 
     Rows are known by their content, so that shuffling, other batches and padding change nothing. The first epoch fills
-    the store. Evaluation, generation and checkpoints are those of the whole model. Before anything is stored, the first
-    batch is computed with and without the store: a model that is not the same with it is refused.
+    the store; of a training of one epoch, which reads nothing back, nothing is kept in memory. Evaluation, generation
+    and checkpoints are those of the whole model. Before anything is stored, the first batch is computed with and
+    without the store: a model that is not the same with it is refused.
 
     GreenTrainer (arXiv:2309.13192) chooses tensors by their backward cost; AutoFreeze (2102.01386) and Egeria
     (2201.06227) store the output of frozen layers in training loops of their own.
@@ -161,6 +163,11 @@ def store_frozen(
         raise OptionError(f"dropout={dropout!r} is not allowed: give 'off below', or None")
     most = None if limit is None else Limits(memory=limit).bytes
     prefix = FrozenPrefix(model, HiddenStore(torch.float32), dropout_off=dropout is not None)
+    if folder is None and isinstance(trainer.train_dataset, Sized) and planned_epochs(trainer) <= 1:
+        store = FrozenStore(prefix, expected=0)
+        store.remove()
+        _tell(trainer.args, "nothing is stored: a training of one epoch reads nothing back")
+        return store
     try:
         with placed(trainer), seeded(trainer.args.seed), within_memory(trainer):
             first = [*islice(micro_batches(quiet_copy(trainer)), _FEW)]
@@ -183,11 +190,10 @@ def store_frozen(
         raise
     store = FrozenStore(prefix, expected)
     trainer.add_callback(StoreCallback(store))
-    if is_first():
-        size = "an unknown size" if expected is None else f"about {expected / 1e9:.3g} GB"
-        away = f", and {prefix.offload.bytes / 1e9:.3g} GB of weights leave the device" if prefix.offload else ""
-        text = f"{prefix.floor.text} are stored in the first epoch, {size}; later epochs do not run them{away}"
-        _tell(trainer.args, text)
+    size = "an unknown size" if expected is None else f"about {expected / 1e9:.3g} GB"
+    away = f", and {prefix.offload.bytes / 1e9:.3g} GB of weights leave the device" if prefix.offload else ""
+    text = f"{prefix.floor.text} are stored in the first epoch, {size}; later epochs do not run them{away}"
+    _tell(trainer.args, text)
     return store
 
 
@@ -207,14 +213,15 @@ def store_planned(trainer: Trainer, plan: AdapterPlan, **options: Any) -> Frozen
     model: Any = trainer.model
     fewer_steps = plan.step_share < 1 and "epochs" in plan.options
     if fewer_steps and any(p.requires_grad for p in find_blocks(model)[1][0].parameters()):
-        if is_first():
-            _tell(trainer.args, "nothing is stored: fewer steps of all layers are expected to do better than a floor")
+        _tell(trainer.args, "nothing is stored: fewer steps of all layers are expected to do better than a floor")
         return None
     return store_frozen(trainer, **options)
 
 
 def _tell(arguments: TrainingArguments, text: str) -> None:
-    """Log a line; where the log is not shown, as in most scripts, write it beside the trainer's bar."""
+    """Log a line in the first process; where the log is not shown, as in most scripts, write it beside the bar."""
+    if not is_first():
+        return
     if _LOG.isEnabledFor(logging.INFO):
         _LOG.info(text)
     elif not arguments.disable_tqdm:
@@ -319,7 +326,7 @@ class StoreCallback(TrainerCallback):
         self._hits, self._misses, rows = self._store.hits, self._store.misses, hits + misses
         before, self._before = self._before, rows
         self._store.note_epoch()
-        if not before and is_first():
+        if not before:
             _tell(args, f"{self._store.rows} rows are stored, {self._store.bytes / 1e9:.3g} GB")
         # After an epoch that was whole: a resumed training begins within one.
         if before >= rows and hits < _FEWEST_HITS * rows and not self._store.is_full:
