@@ -36,7 +36,7 @@ NAME = "weightlora-cpu"
 PARAMS = {"dtype": "float32", "batch_size": 2, "batch_size_eval": 4, "max_steps": 4, "eval_steps": 2}
 GENERATION = {"max_length": 120, "max_new_tokens": 12}
 #: The benchmark wants a loss of 1 to 2 per token of these before the training.
-TEXT = 2 * "The sun rises in the east and sets in the west. The moon goes around the earth, and the earth goes around it. "
+TEXT = 2 * "The sun rises in the east and sets in the west. The moon goes around the earth, and the earth around it. "
 
 
 def main() -> None:

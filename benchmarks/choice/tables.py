@@ -46,6 +46,8 @@ PAIRS = (
     ("parameters 0.25", "LoRA, rank 2"),
     ("parameters 0.05", "random sites, 0.05"),
     ("parameters 0.05", "uppermost sites, 0.05"),
+    ("memory 110MB", "LoRA, micro-batches of 8"),
+    ("memory 110MB", "LoRA, micro-batches of 8, 0.7 of the steps"),
     ("time 0.8", "LoRA, 0.83 of the steps"),
     ("time 0.6", "LoRA, 0.63 of the steps"),
     ("time 0.6, parameters 0.25", "LoRA, rank 2, 0.63 of the steps"),

@@ -64,13 +64,15 @@ def test_a_pooler_does_not_lower_the_floor():
 
 def test_measured_figures_take_the_place_of_estimates_and_say_so():
     options = {"time": 0.6, "step_time": 0.58, "peak_bytes": 4 * 10**8, "lora_peak_bytes": 10**9}
+    options |= {"lora_rows": 8, "lora_rows_peak_bytes": 3 * 10**8}
     plan = plan_of([0, 0, R, R, R, R], options=options, spent={"scoring_steps": 9, "total_steps": 300})
     own, lora, *_ = alternatives(plan)
     assert (own.step_time, own.time_known, own.memory, own.memory_known) == (0.58, "measured", 4e8, "counted")
     assert own.training_time == pytest.approx(0.58 + 9 / 300)
     assert lora.memory == 1e9
     assert "LoRA, 61 % of the steps" in rows_of(plan)  # 0.58 + 0.03
-    assert "LoRA, micro-batch ÷ 3" in rows_of(plan)  # 1 / 0.4 rounded up
+    assert rows_of(plan)["LoRA, 8 rows at once"].memory == 3e8
+    assert "LoRA, 8 rows at once" not in rows_of(replace(plan, options={"peak_bytes": 4, "lora_peak_bytes": 10}))
     assert "pays back in time from step 22 on" in str(plan)  # 9 / 0.42 = 21.4
 
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from weightlora import enable_fast_lora, find_sites, select
 from weightlora.cost.peak import Peaks
-from weightlora.errors import OptionError
+from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.layers import lora_layers
 from weightlora.plan.limits import Limits
@@ -239,6 +239,44 @@ def test_select_keeps_the_peak_within_the_limit_and_says_so():
     assert really_alive(plan.attach(model).train(), batches[0]) <= 0.8 * most
     assert plan.options["peak_bytes"] <= 0.8 * most
     assert 1 <= len(plan.names) < len(every.names)
+
+
+@pytest.mark.parametrize("parameters", [None, 0.5])
+@pytest.mark.parametrize("rows", [4, 2])
+def test_without_a_rule_all_sites_fit_with_fewer_rows_at_once(parameters, rows):
+    """The count of LoRA on the smaller batch is exactly the limit, and that of the next larger part is above it."""
+    model, batch = llama(), tokens()
+    context, losses = peaks_of(model, batch)
+    with context as attached:
+        least = Peaks.of_model(attached, losses.of_rows(rows)).of(range(len(lora_layers(attached))))
+    asked = {"lora": LORA, "progress": False, "parameters": parameters}
+    plan = select(model, [batch], memory=f"{least / 1000}kB", **asked)
+    assert (plan.rule, plan.batch_parts, {*plan.ranks.values()}) == ("uniform", 8 // rows, {2 if parameters else 4})
+    assert plan.options["peak_bytes"] == plan.options["lora_rows_peak_bytes"] == least < plan.options["lora_peak_bytes"]
+    parts = {name: value[:rows] for name, value in batch.items()}
+    assert really_alive(plan.attach(llama()).train(), parts) <= least
+    assert f"{rows} rows at once, {8 // rows} times a batch" in str(plan)
+    fewer = select(model, [batch], memory=f"{(least - 1) / 1000}kB", **asked)
+    assert fewer.batch_parts == 16 // rows
+
+
+def test_where_a_row_does_not_fit_or_a_rule_is_named_sites_are_chosen():
+    model = llama()
+    context, losses = peaks_of(model, tokens(1))
+    with context as attached:
+        one = Peaks.of_model(attached, losses).of(range(len(lora_layers(attached))))
+    asked = {"lora": LORA, "progress": False}
+    with pytest.warns(WeightLoraWarning, match="they are used again"):
+        plan = select(model, [tokens(1)], memory=f"{(one - 1) / 1000}kB", **asked)
+    assert (plan.rule, plan.batch_parts) == ("first_order", 1)
+    assert "lora_rows" not in plan.options
+    context, losses = peaks_of(model, tokens())
+    with context as attached:
+        most = Peaks.of_model(attached, losses).of(range(len(lora_layers(attached))))
+    named = select(model, [tokens()] * 2, memory=f"{0.8 * most / 1000}kB", **OPTIONS)
+    assert (named.rule, named.batch_parts, named.options["lora_rows"]) == ("first_order", 1, 4)
+    assert len(named.names) < len(named.entries)
+    assert "LoRA, 4 rows at once" in str(named)
 
 
 @pytest.mark.slow

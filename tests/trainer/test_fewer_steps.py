@@ -125,6 +125,43 @@ def test_with_a_rule_or_another_limit_the_sites_take_the_time(make_tiny, given):
     assert "takes as long: better on one task of two" in str(plan)
 
 
+# -- ``memory`` alone: fewer rows at once, more accumulation ----------------------------------------------------------
+
+
+def test_memory_alone_takes_fewer_rows_at_once_and_the_training_stays(make_tiny):
+    trained = {}
+
+    def start(name, memory=None, rows=8):
+        trainer = make_tiny(name, per_device_train_batch_size=rows, max_steps=3)
+        plan = None if memory is None else weightlora.select_for(trainer, memory=memory, progress=False)
+        return trainer, plan
+
+    def train(name, trainer):
+        trainer.train()
+        trained[name] = {key: p.detach().clone() for key, p in trainer.model.named_parameters() if p.requires_grad}
+
+    whole, fits = start("whole", "1GB")
+    assert (fits.batch_parts, batch_of(whole.args.to_dict())) == (1, (8, 1))
+    limit = f"{(fits.options['lora_peak_bytes'] - 1) / 1000}kB"
+    parts, plan = start("parts", limit)
+    assert (plan.batch_parts, batch_of(parts.args.to_dict())) == (2, (4, 2))
+    assert plan.ranks == fits.ranks
+    assert plan.options["peak_bytes"] < fits.options["peak_bytes"]
+    train("whole", whole)
+    train("parts", parts)
+    train("other", start("other", "1GB", rows=4)[0])
+    assert parts.state.global_step == 3
+    assert all(value.allclose(trained["parts"][key], atol=1e-6) for key, value in trained["whole"].items())
+    assert not all(value.allclose(trained["other"][key], atol=1e-4) for key, value in trained["whole"].items())
+
+    again, stored = start("parts", limit)  # a second start takes the stored plan
+    assert (stored, batch_of(again.args.to_dict())) == (plan, (4, 2))
+    odd = make_tiny("odd", per_device_train_batch_size=5)
+    with pytest.warns(WeightLoraWarning, match="per_device_train_batch_size=5: the plan fits into memory with 1/2"):
+        adopt(odd, plan, seed=0)
+    assert batch_of(odd.args.to_dict()) == (5, 1)
+
+
 # -- --grow_batch, within the bytes of plain LoRA --------------------------------------------------------------------
 
 ROWS, ACCUMULATION = 8, 4

@@ -45,6 +45,9 @@ _MEANINGS = {
     "floor_gains": "expected fall of the loss above 0, 1/6, ... in this time, of LoRA's in all of its time",
     "peak_bytes": "counted: peak of the device in bytes",
     "lora_peak_bytes": "that of plain LoRA",
+    "lora_rows": "rows at once with which plain LoRA fits, too",
+    "lora_rows_peak_bytes": "its peak then",
+    "batch_parts": "micro-batches that take the place of one",
 }
 #: Endings of a picture's name, which decide its format.
 _PICTURES = (".png", ".pdf", ".svg", ".jpg")

@@ -34,6 +34,18 @@ _WITHOUT_VALUES = (AttributeError, LookupError, RuntimeError, TypeError, ValueEr
 
 
 @dataclass(frozen=True)
+class MicroBatch:
+    """A part of a batch, with which LoRA on all sites takes less memory; the others are accumulated."""
+
+    parts: int
+    """Of a batch."""
+    rows: int
+    """At once."""
+    peak: int
+    """Bytes with LoRA on all sites."""
+
+
+@dataclass(frozen=True)
 class Peaks:
     """Counts a training step of one model on one batch; the model stays as it was.
 

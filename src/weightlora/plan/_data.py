@@ -92,6 +92,14 @@ class PlanData:
         """
         return float(self.options.get("step_share", 1.0))
 
+    @property
+    def batch_parts(self) -> int:
+        """How many micro-batches take the place of one of the user's, so that memory suffices; above 1 with ``memory``.
+
+        :func:`weightlora.select_for` sets the trainer's batch size and accumulation by it.
+        """
+        return int(self.options.get("batch_parts", 1))
+
     def steps_of(self, total: int) -> int:
         """Return how many of a training's steps this plan is made for, at least one."""
         return max(Limits(time=self.step_share).time_of(total) or 0, 1)

@@ -101,6 +101,9 @@ class _Options(TypedDict, total=False):
     floor_gains: list[_Finite]
     peak_bytes: _Positive
     lora_peak_bytes: _Positive
+    lora_rows: _Size
+    lora_rows_peak_bytes: _Positive
+    batch_parts: _Size
 
 
 class _Plan(TypedDict):

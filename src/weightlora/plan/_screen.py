@@ -105,6 +105,9 @@ def _kept(plan: PlanData) -> Iterator[str]:
     if plan.step_share < 1:
         instead = "" if plan.options.get("floor_gains") else "; to keep fewer layers instead, name a rule"
         yield _line("train", f"{100 * plan.step_share:.3g} % of the steps{instead}")
+    if plan.batch_parts > 1:
+        rows = plan.options.get("lora_rows")
+        yield _line("train", f"{rows} rows at once, {plan.batch_parts} times a batch; for fewer layers name a rule")
     if len(plan.names) == len(plan.entries) and all(entry.r == entry.lora_r for entry in plan.entries):
         yield _line("kept", f"nothing to select: all {len(plan.entries)} adapters at LoRA's rank fit")
         return
@@ -139,8 +142,6 @@ def _costs(plan: PlanData) -> Iterator[str]:
 
 
 def _memory(row: Alternative) -> str:
-    if math.isnan(row.memory):
-        return "less"
     return f"{row.memory / 1e9:.2f}GB" if row.memory_known == "counted" else f"{row.memory:.2f}×"
 
 
@@ -246,8 +247,8 @@ def alternatives(plan: PlanData) -> tuple[Alternative, ...]:
 
     - LoRA of a lower rank on all sites, with at most as many parameters;
     - LoRA of the user's rank for so many steps as take the plan's time;
-    - LoRA with a smaller micro-batch and more accumulation. Its activations are estimated to be no more than the plan's;
-      where peaks were counted, that of the smaller batch was not.
+    - LoRA with a smaller micro-batch and more accumulation: its activations are estimated to be no more than the plan's,
+      or its peak was counted to be within the limit.
 
     Step times that were not measured are estimated: forward and backward pass take the same, and the backward pass
     stops at the floor, the lowest block with an adapter. So are activations: nothing below the floor is kept.
@@ -315,12 +316,13 @@ def _rows(plan: PlanData) -> Iterator[Alternative]:
             yield Alternative(
                 f"LoRA, {share} % of the steps", of, 1.0, share / 100, definition, lora_memory, memory_known
             )
-    if below or memory_known == "counted":
-        activations = memory / lora_memory
-        parts = math.ceil(1 / activations - 1e-9)
-        if parts > 1:
-            less = lora_memory / parts if memory_known == "estimated" else math.nan
-            yield Alternative(f"LoRA, micro-batch ÷ {parts}", of, 1.0, 1.0, "estimated", less, "estimated")
+    rows = plan.options.get("lora_rows")
+    if rows is not None and plan.batch_parts == 1:
+        held = float(plan.options["lora_rows_peak_bytes"])
+        yield Alternative(f"LoRA, {rows} rows at once", of, 1.0, 1.0, "estimated", held, "counted")
+    elif below and memory_known == "estimated":
+        parts = math.ceil(1 / memory - 1e-9)
+        yield Alternative(f"LoRA, micro-batch ÷ {parts}", of, 1.0, 1.0, "estimated", 1 / parts, "estimated")
 
 
 def _lower_rank(plan: PlanData, top: int) -> tuple[int, int] | None:

@@ -52,11 +52,7 @@ class Course:
 
 
 def course_of(scoring: Scoring, has_head: bool) -> Course:
-    """Return how the steps of a selection are spent.
-
-    Warns:
-        WeightLoraWarning: The training is too short for any scoring.
-    """
+    """Return how the steps of a selection are spent; where the training is too short for scoring, sites are random."""
     rule = scoring.scored_by
     assert rule is not None, "something is scored"
     rounds, measuring = measuring_steps(scoring)
@@ -66,6 +62,14 @@ def course_of(scoring: Scoring, has_head: bool) -> Course:
             return Course(rule, head_steps, times, rounds, measuring)
         if scoring.frees_steps:
             return Course(rule, 0, (2,), rounds, measuring)
+        return Course(rule_of("stratified"), 0, (0,), rounds, measuring)
+    steps = scoring_steps(scoring.total_steps, rule.least_steps) if scoring.steps is None else scoring.steps
+    return Course(rule, _head_steps(rule, has_head), reading_times(steps, rule, scoring.total_steps), rounds, measuring)
+
+
+def warn_of_chance(scoring: Scoring, course: Course) -> None:
+    """Warn where the training is too short for any scoring."""
+    if scoring.rule is None and course.rule.name == "stratified":
         warnings.warn(
             f"{scoring.total_steps} steps leave none for scoring within 3 % of them: sites are taken at random, of "
             "every projection alike; train longer, give steps, or give parameters or time alone, for which nothing is "
@@ -73,9 +77,6 @@ def course_of(scoring: Scoring, has_head: bool) -> Course:
             WeightLoraWarning,
             stacklevel=_CALLER,
         )
-        return Course(rule_of("stratified"), 0, (0,), rounds, measuring)
-    steps = scoring_steps(scoring.total_steps, rule.least_steps) if scoring.steps is None else scoring.steps
-    return Course(rule, _head_steps(rule, has_head), reading_times(steps, rule, scoring.total_steps), rounds, measuring)
 
 
 def tell_cost(scoring: Scoring, steps: int, *, most: bool) -> int:
@@ -135,6 +136,8 @@ def measured_by(costs: Costs, ranks: Sequence[int], peak: int, share: float = 1.
         found["floor_times"] = [round(time / lora, 3) for time in run.of_floors()]
     if costs.memory is not None:
         found |= {"peak_bytes": peak, "lora_peak_bytes": costs.memory.of_all}
+    if costs.micro_batch is not None:
+        found |= {"lora_rows": costs.micro_batch.rows, "lora_rows_peak_bytes": costs.micro_batch.peak}
     return found
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from weightlora.cost.knapsack import Cost
-from weightlora.cost.peak import Peaks, raised
+from weightlora.cost.peak import MicroBatch, Peaks, raised
 from weightlora.cost.saved_bytes import is_checkpointed
 from weightlora.cost.step_time import time_cost
 from weightlora.cost.stored_run import measured_run
@@ -103,11 +103,12 @@ def measured(costs: Costs, scoring: Scoring, course: Course, peaks: Peaks, first
     if scoring.bytes is not None:
         own = peaks.cost()
         memory = from_first(lambda: own)
-        fault = _fault(memory, scoring.bytes, peaks, first)
+        part = _micro_batch(peaks, first, scoring.bytes) if memory.of_all > scoring.bytes else None
+        costs = replace(costs, memory=memory, micro_batch=from_first(lambda: part))
+        fault = None if scoring.frees_rows and costs.micro_batch else _fault(memory, scoring.bytes, peaks, first)
         text = from_first(lambda: fault)
         if text is not None:
             raise OptionError(f"{scoring.text}: {text}")
-        costs = replace(costs, memory=memory)
     if scoring.time is not None:
         profiled = course.measuring - (scoring.epochs is not None)  # the other one times the blocks, below
         seconds = time_cost(peaks.model, first, rounds=course.rounds, profiled=profiled)
@@ -152,6 +153,17 @@ def within_memory(choose: Callable[[Costs], list[int]], costs: Costs, peaks: Pea
             return ranks, peak + costs.growth(memory, ranks)
         memory = raised(memory, (peak - memory.of(kept)) * 2**attempt)
     raise OptionError("no set of sites was found that fits into memory; raise it, or limit adapters")
+
+
+def _micro_batch(peaks: Peaks, first: FirstBatch, limit: int) -> MicroBatch | None:
+    """The largest part of the batch, by halves, with which LoRA on all sites fits; None where none does."""
+    parts, rows = 1, first.rows
+    while rows % 2 == 0:
+        parts, rows = 2 * parts, rows // 2
+        peak = replace(peaks, losses=first.of_rows(rows)).of(range(len(lora_layers(peaks.model))))
+        if peak <= limit:
+            return MicroBatch(parts, rows, peak)
+    return None
 
 
 def _fault(memory: Cost, limit: int, peaks: Peaks, first: FirstBatch) -> str | None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from typing_extensions import TypeIs
 
+    from weightlora.cost.peak import MicroBatch
+
 SiteScores = Sequence[float]
 RankScores = Sequence[Sequence[float]]
 
@@ -44,6 +46,8 @@ class Costs:
     """Nanoseconds of a step for each set of sites at the user's ranks, where time is limited."""
     memory: Cost | None = None
     """Bytes at the peak for each set of sites at the user's ranks, where memory is limited."""
+    micro_batch: MicroBatch | None = None
+    """The largest with which all sites fit into memory; None where they fit without, or do not with a single row."""
     run: StoredRun | None = None
     """The same as ``time`` in a run with a store, whose limit is a share of LoRA's run."""
     frees_steps: bool = False

@@ -103,6 +103,12 @@ class Scoring(Limits):
         return alone and self.epochs is not None
 
     @property
+    def frees_rows(self) -> bool:
+        """Whether fewer rows at once may take the place of fewer sites: nothing says that sites are to be chosen."""
+        unscored = self.rule is None and self.steps is None and self.ranking is None and not self.warm_start
+        return unscored and self.memory is not None and {*self.asked} <= {"memory", "parameters"}
+
+    @property
     def _is_long_enough(self) -> bool:
         """Whether the time of a run leaves any for the selection of a floor."""
         total = self.total_steps if self.steps is None else None

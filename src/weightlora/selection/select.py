@@ -48,6 +48,7 @@ from weightlora.selection._course import (
     steps_by,
     stored_by,
     tell_cost,
+    warn_of_chance,
 )
 from weightlora.selection._measured import measured, require_measurable, within_memory
 from weightlora.selection.allocate import Costs, allocate, chooser_of, rank_budget
@@ -110,7 +111,9 @@ def select(
             ``memory``: the sites whose step takes this share of LoRA's, measured on the first batch. For
             ``select_for(..., store=True)`` see there.
         memory: The most at the peak of the device, such as ``"8GB"``, with frozen weights, activations, gradients and
-            AdamW's state, counted on the first batch.
+            AdamW's state, counted on the first batch. Alone or with ``parameters``: all sites, with so many parts of a
+            batch one after the other (``plan.batch_parts``); nothing is scored. With a rule that is named, ``adapters``
+            or ``time``, or where a single row does not fit: the sites whose peak fits.
         rule: How sites are scored: None takes ``"first_order"``, the size of the mean ∂L/∂B at B = 0, which trains
             nothing; ``"paper"`` is the paper's; or a rule with settings of its own, such as ``StoIHT(gate_lr=1.0)``,
             or one that you wrote.
@@ -239,7 +242,6 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         head, loss_fn = head_of(attached), scoring.loss_fn or model_loss
         course = course_of(scoring, bool(head))
         rule, total = course.rule, course.steps - course.measuring
-        level = tell_cost(scoring, course.steps, most=len(course.times) > 1)
         if scoring.fast is not None:
             enable_fast_lora(attached, scoring.fast)
         peaks = None
@@ -249,11 +251,12 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
                 measured_on = FirstBatch(model, first, loss_fn)
                 peaks = Peaks.of_model(attached, measured_on, vectors=output_vectors(lora))
                 costs = measured(costs, scoring, course, peaks, measured_on)
-        chooser = _chooser(rule, found.sites, costs, scoring)
-        if scoring.rule is None and isinstance(chooser, CostBudget) and chooser.holds(range(len(found.sites))):
-            # Scores would decide nothing: all sites are within the measured limits.
+        if scoring.are_measured and _scores_decide_nothing(rule, found.sites, costs, scoring):
             spent = spent_on(scoring, course, 0)
             return Trained(_unscored(found.sites, lora, costs, scoring, **record, spent=spent), {}, {})
+        chooser = _chooser(rule, found.sites, costs, scoring)
+        warn_of_chance(scoring, course)
+        level = tell_cost(scoring, course.steps, most=len(course.times) > 1)
         with tqdm(total=total, disable=None if scoring.progress else True, leave=False) as bar:
             rows = cycled(batches, total)
             rates = (scoring.learning_rate, scoring.head_learning_rate)
@@ -328,14 +331,25 @@ def _scored_ranks(
     return (choose(costs), 0) if peaks is None or costs.memory is None else within_memory(choose, costs, peaks)
 
 
+def _scores_decide_nothing(rule: Rule, sites: Sequence[Site], costs: Costs, scoring: Scoring) -> bool:
+    """Whether all sites are within the measured limits, or are with fewer rows at once."""
+    if scoring.frees_rows and costs.micro_batch is not None:
+        return True
+    chooser = _chooser(rule, sites, costs, scoring)
+    return scoring.rule is None and isinstance(chooser, CostBudget) and chooser.holds(range(len(sites)))
+
+
 def _unscored(sites: Sequence[Site], lora: LoraConfig, costs: Costs, scoring: Scoring, **record: Any) -> AdapterPlan:
-    """The plan where scores decide nothing: ranks or steps are free, or all sites are within the measured limits."""
+    """The plan where scores decide nothing: ranks, steps or rows are free, or all sites are within the limits."""
     by_steps = scoring.scored_by is None and scoring.time is not None
-    limits = Limits(parameters=scoring.parameters or 1.0) if by_steps else scoring
+    part = costs.micro_batch if scoring.frees_rows else None
+    limits = Limits(parameters=scoring.parameters or 1.0) if by_steps or part else scoring
     ranks = allocate(sites, None, costs, limits)
     peak = 0 if costs.memory is None else costs.memory.of_all + costs.growth(costs.memory, ranks)
+    peak = peak if part is None else part.peak
     options = {**scoring.limits.asked, **stored_by(scoring), **measured_by(costs, ranks, peak)}
     options |= {"step_share": scoring.time} if by_steps else {}
+    options |= {} if part is None else {"batch_parts": part.parts}
     return _planned(sites, lora, ranks, alpha_by="root", rule=UNIFORM, options=options, **record)
 
 

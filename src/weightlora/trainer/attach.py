@@ -34,6 +34,7 @@ from weightlora.plan.limits import LIMITS
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import peeked
 from weightlora.trainer._question import START_FILE, keep_plan, question_of, read_start, stored_plan, write_start
+from weightlora.trainer.batch_size import split_batch
 from weightlora.trainer.guard import (
     PLAN_FILE,
     PlanGuard,
@@ -180,7 +181,9 @@ def select_for(
             whole run, the selection and the first epoch's forward passes included: all sites above a floor, for as many
             steps as the time allows, where the loss is expected to fall furthest (``RunBudget``). The lowest floor is
             fewer steps of all layers; then nothing is stored.
-        memory: The most at the peak of the device, such as ``"8GB"``.
+        memory: The most at the peak of the device, such as ``"8GB"``: where LoRA does not fit, the trainer takes fewer
+            rows at once and accumulates more (``per_device_train_batch_size``, ``gradient_accumulation_steps``). With a
+            ``rule``, ``adapters`` or ``time``, or where a single row does not fit: the sites whose peak fits.
         lora: As in :func:`method_for`.
         store: Compute what lies below the lowest adapter once, by :func:`weightlora.store_frozen`; a mapping has its
             options.
@@ -292,6 +295,7 @@ def _attach(
         trainer.add_callback(callback)
     guard.plan = method.plan
     _shorten(trainer, method.plan, total_steps)
+    split_batch(trainer, method.plan)
     return method
 
 

@@ -1,10 +1,11 @@
-"""The batch that fits where plain LoRA did: a plan keeps less for the backward pass, so more rows can go at once.
+"""Rows at once and accumulation for the memory that there is: a plan that keeps less may take more rows, LoRA fewer.
 
-8 rows × 4 accumulated become 16 × 2 or 32 × 1: the optimizer's steps stay what they were.
+8 rows × 4 accumulated become 16 × 2 or 32 × 1, or 4 × 8: the optimizer's steps stay what they were.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
@@ -23,11 +24,13 @@ from weightlora.cost.saved_bytes import ADAMW_COPIES, parameter_cost, saved_cost
 from weightlora.errors import OptionError, WeightLoraWarning
 from weightlora.fast.enable import enable_fast_lora
 from weightlora.fast.step import Dropout
-from weightlora.model.distributed import from_first
+from weightlora.model.distributed import from_first, is_first
 from weightlora.model.gathering import is_offloaded
 from weightlora.model.restore import seeded, untouched
 from weightlora.plan.plan import AdapterPlan
 from weightlora.trainer.loader import losses, optimizer_steps, placed, quiet_copy
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,31 @@ def use_batch(trainer: Trainer, batch: Batch) -> None:
     arguments.gradient_accumulation_steps = batch.accumulation
     trainer.args = arguments
     trainer._train_batch_size = arguments.train_batch_size  # pyright: ignore[reportPrivateUsage]  # its own copy
+
+
+def split_batch(trainer: Trainer, plan: AdapterPlan) -> None:
+    """Let the trainer take as many rows at once as the plan's limit on memory allows, and accumulate the others.
+
+    Warns:
+        WeightLoraWarning: The trainer's batch has no such parts, or DeepSpeed was told the batch already.
+    """
+    if plan.batch_parts == 1:
+        return
+    rows, rest = divmod(trainer.args.per_device_train_batch_size, plan.batch_parts)
+    part = Batch(rows, trainer.args.gradient_accumulation_steps * plan.batch_parts)
+    if rest or trainer.is_deepspeed_enabled:
+        warnings.warn(
+            f"per_device_train_batch_size={trainer.args.per_device_train_batch_size}: the plan fits into memory with "
+            f"1/{plan.batch_parts} of these rows; set this number and gradient_accumulation_steps yourself",
+            WeightLoraWarning,
+            stacklevel=2,
+        )
+        return
+    use_batch(trainer, part)
+    if is_first():
+        _LOG.warning(
+            "the plan trains %d rows at once, with gradient_accumulation_steps=%d", part.rows, part.accumulation
+        )
 
 
 def require_growable(trainer: Trainer) -> None:
