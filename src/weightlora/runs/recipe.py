@@ -122,10 +122,12 @@ class MethodOptions:
         "at most this share of LoRA's time, such as 0.6: of its steps, with a rule of its step time, "
         "with a store of the whole run",
     )
-    memory: Text | None = _option(None, "at most this peak of the device, such as 8GB")
+    memory: Text | None = _option(
+        None, "at most this peak of the device, such as 8GB: fewer rows at once; with a rule, fewer layers"
+    )
     rule: Text | None = _option(
         None,
-        "how sites are scored; default: first_order, or nothing is scored within parameters and time alone; there are "
+        "how sites are scored; default: first_order, or nothing is scored within parameters, time or memory; there are "
         f"{', '.join(entry.name for entry in RULES)}, or package.module:Class of your own",
     )
     ranking: Literal["score", "spread"] | None = _option(
