@@ -76,6 +76,11 @@ def test_measured_figures_take_the_place_of_estimates_and_say_so():
     assert "pays back in time from step 22 on" in str(plan)  # 9 / 0.42 = 21.4
 
 
+def test_rows_at_once_are_said_even_where_a_plan_lacks_their_number():
+    assert "fewer rows at once, 4 times a batch" in str(plan_of([R, R], options={"memory": "1GB", "batch_parts": 4}))
+    assert "1 row at once, 4 times" in str(plan_of([R, R], options={"batch_parts": 4, "lora_rows": 1}))
+
+
 @pytest.mark.parametrize("epochs", [1.0, 3.0, 2.5])
 def test_a_plan_for_a_store_has_the_time_of_its_run_and_of_other_floors(epochs):
     """2(1 - f)E + f of LoRA's 2E; with one epoch what a step takes, as nothing is read back."""

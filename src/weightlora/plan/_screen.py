@@ -106,8 +106,7 @@ def _kept(plan: PlanData) -> Iterator[str]:
         instead = "" if plan.options.get("floor_gains") else "; to keep fewer layers instead, name a rule"
         yield _line("train", f"{100 * plan.step_share:.3g} % of the steps{instead}")
     if plan.batch_parts > 1:
-        rows = plan.options.get("lora_rows")
-        yield _line("train", f"{rows} rows at once, {plan.batch_parts} times a batch; for fewer layers name a rule")
+        yield _line("train", f"{_rows_at_once(plan)}, {plan.batch_parts} times a batch; for fewer layers name a rule")
     if len(plan.names) == len(plan.entries) and all(entry.r == entry.lora_r for entry in plan.entries):
         yield _line("kept", f"nothing to select: all {len(plan.entries)} adapters at LoRA's rank fit")
         return
@@ -139,6 +138,11 @@ def _costs(plan: PlanData) -> Iterator[str]:
     if gains:
         own = " ".join(f"{floor} {gain:.2f}" for floor, gain in zip(("all", *FLOORS), gains, strict=False))
         yield _line("gains", f"expected: {own}")
+
+
+def _rows_at_once(plan: PlanData) -> str:
+    rows = plan.options.get("lora_rows", "fewer")  # a plan of another hand may not say it
+    return f"{rows} row{'s' * (rows != 1)} at once"
 
 
 def _memory(row: Alternative) -> str:
@@ -316,10 +320,9 @@ def _rows(plan: PlanData) -> Iterator[Alternative]:
             yield Alternative(
                 f"LoRA, {share} % of the steps", of, 1.0, share / 100, definition, lora_memory, memory_known
             )
-    rows = plan.options.get("lora_rows")
-    if rows is not None and plan.batch_parts == 1:
-        held = float(plan.options["lora_rows_peak_bytes"])
-        yield Alternative(f"LoRA, {rows} rows at once", of, 1.0, 1.0, "estimated", held, "counted")
+    held = plan.options.get("lora_rows_peak_bytes")
+    if held is not None and plan.batch_parts == 1:
+        yield Alternative(f"LoRA, {_rows_at_once(plan)}", of, 1.0, 1.0, "estimated", float(held), "counted")
     elif below and memory_known == "estimated":
         parts = math.ceil(1 / memory - 1e-9)
         yield Alternative(f"LoRA, micro-batch ÷ {parts}", of, 1.0, 1.0, "estimated", 1 / parts, "estimated")

@@ -346,8 +346,7 @@ def _unscored(sites: Sequence[Site], lora: LoraConfig, costs: Costs, scoring: Sc
     limits = Limits(parameters=scoring.parameters or 1.0) if by_steps or part else scoring
     ranks = allocate(sites, None, costs, limits)
     peak = 0 if costs.memory is None else costs.memory.of_all + costs.growth(costs.memory, ranks)
-    peak = peak if part is None else part.peak
-    options = {**scoring.limits.asked, **stored_by(scoring), **measured_by(costs, ranks, peak)}
+    options = {**scoring.limits.asked, **stored_by(scoring), **measured_by(costs, ranks, part.peak if part else peak)}
     options |= {"step_share": scoring.time} if by_steps else {}
     options |= {} if part is None else {"batch_parts": part.parts}
     return _planned(sites, lora, ranks, alpha_by="root", rule=UNIFORM, options=options, **record)
