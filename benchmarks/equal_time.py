@@ -19,13 +19,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import json
+import random
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from dropbp import skipped_backward
+
 from weightlora.bench.records import append_record, read_records
+from weightlora.model.frozen_prefix import find_blocks
 from weightlora.runs.recipe import read_recipe
 from weightlora.runs.train import fit, plan, prepare
 from weightlora.trainer.store import store_planned
@@ -88,6 +93,8 @@ UPPER = {bed: TWO_THIRDS if bed == "sums" else HALF for bed in BEDS}
 MORE = {"upper half": 5.5 / 3, "upper two thirds": 5 / 3}
 LORA = "LoRA, all layers"
 STORE = {"store_frozen": "memory", "store_dropout": "off below"}
+#: The share of backward passes of blocks that a row skips; no option of a recipe.
+DROPBP = "dropbp"
 #: On reviews LoRA at 4e-3 learns nothing (docs/lab/choice.md).
 RATES = {
     "roget": (2e-3, 4e-3, 8e-3),
@@ -142,9 +149,14 @@ def rows_of(bed: str) -> dict[str, dict[str, Any]]:
         "LoRA of rank 1, all layers": {"lora_r": 1, "lora_alpha": 2},
         name: upper,
         f"{name}, stored": {**upper, **STORE},
+        f"random half of the {name}, stored": {
+            "lora_target_modules": random.Random(0).sample(sites, len(sites) // 2),
+            **STORE,
+        },
         f"{name}, stored, more epochs": {"num_train_epochs": MORE[name] * epochs, **upper, **STORE},
         # As many whole steps as are within 0.4 of them.
         "LoRA, all layers, 0.4 of the steps": {"num_train_epochs": 0.393 * epochs},
+        "DropBP of 0.8": {DROPBP: 0.8},
         "time=0.6 with a store": {"method": "selected", "time": 0.6, **STORE},
         "time=0.4 with a store": {"method": "selected", "time": 0.4, **STORE},
     }
@@ -167,6 +179,7 @@ def tuned(name: str, rates: tuple[float, ...], done: dict[tuple[str, float, int]
 def trained(options: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
     """Processor seconds of a run, and what it ends with."""
     row = {"method": "lora", **SHARED, **options, "learning_rate": rate, "seed": seed}
+    skipped = row.pop(DROPBP, None)
     with tempfile.TemporaryDirectory() as folder:
         recipe = read_recipe({**row, "output_dir": f"{folder}/run"})
         run = prepare(recipe)
@@ -174,7 +187,9 @@ def trained(options: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
         method = plan(run)
         if recipe.method.store_frozen is not None:
             store_planned(run.trainer, method.plan, dropout="off below")
-        fit(run, method)
+        blocks = find_blocks(run.trainer.model)[1]
+        with nullcontext() if skipped is None else skipped_backward(blocks, skipped, seed=seed):
+            fit(run, method)
         seconds = time.process_time() - start
         ends = {"steps": run.trainer.state.global_step, "adapters": len(method.plan.names)}
         return {"seconds": seconds, **ends, **run.task.measure(run.trainer)}

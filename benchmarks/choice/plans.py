@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from weightlora.files import write_text
+from weightlora.files import read_json, write_text
 
 RESULTS = Path(__file__).parents[1] / "results" / "choice"
 PACKED = RESULTS / "plans.jsonl.gz"
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("plans", type=Path, nargs="*", metavar="PLAN.json", help="plans to pack (default: unpack all)")
     asked = parser.parse_args()
     if asked.plans:
-        pack(PACKED, [path.read_text(encoding="utf-8") for path in asked.plans])
+        pack(PACKED, [json.dumps(read_json(path)) + "\n" for path in asked.plans])
     for path in unpack(PACKED, RESULTS / "plans"):
         print(path)
 
@@ -34,14 +35,14 @@ def pack(file: Path, plans: Iterable[str]) -> None:
 
     Args:
         file: Such as ``PACKED``; it need not exist.
-        plans: Each as it was saved, one line.
+        plans: Each in one line.
     """
     lines = dict.fromkeys([*packed(file), *plans])
     file.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
 
 
 def packed(file: Path) -> Sequence[str]:
-    """Return the plans of a file, each as it was saved."""
+    """Return the plans of a file, each in one line."""
     return gzip.decompress(file.read_bytes()).decode().splitlines(keepends=True) if file.exists() else []
 
 

@@ -44,6 +44,7 @@ Rates = Mapping[float, Mapping[int, float]]
 #: The default answer, and what needs no selection at the same cost.
 PAIRS = (
     ("parameters 0.25", "LoRA, rank 2"),
+    ("alpha/r, twice the rate", "LoRA, rank 2"),
     ("parameters 0.05", "random sites, 0.05"),
     ("parameters 0.05", "uppermost sites, 0.05"),
     ("first_order, memory 115MB", "LoRA, micro-batches of 8"),

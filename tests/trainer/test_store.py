@@ -298,7 +298,7 @@ ALL = LoraConfig(r=2, target_modules=r".*layers\..*_proj")
 
 
 def test_a_time_too_short_to_select_a_floor_is_fewer_steps_without_a_store(tmp_path, capsys):
-    """0.02 of 360 steps are 7; four steps of selection would be more than a sixth of them."""
+    """0.02 of 360 steps are 7; three steps of selection would be more than a sixth of them."""
     trainer = bare(tmp_path, disable_tqdm=False)
     plan = weightlora.select_for(trainer, lora=ALL, time=0.02, store=True, progress=False)
     assert (plan.rule, plan.spent, plan.step_share, len(plan.names)) == ("uniform", {}, 0.02, 28)
@@ -308,11 +308,11 @@ def test_a_time_too_short_to_select_a_floor_is_fewer_steps_without_a_store(tmp_p
 
 
 def test_layers_that_all_lie_above_are_stored_where_steps_are_few(tmp_path):
-    """The user's own target_modules leave blocks 0 and 1 frozen; 0.5 of 48 steps are an epoch and a half."""
+    """The user's own target_modules leave blocks 0 and 1 frozen; 0.4 of 48 steps are more than an epoch."""
     trainer = bare(tmp_path, per_device_train_batch_size=15)
-    plan = weightlora.select_for(trainer, lora=ABOVE, time=0.5, store=True, progress=False)
+    plan = weightlora.select_for(trainer, lora=ABOVE, time=0.4, store=True, progress=False)
     [held] = [each._store for each in trainer.callback_handler.callbacks if isinstance(each, StoreCallback)]
-    assert (plan.rule, held.floor, trainer.args.max_steps) == ("uniform", "2 of 4 blocks of model.layers", 24)
+    assert (plan.rule, held.floor, trainer.args.max_steps) == ("uniform", "2 of 4 blocks of model.layers", 19)
 
 
 @pytest.mark.parametrize("arguments", [{"num_train_epochs": 1.0}, {"max_steps": 120}])
@@ -364,6 +364,25 @@ def test_the_expected_fall_of_the_loss_decides_between_a_floor_and_fewer_steps(f
     assert "within the time" in str(plan)
     assert "gains     expected: all 0." in str(plan)
     assert max(map(len, str(plan).splitlines())) <= 80
+
+
+def test_a_short_run_is_measured_in_two_steps_and_scored_in_one(tmp_path, monkeypatch):
+    """Of 48 steps 3; the one in which blocks are timed has no adapters, so that it takes less than a step of LoRA."""
+    monkeypatch.setattr("weightlora.selection.scoring.DEFAULT_RULE", Growing(factor=1e-3))
+    plan = weightlora.select_for(
+        bare(tmp_path, per_device_train_batch_size=15), lora=ALL, time=0.6, store=True, progress=False
+    )
+    assert plan.spent == {"scoring_steps": 3, "total_steps": 48}
+    assert len(plan.names) == 28  # all layers, so that the rest of the time is steps of LoRA
+    assert 0.6 - 3 / 48 < plan.step_share < 0.6 - 2 / 48
+
+
+def test_one_batch_has_scores_without_errors(tmp_path):
+    plan = weightlora.select_for(
+        bare(tmp_path, per_device_train_batch_size=15), lora=ALL, time=0.6, store=True, progress=False
+    )
+    assert (plan.rule, plan.options["steps"], len(plan.history)) == ("first_order", 1, 1)
+    assert all(entry.score > 0 and entry.score_error is None for entry in plan.entries)
 
 
 def test_parameters_hold_above_the_floor_as_well(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def course_of(scoring: Scoring, has_head: bool) -> Course:
         if times:
             return Course(rule, head_steps, times, rounds, measuring)
         if scoring.frees_steps:
-            return Course(rule, 0, (2,), rounds, measuring)
+            return Course(rule, 0, (1,), rounds, measuring)  # floors are told apart by sums over many sites
         return Course(rule_of("stratified"), 0, (0,), rounds, measuring)
     steps = scoring_steps(scoring.total_steps, rule.least_steps) if scoring.steps is None else scoring.steps
     return Course(rule, _head_steps(rule, has_head), reading_times(steps, rule, scoring.total_steps), rounds, measuring)

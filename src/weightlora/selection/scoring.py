@@ -28,8 +28,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_RULE = "first_order"
 #: What a plan calls its rule where nothing is scored.
 UNIFORM = "uniform"
-#: Selecting a floor takes four steps at least, and at most this share of the time that is left to the run.
-_FLOOR_STEPS, _FLOOR_SHARE = 4, 0.15
+#: Selecting a floor takes three steps at least, and at most this share of the time that is left to the run.
+_FLOOR_STEPS, _FLOOR_SHARE = 3, 0.15
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,8 +56,11 @@ class FirstOrder(Rule):
 
 
 def _scores(history: Sequence[tuple[float, ...]], found: GradientSizes) -> Scores:
-    known, last = found.estimate(), history[-1]
+    last = history[-1]
     moved = tuple(gain > 0 for gain in last)
+    if len(history) == 1:  # of one batch no error is known
+        return Scores(tuple(history), moved, last)
+    known = found.estimate()
     return Scores(tuple(history), moved, last, errors=known.errors, halves=known.halves)
 
 
