@@ -28,7 +28,7 @@ SOURCE_RULES := tests/test_imports.py tests/test_packaging.py
 TRUE_DOCS := tests/test_documents.py
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: setup    ## every kind of thing once, six to seven minutes on two cores; `make check` and `make docs` have tests of their own
+test: setup    ## every kind of thing once, six minutes on two cores; `make check` and `make docs` have tests of their own
 	$(PYTEST) --short $(addprefix --ignore=,$(SOURCE_RULES) $(TRUE_DOCS))
 
 test-all: setup  ## all tests, some forty minutes on two cores, with the examples and DeepSpeed in two processes

@@ -22,8 +22,8 @@ from weightlora.plan.plan import read_adapter
 
 #: They write beside what is there; the others replace a folder.
 BESIDE = ("select", "train", "bench", "paper", "analyse")
-#: In a test that runs it; the paper's runs are those of bench.
-RUN = [pytest.param(name, marks=pytest.mark.slow) if name == "paper" else name for name in BESIDE]
+#: In a test that runs it; a benchmark takes long to start its process, and the paper's is one.
+RUN = [pytest.param(name, marks=pytest.mark.slow) if name in ("bench", "paper") else name for name in BESIDE]
 WHOLE = ("export", "emit", "squeeze", "save_adapter")
 #: Each keeps the name, so that ``paper`` can write there: it makes a folder for its size.
 NAME = "embedded"
@@ -214,7 +214,7 @@ def test_a_changed_file_of_a_finished_run_stays(name, bed, made, tmp_path):
     assert everything(output) == before
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("command", "adapter", "results"),
     [("train", "adapter", "results.json"), ("bench", "adapters/*", "records.jsonl")],
@@ -242,6 +242,7 @@ OURS = {
 }
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("command", "name"), [(command, name) for command, names in OURS.items() for name in names])
 def test_a_file_of_the_user_with_one_of_our_names_stays(command, name, bed, tmp_path, capsys):
     output = tmp_path / NAME
@@ -352,6 +353,7 @@ def test_a_name_that_is_too_long_is_one_line(command, long, bed, tmp_path, capsy
 # -- a folder belongs to one command ---------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("record", [True, False], ids=["with its record", "as earlier versions left it"])
 @pytest.mark.parametrize("owner", [*RUN, *WHOLE])
 def test_a_folder_belongs_to_one_command(owner, record, bed, made, tmp_path, capsys):
@@ -382,7 +384,7 @@ def test_train_takes_the_plan_of_another_folder(bed, made, tmp_path, capsys):
     assert (tmp_path / "run" / "plan.json").exists()
 
 
-@pytest.mark.parametrize("owner", ["train", "bench"])
+@pytest.mark.parametrize("owner", ["train", pytest.param("bench", marks=pytest.mark.slow)])
 def test_a_folder_of_an_earlier_version_is_recognised(owner, bed, made, tmp_path, capsys):
     output = made(owner, tmp_path / NAME)
     for name in (".weightlora.json", "plan.json", "heatmap.png", "table.md", "table.tex"):

@@ -26,7 +26,7 @@ def sleep_at_seed_one(job):
 
 def run(config, output_dir, answer):
     """The command; answers its code and what it said."""
-    torch.set_num_threads(1)  # as tests/conftest.py does
+    torch.set_num_threads(1)  # as tests/real_parts.py does
     said = StringIO()
     with redirect_stderr(said), redirect_stdout(StringIO()):
         code = main(["bench", "--config", config, "--output_dir", output_dir])

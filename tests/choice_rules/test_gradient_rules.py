@@ -19,6 +19,7 @@ from weightlora.model.layers import lora_layers
 from weightlora.selection.rules import rule_of
 from weightlora.selection.rules.kappa_tune import full_weight
 
+pytestmark = pytest.mark.slow  # rules of the study, not of the package
 NAMES = [*BY_GRADIENT]
 WITHOUT_A = ("relative_gradient", "aletheia", "gora")
 LORA = LoraConfig(r=2, lora_alpha=6)

@@ -16,6 +16,7 @@ from weightlora.selection.rules.integrated import Integrated
 from weightlora.selection.select import select_trained
 from weightlora.selection.stage import adapter_weights, probed, train_adapters
 
+pytestmark = pytest.mark.slow  # rules of the study, not of the package
 LORA = LoraConfig(r=2, lora_alpha=6)
 STEPS, RATE = 8, 0.05
 

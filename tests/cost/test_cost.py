@@ -255,8 +255,8 @@ def test_the_fast_step_has_more_sites_for_the_same_bytes(minilm, review_batches)
 @pytest.mark.parametrize(
     ("limit", "told"),
     [
-        ({"memory": "1kB"}, r"memory='1kB': with a single adapter, at bert\S+, a step takes .* MB; raise memory"),
         ({"time": 0.001}, r"no site fits time=0.001: the cheapest, bert\S+, takes .* of LoRA's step time; raise time"),
+        ({"memory": "1kB"}, r"memory='1kB': with a single adapter, at bert\S+, a step takes .* MB; raise memory"),
     ],
 )
 def test_a_limit_below_the_cheapest_site(minilm, review_batches, limit, told):

@@ -79,7 +79,7 @@ def test_a_wrong_setting_is_far_from_the_count(benchmark):
         assert benchmark.estimated(other) > 1.1 * benchmark.estimated(configuration)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_where_the_optimizers_step_is_the_peak(optim, dtype, benchmark):

@@ -63,6 +63,7 @@ def with_lora(model, **options):
     return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **options)).train()
 
 
+@pytest.mark.sampled(60)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (2, 2, 3, 8)])
 @pytest.mark.parametrize("kind", ["linear", "no bias", "Conv1D", "trained base"])

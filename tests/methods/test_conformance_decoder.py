@@ -4,5 +4,5 @@ import pytest
 from conformance import *  # noqa: F403 - every check
 from conformance import KINDS, NAMES, runs
 
-finished = runs([name for name in NAMES if name not in KINDS], "decoder")
+finished = runs(decoder=[name for name in NAMES if name not in KINDS])
 pytestmark = pytest.mark.slow

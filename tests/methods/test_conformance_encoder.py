@@ -3,4 +3,4 @@
 from conformance import *  # noqa: F403 - every check
 from conformance import NAMES, runs
 
-finished = runs(NAMES, "encoder")
+finished = runs(encoder=NAMES)

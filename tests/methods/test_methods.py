@@ -155,7 +155,7 @@ def quick(name):
     return {key: value for key, value in QUICK.items() if key in options_of(name)}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "rule"), [("selected", "first_order"), ("weightlora", "paper"), ("weightlora_plus", "paper")]
 )

@@ -156,6 +156,7 @@ def choice(name, tmp_path, shuffled, seed):
     return method.plan.ranks[USEFUL], method.plan.ranks[IDLE]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", READING)
 def test_a_useful_site_is_kept_and_an_idle_one_is_not(name, tmp_path):
     for seed in range(3):
@@ -175,7 +176,7 @@ def choice_of(name, tmp_path, seed):
         return 0, 0
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", READING)
 def test_labels_of_other_rows_do_not_lead_to_the_same_choice(name, tmp_path):
     """Methods that read the loss fail, or find no site; those that read the inputs alone never saw the labels."""

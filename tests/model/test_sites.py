@@ -241,6 +241,7 @@ def config_for(model, fields):
 several_families = pytest.mark.filterwarnings("ignore::weightlora.errors.WeightLoraWarning")
 
 
+@pytest.mark.sampled(24)
 @several_families
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("build", [llama, bert, gpt2, t5, Attending])

@@ -65,6 +65,7 @@ def grid_of(base, **changed):
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_study_is_run_resumed_and_drawn(base, tmp_path, capsys):
     published = {"scale": 100, "columns": ["text_classification", "average"], "rows": {"lora": [0.5, 0.25]}}
     recipes = write_study(tmp_path / "recipes", "small", grid_of(base), published=published)
@@ -282,6 +283,7 @@ def test_all_tables_and_figures_of_the_paper_are_there():
     assert all({"embedded", "full"} <= read_study(name, FOLDER).setups.keys() for name in NAMES)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("name", "size"), GRIDS)
 def test_every_grid_can_be_drawn_without_a_record(name, size, tmp_path):
     study = read_study(name, FOLDER)

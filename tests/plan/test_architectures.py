@@ -57,7 +57,7 @@ def test_the_matrix_is_large_enough():
     assert min(len(models) for models in FAMILIES.values()) >= 5
 
 
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_plan_loads_and_merges_with_stock_peft(name):
     """And the table in the documents says what is found here."""
@@ -66,7 +66,7 @@ def test_a_plan_loads_and_merges_with_stock_peft(name):
     assert row(name, state, plain) in PAGE.read_text(encoding="utf-8").splitlines()
 
 
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(8)
 @pytest.mark.filterwarnings("ignore::weightlora.errors.WeightLoraWarning")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_all_linear_is_what_peft_adapts_or_what_the_warning_names(name):

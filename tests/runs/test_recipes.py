@@ -97,6 +97,7 @@ def test_a_recipe_that_there_is_not_is_one_line(words, says, capsys):
     assert said.count("\n") == 1
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_line_is_read_as_it_is_written(name):
     recipe = read(name)

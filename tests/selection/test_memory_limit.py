@@ -241,6 +241,7 @@ def test_select_keeps_the_peak_within_the_limit_and_says_so():
     assert 1 <= len(plan.names) < len(every.names)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("parameters", [None, 0.5])
 @pytest.mark.parametrize("rows", [4, 2])
 def test_without_a_rule_all_sites_fit_with_fewer_rows_at_once(parameters, rows):

@@ -66,7 +66,7 @@ def has_more_columns_than_rows(folder):
     return any(b.shape[0] < b.shape[1] for _, b in pairs(folder).values())
 
 
-@pytest.mark.sampled(20)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_the_verdict_is_what_the_runtime_does_and_the_export_is_right(runtime, adapter, tmp_path):
     wanted = by_patterns(adapter.folder)
@@ -82,6 +82,7 @@ def test_the_verdict_is_what_the_runtime_does_and_the_export_is_right(runtime, a
         assert torch.allclose(logits(adapter.base, out), adapter.logits, atol=1e-5)
 
 
+@pytest.mark.sampled(12)
 def test_one_layout_is_right_everywhere(adapter, tmp_path):
     wanted = by_patterns(adapter.folder)
     if is_refused("everywhere", wanted):
@@ -145,6 +146,7 @@ def test_a_scale_costs_no_precision(dtype, kept, alpha, save, tmp_path):
     assert same_type == (kept or (dtype == torch.bfloat16 and alpha == 8))
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

@@ -64,7 +64,7 @@ def truncated(delta, k):
     return (u[:, :k] * s[:k]) @ v[:k]
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("share", [0.2, 0.6])
 def test_it_is_the_dense_svd_of_all_sites(adapter, share, tmp_path):
     wanted, own = by_patterns(adapter.folder), pairs(adapter.folder)
@@ -82,7 +82,7 @@ def test_it_is_the_dense_svd_of_all_sites(adapter, share, tmp_path):
     assert numbers(tmp_path / "out") == squeezed.plan.parameters <= most
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(5)
 def test_a_full_budget_gives_the_same_logits(adapter, tmp_path):
     squeeze(adapter.folder, tmp_path / "out", parameters=1.0)
     assert torch.allclose(logits(adapter.base, tmp_path / "out"), adapter.logits, atol=1e-5)

@@ -53,6 +53,7 @@ def applied(stack, make, plan, folder):
     return read_trl(make(), text, folder / "c.yaml") if stack == "trl" else READ[stack](make(), text)
 
 
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize("stack", PEFT_STACKS)
 @pytest.mark.parametrize("name", PLANS)
 def test_the_adapters_are_the_plan(stack, name, tmp_path):

@@ -145,7 +145,7 @@ def requests_of(task, lm: HFLM) -> list[tuple[str, str]]:
     return [request.args for request in task.instances]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ROWS)
 def test_the_trained_tokens_are_those_that_the_harness_scores(name, harness, tokenizer, tiny, arguments):
     task, judged = task_of(name), harness[name]

@@ -111,7 +111,7 @@ def trained(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("what", CHANGES)
 def test_another_question_is_one_line_that_names_it(ask, tmp_path, what):
     changed, words = CHANGES[what]

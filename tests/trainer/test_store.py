@@ -315,6 +315,7 @@ def test_layers_that_all_lie_above_are_stored_where_steps_are_few(tmp_path):
     assert (plan.rule, held.floor, trainer.args.max_steps) == ("uniform", "2 of 4 blocks of model.layers", 19)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("arguments", [{"num_train_epochs": 1.0}, {"max_steps": 120}])
 def test_one_epoch_reads_nothing_back_and_so_nothing_is_stored(arguments, tmp_path, capsys):
     """240 rows in batches of two are 120 steps; the training is the one without a store, bit for bit."""
