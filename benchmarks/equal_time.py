@@ -149,6 +149,7 @@ def rows_of(bed: str) -> dict[str, dict[str, Any]]:
         "LoRA of rank 1, all layers": {"lora_r": 1, "lora_alpha": 2},
         name: upper,
         f"{name}, stored": {**upper, **STORE},
+        # One draw for all seeds.
         f"random half of the {name}, stored": {
             "lora_target_modules": random.Random(0).sample(sites, len(sites) // 2),
             **STORE,
