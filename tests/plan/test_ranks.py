@@ -1,6 +1,5 @@
 """A budget spent rank by rank, how sites compete for it, and the alpha of a lower rank."""
 
-import math
 
 import pytest
 from hypothesis import given
@@ -161,20 +160,20 @@ def test_a_ranking_that_does_not_fit_is_one_line():
         ranked(measured, "spread", SITES)
 
 
-# -- alpha carries the learning rate over, it is whole, and equal alphas stay equal ----------------------------------
+# -- alpha/r stays, and equal alphas stay equal ----------------------------------------------------------------------
 
 SQUARE = [Site(f"layer.{i}.{kind}", 16, 16) for i in range(4) for kind in "kqv"]
 NAMES = [site.name for site in SQUARE]
 
 
-def plan_of(lora, ranks, alpha_by="root"):
+def plan_of(lora, ranks, alpha_by="least"):
     return make_plan(SQUARE, lora, NAMES, ranks=dict(zip(NAMES, ranks, strict=True)), alpha_by=alpha_by)
 
 
 @pytest.mark.parametrize("r", [1, 2, 4, 7, 8, 16])
-def test_alpha_grows_with_the_root_of_the_rank(r):
+def test_equal_ranks_keep_loras_scaling(r):
     plan = plan_of(LoraConfig(r=8, lora_alpha=16), [r] * 12)
-    assert {entry.alpha for entry in plan.entries} == {round(16 * math.sqrt(r / 8))}
+    assert {entry.alpha for entry in plan.entries} == {2 * r}
     assert plan.to_lora_config().alpha_pattern == {}
 
 
@@ -184,23 +183,23 @@ def test_single_sites_of_one_rank_more_have_the_same_alpha():
     ranks = allocate(SQUARE, None, Costs.of(SQUARE, lora), Limits(parameters=0.3))
     assert sorted({*ranks}) == [2, 3]
     assert plan_of(lora, ranks).to_lora_config().alpha_pattern == {}
-    assert plan_of(lora, ranks).to_lora_config().lora_alpha == round(16 * math.sqrt(2 / 8))
+    assert plan_of(lora, ranks).to_lora_config().lora_alpha == 4
 
 
-def test_the_ratio_stays_where_it_is_asked_for_and_rslora_keeps_alpha():
-    ratio = plan_of(LoraConfig(r=8, lora_alpha=16), [2] * 12, alpha_by="ratio")
-    assert {entry.alpha for entry in ratio.entries} == {4}
+def test_the_ratio_of_each_site_stays_where_it_is_asked_for_and_rslora_keeps_alpha():
+    ratio = plan_of(LoraConfig(r=8, lora_alpha=16), [2, 3] * 6, alpha_by="ratio")
+    assert {(entry.r, entry.alpha) for entry in ratio.entries} == {(2, 4), (3, 6)}
     rslora = plan_of(LoraConfig(r=8, lora_alpha=16, use_rslora=True), [2] * 12)
     assert {entry.alpha for entry in rslora.entries} == {16}
 
 
 def test_a_small_or_broken_alpha_stays_positive():
-    assert {entry.alpha for entry in plan_of(LoraConfig(r=64, lora_alpha=1), [1] * 12).entries} == {1}
+    assert {entry.alpha for entry in plan_of(LoraConfig(r=64, lora_alpha=1), [1] * 12).entries} == {1 / 64}
     half = plan_of(LoraConfig(r=4, lora_alpha=2.5), [1] * 12)  # PEFT takes floats as well
-    assert {entry.alpha for entry in half.entries} == {1.25}
+    assert {entry.alpha for entry in half.entries} == {0.625}
 
 
 def test_alpha_patterns_of_the_user_scale_alike():
     lora = LoraConfig(r=8, lora_alpha=16, alpha_pattern={"k": 32}, rank_pattern={"k": 16})
     ranks = [4 if name.endswith("k") else 2 for name in NAMES]  # a quarter of each
-    assert {entry.site.projection: entry.alpha for entry in plan_of(lora, ranks).entries} == {"k": 16, "q": 8, "v": 8}
+    assert {entry.site.projection: entry.alpha for entry in plan_of(lora, ranks).entries} == {"k": 8, "q": 4, "v": 4}

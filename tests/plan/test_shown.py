@@ -139,11 +139,11 @@ def test_few_adapters_at_loras_alpha_want_twice_the_rate(kept, factor):
     assert ("about 2 times LoRA's" in str(plan)) == (factor == 2)
 
 
-def test_a_lower_rank_whose_alpha_changed_wants_loras_rate():
-    plan = plan_of([1] * 20)
-    assert plan.learning_rate_factor == 1.0  # alpha is still 16, so that alpha/r is not LoRA's
-    lower = replace(plan, entries=tuple(replace(entry, alpha=2) for entry in plan.entries))
-    assert lower.learning_rate_factor == 2.0
+@pytest.mark.parametrize(("r", "factor"), [(1, 2.0), (2, 2.0), (3, 1.3), (4, 1.0), (7, 1.0), (8, 1.0), (16, 1.0)])
+def test_lower_ranks_want_up_to_twice_the_rate(r, factor):
+    """1 at half of LoRA's parameters, 2 at a quarter, inverse to them in between: 8 / (2 · 3) is 1.3 at rank 3."""
+    assert plan_of([r] * 20).learning_rate_factor == factor
+    assert plan_of([r] * 20, lora={"use_rslora": True}).learning_rate_factor == 1.0
 
 
 def test_layers_within_a_limit_on_time_have_a_note_of_what_takes_as_long():

@@ -179,9 +179,9 @@ def test_equal_to_a_plan_that_is_made_by_hand():
     plan = select(model, Unread(), lora=lora, parameters=0.1)
     sites = [entry.site for entry in plan.entries]
     by_hand = make_plan(
-        sites, LoraConfig(r=10, lora_alpha=20), plan.names, ranks=dict.fromkeys(plan.names, 1), alpha_by="root"
+        sites, LoraConfig(r=10, lora_alpha=20), plan.names, ranks=dict.fromkeys(plan.names, 1), alpha_by="least"
     )
-    assert [entry.alpha for entry in plan.entries] == [entry.alpha for entry in by_hand.entries] == [6] * 6  # 20·√0.1
+    assert [entry.alpha for entry in plan.entries] == [entry.alpha for entry in by_hand.entries] == [2] * 6  # 20 · 0.1
 
 
 @pytest.mark.parametrize(("ranks", "share"), [([8, 0], 0.4), ([4, 0], 0.4), ([16, 0], 0.8), ([16, 8], 2.0)])

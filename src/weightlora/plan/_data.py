@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-#: Below this share of LoRA's parameters a plan at LoRA's alpha/r wants a higher rate.
+#: Below this share of LoRA's parameters a plan of whole layers wants a higher rate.
 _FEW = 0.15
 
 
@@ -77,12 +77,16 @@ class PlanData:
 
     @property
     def learning_rate_factor(self) -> float:
-        """The factor of LoRA's learning rate that suits this plan: 2 for few parameters at LoRA's alpha/r, else 1.
+        """The factor of LoRA's learning rate that suits this plan, from 1 to 2 (measured: docs/lab/choice.md).
 
-        Lower ranks on all sites have an alpha that carries the rate over. docs/lab/choice.md has the measurements.
+        Lower ranks at LoRA's alpha/r want LoRA's rate at half of its parameters, and twice that at a quarter or less.
+        :func:`weightlora.select_for` sets the trainer's rate by it. Few whole layers want about twice the rate. Lower
+        ranks of rsLoRA, whose scaling grows, want LoRA's.
         """
-        carried = any(e.r and e.alpha * e.lora_r != e.lora_alpha * e.r for e in self.entries)
-        return 2.0 if not carried and self.parameters < _FEW * self.lora_parameters else 1.0
+        share = self.parameters / self.lora_parameters
+        if any(0 < entry.r < entry.lora_r for entry in self.entries):
+            return 1.0 if self.lora.get("use_rslora") else round(min(max(0.5 / share, 1.0), 2.0), 1)
+        return 2.0 if share < _FEW else 1.0
 
     @property
     def step_share(self) -> float:

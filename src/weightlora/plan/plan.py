@@ -8,7 +8,6 @@ A plan is made from a model's sites and the names of those to keep, or from the 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -160,7 +159,7 @@ def make_plan(
     scores: Sequence[float] | None = None,
     errors: Sequence[float] = (),
     ranks: Mapping[str, int] | None = None,
-    alpha_by: Literal["ratio", "root"] = "ratio",
+    alpha_by: Literal["ratio", "least"] = "ratio",
     target_parameters: Sequence[TargetParameter] | None = None,
     **record: Any,
 ) -> AdapterPlan:
@@ -173,9 +172,9 @@ def make_plan(
         scores: One per site; None where sites were not scored.
         errors: Standard error of each score; empty where they have none.
         ranks: Rank of each kept site, where it is not ``lora``'s.
-        alpha_by: What happens to alpha at another rank. ``"ratio"`` keeps alpha/r. ``"root"`` takes alpha · √(the least
-            share of its rank that a kept site has), rounded, for all sites alike: this carries the user's learning rate
-            over (docs/lab/choice.md), and equal alphas stay equal. rsLoRA, whose scaling is alpha/√r, keeps alpha.
+        alpha_by: What keeps alpha/r at another rank: ``"ratio"`` each site's alpha, ``"least"`` one factor for all,
+            that of the least share of its rank that a kept site has. So equal alphas stay equal, and a site of a rank more
+            is scaled a little less. rsLoRA, whose scaling is alpha/√r, keeps alpha.
         target_parameters: What ``lora`` adapts besides layers, as :func:`weightlora.find_sites` found it; None is the
             answer of a method that trains layers only.
         record: Further fields of :class:`AdapterPlan`.
@@ -195,16 +194,12 @@ def make_plan(
         (r if ranks is None else ranks[site.name]) if site.name in keep else 0
         for site, (r, _) in zip(sites, user, strict=True)
     ]
-    root = math.sqrt(min((own / r for own, (r, _) in zip(planned, user, strict=True) if own), default=1.0))
+    least = min((Fraction(own, r) for own, (r, _) in zip(planned, user, strict=True) if own), default=Fraction(1))
     entries: list[PlannedSite] = []
     known = zip(sites, user, planned, scores or [0.0] * len(sites), errors or [None] * len(sites), strict=True)
     for site, (r, alpha), own, score, error in known:
-        if own == 0 or lora.use_rslora or (own == r and (alpha_by == "ratio" or root == 1)):
-            changed = alpha
-        elif alpha_by == "root":
-            changed = max(round(alpha * root), 1) if float(alpha).is_integer() else alpha * root
-        else:
-            changed = whole_or_float(Fraction(alpha) * own / r)
+        grown = least if alpha_by == "least" else Fraction(own, r)
+        changed = alpha if own == 0 or lora.use_rslora else whole_or_float(Fraction(alpha) * grown)
         entries.append(PlannedSite(site, r, alpha, r=own, alpha=changed, score=score, score_error=error))
     besides = tuple(target_parameters or ())
     return AdapterPlan(tuple(entries), lora=config_fields(lora), target_parameters=besides, **record)

@@ -280,7 +280,7 @@ def selected(model: nn.Module, batches: Iterable[Any], scoring: Scoring) -> Trai
         found.sites,
         lora,
         ranks,
-        alpha_by="ratio" if scores.ranks else "root",
+        alpha_by="ratio" if scores.ranks else "least",
         scores=scores.final,
         errors=scores.errors,
         history=scores.history,
@@ -349,7 +349,7 @@ def _unscored(sites: Sequence[Site], lora: LoraConfig, costs: Costs, scoring: Sc
     options = {**scoring.limits.asked, **stored_by(scoring), **measured_by(costs, ranks, part.peak if part else peak)}
     options |= {"step_share": scoring.time} if by_steps else {}
     options |= {} if part is None else {"batch_parts": part.parts}
-    return _planned(sites, lora, ranks, alpha_by="root", rule=UNIFORM, options=options, **record)
+    return _planned(sites, lora, ranks, alpha_by="least", rule=UNIFORM, options=options, **record)
 
 
 def _planned(sites: Sequence[Site], lora: LoraConfig, ranks: Sequence[int], **record: Any) -> AdapterPlan:

@@ -33,6 +33,7 @@ from weightlora.model.restore import seeded
 from weightlora.plan.limits import LIMITS
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import peeked
+from weightlora.selection.scoring import UNIFORM
 from weightlora.trainer._question import START_FILE, keep_plan, question_of, read_start, stored_plan, write_start
 from weightlora.trainer.batch_size import split_batch
 from weightlora.trainer.guard import (
@@ -176,6 +177,7 @@ def select_for(
         adapters: At most so many whole adapters at the user's rank, or this share of them; half of them where no limit
             is given.
         parameters: At most so many adapter parameters, or this share of LoRA's. Ranks are free, and no batch is read.
+            The trainer's ``learning_rate`` is multiplied by ``plan.learning_rate_factor``, 1 to 2.
         time: At most this share of LoRA's time: the trainer takes this share of its steps (``max_steps``). With a
             ``rule``, ``adapters`` or ``memory``: the sites whose step takes it. With ``store`` the time is that of the
             whole run, the selection and the first epoch's forward passes included: all sites above a floor, for as many
@@ -295,6 +297,7 @@ def _attach(
         trainer.add_callback(callback)
     guard.plan = method.plan
     _shorten(trainer, method.plan, total_steps)
+    _carry_rate(trainer, method.plan)
     split_batch(trainer, method.plan)
     return method
 
@@ -307,6 +310,29 @@ def _shorten(trainer: Trainer, plan: AdapterPlan, total_steps: int) -> None:
         if is_first():
             hint = "; over several epochs store=True weighs fewer layers, too" if several else ""
             _LOG.warning("the plan trains %d of %d steps (max_steps)%s", trainer.args.max_steps, total_steps, hint)
+
+
+def _carry_rate(trainer: Trainer, plan: AdapterPlan) -> None:
+    """Let the trainer train lower ranks at the rate that they want, the user's being that of LoRA.
+
+    Warns:
+        WeightLoraWarning: DeepSpeed was told the rate already.
+    """
+    factor = plan.learning_rate_factor
+    if plan.rule != UNIFORM or factor == 1:
+        return
+    rate = trainer.args.learning_rate * factor
+    if trainer.is_deepspeed_enabled:
+        warnings.warn(
+            f"learning_rate={trainer.args.learning_rate:g}: the plan's ranks want {factor:g} times the rate of LoRA, "
+            f"and DeepSpeed was told it already; set {rate:g} yourself",
+            WeightLoraWarning,
+            stacklevel=2,
+        )
+        return
+    trainer.args.learning_rate = rate
+    if is_first():
+        _LOG.warning("the plan trains at learning_rate=%g, %g times LoRA's, as lower ranks want it", rate, factor)
 
 
 def _defaults(trainer: Trainer, entry: MethodEntry, seed: int, fast: Dropout | None) -> dict[str, Any]:
