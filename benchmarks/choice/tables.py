@@ -43,8 +43,10 @@ from weightlora.selection.steps import likeness
 Rates = Mapping[float, Mapping[int, float]]
 #: The default answer, and what needs no selection at the same cost.
 PAIRS = (
+    ("parameters 0.5", "LoRA, rank 5"),
     ("parameters 0.25", "LoRA, rank 2"),
-    ("alpha/r, twice the rate", "LoRA, rank 2"),
+    ("0.25, alpha by site", "LoRA, rank 2"),
+    ("parameters 0.1", "LoRA, rank 1"),
     ("parameters 0.05", "random sites, 0.05"),
     ("parameters 0.05", "uppermost sites, 0.05"),
     ("first_order, memory 115MB", "LoRA, micro-batches of 8"),

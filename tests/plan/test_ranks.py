@@ -1,6 +1,5 @@
 """A budget spent rank by rank, how sites compete for it, and the alpha of a lower rank."""
 
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

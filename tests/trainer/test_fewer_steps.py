@@ -99,9 +99,9 @@ def test_a_second_start_in_the_folder_takes_as_many(make_tiny):
         assert (found.step_share, trainer.args.max_steps) == (0.57, 5)
 
 
-@pytest.mark.parametrize(("parameters", "rank", "alpha"), [(None, 4, 8), (0.25, 1, 4)])
+@pytest.mark.parametrize(("parameters", "rank", "alpha"), [(None, 4, 8), (0.25, 1, 2)])
 def test_all_sites_are_kept_and_no_row_is_read(make_tiny, parameters, rank, alpha):
-    """With a quarter of the parameters rank 1 of 4, and alpha·√(1/4)."""
+    """With a quarter of the parameters rank 1 of 4, and alpha/4."""
     trainer = make_tiny(rows=Unread(), max_steps=10)
     plan = weightlora.select_for(trainer, time=0.6, parameters=parameters, progress=False)
     assert [(e.r, e.alpha) for e in plan.entries] == [(rank, alpha)] * 4

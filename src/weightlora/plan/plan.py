@@ -172,9 +172,9 @@ def make_plan(
         scores: One per site; None where sites were not scored.
         errors: Standard error of each score; empty where they have none.
         ranks: Rank of each kept site, where it is not ``lora``'s.
-        alpha_by: What keeps alpha/r at another rank: ``"ratio"`` each site's alpha, ``"least"`` one factor for all,
-            that of the least share of its rank that a kept site has. So equal alphas stay equal, and a site of a rank more
-            is scaled a little less. rsLoRA, whose scaling is alpha/√r, keeps alpha.
+        alpha_by: What keeps alpha/r at another rank: ``"ratio"`` each site's alpha; ``"least"`` one factor for all, the
+            least share of its rank that a kept site has. Then equal alphas stay equal, and a site of a rank more is
+            scaled a little less. rsLoRA, whose scaling is alpha/√r, keeps alpha.
         target_parameters: What ``lora`` adapts besides layers, as :func:`weightlora.find_sites` found it; None is the
             answer of a method that trains layers only.
         record: Further fields of :class:`AdapterPlan`.
