@@ -23,6 +23,7 @@ def test_the_trainer_gets_the_rate_that_the_ranks_want(make_tiny, parameters, ra
     assert trainer.args.learning_rate == pytest.approx(rate)
     assert trainer.create_optimizer().param_groups[0]["lr"] == pytest.approx(rate)
     assert rate == pytest.approx(1e-2 * plan.learning_rate_factor)
+    assert ("about 2 times LoRA's, which select_for sets" in str(plan)) == (rate == 2e-2)
 
 
 def test_the_training_is_that_of_lora_of_this_rank_at_this_rate(make_tiny):
@@ -46,10 +47,13 @@ def test_a_second_start_in_the_folder_and_a_plan_that_is_given_do_the_same_once(
     assert again.args.learning_rate == given.args.learning_rate == pytest.approx(2e-2)
 
 
-@pytest.mark.parametrize("limits", [{"adapters": 1, "rule": "stratified"}, {"parameters": 0.25, "rule": "stratified"}])
+@pytest.mark.parametrize("limits", [{"adapters": 1}, {"parameters": 0.1}])
 def test_whole_layers_are_trained_at_the_users_rate(make_tiny, limits):
-    trainer = make_tiny()
-    weightlora.select_for(trainer, **limits, progress=False)
+    """Their factor is advice."""
+    trainer = make_tiny(lora={"target_modules": "all-linear"})
+    plan = weightlora.select_for(trainer, **limits, rule="stratified", progress=False)
+    assert plan.learning_rate_factor == 2
+    assert "select_for sets" not in str(plan)
     assert trainer.args.learning_rate == 1e-2
 
 

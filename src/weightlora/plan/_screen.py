@@ -14,7 +14,7 @@ from typing import Literal
 
 from weightlora.plan._data import PlanData, PlannedSite
 from weightlora.plan.heatmap import make_heatmap, ordered_projections, short_blocks, shortened
-from weightlora.plan.limits import FLOORS, LIMITS, run_time
+from weightlora.plan.limits import FLOORS, LIMITS, UNIFORM, run_time
 from weightlora.text import natural
 
 #: Most rows, columns and characters of the table; more blocks share rows, and the rarest projections share a column.
@@ -156,7 +156,8 @@ def _advice(plan: PlanData) -> Iterator[str]:
         yield _line("rate", "that of LoRA" if rate is None else f"that of LoRA, {rate:g}")
     else:
         own = "" if rate is None else f", {rate * factor:g} where LoRA has {rate:g}"
-        yield _line("rate", f"about {factor:g} times LoRA's{own}")
+        who = ", which select_for sets" if plan.rule == UNIFORM else ""
+        yield _line("rate", f"about {factor:g} times LoRA's{own}{who}")
     if {*plan.options} & {*LIMITS} == {"adapters"} and len(plan.names) < len(plan.entries):
         share = plan.parameters / plan.lora_parameters
         yield _line("note", f"a lower rank on all sites did better in our study: parameters={share:.2f}")

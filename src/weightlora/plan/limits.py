@@ -16,6 +16,8 @@ from typing import Any
 
 from weightlora.errors import OptionError, WeightLoraWarning
 
+#: What a plan calls its rule where nothing is scored.
+UNIFORM = "uniform"
 #: The options' names, in the order in which they are told.
 LIMITS = ("adapters", "parameters", "time", "memory")
 _BYTES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 #: The rule where none is named and sites have to be chosen.
 DEFAULT_RULE = "first_order"
-#: What a plan calls its rule where nothing is scored.
-UNIFORM = "uniform"
 #: Selecting a floor takes three steps at least, and at most this share of the time that is left to the run.
 _FLOOR_STEPS, _FLOOR_SHARE = 3, 0.15
 

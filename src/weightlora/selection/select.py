@@ -33,7 +33,7 @@ from weightlora.model.restore import untouched
 from weightlora.model.sites import Site, find_sites, output_vectors
 from weightlora.plan.budget import Chooser, Ranking, ranked, whole_budget
 from weightlora.plan.card import base_model_name
-from weightlora.plan.limits import Limits
+from weightlora.plan.limits import UNIFORM, Limits
 from weightlora.plan.plan import AdapterPlan, make_plan
 from weightlora.selection._course import (
     choices,
@@ -55,7 +55,7 @@ from weightlora.selection.allocate import Costs, allocate, chooser_of, rank_budg
 from weightlora.selection.batches import FirstBatch, Loss, cycled, model_loss, peeked
 from weightlora.selection.progress import Progress
 from weightlora.selection.rules.base import Rule, Scores
-from weightlora.selection.scoring import UNIFORM, Scoring
+from weightlora.selection.scoring import Scoring
 from weightlora.selection.stage import Stage, head_of, with_plain_lora
 from weightlora.selection.steps import Steps, settled
 from weightlora.selection.trained import Trained, adapter_copies, begun_by, head_copies, require_plain

@@ -35,11 +35,11 @@ from weightlora.model.gathering import loaded
 from weightlora.model.sites import all_modules, find_sites, trained_modules
 from weightlora.model.torch_private import is_persistent
 from weightlora.plan.attach import asked_fields
-from weightlora.plan.limits import LIMITS
+from weightlora.plan.limits import LIMITS, UNIFORM
 from weightlora.plan.plan import AdapterPlan, sites_fingerprint
 from weightlora.selection.rules import settings_of
 from weightlora.selection.rules.base import Rule
-from weightlora.selection.scoring import UNIFORM, Scoring
+from weightlora.selection.scoring import Scoring
 from weightlora.selection.steps import reading_times, scoring_steps
 from weightlora.trainer.loader import planned_steps
 

@@ -30,10 +30,9 @@ from weightlora.model.distributed import from_first, is_first, process_count
 from weightlora.model.gathering import is_offloaded, partitioned_dtype
 from weightlora.model.layers import take_tuner, without_adapters
 from weightlora.model.restore import seeded
-from weightlora.plan.limits import LIMITS
+from weightlora.plan.limits import LIMITS, UNIFORM
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import peeked
-from weightlora.selection.scoring import UNIFORM
 from weightlora.trainer._question import START_FILE, keep_plan, question_of, read_start, stored_plan, write_start
 from weightlora.trainer.batch_size import split_batch
 from weightlora.trainer.guard import (
