@@ -31,7 +31,7 @@ from transformers import (
 
 from weightlora.errors import WeightLoraError
 from weightlora.methods import alora, dynamic_lora, flexlora, increlora, pruned_lora, riemannian
-from weightlora.methods.common import moving
+from weightlora.methods.families import moving
 from weightlora.model.distributed import process_count
 from weightlora.trainer.attach import method_for
 

@@ -91,7 +91,7 @@ def wrong_imports(module: str, source: str) -> list[str]:
         upward = room_of(name) not in (*before, room, "__version__")
         private = is_private(f"{name}.") and room_of(name) != room
         method = module.startswith("methods.") and name.startswith("methods.")
-        neighbour = method and name.split(".")[1] not in ("base", "common")
+        neighbour = method and name.split(".")[1] not in ("base", "families")
         if upward or private or neighbour:
             wrong.append(name)
     return wrong
@@ -127,7 +127,7 @@ def test_imports_run_one_way():
 def test_a_file_is_private_exactly_where_only_its_room_uses_it():
     wrong: list[str] = []
     for module in (name for name in modules() if "." in name):
-        shared = module.startswith("methods.common")  # the room's own, named so
+        shared = module.startswith("methods.families")  # the room's own, named so
         package = (SOURCE / module.replace(".", "/")).is_dir()
         if not (shared or package or REGISTERED.fullmatch(module)):
             wrong += [module] if is_private(f"{module}.") == is_used_outside(module) else []
@@ -183,7 +183,7 @@ def test_the_walk_sees_a_wrong_import_wherever_it_hides(module, source):
         ("plan.plan", "import json\nfrom torch import nn\nfrom weightlora.model.sites import Site"),
         ("plan.plan", "from weightlora.plan._schema import read_plan_file"),
         ("methods.a", "from weightlora.methods.base import Method\nfrom weightlora.selection.select import select"),
-        ("methods.a", "from weightlora.methods.common.export import become_stock"),
+        ("methods.a", "from weightlora.methods.families.export import become_stock"),
         ("methods", "from weightlora.methods.base import Method"),
         ("cli.show", "from weightlora import __version__\nfrom weightlora import errors"),
         ("plan.plan", "import weightlora_of_someone_else"),

@@ -27,7 +27,7 @@ from transformers import (
 
 from weightlora.cost.step_time import Peak
 from weightlora.methods import METHODS, entry_of, options_of
-from weightlora.methods.common.moving import take_up
+from weightlora.methods.families.moving import take_up
 from weightlora.selection.rules.first_order import FirstOrder
 from weightlora.trainer.attach import method_for
 

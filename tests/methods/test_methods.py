@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 import weightlora
 from weightlora.errors import OptionError, PlanError, PlanMismatchError
 from weightlora.methods import METHODS, make_method, options_of
-from weightlora.methods.common.export import Factors, become_stock, factors_plan
+from weightlora.methods.families.export import Factors, become_stock, factors_plan
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites
 from weightlora.plan.plan import make_plan

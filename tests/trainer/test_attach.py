@@ -362,7 +362,7 @@ def test_a_resumed_run_of_another_length_takes_the_stored_plan_under_the_default
     plan = weightlora.select_for(make_classifier(max_steps=200))
     assert plan.options["head_steps"] + plan.options["steps"] == 6  # 3 %
     assert len(plan.history) == plan.options["steps"]
-    monkeypatch.setattr("weightlora.methods.common.selecting.selected", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr("weightlora.methods.families.selecting.selected", lambda *_, **__: pytest.fail("scored"))
     assert weightlora.select_for(make_classifier(max_steps=400)) == plan
     with pytest.raises(OptionError, match=r"steps=None there, 20 now"):
         weightlora.select_for(make_classifier(max_steps=400), rule="first_order")
@@ -441,7 +441,7 @@ def test_method_for_and_select_for_and_select_give_the_same_plan(make_classifier
 
 def test_a_second_start_takes_the_stored_plan(make_classifier, monkeypatch):
     plan = weightlora.select_for(make_classifier(), rule="first_order")
-    monkeypatch.setattr("weightlora.methods.common.selecting.selected", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr("weightlora.methods.families.selecting.selected", lambda *_, **__: pytest.fail("scored"))
     trainer = make_classifier()
     assert weightlora.select_for(trainer, rule="first_order") == plan
     assert set(lora_layers(trainer.model)) == set(plan.names)
@@ -488,7 +488,7 @@ def test_a_second_warm_start_begins_with_the_stored_weights(make_classifier, tmp
     trainer.train()  # changes the weights, and writes no checkpoint
     again = make_classifier(learning_rate=2e-3)
     with monkeypatch.context() as patched:
-        patched.setattr("weightlora.methods.common.selecting.selected", lambda *_, **__: pytest.fail("scored"))
+        patched.setattr("weightlora.methods.families.selecting.selected", lambda *_, **__: pytest.fail("scored"))
         assert weightlora.select_for(again, **WARM) == plan
     second = trained_weights(again)
     assert first.keys() == second.keys()

@@ -128,7 +128,7 @@ def test_another_question_is_one_line_that_names_it(ask, tmp_path, what):
 def test_the_same_question_takes_the_plan_without_scoring(ask, monkeypatch, what):
     first, plan = ask()
     expected = trained(first)
-    monkeypatch.setattr("weightlora.methods.common.selecting.selected", lambda *_, **__: pytest.fail("scored again"))
+    monkeypatch.setattr("weightlora.methods.families.selecting.selected", lambda *_, **__: pytest.fail("scored again"))
     again, same = ask(**SAME[what])
     assert same == plan
     if what == "nothing":

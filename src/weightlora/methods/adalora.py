@@ -18,8 +18,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from weightlora.errors import OptionError
 from weightlora.methods.base import Start
-from weightlora.methods.common.moving import Attached, MoverCallback, packed, unpacked
-from weightlora.methods.common.triplets import Alpha, TripletMethod
+from weightlora.methods.families.moving import Attached, MoverCallback, packed, unpacked
+from weightlora.methods.families.triplets import Alpha, TripletMethod
 from weightlora.model.distributed import copy_from_first, from_first, process_count
 from weightlora.validation import Count, Natural, NotNegative, Share
 

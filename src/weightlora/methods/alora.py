@@ -18,7 +18,7 @@ from torch import Tensor
 
 from weightlora.errors import OptionError, SelectionError
 from weightlora.methods.base import Start
-from weightlora.methods.common.moving import Attached, MovingMethod, growth, wide_lora
+from weightlora.methods.families.moving import Attached, MovingMethod, growth, wide_lora
 from weightlora.model.distributed import average, from_first, process_count, require_agreement
 from weightlora.model.restore import evaluated
 from weightlora.selection.batches import Loss, held_out, in_parts, model_loss, rows_of

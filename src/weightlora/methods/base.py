@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from weightlora.errors import PlanError
-from weightlora.methods.common.export import Factors, become_stock, factors_plan, layer_factors
+from weightlora.methods.families.export import Factors, become_stock, factors_plan, layer_factors
 from weightlora.model.layers import adapter_layers, lora_layers, without_adapters
 from weightlora.model.sites import Candidates, Site, find_sites, require_uniform
 from weightlora.plan.card import base_model_name

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from weightlora.methods.base import Start, recorded
-from weightlora.methods.common.moving import Attached, packed, require_window, unpacked, window
-from weightlora.methods.common.triplets import Alpha, TripletMethod
+from weightlora.methods.families.moving import Attached, packed, require_window, unpacked, window
+from weightlora.methods.families.triplets import Alpha, TripletMethod
 from weightlora.model.distributed import from_first
 from weightlora.validation import Count, NotNegative, Share
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from weightlora.errors import OptionError
 from weightlora.methods.base import Start
-from weightlora.methods.common.moving import Attached, MoverCallback, MovingMethod, packed, unpacked, wide_lora
+from weightlora.methods.families.moving import Attached, MoverCallback, MovingMethod, packed, unpacked, wide_lora
 from weightlora.model.distributed import from_first
 from weightlora.validation import Count, Whole
 

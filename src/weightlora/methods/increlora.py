@@ -18,8 +18,8 @@ from torch import Tensor
 
 from weightlora.errors import OptionError
 from weightlora.methods.base import Start, recorded
-from weightlora.methods.common.moving import Attached, growth, require_window, window
-from weightlora.methods.common.triplets import Alpha, TripletMethod
+from weightlora.methods.families.moving import Attached, growth, require_window, window
+from weightlora.methods.families.triplets import Alpha, TripletMethod
 from weightlora.model.distributed import average, from_first, process_count, require_agreement
 from weightlora.validation import Count, NotNegative, Share
 

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from weightlora.errors import OptionError
 from weightlora.methods.base import ExpandedMethod, Start, uniform_plan
-from weightlora.methods.common.export import singular_factors
+from weightlora.methods.families.export import singular_factors
 from weightlora.model.sites import Site
 from weightlora.validation import Count
 

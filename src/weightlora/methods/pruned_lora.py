@@ -16,8 +16,8 @@ from torch import Tensor
 
 from weightlora.errors import OptionError
 from weightlora.methods.base import Start, recorded
-from weightlora.methods.common.moving import Attached, MovingMethod, wide_lora
-from weightlora.methods.common.triplets import require_wider
+from weightlora.methods.families.moving import Attached, MovingMethod, wide_lora
+from weightlora.methods.families.triplets import require_wider
 from weightlora.model.distributed import copy_from_first, from_first
 from weightlora.validation import Count, Positive
 

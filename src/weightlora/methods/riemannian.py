@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weightlora.errors import SelectionError
 from weightlora.methods.base import Start, recorded
-from weightlora.methods.common.moving import Attached, MovingMethod
+from weightlora.methods.families.moving import Attached, MovingMethod
 from weightlora.model.distributed import copy_from_first
 from weightlora.plan.card import base_model_name
 from weightlora.plan.plan import make_plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from weightlora.methods.base import Method
-from weightlora.methods.common.selecting import SelectingMethod
+from weightlora.methods.families.selecting import SelectingMethod
 from weightlora.selection.scoring import OPTIONS, Scoring, takes
 
 

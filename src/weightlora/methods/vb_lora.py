@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightlora.errors import OptionError
 from weightlora.methods.base import ExpandedMethod, Start, recorded, uniform_plan
-from weightlora.methods.common.export import Factors
+from weightlora.methods.families.export import Factors
 from weightlora.model.sites import Site, tuner_fields
 from weightlora.validation import Count, Positive
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weightlora.methods.base import ExpandedMethod, Start, recorded, uniform_plan
-from weightlora.methods.common.export import Factors
+from weightlora.methods.families.export import Factors
 from weightlora.model.sites import tuner_fields
 from weightlora.validation import Count, Natural, Positive
 

@@ -5,7 +5,7 @@ The gates are in ``selection/rules/paper.py``. ``examples/weightlora_from_scratc
 
 from __future__ import annotations
 
-from weightlora.methods.common.selecting import GatedMethod
+from weightlora.methods.families.selecting import GatedMethod
 
 
 class WeightLora(GatedMethod):

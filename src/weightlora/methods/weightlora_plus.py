@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from weightlora.methods.common.selecting import GatedMethod
+from weightlora.methods.families.selecting import GatedMethod
 from weightlora.plan.plan import AdapterPlan
 
 

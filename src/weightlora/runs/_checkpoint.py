@@ -27,7 +27,7 @@ from transformers.training_args import OptimizerNames
 from weightlora.errors import DataError, PlanError, WeightLoraError, WeightLoraWarning
 from weightlora.files import read_json
 from weightlora.methods import Method
-from weightlora.methods.common.moving import STATE_FILE, MoverCallback, take_up
+from weightlora.methods.families.moving import STATE_FILE, MoverCallback, take_up
 from weightlora.plan.plan import ADAPTER_FILES, AdapterPlan, tensor_shapes
 from weightlora.runs.files import checkpoints, step_of
 from weightlora.trainer.guard import PLAN_FILE

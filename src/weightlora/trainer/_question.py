@@ -28,7 +28,7 @@ from transformers import Trainer
 from weightlora.cost.empty_model import quantisation_tensors
 from weightlora.errors import OptionError
 from weightlora.files import whole_file
-from weightlora.methods.common.selecting import SelectingMethod
+from weightlora.methods.families.selecting import SelectingMethod
 from weightlora.methods.weightlora_plus import WeightLoraPlus
 from weightlora.model.distributed import from_first, whole_tensor
 from weightlora.model.gathering import loaded

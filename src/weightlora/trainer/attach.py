@@ -23,8 +23,8 @@ from weightlora.fast.step import Dropout
 from weightlora.files import writable_folder
 from weightlora.methods import Method, MethodEntry, entry_of, make_method, options_of
 from weightlora.methods.base import planned_method, with_question
-from weightlora.methods.common.export import cast_trained
-from weightlora.methods.common.selecting import SelectingMethod
+from weightlora.methods.families.export import cast_trained
+from weightlora.methods.families.selecting import SelectingMethod
 from weightlora.model.checkpointing import remove_input_hooks
 from weightlora.model.distributed import from_first, is_first, process_count
 from weightlora.model.gathering import is_offloaded, partitioned_dtype

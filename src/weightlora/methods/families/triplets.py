@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from weightlora.errors import OptionError
 from weightlora.methods.base import Start, uniform_plan
-from weightlora.methods.common.export import Factors
-from weightlora.methods.common.moving import Attached, MovingMethod
+from weightlora.methods.families.export import Factors
+from weightlora.methods.families.moving import Attached, MovingMethod
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import tuner_fields
 

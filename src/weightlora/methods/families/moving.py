@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from weightlora.errors import DataError, OptionError, SelectionError, WeightLoraWarning
 from weightlora.files import whole_file
 from weightlora.methods.base import MethodBase, Start, uniform_plan
-from weightlora.methods.common.export import Factors, become_stock, factors_plan, layer_factors
+from weightlora.methods.families.export import Factors, become_stock, factors_plan, layer_factors
 from weightlora.model.distributed import from_first, require_equal
 from weightlora.model.layers import lora_layers
 from weightlora.model.sites import find_sites, rank_and_alpha

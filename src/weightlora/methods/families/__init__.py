@@ -1,0 +1,1 @@
+"""What a family of methods shares: those that select, those that act while they train, those of triplets."""
