@@ -1,7 +1,7 @@
 """Where ``weightlora train`` begins: with the paper's T steps, which are the first of the run, a store, or a plan."""
 
 import json
-import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -201,16 +201,13 @@ def test_what_acts_on_the_training_of_a_plan_is_accepted(base, plan, whole, tmp_
     assert not same(adapter(tmp_path), adapter(whole))
 
 
-def test_a_plan_in_the_folder_that_was_made_for_something_else_is_named_and_nothing_is_recorded(
-    base, whole, tmp_path, capsys
-):
-    """As ``select`` or a run that was killed leaves it."""
+def test_a_plan_that_a_killed_run_left_is_replaced_where_the_options_are_others(base, whole, tmp_path, capsys):
+    """It was killed before its first checkpoint; the paper's methods write one with the plan."""
     run = tmp_path / "run"
     run.mkdir()
-    shutil.copy(whole / "plan.json", run)
-    assert main(words(base, run, lora_r=16)) == 2
-    assert "r=8 there, 16 now" in capsys.readouterr().err
-    assert not (run / "config.yaml").exists()
-    assert main(words(base, run)) == 0  # the control: the same question
+    plan = AdapterPlan.load(whole / "plan.json")
+    replace(plan, question={**plan.question, "lora": {**plan.question["lora"], "r": 16}}).save(run / "plan.json")
+    assert main(words(base, run)) == 0
+    assert "r=16 there, 8 now" in capsys.readouterr().out
     assert same(adapter(run), adapter(whole))
     assert AdapterPlan.load(run / "plan.json") == AdapterPlan.load(whole / "plan.json")

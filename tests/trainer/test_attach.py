@@ -358,8 +358,11 @@ def test_parameters_alone_read_no_batch_and_need_no_steps(make_classifier, tmp_p
         weightlora.method_for(make_classifier("plus"), "weightlora_plus", parameters=0.25)
 
 
-def test_a_resumed_run_of_another_length_takes_the_stored_plan_under_the_default(make_classifier, monkeypatch):
+def test_a_resumed_run_of_another_length_takes_the_stored_plan_under_the_default(
+    make_classifier, tmp_path, monkeypatch
+):
     plan = weightlora.select_for(make_classifier(max_steps=200))
+    (tmp_path / "run" / "checkpoint-200").mkdir()
     assert plan.options["head_steps"] + plan.options["steps"] == 6  # 3 %
     assert len(plan.history) == plan.options["steps"]
     monkeypatch.setattr("weightlora.methods.families.selecting.selected", lambda *_, **__: pytest.fail("scored"))
@@ -463,14 +466,16 @@ def test_a_second_start_takes_the_stored_plan(make_classifier, monkeypatch):
         ({"rule": "integrated", "warm_start": True}, "warm_start=False there, True now"),
     ],
 )
-def test_a_stored_plan_for_another_question_is_refused(make_classifier, options, text):
+def test_a_stored_plan_for_another_question_is_refused(make_classifier, tmp_path, options, text):
     weightlora.select_for(make_classifier(), rule="first_order")
+    (tmp_path / "run" / "checkpoint-2").mkdir()
     with pytest.raises(OptionError, match=text):
         weightlora.select_for(make_classifier(), **{"rule": "first_order", **options})
 
 
-def test_a_stored_plan_by_score_is_not_the_one_that_the_rule_spreads(make_classifier):
+def test_a_stored_plan_by_score_is_not_the_one_that_the_rule_spreads(make_classifier, tmp_path):
     weightlora.select_for(make_classifier(), rule="first_order", ranking="score")
+    (tmp_path / "run" / "checkpoint-2").mkdir()
     with pytest.raises(OptionError, match="ranking='score' there, 'spread' now"):
         weightlora.select_for(make_classifier(), rule="first_order")
 

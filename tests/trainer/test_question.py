@@ -1,6 +1,7 @@
 """A stored plan is used for the very question that it was made for; whatever else is asked is one line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,12 +117,40 @@ def trained(trainer):
 def test_another_question_is_one_line_that_names_it(ask, tmp_path, what):
     changed, words = CHANGES[what]
     _, plan = ask()
+    (tmp_path / "run" / "checkpoint-1").mkdir()  # a training has used the plan
     with pytest.raises(OptionError, match=words) as caught:
         ask(**changed)
     assert "\n" not in str(caught.value)
     assert "choose another output_dir, or delete that file" in str(caught.value)
     assert AdapterPlan.load(tmp_path / "run" / "plan.json") == plan
     ask("elsewhere", **changed)  # the control: it is a question that can be asked
+
+
+@pytest.mark.parametrize("limit", [{"parameters": 0.5}, {"memory": "1GB"}, {"adapters": 3}])
+def test_limits_can_be_tried_one_after_the_other_until_something_is_trained(ask, tmp_path, caplog, limit):
+    """README's snippet run again with another limit."""
+    limit = {"adapters": None, **limit}
+    _, first = ask()
+    trainer, plan = ask(**limit)
+    assert plan != first
+    assert AdapterPlan.load(tmp_path / "run" / "plan.json") == plan
+    assert "made for something else" in caplog.text
+    assert "nothing is trained with it: it is replaced" in caplog.text
+    assert "\n" not in caplog.messages[-1]
+    caplog.clear()
+    assert ask(**limit)[1] == plan  # used again, in silence
+    assert "replaced" not in caplog.text
+    trainer.train()
+    trainer.save_model()  # the adapter alone: the folder has no checkpoint
+    with pytest.raises(OptionError, match="made for something else"):
+        ask()
+
+
+def test_a_plan_that_no_trainer_wrote_is_never_replaced(ask, tmp_path):
+    _, plan = ask()
+    replace(plan, question={}).save(tmp_path / "run" / "plan.json")
+    with pytest.raises(OptionError, match="does not record what it was made for"):
+        ask(adapters=3)
 
 
 @pytest.mark.parametrize("what", SAME)
@@ -139,8 +168,9 @@ def test_the_same_question_takes_the_plan_without_scoring(ask, monkeypatch, what
 
 
 @pytest.mark.filterwarnings("ignore:adapters=1.0")
-def test_one_adapter_and_all_of_them_are_two_questions(ask):
+def test_one_adapter_and_all_of_them_are_two_questions(ask, tmp_path):
     ask(adapters=1)
+    (tmp_path / "run" / "checkpoint-1").mkdir()
     with pytest.raises(OptionError, match=r"adapters=1 there, 1.0 now"):
         ask(adapters=1.0)
 

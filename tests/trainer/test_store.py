@@ -278,6 +278,7 @@ def test_time_with_a_store_is_that_of_the_whole_run(tmp_path):
     assert (plan.options["epochs"], len(plan.options["floor_times"]), plan.spent["total_steps"]) == (3.0, 5, 360)
     again = weightlora.select_for(bare(tmp_path / "run"), lora=ABOVE, time=0.9, store=True, progress=False)
     assert again == plan
+    (tmp_path / "run" / "checkpoint-1").mkdir()
     for others in ({"store": True, "num_train_epochs": 2.0}, {"store": False}):
         trainer = bare(tmp_path / "run", **{k: v for k, v in others.items() if k != "store"})
         with pytest.raises(OptionError, match=r"epochs=3\.0 there, .* now"):

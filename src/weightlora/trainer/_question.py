@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from weightlora.cost.empty_model import quantisation_tensors
 from weightlora.errors import OptionError
@@ -36,12 +38,14 @@ from weightlora.model.sites import all_modules, find_sites, trained_modules
 from weightlora.model.torch_private import is_persistent
 from weightlora.plan.attach import asked_fields
 from weightlora.plan.limits import LIMITS, UNIFORM
-from weightlora.plan.plan import AdapterPlan, sites_fingerprint
+from weightlora.plan.plan import ADAPTER_FILES, AdapterPlan, sites_fingerprint
 from weightlora.selection.rules import settings_of
 from weightlora.selection.rules.base import Rule
 from weightlora.selection.scoring import Scoring
 from weightlora.selection.steps import reading_times, scoring_steps
 from weightlora.trainer.loader import planned_steps
+
+_LOG = logging.getLogger(__name__)
 
 START_FILE = "warm_start.safetensors"
 #: Training arguments that change the loss or its gradients, of transformers and of TRL's trainers.
@@ -250,12 +254,14 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 def stored_plan(path: Path, question: Mapping[str, Any]) -> AdapterPlan | None:
     """Return the plan that an earlier start made for the same question; None where there is none.
 
+    A plan for another question that nothing was trained with is None, too, with a warning in the log.
+
     Args:
         path: Of the plan's file.
         question: See :func:`question_of`.
 
     Raises:
-        OptionError: The plan answers another question, or does not say which.
+        OptionError: A training beside it used a plan for another question, or the plan does not say for which.
     """
     if not path.exists():
         return None
@@ -267,21 +273,31 @@ def stored_plan(path: Path, question: Mapping[str, Any]) -> AdapterPlan | None:
             f"plan.attach(model) or weightlora train --plan, {advice}"
         )
     faults = differences(plan.question, question)
-    if faults:
-        raise OptionError(f"{path} was made for something else ({'; '.join(faults)}); {advice}")
-    return plan
+    if not faults:
+        return plan
+    other = f"{path} was made for something else ({'; '.join(faults)})"
+    if _has_training(path.parent):
+        raise OptionError(f"{other}; {advice}")
+    _LOG.warning("%s, and nothing is trained with it: it is replaced", other)
+    return None
 
 
 def keep_plan(plan: AdapterPlan, path: Path) -> None:
-    """Write the plan, unless another one is there.
+    """Write the plan; one that a trainer wrote, and nothing was trained with, is replaced.
 
     Raises:
         OptionError: There is another.
     """
-    if not path.exists():
+    there = AdapterPlan.load(path) if path.exists() else None
+    if there is None or (there.question and not _has_training(path.parent)):
         plan.save(path)
-    elif AdapterPlan.load(path).ranks != plan.ranks:
+    elif there.ranks != plan.ranks:
         raise OptionError(f"{path} is another plan; choose another output_dir, or delete that file")
+
+
+def _has_training(folder: Path) -> bool:
+    """Whether a checkpoint or an adapter is in the folder."""
+    return get_last_checkpoint(str(folder)) is not None or any((folder / name).exists() for name in ADAPTER_FILES)
 
 
 def write_start(model: nn.Module, path: Path) -> None:

@@ -82,9 +82,10 @@ def method_for(
     The plan is written to ``output_dir/plan.json`` at once and into every checkpoint. Where WeightLoRA finds a plan
     there, it uses that plan instead of scoring again, so that a resumed run has the same structure. All that the plan
     was made for must be the same: LoRA configuration, candidates, base weights, options, seed, and the first batch of
-    the training. Anything else is an error that names what differs. With ``warm_start=True`` it also writes the weights
-    that the training starts from, and a second start reads them there; a checkpoint that the trainer then resumes from
-    replaces them.
+    the training. Where a checkpoint or an adapter is there, anything else is an error that names what differs; a plan
+    that nothing was trained with is replaced, with a warning in the log. With ``warm_start=True`` it also writes the
+    weights that the training starts from, and a second start reads them there; a checkpoint that the trainer then
+    resumes from replaces them.
 
     ``"weightlora"`` and ``"weightlora_plus"``, the paper's, take the first T steps of the training here, and write
     ``output_dir/checkpoint-T``. ``trainer.train(resume_from_checkpoint=True)`` goes on at step T + 1.
@@ -106,9 +107,9 @@ def method_for(
 
     Raises:
         OptionError: There is no such method or option, the trainer has trained, is wrapped, has an optimizer or a
-            ``model_init``, its adapters are trained or more than one, there is no LoRA, ``output_dir`` holds a plan
-            made for something else, the rows can be read only once, or the trainer generates what it trains on, as
-            GRPO's does: then plan with :func:`weightlora.select`.
+            ``model_init``, its adapters are trained or more than one, there is no LoRA, ``output_dir`` holds a training
+            with a plan made for something else, the rows can be read only once, or the trainer generates what it trains
+            on, as GRPO's does: then plan with :func:`weightlora.select`.
         SelectionError: See :func:`weightlora.select`, or the batch did not fit into memory. The trainer refuses to
             train until a later call succeeds: it would train plain LoRA.
 
