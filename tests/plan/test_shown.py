@@ -104,6 +104,14 @@ def test_nothing_to_select_is_said():
     assert "nothing to select: all 6 adapters" in str(plan_of([R] * 6))
     assert "nothing to select" in str(plan_of([2] * 6, rule="uniform", options={"parameters": 0.25}))
     assert "nothing to select" not in str(plan_of([0] * 3 + [R] * 3))
+    assert "rank 2 on all sites, so that there is nothing to select" in str(plan_of([2] * 6, rule="uniform"))
+    assert "rank 1 to 2 on all sites\n" in str(plan_of([1, 2, 1, 2], rule="integrated_ranks"))
+
+
+def test_ranks_are_a_table_where_they_differ():
+    assert "rank of each adapter" in str(plan_of([1, 2]))
+    assert "rank of each adapter" in str(plan_of([0, 2]))
+    assert "rank of each adapter" not in str(plan_of([2, 2]))
 
 
 def test_the_screen_fits_80_columns_and_40_lines_whatever_the_names_are():
@@ -194,7 +202,7 @@ def planned(stack, blocks, projections, *more, every=3):
         (planned("model.layers", 50, MANY), 1000),
         (
             AdapterPlan(
-                tuple(PlannedSite(Site(f"n{i}\x1b" * 9, 8, 8), 4, 8, r=0, alpha=8, score=0) for i in range(99))
+                tuple(PlannedSite(Site(f"n{i}\x1b" * 9, 8, 8), 4, 8, r=i % 2, alpha=8, score=0) for i in range(99))
             ),
             99,
         ),

@@ -60,7 +60,7 @@ class PlanData:
     rule: str = "lora"
     """How the sites were chosen: ``"first_order"``, ``"paper"``, ``"random"`` or ``"lora"`` (all)."""
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """The selection's settings: keep, steps (T) and those of its rule."""
+    """The selection's settings: limits, steps (T) and those of its rule."""
     seed: int = 0
     history: tuple[tuple[float, ...], ...] = ()
     """A row per scoring step, in the order of ``entries``: the mean gain so far (``"first_order"``) or the gates ω."""

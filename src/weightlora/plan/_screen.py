@@ -35,7 +35,7 @@ def headline(plan: PlanData) -> str:
 
 
 def summary(plan: PlanData) -> str:
-    """Return the plan as text of one screen, for ``print(plan)``.
+    """Return the plan as text of one screen, for ``print(plan)``; a table of its ranks where they differ.
 
     Example:
         >>> from weightlora.model.sites import Site
@@ -64,8 +64,9 @@ def summary(plan: PlanData) -> str:
         rate      that of LoRA
         note      a lower rank on all sites did better in our study: parameters=0.50
     """
-    lines = [*_asked(plan), *_kept(plan), "", *_best_table(plan), "", *_costs(plan), "", *_advice(plan)]
-    return "\n".join(lines)
+    one_rank = len({entry.r for entry in plan.entries}) == 1
+    table = [] if one_rank else ["", *_best_table(plan)]
+    return "\n".join([*_asked(plan), *_kept(plan), *table, "", *_costs(plan), "", *_advice(plan)])
 
 
 def rows_html(plan: PlanData) -> str:
@@ -113,7 +114,10 @@ def _kept(plan: PlanData) -> Iterator[str]:
     yield _line("kept", headline(plan))
     blocks = sorted({entry.site.block for entry in plan.entries if entry.r > 0} - {""}, key=natural)
     if len(plan.names) == len(plan.entries):
-        yield _line("", "all sites at a lower rank, so that there is nothing to select")
+        least, most = min(entry.r for entry in plan.entries), max(entry.r for entry in plan.entries)
+        ranks = str(least) if least == most else f"{least} to {most}"
+        selected = ", so that there is nothing to select" if plan.rule == UNIFORM else ""
+        yield _line("", f"rank {ranks} on all sites{selected}")
     elif plan.rule == "uniform":
         yield _line("", "rank 1 on as many sites as fit, spread over depth and projections")
     elif blocks:
