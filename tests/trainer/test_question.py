@@ -1,6 +1,7 @@
 """A stored plan is used for the very question that it was made for; whatever else is asked is one line."""
 
 import json
+import logging
 from dataclasses import replace
 
 import pytest
@@ -129,6 +130,7 @@ def test_another_question_is_one_line_that_names_it(ask, tmp_path, what):
 @pytest.mark.parametrize("limit", [{"parameters": 0.5}, {"memory": "1GB"}, {"adapters": 3}])
 def test_limits_can_be_tried_one_after_the_other_until_something_is_trained(ask, tmp_path, caplog, limit):
     """README's snippet run again with another limit."""
+    caplog.set_level(logging.WARNING, "weightlora")
     limit = {"adapters": None, **limit}
     _, first = ask()
     trainer, plan = ask(**limit)
