@@ -12,42 +12,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from weightlora.cost.empty_model import quantisation_tensors
-from weightlora.errors import OptionError
-from weightlora.files import whole_file
 from weightlora.methods.families.selecting import SelectingMethod
 from weightlora.methods.weightlora_plus import WeightLoraPlus
-from weightlora.model.distributed import from_first, whole_tensor
+from weightlora.model.distributed import whole_tensor
 from weightlora.model.gathering import loaded
 from weightlora.model.sites import all_modules, find_sites, trained_modules
 from weightlora.model.torch_private import is_persistent
 from weightlora.plan.attach import asked_fields
 from weightlora.plan.limits import LIMITS, UNIFORM
-from weightlora.plan.plan import ADAPTER_FILES, AdapterPlan, sites_fingerprint
+from weightlora.plan.plan import sites_fingerprint
 from weightlora.selection.rules import settings_of
 from weightlora.selection.rules.base import Rule
 from weightlora.selection.scoring import Scoring
 from weightlora.selection.steps import reading_times, scoring_steps
 from weightlora.trainer.loader import planned_steps
 
-_LOG = logging.getLogger(__name__)
-
-START_FILE = "warm_start.safetensors"
 #: Training arguments that change the loss or its gradients, of transformers and of TRL's trainers.
 _ARGUMENTS = (
     *("bf16", "fp16", "label_smoothing_factor", "neftune_noise_alpha"),
@@ -246,98 +236,3 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(f"{path}.{i}", one)
     else:
         yield path, value
-
-
-# -- the stored plan, and the weights that a run with warm_start starts from: a plan holds no tensors ------------------
-
-
-def stored_plan(path: Path, question: Mapping[str, Any]) -> AdapterPlan | None:
-    """Return the plan that an earlier start made for the same question; None where there is none.
-
-    A plan for another question that nothing was trained with is None, too, with a warning in the log.
-
-    Args:
-        path: Of the plan's file.
-        question: See :func:`question_of`.
-
-    Raises:
-        OptionError: A training beside it used a plan for another question, or the plan does not say for which.
-    """
-    if not path.exists():
-        return None
-    plan = AdapterPlan.load(path)
-    advice = "choose another output_dir, or delete that file"
-    if not plan.question:
-        raise OptionError(
-            f"{path} does not record what it was made for (select() and --plan do not say): train it with "
-            f"plan.attach(model) or weightlora train --plan, {advice}"
-        )
-    faults = differences(plan.question, question)
-    if not faults:
-        return plan
-    other = f"{path} was made for something else ({'; '.join(faults)})"
-    if _has_training(path.parent):
-        raise OptionError(f"{other}; {advice}")
-    _LOG.warning("%s, and nothing is trained with it: it is replaced", other)
-    return None
-
-
-def keep_plan(plan: AdapterPlan, path: Path) -> None:
-    """Write the plan; one that a trainer wrote, and nothing was trained with, is replaced.
-
-    Raises:
-        OptionError: There is another.
-    """
-    there = AdapterPlan.load(path) if path.exists() else None
-    if there is None or (there.question and not _has_training(path.parent)):
-        plan.save(path)
-    elif there.ranks != plan.ranks:
-        raise OptionError(f"{path} is another plan; choose another output_dir, or delete that file")
-
-
-def _has_training(folder: Path) -> bool:
-    """Whether a checkpoint or an adapter is in the folder."""
-    return get_last_checkpoint(str(folder)) is not None or any((folder / name).exists() for name in ADAPTER_FILES)
-
-
-def write_start(model: nn.Module, path: Path) -> None:
-    """Write all trained parameters of ``model``; a failed write leaves no file.
-
-    Raises:
-        OutputError: The folder cannot be written.
-    """
-    weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
-    with whole_file(path) as draft:
-        try:
-            save_file(weights, str(draft))
-        except SafetensorError as error:  # raised when the disk is full
-            raise OSError(str(error)) from error
-
-
-@torch.no_grad()
-def read_start(path: Path, model: nn.Module) -> None:
-    """Overwrite the trained parameters of ``model`` by those in the file; the first process reads it for all.
-
-    Raises:
-        OptionError: The file is missing or is not that of this model.
-    """
-
-    def read() -> dict[str, torch.Tensor]:
-        try:
-            return load_file(str(path))
-        except (OSError, SafetensorError) as error:
-            raise OptionError(
-                f"{path.parent} has a plan made with warm_start=True, but {path.name} cannot be read ({error}), so its "
-                "adapters cannot start from the scoring's weights; choose another output_dir, or delete the plan to "
-                "score the sites again"
-            ) from error
-
-    weights = from_first(read)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    if shapes != {name: tuple(p.shape) for name, p in parameters.items()}:
-        raise OptionError(
-            f"{path} holds other weights than this model trains; choose another output_dir, or delete it and the plan"
-        )
-    for name, value in weights.items():
-        parameters[name].copy_(value)

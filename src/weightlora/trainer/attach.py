@@ -33,7 +33,8 @@ from weightlora.model.restore import seeded
 from weightlora.plan.limits import LIMITS, UNIFORM
 from weightlora.plan.plan import AdapterPlan
 from weightlora.selection.batches import peeked
-from weightlora.trainer._question import START_FILE, keep_plan, question_of, read_start, stored_plan, write_start
+from weightlora.trainer._question import question_of
+from weightlora.trainer._stored import START_FILE, keep_plan, read_start, stored_plan, write_start
 from weightlora.trainer.batch_size import split_batch
 from weightlora.trainer.guard import (
     PLAN_FILE,
