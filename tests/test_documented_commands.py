@@ -132,18 +132,9 @@ def test_a_recipe_of_the_repository(tmp_path, monkeypatch):
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(ROOT)
-    changed = ["--model_name_or_path", str(tmp_path / "model"), *SHORT]
-    words = [
-        *own(only("recipes/smollm2-reasoning.yaml")),
-        *changed,
-        "--max_seq_length",
-        "128",
-        "--max_steps",
-        "2",
-        "--warmup_steps",
-        "0",
-    ]
-    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    changed = ["--model_name_or_path", str(tmp_path / "model"), *SHORT, "--max_seq_length", "128"]
+    changed += ["--max_steps", "2", "--warmup_steps", "0", "--output_dir", str(tmp_path / "out")]
+    assert main([*own(only("recipes/smollm2-reasoning.yaml")), *changed]) == 0
 
 
 @pytest.mark.slow

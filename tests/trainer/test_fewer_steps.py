@@ -65,7 +65,8 @@ def test_epochs_become_steps_as_well(make_tiny, plan):
     """24 rows by two are twelve steps an epoch: 0.57 of 24 are 13."""
     trainer = make_tiny(max_steps=-1, num_train_epochs=2)
     [line] = adopted(trainer, plan)
-    assert line == "the plan trains 13 of 24 steps (max_steps); over several epochs store=True weighs fewer layers, too"
+    hint = "a store (store=True, --store_frozen) weighs fewer layers, too"
+    assert line == f"the plan trains 13 of 24 steps (max_steps); {hint}"
     trainer.train()
     assert trainer.state.global_step == 13
 

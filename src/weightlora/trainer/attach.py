@@ -309,7 +309,7 @@ def _shorten(trainer: Trainer, plan: AdapterPlan, total_steps: int) -> None:
         several = planned_epochs(trainer) > 1 and "epochs" not in plan.options
         trainer.args.max_steps = plan.steps_of(total_steps)
         if is_first():
-            hint = "; over several epochs store=True weighs fewer layers, too" if several else ""
+            hint = "; a store (store=True, --store_frozen) weighs fewer layers, too" if several else ""
             _LOG.warning("the plan trains %d of %d steps (max_steps)%s", trainer.args.max_steps, total_steps, hint)
 
 
