@@ -103,8 +103,9 @@ def allocate(
     1. ``adapters``, ``time`` and ``memory`` give the sites: those of the largest total score that fit, at the user's
        rank. A site without a positive score is not kept. Without any of these limits all sites are open.
     2. ``parameters`` gives the ranks on them: the same share of the user's rank on each, at least 1, as large as fits.
-       What is left raises single sites by one, the best score first; where nothing is scored, in an order that is
-       spread over depth and projections. Where rank 1 on all does not fit, as many sites as fit have rank 1.
+       Where that is rank 1, what is left raises single sites to 2, the best score first; where nothing is scored, in an
+       order that is spread over depth and projections. Higher up it is not spent, since rank 3 on half of the sites
+       did no better than rank 2 on all. Where rank 1 on all does not fit, as many sites as fit have rank 1.
     3. Without ``parameters`` each of these sites has the user's rank.
     4. Where ranks are scored one by one, ``parameters`` go to the ranks of the best score for their parameters instead.
     5. Scores of sites with ``parameters`` alone keep whole adapters: who names such a rule asks for this. The best
@@ -272,7 +273,7 @@ def _van_der_corput_place(depth: int, n: int) -> float:
 
 
 def _filled(order: Sequence[int], costs: Costs, limits: Limits) -> list[int]:
-    """The same share of the user's rank on each site of ``order``, then one more on its first sites that fit."""
+    """The same share of the user's rank on each site of ``order``; from rank 1, rank 2 on the first that fit."""
     ranks = [0] * len(costs.ranks)
     if not order:
         return ranks
@@ -291,7 +292,7 @@ def _filled(order: Sequence[int], costs: Costs, limits: Limits) -> list[int]:
         middle = (low + high) // 2
         low, high = (middle, high) if costs.parameters(at(middle)) <= most else (low, middle)
     left = most - costs.parameters(at(low))
-    for i in order:
+    for i in order if max(ranks) <= 1 else ():
         price = costs.of_rank[i] if ranks[i] else costs.adapter(i, 1)
         if price <= left and ranks[i] < highest[i]:
             ranks[i] += 1
