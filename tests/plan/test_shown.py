@@ -34,6 +34,13 @@ def rows_of(plan):
     return {row.name: row for row in alternatives(plan)}
 
 
+def test_a_step_that_only_counts_memory_is_not_called_scoring():
+    spent = {"scoring_steps": 1, "total_steps": 300}
+    counted, scored = (str(plan_of([R] * BLOCKS, rule=rule, spent=spent)) for rule in ("uniform", "first_order"))
+    assert "\ncounting  1 step (0.3 % of 300)" in counted and "scoring" not in counted
+    assert "\nscoring   1 step (0.3 % of 300)" in scored
+
+
 def test_the_lower_rank_is_the_highest_that_has_no_more_parameters():
     """Two of six sites at rank 8 have 16 ranks: rank 2 on all six has 12, rank 3 would have 18."""
     rows = rows_of(plan_of([0, 0, 0, 0, R, R]))

@@ -181,7 +181,7 @@ def _advice(plan: PlanData) -> Iterator[str]:
     spent = steps / total if total else 0.0
     saved = 1 - (own.step_time if plan.options.get("epochs") is None else own.training_time - spent)
     back = f"; pays back in time from step {math.ceil(steps / saved):,} on" if saved > 0.005 else ""
-    yield _line("scoring", f"{took}{back}")
+    yield _line("counting" if plan.rule == UNIFORM else "scoring", f"{took}{back}")
 
 
 def _line(name: str, text: str) -> str:
