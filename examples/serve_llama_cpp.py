@@ -25,7 +25,7 @@ from weightlora.tasks.embedded import smollm2
 # %% Settings
 parser = argparse.ArgumentParser()
 parser.add_argument("--output_dir", type=Path, default=Path("runs/serve_llama_cpp"))
-parser.add_argument("--max_steps", type=int, default=20)
+parser.add_argument("--max_steps", type=int, default=10)
 parser.add_argument("--converter", type=Path, default=Path("llama.cpp/convert_lora_to_gguf.py"))
 settings = parser.parse_args()
 if not settings.converter.is_file():
